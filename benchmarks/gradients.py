@@ -28,7 +28,7 @@ import torch
 from benchmarks.models import CASES, SEED, Case
 from benchmarks.peers import applies, methods
 from fedsim import provenance
-from fedsim.grads.bookkeeping.memory import retain_freed_memory
+from fedsim.grads.bookkeeping.memory import give_back_freed_memory, retain_freed_memory
 
 BASE = "non-private"
 
@@ -155,6 +155,7 @@ def _peak(case: Case, method: str, examples: int, views: int, device: str) -> fl
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / rows / 1e6
+    give_back_freed_memory()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading (Linux)
     for _ in range(2):
