@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fedsim.grads.bookkeeping import choose
 from fedsim.grads.bookkeeping.conv import ConvUse, Geometry
 from fedsim.grads.bookkeeping.linear import LinearUse
+from fedsim.grads.bookkeeping.memory import retain_freed_memory
 from fedsim.grads.bookkeeping.standardise import Standardisation
 from fedsim.grads.bookkeeping.tape import Tape
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--standardised", action="store_true", help="kernels of weight-standardised layers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    retain_freed_memory()
     torch.manual_seed(0)
     for name, native, ways, chosen in itertools.chain(_convolutions(arguments), _linear(arguments)):
         times = _times({"native": native, **ways}, arguments.repeats)
@@ -102,7 +104,7 @@ def _convolution(
     def native() -> object:
         return geometry.backward(gradient, inputs, module.weight, (False, True, False))
 
-    pairs = itertools.product(("loop", "grouped", "patches"), (True, False))
+    pairs = itertools.product(("loop", "grouped", "patches", "slices"), (True, False))
     ways = {_name(plan, keep): run(plan, keep) for plan, keep in pairs}
     if views * output[0, 0].numel() <= 512:
         ways["gram drop"] = run("gram", False)

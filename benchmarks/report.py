@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import strategies
+from fedsim.report.markers import missing, provenance, table, update
+from fedsim.validate import FedsimError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -32,21 +33,39 @@ def trust_models() -> str:
     return table(["strategy", "who is trusted", "what is sent", "where noise is added", "dropouts"], rows)
 
 
-def trust_comparison() -> str:
-    """The table of configs/compare/trust_models.yaml as it was last run."""
-    held = _load("trust_models.json")
+TRUST_COLUMNS = (
+    "variant",
+    "unit",
+    "epsilon per example",
+    "epsilon per holder",
+    "accuracy",
+    "spread",
+    "seconds",
+)
+COMPARISON_COLUMNS = (
+    "variant",
+    "epsilon per example",
+    "epsilon per holder",
+    "accuracy",
+    "spread",
+    "holders' accuracy, 5% to 95%",
+    "bytes per holder and step",
+    "survivors needed",
+    "seconds",
+)
+
+
+def comparison(name: str, columns: Sequence[str] = COMPARISON_COLUMNS) -> str:
+    """The table of configs/compare/NAME.yaml as it was last run."""
+    held = _load(f"{name}.json")
     if held is None:
-        return missing("fedsim compare compare/trust_models", "trust_models.json")
-    columns = [
-        "variant",
-        "unit",
-        "epsilon per example",
-        "epsilon per holder",
-        "accuracy",
-        "spread",
-        "seconds",
-    ]
-    return table(columns, [[row[c] for c in columns] for row in held["rows"]]) + provenance(held)
+        return (
+            f"Not measured yet. Run `fedsim compare compare/{name}`, then `python -m benchmarks.trust_models "
+            f"FOLDER --json results/{name}.json`.\n"
+        )
+    seeds = f"{len(held['seeds'])} seeds" if len(held["seeds"]) > 1 else "one seed"
+    spread = f"\nAccuracy and spread (standard deviation) over {seeds}.\n" if "spread" in columns else ""
+    return table(columns, [[row[c] for c in columns] for row in held["rows"]]) + spread + provenance(held)
 
 
 def gradients(name: str) -> str:
@@ -89,7 +108,17 @@ def rounds(name: str) -> str:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"trust-models": trust_models, "trust-comparison": trust_comparison},
+    "README.md": {
+        "trust-models": trust_models,
+        "trust-comparison": lambda: comparison("trust_models", TRUST_COLUMNS),
+    },
+    "docs/comparisons.md": {
+        "holders": lambda: comparison("holders"),
+        "label-skew": lambda: comparison("label_skew"),
+        "dropout-rates": lambda: comparison("dropout_rates"),
+        "offline-holders": lambda: comparison("offline_holders"),
+        "local-steps": lambda: comparison("local_steps"),
+    },
     "docs/benchmarks.md": {
         "gradients-cpu": lambda: gradients("gradients_cpu.json"),
         "gradients-gpu": lambda: gradients("gradients_gpu.json"),
@@ -98,42 +127,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
 }
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
-def provenance(held: dict[str, Any]) -> str:
-    """Return the line that says what produced a table."""
-    hardware = held["hardware"]
-    machine = (
-        hardware["gpu"]
-        if hardware["gpu"] != "none"
-        else f"{hardware['processor']}, {hardware['cores']} cores"
-    )
-    return f"\n`{held['command'].strip()}`, commit {held['commit']}, {machine}, torch {hardware['torch']}.\n"
-
-
-def missing(command: str, name: str) -> str:
-    """Return what stands where no result is."""
-    return f"Not measured yet. Run `{command}` and put its JSON into `results/{name}`.\n"
-
-
 def _load(name: str) -> Any:
     path = RESULTS / name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def fill(text: str, parts: dict[str, Callable[[], str]]) -> str:
-    """Replace what stands between the markers of each part."""
-    for name, make in parts.items():
-        start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise SystemExit(f"expected exactly one pair of markers {start} {end}")
-        body = f"{start}\n{make()}{end}"
-        text = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _, b=body: b, text, flags=re.S)
-    return text
 
 
 def main() -> int:
@@ -143,17 +139,13 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = []
-    for name, parts in PARTS.items():
-        path = ROOT / name
-        old = path.read_text(encoding="utf-8")
-        new = fill(old, parts)
-        if new != old:
-            stale.append(name)
-            if not check:
-                path.write_text(new, encoding="utf-8")
-    print(("out of date: " if check else "written: ") + (", ".join(stale) or "nothing"))
-    return int(check and bool(stale))
+    try:
+        written = update(ROOT, PARTS, check=check)
+    except FedsimError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"written: {', '.join(written)}" if written else "up to date")
+    return 0
 
 
 if __name__ == "__main__":

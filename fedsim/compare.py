@@ -6,7 +6,8 @@ an ordinary run in its own folder, so a comparison resumes where it stopped and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -57,7 +58,8 @@ class Planned:
     def folder(self) -> str:
         """Name of the run's folder; the digest keeps cells of an edited comparison apart."""
         budget = "" if self.epsilon is None else f"-eps{self.epsilon:g}"
-        return f"{self.variant.replace(' ', '_')}{budget}-seed{self.seed}-{self.config.digest()[:8]}"
+        name = re.sub(r"[^\w.-]+", "_", self.variant)
+        return f"{name}{budget}-seed{self.seed}-{self.config.digest()[:8]}"
 
 
 Runner = Callable[[Config, RunFolder], dict[str, Any]]
@@ -118,22 +120,32 @@ def run(comparison_: Comparison, overrides: list[str], out: Path, runner: Runner
         runner: trains one configuration into a folder and returns its result.
         log: where progress goes, a line a cell.
     """
-    planned = cells(comparison_, overrides)
-    for cell in planned:  # every mistake is found before the first run starts
+    done: list[Cell] = []
+    for cell, folder, result in finish(cells(comparison_, overrides), out, runner, log):
+        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, _curve(folder)))
+        comparison.write(done, comparison_.title, out)
+    return done
+
+
+def finish(
+    planned: Sequence[Planned], out: Path, runner: Runner, log: TextIO
+) -> Iterator[tuple[Planned, RunFolder, dict[str, Any]]]:
+    """Check all cells, then run those that are not finished under `out`/runs and yield every result.
+
+    Raises:
+        InputError: a cell's configuration or folder is wrong; names the variant, before the first run starts.
+    """
+    for cell in planned:
         RunFolder(out / "runs" / cell.folder).check(cell.config, resume=True)
         try:
             prepare(cell.config)
         except InputError as error:
             raise InputError(f"variant '{cell.variant}': {error}") from error
-    done: list[Cell] = []
     for number, cell in enumerate(planned, start=1):
         folder = RunFolder(out / "runs" / cell.folder)
         fresh = "" if folder.finished() is None else " (finished before)"
         print(f"[{number}/{len(planned)}] {cell.folder}{fresh}", file=log, flush=True)
-        result = runner(cell.config, folder)
-        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, _curve(folder)))
-        comparison.write(done, comparison_.title, out)
-    return done
+        yield cell, folder, runner(cell.config, folder)
 
 
 def _curve(folder: RunFolder) -> list[tuple[int, float]]:

@@ -32,6 +32,7 @@ class DataConfig:
     train_examples: int | None = None
     test_examples: int | None = None
     holdout_examples: int = 0
+    features: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class ModelConfig:
     name: str = "small_cnn"
     options: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    init_from: str | None = None
+    init_sha256: str | None = None
+    reset: list[str] = field(default_factory=list)
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,22 @@ class StrategyConfig:
 
 
 @dataclass(frozen=True)
+class ClipGroupConfig:
+    parameters: list[str] = field(default_factory=list)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class PrivacyConfig:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
+    noise_schedule: list[float] = field(default_factory=list)
     stop_at_epsilon: float | None = None
     delta: float = 1e-5
     accountant: str = "pld"
     clip_norm: float = 1.0
     clipping: str = "flat"
+    clip_groups: dict[str, Any] = field(default_factory=dict)
     noise_source: str = "seeded"
 
 
@@ -86,6 +99,7 @@ class TrainConfig:
 class OptimizerConfig:
     name: str = "sgd"
     learning_rate: float = 1.0
+    scale_with_batch: float | None = None
     momentum: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -93,13 +107,46 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     schedule: str = "constant"
     warmup_steps: int = 0
+    warmup_epochs: float | None = None
     final_fraction: float = 0.0
 
 
 @dataclass(frozen=True)
 class EngineConfig:
+    """Speed and memory. Nothing here changes a result beyond float rounding, nor `Config.digest`.
+
+    Attributes:
+        gradients: bookkeeping, vmap or opacus.
+        physical_batch_size: views through the model at once, or "auto": chosen by a short probe before the
+            first step (`fedsim.engine.probe`). The choice depends on a clock, and the size on the order in
+            which numbers are added: for equal bits the chosen number is kept in the run folder's
+            configuration, from which a resumed run takes it; give a number to repeat a run elsewhere.
+        memory_limit: what a physical batch may take on one node: bytes, "8GB", or a share of what is free
+            (a fraction up to 1.0). For "auto" only; null is half of what is free, divided by the nodes that
+            compute there at once.
+        gradient_memory: of the bookkeeping engine: memory for per-example gradients kept to the end of a call
+            to save forming them twice. "full" (2 GiB on the CPU, an eighth of a CUDA device), "low" (none),
+            bytes, or "512MB".
+        precision: of the bookkeeping engine, forward and backward: float32; tf32 or bfloat16 on CUDA, faster
+            and less exact (norms and sums are accumulated in float32 or wider in all of them).
+        channels_last: of the bookkeeping engine, layout of images: auto (where it was measured to help), on
+            or off (YAML's true and false).
+        device: auto, cpu, cuda or cuda:N. Auto takes CUDA where there is one, for node i number i modulo the
+            number of devices its process sees.
+        threads: torch threads of a process; None for all cores.
+        cpus_per_node, gpus_per_node: what Flower's simulation reserves for a node.
+
+    Per-holder sums (`shares_dpsgd`) are taken by the vmap engine in any case, and local training by ordinary
+    gradients; the bookkeeping engine's settings do not reach those. There is no setting for `torch.compile`:
+    see `fedsim.grads.bookkeeping.Options`.
+    """
+
     gradients: str = "bookkeeping"
-    physical_batch_size: int = 256
+    physical_batch_size: int | str = 256
+    memory_limit: int | float | str | None = None
+    gradient_memory: int | str = "full"
+    precision: str = "float32"
+    channels_last: bool | str = "auto"
     device: str = "auto"
     threads: int | None = None
     cpus_per_node: int = 1
@@ -158,6 +205,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     for path in reversed(_chain(find(source))):
         merged = _merge(merged, _read(path), str(path))
     merged = _merge(merged, _dotlist(overrides), "command line")
+    if merged.model.init_from is not None:  # nodes run in other folders
+        merged.model.init_from = str(Path(merged.model.init_from).expanduser().absolute())
     return _freeze(merged)
 
 
@@ -180,6 +229,26 @@ def parse_options(options: dict[str, Any], schema: type[Any], where: str) -> Any
     typed = OmegaConf.structured(schema)
     OmegaConf.set_readonly(typed, False)
     return _to_dataclass(_merge(typed, OmegaConf.create(options), where), schema)
+
+
+def clip_groups(privacy: PrivacyConfig) -> dict[str, ClipGroupConfig]:
+    """Return `privacy.clip_groups` typed, by name.
+
+    Raises:
+        InputError: a group that is not a mapping, has an unknown key or no parameters, or a weight that is
+            not positive.
+    """
+    groups: dict[str, ClipGroupConfig] = {}
+    for name, given in privacy.clip_groups.items():
+        where = f"privacy.clip_groups.{name}"
+        if not isinstance(given, dict):
+            raise InputError(f"{where} must be a mapping with parameters and weight, got {given!r}.")
+        group: ClipGroupConfig = parse_options(given, ClipGroupConfig, where)
+        validate.positive(group.weight, f"{where}.weight")
+        if not group.parameters:
+            raise InputError(f"{where}.parameters must list patterns of parameter names, got none.")
+        groups[str(name)] = group
+    return groups
 
 
 def _schema() -> DictConfig:
@@ -328,10 +397,19 @@ def _check(c: Config) -> None:
         (p.clip_norm, "privacy.clip_norm"),
         (p.delta, "privacy.delta"),
         (o.learning_rate, "optimizer.learning_rate"),
-        (e.physical_batch_size, "engine.physical_batch_size"),
         (e.cpus_per_node, "engine.cpus_per_node"),
     ):
         validate.positive(value, name)
+    if isinstance(e.physical_batch_size, int):
+        validate.positive(e.physical_batch_size, "engine.physical_batch_size")
+        if e.memory_limit is not None:
+            validate.conflicts(
+                f"engine.memory_limit ({e.memory_limit}) is for engine.physical_batch_size=auto, "
+                f"which is {e.physical_batch_size}.",
+                "Set engine.memory_limit=null, or engine.physical_batch_size=auto.",
+            )
+    else:
+        validate.one_of(e.physical_batch_size, ("auto",), "engine.physical_batch_size")
     for optional, name in (
         (p.target_epsilon, "privacy.target_epsilon"),
         (p.noise_multiplier, "privacy.noise_multiplier"),
@@ -339,19 +417,38 @@ def _check(c: Config) -> None:
         (c.data.train_examples, "data.train_examples"),
         (c.data.test_examples, "data.test_examples"),
         (f.nodes_per_wave, "federation.nodes_per_wave"),
+        (o.scale_with_batch, "optimizer.scale_with_batch"),
+        (o.warmup_epochs, "optimizer.warmup_epochs"),
         (e.threads, "engine.threads"),
     ):
         if optional is not None:
             validate.positive(optional, name)
+    for factor in p.noise_schedule:
+        validate.positive(factor, "every entry of privacy.noise_schedule")
     validate.in_range(p.delta, 0.0, 0.5, "privacy.delta", "Use at most 1 / number of examples.")
     validate.in_range(f.availability, 0.0, 1.0, "federation.availability")
     validate.in_range(t.ema_decay, 0.0, 1.0 - 1e-12, "train.ema_decay")
     validate.in_range(o.momentum, 0.0, 1.0 - 1e-12, "optimizer.momentum")
     validate.in_range(o.final_fraction, 0.0, 1.0, "optimizer.final_fraction")
     validate.in_range(c.data.holdout_examples, 0, 2**62, "data.holdout_examples")
-    validate.one_of(p.accountant, ("pld", "rdp"), "privacy.accountant")
-    validate.one_of(p.clipping, ("flat", "normalised"), "privacy.clipping")
+    validate.one_of(p.accountant, ("pld", "rdp", "rdp_objax"), "privacy.accountant")
+    validate.one_of(p.clipping, ("flat", "normalised", "per_layer", "grouped"), "privacy.clipping")
+    if (p.clipping == "grouped") != bool(clip_groups(p)):
+        validate.conflicts(
+            f"privacy.clipping is {p.clipping}, but privacy.clip_groups has {len(p.clip_groups)} groups.",
+            "Groups go with privacy.clipping=grouped, and only with it.",
+        )
     validate.one_of(p.noise_source, ("seeded", "secure"), "privacy.noise_source")
+    if (c.model.reset or c.model.init_sha256) and c.model.init_from is None:
+        validate.conflicts(
+            "model.reset or model.init_sha256 is set, but model.init_from is not.",
+            "They say something of the weights that model.init_from names.",
+        )
+    if o.warmup_steps and o.warmup_epochs is not None:
+        validate.conflicts(
+            f"optimizer.warmup_steps is {o.warmup_steps} and optimizer.warmup_epochs is {o.warmup_epochs:g}.",
+            "Give one of them.",
+        )
     if f.nodes > f.holders:
         validate.conflicts(
             f"federation.nodes ({f.nodes}) is above federation.holders ({f.holders}).",

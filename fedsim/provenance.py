@@ -6,7 +6,9 @@ import functools
 import hashlib
 import os
 import platform
+import resource
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -54,6 +56,17 @@ def hardware() -> dict[str, str | int]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "flwr", "opacus", "dp-accounting", "numpy")},
     }
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the largest memory this process has held so far, and on its GPU, in bytes."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes, except there
+    held = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        held["gpu"] = torch.cuda.max_memory_allocated()
+    return held
 
 
 def _git(*arguments: str) -> str:

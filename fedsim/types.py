@@ -22,6 +22,8 @@ class ClippedSum:
         norms: (count,) float64 per-example gradient norms before clipping; sensitive. NaN or inf where the
             gradient was not finite.
         losses: (count,) float64 per-example losses, mean over views; sensitive.
+        clipped: (count,) bool, whether some part of the example's gradient was above its own bound, for a
+            clip rule with bounds on parts; None: where the norm is above `sensitivity`. Sensitive.
     """
 
     sum: Tensor
@@ -29,6 +31,7 @@ class ClippedSum:
     sensitivity: float
     norms: Tensor
     losses: Tensor
+    clipped: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -25,6 +26,7 @@ from fedsim.grads.local_training import LocalTraining
 from fedsim.noise.gaussian import GaussianNoise
 from fedsim.privacy import accountant, events
 from fedsim.privacy.accountant import Calibration
+from fedsim.privacy.levels import NoiseLevels
 from fedsim.sampling import PoissonSampler
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
@@ -59,6 +61,8 @@ class Plan:
             several examples, where `event` bounds single examples only because of their places in a period.
         calibration: how the noise multiplier was found, when it was.
         stopped_by_budget: whether `steps` is below the configured number because of stop_at_epsilon.
+        levels: factors on the noise multiplier over the run where privacy.noise_schedule sets them; `noise`
+            and `event` are then those of factor 1.
     """
 
     unit: str
@@ -73,13 +77,25 @@ class Plan:
     period: int = 1
     holder_noise_factor: float = 1.0
     example_event: dp_accounting.DpEvent | None = None
+    levels: NoiseLevels | None = None
+
+    def noise_factor(self, step: int) -> float:
+        """Return what multiplies the noise in one step."""
+        return 1.0 if self.levels is None else self.levels.factor(step)
 
     def event_at(self, step: int) -> dp_accounting.DpEvent:
         """Return what the ledger records for one step."""
+        if self.levels is not None:
+            return events.with_noise(self.event, self.levels.factor(step))
         return self.event if step % self.period == 0 else dp_accounting.NoOpDpEvent()
 
     def total_event(self, steps: int) -> dp_accounting.DpEvent:
         """Return what `steps` steps release together."""
+        if self.levels is not None:
+            return events.sequence(
+                events.composed(events.with_noise(self.event, factor), count)
+                for factor, count in self.levels.counts(steps)
+            )
         return events.composed(self.event, -(-steps // self.period))
 
     def total_event_for_holder(self, steps: int, examples: int) -> dp_accounting.DpEvent:
@@ -101,17 +117,26 @@ class NoiseChoice:
     releases: int
 
 
-def choose_noise(privacy: PrivacyConfig, sampling_rate: float, releases: int) -> NoiseChoice:
+def choose_noise(
+    privacy: PrivacyConfig, sampling_rate: float, releases: int, levels: NoiseLevels | None = None
+) -> NoiseChoice:
     """Return the noise for `releases` Gaussian releases, from a target epsilon or as given.
 
     Args:
         privacy: gives exactly one of target_epsilon and noise_multiplier.
         sampling_rate: of each release; 1 without sampling.
         releases: how many the whole run makes.
+        levels: factors on the noise multiplier; None for a strategy that keeps it constant.
 
     Raises:
-        InputError: both or neither given, an unreachable target, or a budget below one release.
+        InputError: both or neither given, an unreachable target, a budget below one release, or a
+            noise schedule for a strategy that does not take one.
     """
+    if privacy.noise_schedule and levels is None:
+        validate.conflicts(
+            "privacy.noise_schedule is set, but the noise of this strategy is constant.",
+            "Set privacy.noise_schedule=[], or use strategy.name=central_dpsgd.",
+        )
     if (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
         given = "neither" if privacy.target_epsilon is None else "both"
         validate.conflicts(
@@ -121,12 +146,13 @@ def choose_noise(privacy: PrivacyConfig, sampling_rate: float, releases: int) ->
     calibration, multiplier, delta, kind = None, privacy.noise_multiplier, privacy.delta, privacy.accountant
     if privacy.target_epsilon is not None:
         calibration = accountant.noise_multiplier_for(
-            privacy.target_epsilon, delta, sampling_rate, releases, kind
+            privacy.target_epsilon, delta, sampling_rate, releases, kind, levels=levels
         )
         multiplier = calibration.noise_multiplier
     assert multiplier is not None
     if (budget := privacy.stop_at_epsilon) is not None:
-        releases = min(releases, accountant.max_steps(budget, delta, multiplier, sampling_rate, kind))
+        most = accountant.max_steps(budget, delta, multiplier, sampling_rate, kind, releases, levels)
+        releases = min(releases, most)
     if releases == 0:
         validate.conflicts(
             f"privacy.stop_at_epsilon {budget} is below the epsilon of a single release.",
@@ -146,6 +172,10 @@ class NodeView(Protocol):
 
     def zero_sum(self) -> Tensor:
         """Return a zero vector (P,) in the model's dtype, on its device."""
+        ...
+
+    def moved(self, update: Tensor) -> AbstractContextManager[None]:
+        """Within the block, take gradients at the task's parameters minus `update` (P,)."""
         ...
 
     def local_update(self, holder: int, task: StepTask, how: LocalTraining) -> tuple[Tensor, float]:
@@ -184,6 +214,7 @@ class Strategy(ABC, Generic[OptionsT]):
     sent: ClassVar[str]
     noise_added: ClassVar[str]
     dropout_policy: ClassVar[str]
+    sums_by_holder: ClassVar[bool] = False  # whether `answer` takes `NodeView.clipped_sums`: more memory
 
     def __init__(self, config: Config, options: OptionsT) -> None:
         self.config = config
@@ -196,7 +227,7 @@ class Strategy(ABC, Generic[OptionsT]):
     def clip_rule(self) -> ClipRule:
         """Return the clip rule, known from the configuration alone, so that nodes need no plan."""
         privacy = self.config.privacy
-        return CLIP_RULES[privacy.clipping](privacy.clip_norm)
+        return CLIP_RULES[privacy.clipping](privacy)
 
     def keys(self, root: Root, step: int) -> dict[str, bytes]:
         """Return the keys nodes need for a step, by purpose."""

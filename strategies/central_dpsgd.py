@@ -3,8 +3,9 @@
 Who is trusted: the server, with the exact sum of clipped gradients (it adds the noise); holders do not
 trust each other. What is sent: one sum of clipped per-example gradients a node and step. Where noise is
 added: once, at the server, on the sum over all holders. Unit: example (add or remove one).
-Event: Poisson-sampled Gaussian, one a step. Dropout policy: a node that fails is asked once more with the
-same keys; then the run stops, because a sum without it would not be the mechanism that was accounted.
+Event: Poisson-sampled Gaussian, one a step, of the step's own noise multiplier where
+privacy.noise_schedule changes it over the run. Dropout policy: a node that fails is asked once more with
+the same keys; then the run stops, because a sum without it would not be the mechanism that was accounted.
 Holders that are offline by the availability model are ordinary: they contribute nothing to that step, the
 noise stays full, and accounting them as present is an upper bound (fedsim.sampling).
 
@@ -13,13 +14,14 @@ Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.noise.gaussian import GaussianNoise
 from fedsim.privacy import events
+from fedsim.privacy.levels import NoiseLevels
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root
 from strategies.base import DataFacts, Plan, Strategy, choose_noise
@@ -41,7 +43,9 @@ class CentralDPSGD(Strategy[Options]):
     def plan(self, facts: DataFacts) -> Plan:
         train, federation = self.config.train, self.config.federation
         rate = sampling_rate(train.expected_batch_size, facts.examples, federation.availability)
-        choice = choose_noise(self.config.privacy, rate, train.steps)
+        schedule = self.config.privacy.noise_schedule
+        levels = NoiseLevels(tuple(schedule), train.steps) if schedule else None
+        choice = choose_noise(self.config.privacy, rate, train.steps, levels)
         clip = self.clip_rule()
         return Plan(
             unit="example",
@@ -53,11 +57,18 @@ class CentralDPSGD(Strategy[Options]):
             event=events.gaussian_step(choice.noise_multiplier, rate),
             calibration=choice.calibration,
             stopped_by_budget=choice.releases < train.steps,
+            levels=levels,
         )
 
     def noise(self, plan: Plan, root: Root, step: int, count: int) -> NDArray[np.float64] | None:
         assert plan.noise is not None
-        return plan.noise.sample(root, step, count)
+        factor = plan.noise_factor(step)
+        noise = (
+            plan.noise
+            if factor == 1.0
+            else replace(plan.noise, noise_multiplier=plan.noise.noise_multiplier * factor)
+        )
+        return noise.sample(root, step, count)
 
 
 STRATEGY = CentralDPSGD

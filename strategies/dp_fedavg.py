@@ -57,6 +57,7 @@ class FedAvgOptions:
         quantile_learning_rate: step of the geometric update of the clip norm.
         count_noise: standard deviation s of the noise on the count; None: a twentieth of the expected
             number of holders, at least 1.
+        weighting: "equal"; "examples", the weights of non-private FedAvg, is refused with the reason.
     """
 
     local_epochs: int = 1
@@ -65,6 +66,7 @@ class FedAvgOptions:
     target_quantile: float | None = None
     quantile_learning_rate: float = 0.2
     count_noise: float | None = None
+    weighting: str = "equal"
 
 
 class DPFedAvg(Strategy[FedAvgOptions]):
@@ -89,6 +91,7 @@ class DPFedAvg(Strategy[FedAvgOptions]):
     def plan(self, facts: DataFacts) -> Plan:
         train, privacy = self.config.train, self.config.privacy
         self.local.check("strategy.options")
+        self._check_options()
         if train.augment_multiplicity > 1 or train.augmentations:
             validate.conflicts(
                 "dp_fedavg trains on plain examples, but views or augmentations are set.",
@@ -96,7 +99,9 @@ class DPFedAvg(Strategy[FedAvgOptions]):
             )
         if privacy.clipping != "flat":
             validate.conflicts(
-                f"dp_fedavg clips updates flat, got privacy.clipping={privacy.clipping}.", "Use flat."
+                f"dp_fedavg clips updates flat, got privacy.clipping={privacy.clipping}: what it clips is a "
+                "holder's whole update, one vector, whose norm the adaptive clip norm follows.",
+                "Use flat.",
             )
         rate = sampling_rate(train.expected_batch_size, facts.examples, self.config.federation.availability)
         choice = choose_noise(privacy, rate, train.steps)
@@ -116,6 +121,30 @@ class DPFedAvg(Strategy[FedAvgOptions]):
             stopped_by_budget=choice.releases < train.steps,
             example_event=events.gaussian_step(choice.noise_multiplier / 2, rate),
         )
+
+    def _check_options(self) -> None:
+        """Refuse what would have no event, or no effect."""
+        options = self.options
+        if options.weighting == "examples":
+            validate.conflicts(
+                "strategy.options.weighting=examples: weighting updates by example count multiplies the "
+                "sensitivity by the largest holder's size, and the weights themselves are private.",
+                "Use equal; a holder then counts once whatever its size.",
+            )
+        validate.one_of(options.weighting, ("equal",), "strategy.options.weighting")
+        if options.count_noise is None:
+            return
+        if options.target_quantile is None:
+            validate.conflicts(
+                "strategy.options.count_noise is the noise of adaptive clipping, which is off.",
+                "Set target_quantile too, or count_noise to null.",
+            )
+        if options.count_noise == 0.0:
+            validate.conflicts(
+                "strategy.options.count_noise is 0: adaptive clipping would release an exact count, which no "
+                "event covers.",
+                "Raise it, or leave it null.",
+            )
 
     def _sum_multiplier(self, total: float, expected_holders: float) -> float:
         """Return the multiplier of the sum's noise, so that sum and count together are one of `total`."""
@@ -170,6 +199,7 @@ class DPFedAvg(Strategy[FedAvgOptions]):
             # expected number of holders, which is public, stands for the drawn one in the division.
             drawn = float(standard_normal(derive(root, "quantile", step), 1)[0])
             share = 0.5 + (self._centred_count + self._count_noise(plan.divisor) * drawn) / plan.divisor
+            share = min(max(share, 0.0), 1.0)  # what a share can be: noise alone then moves it a step at most
             step_size = self.options.quantile_learning_rate
             self._clip_norm *= math.exp(-step_size * (share - self.options.target_quantile))
         return noise

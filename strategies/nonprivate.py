@@ -77,6 +77,11 @@ class NonPrivate(Strategy[BaselineOptions]):
                     f"strategy nonprivate has no noise, but privacy.{name} is {value}.",
                     f"Set privacy.{name}=null, or use strategy.name=central_dpsgd.",
                 )
+        if privacy.noise_schedule:
+            validate.conflicts(
+                "strategy nonprivate has no noise, but privacy.noise_schedule is set.",
+                "Set privacy.noise_schedule=[], or use strategy.name=central_dpsgd.",
+            )
         rate = sampling_rate(train.expected_batch_size, facts.examples, federation.availability)
         by_holder = self.options.algorithm == "fedavg"
         return Plan(

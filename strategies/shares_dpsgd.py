@@ -116,6 +116,7 @@ class SharesDPSGD(Strategy[SharesOptions]):
     trusted = "server to follow the protocol (sees only the noisy sum), most holders not to work with it"
     sent = "masked, rounded sum of clipped per-example gradients with a share of the noise, a holder"
     noise_added = "every holder, a share of it, as integers"
+    sums_by_holder = True
     dropout_policy = "below min_survivors: refuse the step, or top up the noise; below the threshold: refuse"
 
     def __init__(self, config: Config, options: SharesOptions) -> None:

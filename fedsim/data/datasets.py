@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from fedsim import seeds, validate
 from fedsim.config import DataConfig
+from fedsim.data import features, glyphs
 from fedsim.validate import InputError
 
 EMBEDDED_DIR = Path(__file__).resolve().parent / "embedded"
@@ -145,6 +146,7 @@ def resolve(config: DataConfig) -> DataConfig:
     finds it there.
     """
     validate.one_of(config.name, DATASETS, "data.name")
+    validate.one_of(config.features, [None, *features.FEATURES], "data.features")
     root = default_root() if config.root is None else Path(config.root).expanduser().absolute()
     if config.name == "fashion_mnist_subset":
         places = [root, default_root(), EMBEDDED_DIR, *_installed_embedded()]
@@ -173,6 +175,8 @@ def load(config: DataConfig) -> Splits:
     run seed changes, and evaluates on these *instead of* the test set: hyper-parameters are tuned with a
     hold-out and reported without. `train_examples` and `test_examples` then keep the first examples of the
     training and the evaluation split. Global example ids are the rows of the training split that results.
+    `features` names a fixed map (fedsim.data.features) that replaces every image by float16 features, read
+    from a cache on disk that the first call fills.
 
     Raises:
         InputError: unknown name, files missing or malformed, or more examples asked for than there are.
@@ -185,6 +189,8 @@ def _load(config: DataConfig) -> Splits:
     assert config.root is not None  # set by resolve
     splits = DATASETS[config.name](Path(config.root))
     train, test = splits.train, splits.test
+    if config.features is not None:  # of the whole set, so that every cut of it shares one cached file
+        train, test = _featurised(train, config.features), _featurised(test, config.features)
     if config.holdout_examples:
         if config.holdout_examples >= len(train):
             raise InputError(
@@ -197,6 +203,10 @@ def _load(config: DataConfig) -> Splits:
     train = _first(train, config.train_examples, "data.train_examples")
     test = _first(test, config.test_examples, "data.test_examples")
     return Splits(train, test)
+
+
+def _featurised(data: ArrayDataset, name: str) -> ArrayDataset:
+    return dataclasses.replace(data, inputs=features.of_images(name, data.inputs), mean=(), std=())
 
 
 def _first(data: ArrayDataset, n: int | None, name: str) -> ArrayDataset:
@@ -345,6 +355,21 @@ def _pixels(path: str) -> NDArray[np.uint8]:
         raise InputError(f"image_folder: {path} must be a readable image. {error}") from error
 
 
+def _glyphs(name: str) -> Loader:
+    def loader(root: Path) -> Splits:
+        a, classes = glyphs.load(name, root), len(glyphs.CHARACTERS[name])
+        return Splits(
+            *(
+                ArrayDataset(
+                    name, a[f"{s}_inputs"], a[f"{s}_labels"], a[f"{s}_groups"], classes, (0.5,), (0.5,)
+                )
+                for s in ("train", "test")
+            )
+        )
+
+    return loader
+
+
 def _arrays(root: Path) -> Splits:
     arrays = _read_arrays(root)
     needed = ("train_inputs", "train_labels", "test_inputs", "test_labels")
@@ -449,5 +474,6 @@ DATASETS: Mapping[str, Loader] = {
         _BY_TORCHVISION.format("CIFAR100"),
     ),
     "image_folder": _image_folder,
+    **{name: _glyphs(name) for name in glyphs.CHARACTERS},
     "arrays": _arrays,
 }

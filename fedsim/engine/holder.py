@@ -6,9 +6,11 @@ was asked before, so a task can be asked again and any process can serve any nod
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from fedsim import config as configs
 from fedsim import provenance
 from fedsim.config import Config
 from fedsim.data import augment, datasets, partition
-from fedsim.engine.device import pick_device, set_threads
+from fedsim.engine.device import options_of, pick_device, set_threads
 from fedsim.engine.experiment import build_model
 from fedsim.grads.clip import ClipRule
 from fedsim.grads.flat import get_flat, set_flat
@@ -29,6 +31,7 @@ from fedsim.grads.per_example import clipped_gradient_sum, clipped_gradient_sums
 from fedsim.sampling import HolderAvailability
 from fedsim.seeds import stream
 from fedsim.types import ClippedSum, HolderReply, StepTask
+from fedsim.validate import InputError
 
 NORM_EDGES = tuple(
     float(x) for x in np.logspace(-3, 4, 57)
@@ -49,8 +52,15 @@ class Node:
         nodes = config.federation.nodes
         self.holders = self.partition.holders_of_node(index, nodes)
         self.ids = self.partition.ids_of_node(index, nodes)
-        self.device = pick_device(config.engine.device)
+        self.device = pick_device(config.engine.device, index)
         set_threads(config.engine.threads)
+        if not isinstance(config.engine.physical_batch_size, int):
+            raise InputError(
+                "engine.physical_batch_size must be a number by the time nodes start, got 'auto'. "
+                "Start the run by fedsim.flower.server_app.train, which chooses it, or give a number."
+            )
+        self.physical_batch_size = config.engine.physical_batch_size
+        self.options = options_of(config.engine)
         self.model = build_model(config, self.train).to(self.device)
         self.dtype = get_flat(self.model).dtype
 
@@ -75,6 +85,16 @@ class Node:
         """Return a zero vector (P,) in the model's dtype, on its device."""
         return torch.zeros_like(get_flat(self.model))
 
+    @contextmanager
+    def moved(self, update: torch.Tensor) -> Iterator[None]:
+        """Within the block, take gradients at the task's parameters minus `update` (P,)."""
+        start = get_flat(self.model)
+        set_flat(self.model, start - update)
+        try:
+            yield
+        finally:
+            set_flat(self.model, start)
+
     def local_update(self, holder: int, task: StepTask, how: LocalTraining) -> tuple[torch.Tensor, float]:
         """Train on all examples of one holder; return start minus end (P,) and the mean loss.
 
@@ -95,28 +115,27 @@ class Node:
 
     def clipped_sum(self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule) -> ClippedSum:
         """Return the clipped gradient sum of these examples, one physical batch in memory at a time."""
-        engine = self.config.engine
         parts: list[ClippedSum] = []
+        total: torch.Tensor | None = None
         for _, inputs, targets in self._pieces(ids, task):
-            parts.append(
-                clipped_gradient_sum(
-                    self.model,
-                    inputs,
-                    targets,
-                    clip,
-                    engine=engine.gradients,
-                    physical_batch_size=engine.physical_batch_size,
-                )
+            part = clipped_gradient_sum(
+                self.model,
+                inputs,
+                targets,
+                clip,
+                engine=self.config.engine.gradients,
+                physical_batch_size=self.physical_batch_size,
+                options=self.options,
             )
-        total = parts[0].sum
-        for item in parts[1:]:
-            total += item.sum
+            total = part.sum if total is None else total.add_(part.sum)
+            parts.append(dataclasses.replace(part, sum=total))  # one sum is kept, not one a physical batch
         return ClippedSum(
-            total,
+            parts[0].sum,
             len(ids),
             clip.sensitivity,
             torch.cat([p.norms for p in parts]),
             torch.cat([p.losses for p in parts]),
+            _joined([p.clipped for p in parts]),
         )
 
     def clipped_sums(
@@ -130,14 +149,20 @@ class Node:
         totals = torch.zeros(
             (len(self.holders), self.zero_sum().numel()), dtype=self.dtype, device=self.device
         )
-        norms, losses = [], []
+        norms, losses, clipped = [], [], []
         for piece, inputs, targets in self._pieces(ids, task):
             owners = torch.from_numpy(rows[piece])
             answer = clipped_gradient_sums(self.model, inputs, targets, clip, owners, totals)
             norms.append(answer[0])
             losses.append(answer[1])
+            clipped.append(answer[2])
         together = ClippedSum(
-            totals.new_zeros(0), len(ids), clip.sensitivity, torch.cat(norms), torch.cat(losses)
+            totals.new_zeros(0),
+            len(ids),
+            clip.sensitivity,
+            torch.cat(norms),
+            torch.cat(losses),
+            _joined(clipped),
         )
         return totals, together
 
@@ -146,7 +171,7 @@ class Node:
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Yield (place in ids, inputs, targets) of one physical batch after the other; one at least."""
         train = self.config.train
-        chunk = max(1, self.config.engine.physical_batch_size // train.augment_multiplicity)
+        chunk = max(1, self.physical_batch_size // train.augment_multiplicity)
         for start in range(0, max(1, len(ids)), chunk):
             piece = slice(start, start + chunk)
             part = ids[piece]
@@ -159,6 +184,11 @@ class Node:
             )
             inputs = datasets.normalise(raw, self.train, self.dtype, self.device)
             yield piece, inputs, torch.from_numpy(self.train.labels[part])
+
+
+def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 @functools.lru_cache(maxsize=8)
@@ -195,12 +225,14 @@ def answer(node: Node, task: StepTask, parameters: NDArray[Any]) -> HolderReply:
 def statistics(result: ClippedSum) -> dict[str, float | list[float]]:
     """Return sensitive statistics that add up over nodes: loss sum, clipped count, norm histogram."""
     norms = result.norms.cpu().numpy()
-    finite = norms[np.isfinite(norms)]
+    whole = np.isfinite(norms)
+    finite = norms[whole]
+    clipped = finite > result.sensitivity if result.clipped is None else result.clipped.cpu().numpy()[whole]
     losses = result.losses.cpu().numpy()
     counts, _ = np.histogram(np.clip(finite, NORM_EDGES[0], NORM_EDGES[-1]), bins=np.asarray(NORM_EDGES))
     return {
         "loss_sum": float(losses[np.isfinite(losses)].sum()),
-        "clipped": float((finite > result.sensitivity).sum()),
+        "clipped": float(clipped.sum()),
         "non_finite": float(len(norms) - len(finite)),
         "norm_sum": float(finite.sum()),
         "norm_histogram": [float(c) for c in counts],

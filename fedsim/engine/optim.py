@@ -7,6 +7,7 @@ that a resumed run continues bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -18,8 +19,40 @@ from fedsim.config import OptimizerConfig, TrainConfig
 from fedsim.grads.flat import FlatSpec
 from fedsim.validate import InputError
 
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw", "lamb")
+SLOTS: Mapping[str, tuple[str, ...]] = {
+    "sgd": (),
+    "momentum": ("velocity",),
+    "nesterov": ("velocity",),
+    "adam": ("first", "second"),
+    "adamw": ("first", "second"),
+    "lamb": ("first", "second"),
+}
+"""The vectors (P,) an optimizer keeps between steps."""
+OPTIMIZERS = tuple(SLOTS)
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+def resolved(config: OptimizerConfig, train: TrainConfig, examples: int) -> OptimizerConfig:
+    """Return the configuration with settings that follow from the batch and the data worked out.
+
+    `scale_with_batch` r: the rate becomes learning_rate * expected_batch_size / r, the linear rule of Goyal
+    et al. 2017, by which Kurakin et al. 2022 state their rates for r = 256. `warmup_epochs`: becomes the
+    steps, rounded up, that draw that many times `examples` on average.
+
+    Args:
+        config: as written.
+        train: gives the expected batch size.
+        examples: in the training set, over all holders.
+    """
+    batch = train.expected_batch_size
+    rate, warmup = config.learning_rate, config.warmup_steps
+    if config.scale_with_batch is not None:
+        rate *= batch / config.scale_with_batch
+    if config.warmup_epochs is not None:
+        warmup = math.ceil(round(config.warmup_epochs * examples / batch, 9))
+    return dataclasses.replace(
+        config, learning_rate=rate, warmup_steps=warmup, scale_with_batch=None, warmup_epochs=None
+    )
 
 
 def learning_rate(config: OptimizerConfig, steps: int, step_index: int) -> float:
@@ -54,7 +87,7 @@ class ServerOptimizer:
     added to the mean gradient as weight_decay * parameters.
 
     Args:
-        config: name, rates and coefficients.
+        config: name, rates and coefficients; from `resolved` where it scales with the batch.
         train: steps of the whole run, for the schedule, and `ema_decay`; 0 means no average is kept.
         spec: layout of the flat vector, whose tensors are lamb's layers.
 
@@ -64,6 +97,10 @@ class ServerOptimizer:
 
     def __init__(self, config: OptimizerConfig, train: TrainConfig, spec: FlatSpec) -> None:
         check(config)
+        if config.scale_with_batch is not None or config.warmup_epochs is not None:
+            raise InputError(
+                "optimizer.scale_with_batch and warmup_epochs must be worked out before. Use resolved()."
+            )
         validate.positive(train.steps, "train.steps")
         validate.in_range(
             config.warmup_steps, 0, train.steps - 1, "optimizer.warmup_steps", "Keep it below train.steps."
@@ -160,9 +197,7 @@ class ServerOptimizer:
             self._ema.init(tensors["average"])
 
     def _slot_names(self) -> tuple[str, ...]:
-        if self.config.name == "sgd":
-            return ()
-        return ("velocity",) if self.config.name in ("momentum", "nesterov") else ("first", "second")
+        return SLOTS[self.config.name]
 
     def _with_l2(self, params: Tensor, gradient: Tensor) -> Tensor:
         decay = self.config.weight_decay
@@ -239,6 +274,12 @@ def check(config: OptimizerConfig) -> None:
     validate.one_of(config.schedule, SCHEDULES, "optimizer.schedule")
     validate.positive(config.learning_rate, "optimizer.learning_rate")
     validate.positive(config.epsilon, "optimizer.epsilon")
+    for optional, name in (
+        (config.scale_with_batch, "optimizer.scale_with_batch"),
+        (config.warmup_epochs, "optimizer.warmup_epochs"),
+    ):
+        if optional is not None:
+            validate.positive(optional, name)
     validate.in_range(config.beta1, 0.0, 1.0 - 1e-12, "optimizer.beta1")
     validate.in_range(config.beta2, 0.0, 1.0 - 1e-12, "optimizer.beta2")
     validate.in_range(config.momentum, 0.0, 1.0 - 1e-12, "optimizer.momentum")

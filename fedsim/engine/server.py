@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsim import provenance, seeds
 from fedsim.data import datasets
-from fedsim.engine import checkpoint, evaluate
+from fedsim.engine import checkpoint, evaluate, optim
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, epsilons
 from fedsim.engine.holder import NORM_EDGES
@@ -48,7 +48,8 @@ class Server:
         self.root = self._open_root()
         self.model = experiment.model
         self.parameters = get_flat(self.model).clone()
-        self.optimizer = ServerOptimizer(self.config.optimizer, self.config.train, spec(self.model))
+        rule = optim.resolved(self.config.optimizer, self.config.train, experiment.facts.examples)
+        self.optimizer = ServerOptimizer(rule, self.config.train, spec(self.model))
         self.optimizer.init(self.parameters)
         self.completed = 0
         self._restore()
@@ -141,7 +142,8 @@ class Server:
         public |= {f"seconds/{name}": value for name, value in timing.items()}
         sensitive = {"realised_batch_size": float(realised), "sum_norm": signal}
         if self.plan.noise is not None:
-            noise_std = self.experiment.strategy.noise_std_of_sum(self.plan)
+            factor = self.plan.noise_factor(self.completed - 1)
+            noise_std = self.experiment.strategy.noise_std_of_sum(self.plan) * factor
             public["noise_std_of_mean"] = noise_std / self.plan.divisor
             spread = noise_std * self.parameters.numel() ** 0.5
             sensitive["noise_to_signal"] = spread / signal if signal else float("inf")
@@ -261,6 +263,8 @@ class Server:
             "commit": provenance.commit(),
             "code_hash": provenance.code_hash(),
             "hardware": provenance.hardware(),
+            "physical_batch_size": self.config.engine.physical_batch_size,
+            "peak_memory_bytes": provenance.peak_memory(),
         }
         self.folder.write_result(result)
         if self.config.privacy.noise_source == "secure":

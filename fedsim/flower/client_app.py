@@ -28,7 +28,9 @@ def train(message: Message, context: Context) -> Message:
     # Imported here: in deployment each message is a new process, and a query needs none of this.
     from fedsim.engine import holder
     from fedsim.flower import wire
+    from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
+    retain_freed_memory()
     began = time.perf_counter()
     task, parameters, config_json = wire.unpack_task(message.content)
     unpacked = time.perf_counter() - began

@@ -13,11 +13,13 @@ from flwr.serverapp import Grid, ServerApp
 from fedsim import config as configs
 from fedsim.config import Config
 from fedsim.data import datasets
+from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.metrics import ConsoleProgress
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
 from fedsim.flower.transport import GridTransport
+from fedsim.models import weights
 from fedsim.validate import InputError
 
 app = ServerApp()
@@ -50,7 +52,10 @@ def train(
     progress: ConsoleProgress | None = None,
 ) -> dict[str, Any]:
     """Run a prepared experiment over a Grid and return its result."""
+    experiment = probe.settle(experiment, folder, parallel=getattr(grid, "parallel", True))
     config = experiment.config
-    located = dataclasses.replace(config, data=datasets.resolve(config.data))
+    located = dataclasses.replace(
+        config, data=datasets.resolve(config.data), model=weights.pinned(config.model)
+    )
     transport = GridTransport(grid, located.to_json(), config.federation.nodes)
     return Server(experiment, folder, transport, resume).train(progress)

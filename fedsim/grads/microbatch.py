@@ -15,7 +15,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 Engine = Callable[[nn.Module, Tensor, Tensor, Loss, ClipRule], tuple[Tensor, Tensor, Tensor]]
 """(model in train mode, inputs (n, K, ...), targets (n, ...), loss, clip), n >= 1 ->
-(clipped sum (P,) in the parameters' dtype, norms (n,) float64, example losses (n,)).
+(clipped sum (P,) in the parameters' dtype, norms float64, example losses (n,)). Norms are (n,), or (n, G) of
+the parts of a gradient for a rule with G groups of parameters.
 
 An example whose gradient is not finite adds exactly zero and shows as a non-finite norm. The engine leaves
 no hook, attribute or `.grad` on the model."""

@@ -31,7 +31,8 @@ def clipped_sum(
         NotImplementedError: Opacus refuses the model (a trainable layer with buffers).
     """
     examples, views = inputs.shape[:2]
-    parameters = list(trainable_parameters(model).values())
+    named = trainable_parameters(model)
+    parameters = list(named.values())
     with _left_as_found(model), torch.enable_grad(), warnings.catch_warnings():
         # The first layer's inputs need no gradient; torch remarks on it at every backward pass.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -44,7 +45,7 @@ def clipped_sum(
             gradients = [_over_views(p, examples, views) for p in parameters]
         finally:
             wrapped.remove_hooks()
-    total, norms = clip_and_sum(gradients, clip)
+    total, norms = clip_and_sum(gradients, clip, clip.group_of(tuple(named)))
     return total, norms, losses.detach().unflatten(0, (examples, views)).mean(1)
 
 

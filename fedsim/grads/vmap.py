@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedsim.grads.clip import ClipRule, clip_and_sum
-from fedsim.grads.flat import trainable_parameters
+from fedsim.grads.flat import trainable_names, trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
 
 
@@ -23,7 +23,7 @@ def clipped_sum(
         RuntimeError: the model draws random numbers (dropout and the like).
     """
     gradients, losses = example_gradients(model, inputs, targets, loss)
-    total, norms = clip_and_sum(gradients, clip)
+    total, norms = clip_and_sum(gradients, clip, clip.group_of(trainable_names(model)))
     return total, norms, losses
 
 

@@ -12,14 +12,27 @@ from torch import nn
 from fedsim import seeds, validate
 from fedsim.config import ModelConfig, parse_options
 from fedsim.data.datasets import ArrayDataset
+from fedsim.models import weights
 from fedsim.models.check import check, examples_are_independent
 from fedsim.models.cnn import CifarCnn, CifarCnnOptions, SmallCnn, SmallCnnOptions
 from fedsim.models.initialise import initialise
 from fedsim.models.linear import Linear, LinearOptions, Mlp, MlpOptions
+from fedsim.models.nf_resnet import NfResNet50, NfResNet50Options
+from fedsim.models.resnet_v2 import ResNet18V2, ResNet18V2Options
+from fedsim.models.scatter import ScatterCnn, ScatterCnnOptions, ScatterLinear, ScatterLinearOptions
 from fedsim.models.vit import VisionTransformer, VisionTransformerOptions
 from fedsim.models.wide_resnet import WideResNet, WideResNetOptions
 
-__all__ = ["FAMILIES", "Family", "build", "check", "examples_are_independent", "for_dataset"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "build",
+    "check",
+    "examples_are_independent",
+    "for_dataset",
+    "skeleton",
+    "weights",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,10 @@ FAMILIES: dict[str, Family] = {
     "cifar_cnn": Family(CifarCnnOptions, CifarCnn),
     "linear": Family(LinearOptions, Linear),
     "mlp": Family(MlpOptions, Mlp),
+    "nf_resnet_50": Family(NfResNet50Options, NfResNet50),
+    "resnet_18_v2": Family(ResNet18V2Options, ResNet18V2),
+    "scatter_cnn": Family(ScatterCnnOptions, ScatterCnn),
+    "scatter_linear": Family(ScatterLinearOptions, ScatterLinear),
     "vit": Family(VisionTransformerOptions, VisionTransformer),
     "wide_resnet": Family(WideResNetOptions, WideResNet),
 }
@@ -47,7 +64,8 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
 
     The values depend on (config, input_shape, num_classes, seed) alone. Constructors run on the meta device,
     so no global generator is read or advanced. Values are drawn in `config.dtype`: float32 and float64
-    models of one seed are different draws.
+    models of one seed are different draws. Then public weights, where `config` names some, take their place,
+    and what it freezes is not trained (fedsim.models.weights).
 
     Args:
         config: family name, options of that family, dtype.
@@ -59,6 +77,20 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
         InputError: unknown family, option or dtype (with the nearest valid one), a value out of range, an
             input shape the family cannot take, or a layer that `check` refuses.
     """
+    model = skeleton(config, input_shape, num_classes)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        initialise(model, seeds.torch_stream(seed, "model"))
+    weights.load(model, config)
+    return model
+
+
+def skeleton(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Return the model of `build` on the meta device: shapes and layers without values, in no time.
+
+    Raises:
+        InputError: as `build`.
+    """
     validate.one_of(config.name, FAMILIES, "model.name")
     validate.one_of(config.dtype, _DTYPES, "model.dtype")
     validate.positive(num_classes, "num_classes")
@@ -68,11 +100,9 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
     options = parse_options(config.options, family.options, "model.options")
     with torch.device("meta"):
         model = family.make(tuple(input_shape), num_classes, options)
+    weights.freeze(model, config)
     check(model)
-    model = model.to(_DTYPES[config.dtype]).to_empty(device="cpu")
-    with torch.no_grad():
-        initialise(model, seeds.torch_stream(seed, "model"))
-    return model
+    return model.to(_DTYPES[config.dtype])
 
 
 def for_dataset(config: ModelConfig, dataset: ArrayDataset, seed: seeds.Root) -> nn.Module:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from fedsim import validate
 from fedsim.privacy import events, loss_distribution
 from fedsim.privacy.events import Release
+from fedsim.privacy.levels import NoiseLevels
 from fedsim.privacy.loss_distribution import Part
 from fedsim.validate import InputError
 
@@ -171,8 +172,11 @@ def noise_multiplier_for(
     steps: int,
     accountant: str = "pld",
     unit: str = "example",
+    levels: NoiseLevels | None = None,
 ) -> Calibration:
     """Return the smallest noise multiplier whose epsilon does not exceed the target.
+
+    With `levels` it is the number their factors multiply.
 
     The achieved epsilon is never above the target, and below it by at most 1e-4 of it (in rare cases a
     little more, where refining the grid makes the computed epsilon jump).
@@ -184,19 +188,22 @@ def noise_multiplier_for(
     _check(delta, accountant, unit)
 
     events.composed(events.gaussian_step(1.0, sampling_rate), steps)  # refuses what is out of range
+    levels = levels or NoiseLevels((1.0,), steps)
+    counts = levels.counts(steps)
 
-    def at(log_sigma: float) -> EpsilonResult:
-        step = events.gaussian_step(math.exp(log_sigma), sampling_rate)
-        return epsilon(events.composed(step, steps), delta, accountant, unit)
+    def event_at(log_sigma: float) -> dp.DpEvent:
+        return levels.event(math.exp(log_sigma), sampling_rate, steps)
 
     def gap(log_sigma: float, tolerance: float = loss_distribution.TOLERANCE) -> float:
-        part = Part(math.exp(log_sigma), float(sampling_rate), steps)
-        value, _ = _epsilon((part,), float(delta), accountant, tolerance)
+        sigma, rate = math.exp(log_sigma), float(sampling_rate)
+        parts = tuple(Part(sigma * factor, rate, count) for factor, count in counts)
+        value, _ = _epsilon(parts, float(delta), accountant, tolerance)
         if value is None:
             return math.inf
         return math.log(value / target_epsilon) if value > 0.0 else -math.inf
 
     start = math.log(_clt_noise_multiplier(target_epsilon, delta, sampling_rate, steps))
+    start += math.log(sum(count / factor**2 for factor, count in counts) / steps) / 2.0
     width = 0.15
     if accountant == "pld":  # a coarse grid finds the place at a tenth of the price, and the slope there
         start = _solve(lambda x: gap(x, _COARSE), start, width)
@@ -206,7 +213,7 @@ def noise_multiplier_for(
             start -= (gap(start) + CALIBRATION_TOLERANCE / 2.0) / slope
         width = 0.004
     found = _solve(gap, start, width)
-    result = at(found)
+    result = epsilon(event_at(found), delta, accountant, unit)
     # Epsilon 0 meets any target: a target below the smallest positive epsilon ends there.
     if not (-_EDGE < gap(found) <= 0.0 or result.value == 0.0):
         reached = result.note if result.value is None else f"epsilon {result.value:.4g}"
@@ -217,8 +224,7 @@ def noise_multiplier_for(
             "Change the target, delta, the steps or the batch."
         )
     other = "rdp" if accountant == "pld" else "pld"
-    event = events.composed(events.gaussian_step(math.exp(found), sampling_rate), steps)
-    return Calibration(math.exp(found), result, epsilon(event, delta, other, unit))
+    return Calibration(math.exp(found), result, epsilon(event_at(found), delta, other, unit))
 
 
 def max_steps(
@@ -228,17 +234,21 @@ def max_steps(
     sampling_rate: float,
     accountant: str = "pld",
     limit: int = 10_000_000,
+    levels: NoiseLevels | None = None,
 ) -> int:
     """Return the largest number of steps, at most `limit`, whose epsilon does not exceed the target.
 
-    0 where a single step exceeds it. Steps whose epsilon cannot be computed count as exceeding it.
+    0 where a single step exceeds it. With `levels` the steps are the first ones of theirs. Steps whose
+    epsilon cannot be computed count as exceeding it.
     """
     validate.positive(target_epsilon, "target_epsilon")
     _check(delta, accountant, "example")
-    step = events.gaussian_step(noise_multiplier, sampling_rate)
+    events.gaussian_step(noise_multiplier, sampling_rate)  # refuses what is out of range
+    levels = levels or NoiseLevels((1.0,), limit)
 
     def value(steps: int) -> float:
-        found = epsilon(events.composed(step, steps), delta, accountant).value
+        event = levels.event(noise_multiplier, sampling_rate, steps)
+        found = epsilon(event, delta, accountant).value
         return math.inf if found is None else found
 
     if value(1) > target_epsilon:

@@ -62,7 +62,7 @@ def table(cells: Iterable[Cell]) -> list[dict[str, str]]:
         first = group[0].result
         accuracy = [100 * c.result["accuracy"] for c in group]
         spread = statistics.stdev(accuracy) if len(accuracy) > 1 else math.nan
-        low, high = ([100 * c.result["holder_accuracy"][k] for c in group] for k in ("5%", "95%"))
+        spread_of_holders = _holder_percentiles(group)
         trust = first["trust"]
         values = (
             group[0].variant,
@@ -73,7 +73,9 @@ def table(cells: Iterable[Cell]) -> list[dict[str, str]]:
             _epsilon(first["epsilon"].get("holder")),
             f"{statistics.mean(accuracy):.2f}%",
             "one seed" if math.isnan(spread) else f"{spread:.2f}",
-            f"{statistics.mean(low):.1f}% to {statistics.mean(high):.1f}%",
+            f"{spread_of_holders[0]:.1f}% to {spread_of_holders[2]:.1f}%"
+            if spread_of_holders
+            else "not computed",
             f"{trust['bytes_per_holder']:,.0f}",
             str(trust["messages"]),
             f"{statistics.mean(c.result['seconds'] for c in group):.1f}",
@@ -133,6 +135,18 @@ def _groups(cells: Iterable[Cell]) -> dict[tuple[str, float | None], list[Cell]]
     return groups
 
 
+def _holder_percentiles(group: Sequence[Cell]) -> tuple[float, float, float] | None:
+    """Return the 5th, 50th and 95th percentile over holders, per cent, means over seeds; None where a run
+    wrote public numbers only."""
+    if not all(c.result["holder_accuracy"] for c in group):
+        return None
+    low, middle, high = (
+        100 * statistics.mean(c.result["holder_accuracy"][name] for c in group)
+        for name in ("5%", "50%", "95%")
+    )
+    return low, middle, high
+
+
 def _epsilon(spent: dict[str, Any] | None) -> str:
     if spent is None or spent["value"] is None or not math.isfinite(spent["value"]):
         return "no claimable epsilon"
@@ -148,9 +162,12 @@ def _csv(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _figures(cells: Sequence[Cell]) -> list[tuple[str, Figure]]:
-    figures = [("Accuracy against steps", _curves(cells)), ("Cost of one run", _costs(cells))]
-    if len({cell.epsilon for cell in cells if cell.epsilon is not None}) > 1:
-        figures.insert(0, ("Accuracy against epsilon per example", _budgets(cells)))
+    figures = []
+    if any(cell.epsilon is not None for cell in cells):
+        figures.append(("Accuracy against the target epsilon", _budgets(cells)))
+    figures += [("Accuracy against steps", _curves(cells)), ("Cost of one run", _costs(cells))]
+    if all(cell.result["holder_accuracy"] for cell in cells):
+        figures.append(("Accuracy over holders: median, 5% to 95%", _holders(cells)))
     return figures
 
 
@@ -165,7 +182,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
 
 
 def _budgets(cells: Sequence[Cell]) -> Figure:
-    figure, axes = _axes("epsilon per example", "test accuracy (%)")
+    figure, axes = _axes("target epsilon", "test accuracy (%)")
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for (variant, epsilon), group in _groups(cells).items():
         accuracy = [100 * c.result["accuracy"] for c in group]
@@ -185,13 +202,18 @@ def _budgets(cells: Sequence[Cell]) -> Figure:
 
 
 def _curves(cells: Sequence[Cell]) -> Figure:
+    """Means over seeds: a colour a variant, a line style a budget."""
     figure, axes = _axes("step", "test accuracy (%)")
+    colours = {variant: f"C{i % 10}" for i, variant in enumerate(dict.fromkeys(c.variant for c in cells))}
+    budgets = sorted({c.epsilon for c in cells if c.epsilon is not None})
     for (variant, epsilon), group in _groups(cells).items():
         steps = [step for step, _ in group[0].curve]
         curves = [[100 * a for _, a in c.curve] for c in group if len(c.curve) == len(steps)]
         label = variant if epsilon is None else f"{variant}, epsilon {epsilon:g}"
-        axes.plot(steps, [statistics.mean(at) for at in zip(*curves, strict=True)], label=label)
-    axes.legend(fontsize=7)
+        style = "-" if epsilon is None else ("-", "--", ":", "-.")[budgets.index(epsilon) % 4]
+        means = [statistics.mean(at) for at in zip(*curves, strict=True)]
+        axes.plot(steps, means, style, color=colours[variant], label=label)
+    axes.legend(fontsize=6)
     return figure
 
 
@@ -204,6 +226,20 @@ def _costs(cells: Sequence[Cell]) -> Figure:
         seconds = statistics.mean(c.result["seconds"] for c in group)
         axes.scatter(group[0].result["trust"]["bytes_per_holder"] / 1e3, seconds, label=variant)
     axes.legend(fontsize=8)
+    return figure
+
+
+def _holders(cells: Sequence[Cell]) -> Figure:
+    figure, axes = _axes("accuracy at a holder's own mix of labels (%)", "")
+    labels = []
+    for row, ((variant, epsilon), group) in enumerate(_groups(cells).items()):
+        percentiles = _holder_percentiles(group)
+        assert percentiles is not None
+        low, middle, high = percentiles
+        axes.errorbar(middle, row, xerr=[[middle - low], [high - middle]], marker="o", capsize=3, color="C0")
+        labels.append(variant if epsilon is None else f"{variant}, {epsilon:g}")
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
     return figure
 
 

@@ -26,10 +26,19 @@ ALL = strategies.names()
 PRIVATE = [name for name in ALL if strategies.load(configs.load(f"smoke/{name}")).private]
 
 
+# Forms of a strategy that its options make another mechanism: they must satisfy the same.
+FORMS = {
+    "local_dpsgd, local steps": "strategy.options={local_steps: 3, local_learning_rate: 0.5}",
+    "dp_fedavg, adaptive": "strategy.options={target_quantile: 0.5, count_noise: 2}",
+    "shares_dpsgd, top up": "strategy.options={on_shortfall: top_up}",
+}
+
+
 def of(name: str, *overrides: str) -> Config:
-    """The small configuration under a strategy."""
-    noise = [] if name in PRIVATE else ["privacy.noise_multiplier=null"]
-    return small(f"strategy.name={name}", *noise, *overrides)
+    """The small configuration under a strategy, or under a form of one."""
+    strategy, form = name.split(",")[0], [FORMS[name]] if name in FORMS else []
+    noise = [] if strategy in PRIVATE else ["privacy.noise_multiplier=null"]
+    return small(f"strategy.name={strategy}", *form, *noise, *overrides)
 
 
 class Flaky:
@@ -55,9 +64,11 @@ def test_says_what_it_trusts(name: str) -> None:
     assert "Source:" in (__import__(f"strategies.{name}", fromlist=["x"]).__doc__ or "")
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "local_dpsgd, local steps"])
 def test_learns_on_its_smoke_config(name: str, tmp_path: Path) -> None:
-    config = configs.load(f"smoke/{name}", ["monitor.progress=false", "monitor.tensorboard=false"])
+    form = [FORMS[name]] if name in FORMS else []
+    quiet = ["monitor.progress=false", "monitor.tensorboard=false"]
+    config = configs.load(f"smoke/{name.split(',')[0]}", [*form, *quiet])
     result = train(config, tmp_path)
     assert result["accuracy"] > 0.5, "ten balanced classes: chance is 0.1"
 
@@ -82,7 +93,7 @@ def test_vanishing_noise_and_clipping_equal_the_noiseless_form(
     assert torch.max(torch.abs(final(tmp_path / "private") - final(tmp_path / "plain"))) <= 1e-9
 
 
-@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize("name", [*PRIVATE, *FORMS])
 def test_event_has_a_finite_epsilon_by_both_accountants(name: str) -> None:
     plan = prepare(of(name)).plan
     for kind in ("pld", "rdp"):
@@ -91,24 +102,24 @@ def test_event_has_a_finite_epsilon_by_both_accountants(name: str) -> None:
         assert 0 < value < math.inf
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *FORMS])
 def test_empty_draw_is_an_ordinary_step(name: str, tmp_path: Path) -> None:
     result = train(of(name, "train.expected_batch_size=1e-6", "optimizer.learning_rate=1e-9"), tmp_path)
     assert result["steps"] == 6
     assert ledger.read(tmp_path / "ledger.jsonl").steps == 6
     start = prepare(of(name)).model.state_dict()
     moved = torch.max(torch.abs(final(tmp_path) - torch.cat([start[k].flatten() for k in sorted(start)])))
-    assert (moved > 0) == (name in PRIVATE), "noise is added to an empty sum, and nothing else is"
+    assert (moved > 0) == (name != "nonprivate"), "noise is added to an empty sum, and nothing else is"
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *FORMS])
 def test_a_node_that_fails_once_is_asked_again_with_the_same_keys(name: str, tmp_path: Path) -> None:
     train(of(name), tmp_path / "a", client=Flaky(lambda n: n == 3))
     train(of(name), tmp_path / "b")
     assert torch.equal(final(tmp_path / "a"), final(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *FORMS])
 def test_a_node_that_fails_twice_stops_the_run_which_resumes_exactly(name: str, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="disk of this holder is gone"):
         train(of(name), tmp_path / "a", client=Flaky(lambda n: n >= 4))
@@ -119,7 +130,7 @@ def test_a_node_that_fails_twice_stops_the_run_which_resumes_exactly(name: str, 
     assert ledger.read(tmp_path / "a" / "ledger.jsonl").steps == 6
 
 
-@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize("name", [*PRIVATE, *FORMS])
 def test_noise_is_added_once_whatever_the_number_of_holders(name: str, tmp_path: Path) -> None:
     """With no example drawn the update is the noise alone, of the scale the strategy states for its sum."""
     start = prepare(of(name)).model.state_dict()

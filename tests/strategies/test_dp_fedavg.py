@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dp_accounting as dp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dp_accounting import pld, rdp
 
 import strategies
 from fedsim.data import datasets
@@ -86,9 +88,48 @@ def test_sum_and_count_together_spend_the_stated_multiplier(count_noise: float) 
     assert plan.noise.noise_multiplier > 1.0
 
 
+@pytest.mark.parametrize(("sigma", "batch", "steps"), [(1.0, 60, 20), (0.7, 4, 200), (3.0, 400, 5)])
+def test_epsilon_of_a_holder_is_that_of_dp_accounting(sigma: float, batch: float, steps: int) -> None:
+    """The holder-level event against dp_accounting's own accountants, called directly; also with adaptive
+    clipping, whose count is paid for out of the same multiplier."""
+    more = (f"privacy.noise_multiplier={sigma}", f"train.expected_batch_size={batch}", f"train.steps={steps}")
+    rate = batch / 400  # of holders: everybody's examples together are 400
+    gaussian = dp.GaussianDpEvent(sigma)
+    one = gaussian if rate == 1.0 else dp.PoissonSampledDpEvent(rate, gaussian)
+    for options in ([], ADAPTIVE):
+        config = fedavg(*more, *options)
+        experiment = prepare(config)
+        assert experiment.plan.sampling_rate == rate
+        spent = epsilons(experiment.plan, steps, config, experiment.facts)
+        renyi = rdp.RdpAccountant().compose(one, steps).get_epsilon(1e-5)
+        assert spent["holder_check"].value == pytest.approx(renyi, rel=1e-6)
+        losses = pld.PLDAccountant(value_discretization_interval=1e-3).compose(one, steps)
+        assert spent["holder"].value == pytest.approx(losses.get_epsilon(1e-5), rel=5e-3)
+        assert spent["holder"].value <= renyi
+
+
+def test_two_releases_compose_to_the_stated_one() -> None:
+    """Sum and count of adaptive clipping as two Gaussian releases: epsilon of the one that is recorded."""
+    plan = prepare(fedavg("strategy.options={target_quantile: 0.5, count_noise: 1.5}")).plan
+    assert plan.noise is not None
+    both = dp.ComposedDpEvent(
+        [dp.GaussianDpEvent(plan.noise.noise_multiplier), dp.GaussianDpEvent(2 * 1.5)]
+    )  # the centred count has sensitivity 1/2
+    whole = rdp.RdpAccountant().compose(both).get_epsilon(1e-5)
+    assert whole == pytest.approx(rdp.RdpAccountant().compose(dp.GaussianDpEvent(1.0)).get_epsilon(1e-5))
+
+
 def test_count_noise_that_alone_overspends_is_refused() -> None:
     with pytest.raises(InputError, match="count_noise"):
         prepare(fedavg("strategy.options.target_quantile=0.5", "strategy.options.count_noise=0.4"))
+
+
+@pytest.mark.parametrize("name", ["central_dpsgd", "local_dpsgd", "shares_dpsgd", "dp_ftrl", "dp_mf"])
+def test_adaptive_clipping_is_refused_where_no_event_covers_it(name: str) -> None:
+    with pytest.raises(InputError, match=r"unknown key 'target_quantile'"):
+        prepare(small(f"strategy.name={name}", "strategy.options={target_quantile: 0.5}"))
+    with pytest.raises(InputError, match=r"privacy.clipping must be one of"):
+        prepare(small(f"strategy.name={name}", "privacy.clipping=adaptive"))
 
 
 @pytest.mark.parametrize("quantile", [0.3, 0.5, 0.8])
@@ -125,7 +166,11 @@ def test_adaptive_clip_norm_survives_a_resume(tmp_path: Path) -> None:
         ("privacy.clipping=normalised", "clips updates flat"),
         ("strategy.options.local_epochs=0", "local_epochs"),
         ("strategy.options.target_quantile=1.5", "target_quantile"),
-        ("strategy.options.weight_by_examples=true", "unknown key"),
+        ("strategy.options.weighting=examples", "multiplies the sensitivity.*weights themselves are private"),
+        ("strategy.options.weighting=loss", "weighting must be one of equal"),
+        ("strategy.options={target_quantile: 0.5, count_noise: 0}", "exact count, which no event covers"),
+        ("strategy.options={target_quantile: 0.5, count_noise: -1}", "count_noise must be a positive"),
+        ("strategy.options.count_noise=2", "noise of adaptive clipping, which is off"),
     ],
 )
 def test_refusals(change: str, message: str) -> None:

@@ -80,7 +80,7 @@ def test_check_trains_nothing_and_shows_the_plan(tmp_path: Path, capsys: pytest.
     assert plan["epsilon"]["example_check"]["accountant"] == "rdp"
     assert plan["noise_multiplier"] > 0
     assert plan["bytes_to_each_node_per_step"] == 4 * plan["parameters"]
-    assert plan["per_example_gradient_bytes"] > 0
+    assert plan["memory_bytes"]["node"] > 0
     assert command(["check", "quickstart"]) == 0
     assert "noise multiplier" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -106,7 +106,9 @@ def test_bad_arguments_end_with_two(arguments: list[str], capsys: pytest.Capture
     assert capsys.readouterr().err.startswith("fedsim: ")
 
 
-@pytest.mark.parametrize("name", ["run", "verify", "check", "epsilon", "calibrate"])
+@pytest.mark.parametrize(
+    "name", ["run", "verify", "compare", "repeat", "check", "epsilon", "calibrate", "results"]
+)
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command([name, "--help"])

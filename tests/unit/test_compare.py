@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import csv
 import io
+import json
 import re
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.image
+import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 
-from fedsim import compare
+from benchmarks import report, trust_models
+from fedsim import compare, provenance
 from fedsim.config import CONFIG_DIR
+from fedsim.engine.experiment import prepare
+from fedsim.report import comparison, markers
 from tests.conftest import SMALL, command
 
 SHIPPED = sorted((CONFIG_DIR / "compare").glob("*.yaml"))
@@ -29,10 +40,24 @@ variants:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
+    return _write_tiny(tmp_path / "tiny.yaml")
+
+
+def _write_tiny(path: Path) -> Path:
     given = [s for s in SMALL if not s.startswith("privacy.target") and not s.startswith("privacy.noise")]
     path.write_text(TINY.format(overrides=", ".join([*given, "train.eval_every=2"])))
     return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison of six runs; `tiny.yaml` lies beside it."""
+    folder = tmp_path_factory.mktemp("comparison")
+    _write_tiny(folder / "tiny.yaml")
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        assert command(["compare", str(folder / "tiny.yaml"), "--out", str(folder / "out")]) == 0
+    (folder / "log").write_text(log.getvalue())
+    return folder / "out"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -40,22 +65,22 @@ def test_shipped_comparisons_are_valid(path: Path) -> None:
     wanted = compare.load(path)
     planned = compare.cells(wanted, [])
     assert len({cell.folder for cell in planned}) == len(planned) >= 2
+    for cell in planned:
+        first = cell.seed == planned[0].seed and cell.epsilon in (None, planned[0].epsilon)
+        if first and wanted.recipe == "quickstart":  # of the embedded data
+            assert prepare(cell.config).plan.steps > 0
 
 
-def test_runs_all_cells_once_and_reports(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert command(["compare", str(tiny), "--out", str(out)]) == 0
-    first = capsys.readouterr()
-    assert first.err.count("finished before") == 0
-    assert first.err.count("[") == 6, "two budgets and two seeds of central, two seeds of nonprivate"
+def test_runs_all_cells_once_and_reports(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, tiny, log = finished, finished.parent / "tiny.yaml", (finished.parent / "log").read_text()
+    assert log.count("finished before") == 0
+    assert log.count("[") == 6, "two budgets and two seeds of central, two seeds of nonprivate"
     rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
     assert [row["variant"] for row in rows] == ["central", "central", "nonprivate"]
     assert [row["epsilon per example"] for row in rows] == ["2", "20", "no claimable epsilon"]
     assert all(re.fullmatch(r"\d+\.\d\d%", row["accuracy"]) for row in rows)
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"(src|href)\s*=\s*['\"]?(https?:)?//", page), "needs nothing but the file"
     assert (out / "table.md").read_text().count("\n") == 5
 
@@ -76,3 +101,147 @@ def test_unknown_key_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) 
     tiny.write_text(tiny.read_text().replace("seeds:", "sedes:"))
     assert command(["compare", str(tiny)]) == 2
     assert "seeds" in capsys.readouterr().err
+
+
+class Page(HTMLParser):
+    """What a page shows and what it would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "style")
+        ]
+
+
+def test_the_page_needs_nothing_but_a_browser_and_shows_four_plots(finished: Path) -> None:
+    text = (finished / "report.html").read_text()
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "video"} & set(page.tags)
+    assert "url(" not in text
+    assert "@import" not in text
+    pictures = [a for a in page.addresses if a.startswith("data:image/png;base64,")]
+    assert len(pictures) == len(page.addresses) == page.tags.count("img") == 4
+    for picture in pictures:
+        content = base64.b64decode(picture.split(",", 1)[1], validate=True)
+        image = matplotlib.image.imread(io.BytesIO(content), format="png")
+        assert image.std() > 0.01, "something is drawn"
+    for caption in ("target epsilon", "against steps", "Cost of one run", "over holders"):
+        assert re.search(f"<figcaption>[^<]*{caption}", text), caption
+    assert page.tags.count("tr") == 4
+    assert page.tags.count("th") == len(comparison.COLUMNS)
+
+
+def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
+    cells = [comparison.Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
+    pictures = dict(comparison._figures(cells))
+    (axes,) = pictures["Accuracy against the target epsilon"].axes
+    (bars,) = axes.containers
+    assert isinstance(bars, ErrorbarContainer)
+    drawn = bars.lines[0].get_xydata()
+    for budget, accuracy in drawn:
+        group = [100 * c.result["accuracy"] for c in cells if c.epsilon == budget]
+        assert accuracy == pytest.approx(np.mean(group))
+    assert [x for x, _ in drawn] == [2, 20]
+    ends = np.concatenate(bars.lines[2][0].get_segments())[:, 1]
+    group = [100 * c.result["accuracy"] for c in cells if c.epsilon == 2]
+    assert ends[1] - ends[0] == pytest.approx(2 * np.std(group, ddof=1))
+    (axes,) = pictures["Accuracy against steps"].axes
+    assert len(axes.lines) == 3
+    assert np.asarray(axes.lines[0].get_xdata()).tolist() == [2, 4, 6]
+    (axes,) = pictures["Accuracy over holders: median, 5% to 95%"].axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["central, 2", "central, 20", "nonprivate"]
+    (axes,) = pictures["Cost of one run"].axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert {t.get_text() for t in legend.get_texts()} == {"central", "nonprivate"}
+
+
+def test_public_only_runs_are_reported_without_the_spread_over_holders(finished: Path) -> None:
+    cells = [comparison.Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
+    for cell in cells:
+        cell.result["holder_accuracy"] = {}
+    assert {row["holders' accuracy, 5% to 95%"] for row in comparison.table(cells)} == {"not computed"}
+    assert comparison.page(cells, "t").count("data:image/png;base64,") == 3
+
+
+def test_a_finished_comparison_becomes_a_result_file(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(finished.parent / "tiny.yaml")
+    out = tmp_path / "results" / "holders.json"
+    assert trust_models.main([str(finished), "--json", str(out), "--config", source]) == 0
+    held = json.loads(out.read_text())
+    assert set(held) == {"command", "commit", "hardware", "seeds", "seconds", "rows", "cells"}
+    assert held["command"] == f"fedsim compare {source}"
+    assert held["seeds"] == [0, 1]
+    assert held["hardware"] == provenance.hardware()
+    assert held["rows"] == list(csv.DictReader(io.StringIO((finished / "table.csv").read_text())))
+    assert len(held["cells"]) == 6
+    monkeypatch.setattr(report, "RESULTS", out.parent)
+    text = markers.fill(
+        "a\n<!-- holders -->\nold\n<!-- end holders -->\nb",
+        {"holders": report.PARTS["docs/comparisons.md"]["holders"]},
+    )
+    assert text.startswith("a\n<!-- holders -->\n| variant |")
+    assert text.endswith("<!-- end holders -->\nb")
+    assert "\nold\n" not in text
+    assert held["rows"][0]["accuracy"] in text
+    assert "over 2 seeds" in text
+    assert held["commit"] in text
+    missing = report.PARTS["docs/comparisons.md"]["label-skew"]()
+    assert "fedsim compare compare/label_skew" in missing
+
+
+def test_an_unfinished_or_foreign_folder_gives_no_result_file(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = str(finished.parent / "tiny.yaml"), tmp_path / "x.json"
+    given = [str(finished), "--json", str(out), "--config", source]
+
+    def refused(folder: Path, *more: str) -> str:
+        assert trust_models.main([str(folder), *more, *given[1:]]) == 2
+        assert not out.exists()
+        return capsys.readouterr().err
+
+    assert "no cells.json" in refused(tmp_path)
+    assert "lacks 6 of the 6 cells" in refused(finished, "train.steps=7")
+    partial = tmp_path / "partial"
+    shutil.copytree(finished, partial)
+    cells = json.loads((partial / "cells.json").read_text())
+    (partial / "cells.json").write_text(json.dumps(cells[:-1]))
+    assert "lacks 1 of the 6 cells" in refused(partial)
+    cells[0]["result"]["hardware"]["processor"] = "another"
+    (partial / "cells.json").write_text(json.dumps(cells))
+    assert "2 kinds of hardware" in refused(partial)
+
+
+def test_every_generated_table_has_its_place_and_its_comparison() -> None:
+    root = CONFIG_DIR.parent
+    for name, parts in report.PARTS.items():
+        text = (root / name).read_text()
+        for part in parts:
+            assert text.count(f"<!-- {part} -->") == text.count(f"<!-- end {part} -->") == 1
+    placed = {p.replace("-", "_") for p in report.PARTS["docs/comparisons.md"]} | {"trust_models"}
+    assert placed <= {path.stem for path in SHIPPED}
+
+
+def test_shipped_comparisons_cover_what_they_say() -> None:
+    holders = {c.config.federation.holders for c in compare.cells(compare.load("compare/holders"), [])}
+    assert holders == {10, 100, 1000}
+    dropouts = compare.cells(compare.load("compare/dropout_rates"), [])
+    rates = {c.config.strategy.options.get("dropout_rate", 0.0) for c in dropouts}
+    assert rates == {0.0, 0.1, 0.3}
+    assert {c.config.strategy.name for c in dropouts} == {"central_dpsgd", "shares_dpsgd"}
+    releases = {
+        c.config.train.steps * c.config.strategy.options.get("local_steps", 1)
+        for c in compare.cells(compare.load("compare/local_steps"), [])
+    }
+    assert releases == {60}, "the same noise in all of them"
+    trust = {c.config.strategy.name for c in compare.cells(compare.load("compare/trust_models"), [])}
+    assert trust >= {"central_dpsgd", "shares_dpsgd", "local_dpsgd", "nonprivate"}

@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 # Nanoseconds on one core of a current server processor, fitted with benchmarks.choices; only ratios matter.
 FLOP = 1 / 90  # a fused kernel or a large matrix product
 ENTRY = 1.0  # measuring, keeping and contracting one entry of a per-example gradient
+CACHED = 2**19  # bytes of one example's gradient up to which these cost a third
 GRAM_FLOP = 1 / 80  # small batched products
-GRAM_ENTRY = 0.6  # one entry of a positions-by-positions matrix, for every pass over it
+GRAM_ENTRY = 0.75  # one entry of a positions-by-positions matrix, for every pass over it
 PLACE_ENTRY = 3.0  # one entry of an output gradient, for the passes that standardisation needs
-PATCH_ENTRY = 0.5  # gathering one entry of a patch
+PATCH_ENTRY = 0.5  # gathering one entry of a patch, channels innermost
+PATCH_RUN = 8.0  # beginning one run of entries that lie next to each other
+SLICE_ENTRY = 1.2  # the same from slices of the image
+SLICE_RUN = 7.0  # beginning one row of a slice
 LAYOUT_ENTRY = 2.0  # bringing one entry of an image to channels-last
 LOOP_ENTRY = 1.8  # layout changes of torch's weight gradient, for every entry of the kernel and example
+REORDER_ENTRY = 0.7  # the same, for every entry of the image and its output gradient
 CALL = 20_000.0  # one call of it
+LANES = 16  # channels torch's convolution kernels work on at a time: fewer cost as much
 
 
 def linear(tape: Tape, positions: int, width_in: int, width_out: int, size: int) -> str:
@@ -61,7 +67,7 @@ def convolution(
     outputs: tuple[int, int],
     geometry: Geometry,
 ) -> tuple[str, bool]:
-    """Choose for a convolution: the way ("loop", "grouped", "patches", "gram") and whether to keep G."""
+    """Choose for a convolution: the way ("loop", "grouped", "patches", ...) and whether to keep G."""
     out, channels, height, width = kernel
     entries = math.prod(kernel)
     places = tape.views * outputs[0] * outputs[1]
@@ -74,10 +80,17 @@ def convolution(
     image = tape.views * inputs[0].numel()
     # Below this size torch takes its slow kernel for one image, which wants the other layout.
     call = 5 * CALL if last and image <= 20480 else CALL
+    reorder = REORDER_ENTRY * (image + places * out)
+    padded = native * max(1.0, LANES / channels)
+    patch = places * math.prod(kernel[1:])
     cost = {
-        "loop": native + call + LOOP_ENTRY * entries,
-        "grouped": native + entries,
-        "patches": 1.05 * native + PATCH_ENTRY * places * math.prod(kernel[1:]) + entries / 2 + CALL / 2,
+        "loop": padded + call + LOOP_ENTRY * entries + reorder,
+        "grouped": padded + entries + 2 * reorder,
+        "patches": 1.05 * native
+        + (PATCH_ENTRY + PATCH_RUN / (channels * width)) * patch
+        + entries / 2
+        + CALL / 2,
+        "slices": native + (SLICE_ENTRY + SLICE_RUN / outputs[1]) * patch + CALL / 2,
     }
     if channels > 32:
         cost["grouped"] = 1.1 * native + 3.5 * entries
@@ -85,11 +98,14 @@ def convolution(
         cost["grouped"] += 2 * LAYOUT_ENTRY * (image + places * out)
     elif (height, width, tape.views) != (1, 1, 1):
         cost["patches"] += LAYOUT_ENTRY * image
+    if last or geometry.groups > 1:
+        del cost["slices"]
     if geometry.groups > 1:
         del cost["patches"]
     formed = min(cost, key=cost.__getitem__)
-    cost["keep"] = cost[formed] + entries * ENTRY
-    cost["drop"] = cost[formed] + entries * ENTRY / 2 + native
+    entry = ENTRY / 3 if entries * size <= CACHED else ENTRY
+    cost["keep"] = cost[formed] + entries * entry
+    cost["drop"] = cost[formed] + entries * entry / 2 + native
     best = "drop"
     if geometry.groups == 1 and (pixels**2 + 3 * places**2) * 4 <= tape.scratch:
         cost["gram"] = (

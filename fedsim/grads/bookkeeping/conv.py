@@ -3,18 +3,21 @@
 The gradient of one example is G[o, (i, j, c)] = sum_t g[t, o] patch[t, (i, j, c)] over output places t.
 Ways to its norm (`choose.convolution` picks one by shape):
 
-    loop, grouped, patches   form G: torch's weight gradient for one example at a time; for all at once with
-                             the examples as groups; or as a matrix product with gathered patches. G is then
-                             kept, or dropped and only the norm used.
+    loop, grouped            form G by torch's weight gradient, for one example at a time, or for all at once
+                             with the examples as groups.
+    patches, slices          form G as a matrix product with patches, gathered place by place with channels
+                             innermost, or for each place of the kernel as a slice of the image.
     gram                     <P P', g g'> without G. P P' is the sum, over the kernel's places, of shifted
                              slices of the Gram matrix of padded pixels: a factor of the kernel's area cheaper
                              than from the patches themselves.
 
-Where G is not kept, the sum comes from one ordinary weight gradient of coefficient-scaled output gradients.
+A formed G is kept, or only its norm is. Where G is not kept, the sum comes from one ordinary weight gradient
+of coefficient-scaled output gradients.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -85,11 +88,10 @@ class ConvUse(Use):
     def squares(self) -> Tensor:
         """See `Use.squares`."""
         count = self.tape.examples
-        if self.keep:
-            self._kept = torch.empty(
-                (count, self.weight.numel()), dtype=self._sum_dtype, device=self._inputs.device
-            )
         step = self._step()
+        if self.keep and step < count:
+            shape = count, self.weight.numel()
+            self._kept = torch.empty(shape, dtype=self._sum_dtype, device=self._inputs.device)
         parts = []
         for low in range(0, count, step):
             high = min(low + step, count)
@@ -97,6 +99,8 @@ class ConvUse(Use):
                 parts.append(self._squares_by_gram(low, high))
                 continue
             formed = self._form(low, high, None if self._kept is None else self._kept[low:high])
+            if self.keep and self._kept is None:
+                self._kept = formed.flatten(1)
             parts.append(self._squares_of(formed))
         if self.keep:
             del self._inputs, self._gradient
@@ -143,7 +147,8 @@ class ConvUse(Use):
         if self._inputs.is_cuda or self.plan == "grouped":
             return max(1, scratch // (2 * size * self.weight.numel()))
         # Gradients and patches are best while they stay in a processor's cache.
-        places = self._gradient[0, 0].numel() * self.tape.views if self._by_patches else 0
+        gathers = self.plan in ("patches", "slices")
+        places = self._gradient[0, 0].numel() * self.tape.views if gathers else 0
         per_example = self.weight.numel() + places * math.prod(self.shape[1:])
         return max(1, min(scratch, _CACHE) // (size * per_example))
 
@@ -152,11 +157,15 @@ class ConvUse(Use):
         count, views = high - low, self.tape.views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
+        if out is None and self.plan == "grouped":
+            return self._form_grouped(inputs, gradient, count)
         if out is None:
             out = torch.empty((count, self.weight.numel()), dtype=inputs.dtype, device=inputs.device)
         result = out.view(count, self.shape[0], -1)
         if self._by_patches:
             self._form_by_patches(inputs, gradient, result)
+        elif self.plan == "slices":
+            self._form_by_slices(inputs, gradient, result)
         elif self.plan == "grouped":
             result.copy_(self._form_grouped(inputs, gradient, count))
         else:
@@ -199,6 +208,24 @@ class ConvUse(Use):
             torch.mm(places[0], gathered[0], out=out[0])
         else:
             torch.bmm(places, gathered, out=out)
+
+    def _form_by_slices(self, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
+        """As by patches, in the kernel's own order: one strided copy for each place of the kernel."""
+        count, views = out.shape[0], self.tape.views
+        (rows, columns), (down, across) = self._geometry.padding, self._geometry.stride
+        row_gap, column_gap = self._geometry.dilation
+        height, width = gradient.shape[2:]
+        padded = F.pad(inputs, (columns, columns, rows, rows)) if rows or columns else inputs
+        places = gradient.reshape(count, views, out.shape[1], -1)
+        gathered = inputs.new_empty((count, *self.shape[1:], height, width))
+        for view in range(views):
+            image = padded.unflatten(0, (count, views))[:, view]
+            for i, j in itertools.product(range(self.shape[2]), range(self.shape[3])):
+                top, left = i * row_gap, j * column_gap
+                bottom, right = top + down * (height - 1) + 1, left + across * (width - 1) + 1
+                gathered[:, :, i, j] = image[:, :, top:bottom:down, left:right:across]
+            by_place = gathered.view(count, out.shape[2], -1).transpose(1, 2)
+            torch.baddbmm(out, places[:, view], by_place, beta=int(view > 0), out=out)
 
     def _squares_of(self, formed: Tensor) -> Tensor:
         if self._standard is None:

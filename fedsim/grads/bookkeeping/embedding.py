@@ -37,9 +37,8 @@ class EmbeddingUse(Use):
 
     def squares(self) -> Tensor:
         """See `Use.squares`."""
-        return self.tape.total.new_zeros(self.tape.examples).index_add_(
-            0, self._example, squared_norms(self._sums)
-        )
+        blank = torch.zeros_like(self.tape.total[0])
+        return blank.index_add_(0, self._example, squared_norms(self._sums))
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""

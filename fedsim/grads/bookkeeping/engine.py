@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.options import Options
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use, squared_norms
 from fedsim.grads.bookkeeping.verify import agrees
-from fedsim.grads.clip import ClipRule
+from fedsim.grads.clip import ClipRule, overall
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
 
@@ -54,13 +55,14 @@ def clipped_sum(
         InputError: a loss that is not per view, or a precision the device does not have.
     """
 
-    def run(some: Tensor, their_targets: Tensor, rule: ClipRule) -> Answer:
-        return taped(model, some, their_targets, loss, rule, options)
+    exact = replace(options, precision="float32")
+
+    def run(copied: nn.Module, few: Tensor, their_targets: Tensor, rule: ClipRule) -> Answer:
+        return taped(copied, few, their_targets, loss, rule, exact)
 
     try:
-        loose = options.precision != "float32"
-        if not options.verify or agrees(model, inputs, targets, loss, run, loose):
-            return run(inputs, targets, clip)
+        if not options.verify or agrees(model, inputs, targets, loss, run):
+            return taped(model, inputs, targets, loss, clip, options)
         reason = "its gradients disagree with those of one example at a time"
     except Unsupported as problem:
         reason = str(problem)
@@ -82,16 +84,21 @@ def taped(
         Unsupported: the model cannot be followed.
     """
     examples, views = inputs.shape[:2]
-    device = next(iter(trainable_parameters(model).values())).device
-    tape = Tape(model, examples, views, options.budget_on(device), options.scratch_on(device))
+    named = trainable_parameters(model)
+    device = next(iter(named.values())).device
+    clip_groups = clip.group_of(tuple(named))
+    budget, scratch = options.budget_on(device), options.scratch_on(device)
+    tape = Tape(model, examples, views, budget, scratch, clip_groups)
     with options.arithmetic(device), tape:
         groups, losses = _forward_and_backward(model, inputs, targets, loss, options, tape)
         with torch.no_grad():
             for group in groups:
                 joint.add_squares(group, tape)
-            small = _Small(tape)
-            norms = (tape.total + small.squares()).sqrt()
-            finite = torch.isfinite(norms)
+            small = [_Small(tape, group) for group in range(len(tape.total))]
+            for kept in small:
+                kept.add_squares()
+            norms = (tape.total[0] if clip_groups is None else torch.stack(tape.total, dim=1)).sqrt()
+            finite = torch.isfinite(overall(norms))
             if finite.all():
                 total = _weighted(model, tape, small, clip.coefficients(norms))
     mean_losses = losses.unflatten(0, (examples, views)).mean(1)
@@ -130,16 +137,22 @@ def _forward_and_backward(
 
 
 class _Small:
-    """All uses with kept small gradients as one matrix (B, entries): one norm and one product for all."""
+    """All uses in a clip group with kept small gradients as one matrix (B, entries): one norm and one product
+    for all."""
 
-    def __init__(self, tape: Tape) -> None:
-        self.uses = [use for use in tape.uses if isinstance(use, Rows) and use.alone and use.filled]
+    def __init__(self, tape: Tape, group: int) -> None:
+        self.uses = [
+            use
+            for use in tape.uses
+            if isinstance(use, Rows) and use.alone and use.filled and use.clip_groups[0] == group
+        ]
         self._joined = torch.cat([use.gradients for use in self.uses], dim=1) if self.uses else None
-        self._examples = tape.examples
+        self._total = tape.total[group]
 
-    def squares(self) -> Tensor | float:
-        """Squared norms (B,) float64 over all of them."""
-        return 0.0 if self._joined is None else squared_norms(self._joined)
+    def add_squares(self) -> None:
+        """Add the squared norms over all of them to the tape's total."""
+        if self._joined is not None:
+            self._total.add_(squared_norms(self._joined))
 
     def weighted(self, coefficients: Tensor) -> list[tuple[Use, Tensor]]:
         """Each use with the weighted sum of its gradients."""
@@ -150,9 +163,18 @@ class _Small:
         return [(use, part.view(use.weight.shape)) for use, part in zip(self.uses, parts, strict=True)]
 
 
-def _weighted(model: nn.Module, tape: Tape, small: _Small, coefficients: Tensor) -> Tensor:
-    """Sum of coefficient * gradient over examples as a flat vector, pulled back to the parameters."""
+def _weighted(model: nn.Module, tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
+    """Sum of coefficient * gradient over examples as a flat vector, pulled back to the parameters.
+
+    Args:
+        small: by clip group.
+        coefficients: (B,), or (B, G) for each clip group.
+    """
     leaves = list(trainable_parameters(model).values())
+    factors = [coefficients] if coefficients.dim() == 1 else coefficients.t().contiguous().unbind()
+    of_group: list[list[nn.Parameter]] = [[] for _ in small]
+    for parameter in leaves:
+        of_group[tape.clip_groups[id(parameter)]].append(parameter)
     total = leaves[0].new_empty(sum(p.numel() for p in leaves))
     parts = total.split([p.numel() for p in leaves])
     places = {id(p): part.view(p.shape) for p, part in zip(leaves, parts, strict=True)}
@@ -163,16 +185,18 @@ def _weighted(model: nn.Module, tape: Tape, small: _Small, coefficients: Tensor)
         place.add_(part) if id(parameter) in written else place.copy_(part)
         written.add(id(parameter))
 
-    together = {id(use) for use in small.uses}
-    for use, part in small.weighted(coefficients):
-        for parameter, pulled in joint.pull_back(use, part, leaves):
-            add(parameter, pulled)
+    together = {id(use) for kept in small for use in kept.uses}
+    for kept, own_factors, own in zip(small, factors, of_group, strict=True):
+        for use, part in kept.weighted(own_factors):
+            for parameter, pulled in joint.pull_back(use, part, own):
+                add(parameter, pulled)
     rest = [use for use in tape.uses if use.filled and id(use) not in together]
     tape.uses.clear()
     while rest:
         use = rest.pop()  # its tensors can go as soon as they are summed
-        for parameter, pulled in joint.pull_back(use, use.weighted(coefficients), leaves):
-            add(parameter, pulled)
+        for group in use.clip_groups:
+            for parameter, pulled in joint.pull_back(use, use.weighted(factors[group]), of_group[group]):
+                add(parameter, pulled)
     for parameter in leaves:
         if id(parameter) not in written:
             places[id(parameter)].zero_()

@@ -2,8 +2,8 @@
 
 Squared norms of several uses add up when they touch different entries of the parameters. A parameter used
 twice (tied weights, an embedding that is also the output layer) has cross terms, and a weight computed from
-parameters has a norm of its own: there, each example's gradients are formed, pulled back to the parameters
-and added before the norm, for as many examples at a time as fit.
+parameters has a norm of its own, or one for each clip group of theirs: there, each example's gradients are
+formed, pulled back to the parameters and added before the norm, for as many examples at a time as fit.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def groups(watch: Watch) -> list[Group]:
     for index, found in enumerate(leaves):
         for key in found:
             by_parameter.setdefault(key, []).append(index)
-    for use in uses:
-        use.alone = use.closed or watch.is_selection(use.weight)
+    for use, found in zip(uses, leaves, strict=True):
+        use.clip_groups = tuple(sorted({watch.tape.clip_groups[key] for key in found}))
+        use.alone = (use.closed or watch.is_selection(use.weight)) and len(use.clip_groups) == 1
     for indices in by_parameter.values():
         if any(not _apart(uses[a].weight, uses[b].weight) for a, b in combinations(indices, 2)):
             for index in indices:
@@ -78,8 +79,8 @@ def add_squares(group: Group, tape: Tape) -> None:
             for parameter, part in pull_back(use, use.rows(low, high), parameters, batched=True):
                 present = sums.get(id(parameter))
                 sums[id(parameter)] = part if present is None else present + part
-        for total in sums.values():
-            tape.total[low:high] += squared_norms(total)
+        for key, total in sums.items():
+            tape.total[tape.clip_groups[key]][low:high] += squared_norms(total)
 
 
 def pull_back(

@@ -14,8 +14,8 @@ def retain_freed_memory() -> bool:
 
     By default it gives memory back to the system after every step, and each page fetched again costs a
     fault: measured 5 to 10 % of a step on the CPU, with and without per-example gradients. A setting of the
-    whole process, for programs to make at their start; the engine itself never does. Resident memory then
-    stays at its peak.
+    whole process, for programs to make (the `fedsim` command and Flower's nodes do); the engine itself never
+    does. Resident memory then stays at its peak.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

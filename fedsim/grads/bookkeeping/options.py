@@ -22,6 +22,10 @@ _BUDGET_CPU = 2**31
 class Options:
     """How the bookkeeping engine works.
 
+    There is no switch for `torch.compile`: the engine sees a model through a torch function mode that tells
+    tensors apart by identity, which the compiler can neither trace nor keep valid from call to call, so it
+    breaks the graph at every operation and compiles the mode's own code again and again.
+
     Attributes:
         memory_budget: bytes that per-example gradients kept until the end of a call may take beyond what
             holding output gradients instead takes. 0 is the low-memory mode. None: 2 GiB on the CPU, an
@@ -33,8 +37,9 @@ class Options:
             what CUDA wants in bfloat16.
         precision: "float32"; "tf32" and "bfloat16" (autocast) are for CUDA, and make forward and backward
             faster and less exact. Norms and sums are accumulated in float32 or wider in all of them.
-        verify: compare the first call of a model and input shape, on up to three of its examples, with plain
-            autograd of one example at a time; on a mismatch log it and leave the model to the vmap engine.
+        verify: compare the first call of a model and input shape, on up to three of its examples and in
+            float64, with plain autograd of one example at a time; on a mismatch log it and leave the model
+            to the vmap engine.
     """
 
     memory_budget: int | None = None
@@ -44,7 +49,7 @@ class Options:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        validate.one_of(self.precision, PRECISIONS, "precision")
+        validate.one_of(self.precision, PRECISIONS, "engine.precision")
         if self.memory_budget is not None and self.memory_budget < 0:
             raise InputError(
                 f"memory_budget must be None or at least 0 bytes, got {self.memory_budget}. "
@@ -78,6 +83,14 @@ class Options:
             isinstance(layer, nn.GroupNorm | nn.modules.instancenorm._InstanceNorm) for layer in layers
         )
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise InputError for a reduced precision on a device other than CUDA."""
+        if self.precision != "float32" and device.type != "cuda":
+            raise InputError(
+                f"engine.precision must be float32 on {device.type}, got {self.precision!r}. "
+                "Reduced precision needs a CUDA device."
+            )
+
     @contextmanager
     def arithmetic(self, device: torch.device) -> Iterator[None]:
         """Enter the chosen precision for forward and backward.
@@ -91,11 +104,7 @@ class Options:
         if self.precision == "float32":
             yield
             return
-        if device.type != "cuda":
-            raise InputError(
-                f"precision must be float32 on {device.type}, got {self.precision!r}. "
-                "Reduced precision needs a CUDA device."
-            )
+        self.check_device(device)
         matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         try:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -6,6 +6,7 @@ Nothing here outlives the call, and no state is shared between calls or threads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,7 @@ class Use(ABC):
 
     `weight` is a trainable parameter, or a tensor computed from trainable parameters alone (a standardised
     kernel, a slice). An operation with a bias makes two uses. The backward pass fills a use; `squares` may
-    then be asked once, `weighted` once, and `rows` any number of times.
+    then be asked once, `weighted` once for each of its clip groups, and `rows` any number of times.
 
     Attributes:
         tape: where the use belongs.
@@ -31,6 +32,7 @@ class Use(ABC):
         alone: no other use reaches the same entries of a parameter, and squared norms of gradients of
             `weight` are those of the parameter. Otherwise norms are taken over all uses together.
         filled: the backward pass reached the operation.
+        clip_groups: the clip groups of the parameters it reaches; one group if it stands alone.
     """
 
     def __init__(self, tape: Tape, weight: Tensor) -> None:
@@ -39,6 +41,7 @@ class Use(ABC):
         self.alone = True
         self.filled = False
         self.closed = False
+        self.clip_groups: tuple[int, ...] = (0,)
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -90,14 +93,24 @@ class Tape:
         parameters: trainable parameters by id.
         names: their names by id.
         owners: the module each is registered in, by id.
+        clip_groups: the clip group of each, by id; 0 where all are clipped together.
         budget: bytes that per-example gradients kept until the end may take, beyond what holding output
             gradients instead would take.
         scratch: bytes one temporary may take.
         anchor: an input of every recorded operation, so that autograd visits it.
+        total: for each clip group, squared norms (B,) of the gradients' parts in it; one without groups.
         uses: in the order of the forward pass.
     """
 
-    def __init__(self, model: nn.Module, examples: int, views: int, budget: int, scratch: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: int,
+        views: int,
+        budget: int,
+        scratch: int,
+        clip_groups: Sequence[int] | None = None,
+    ) -> None:
         self.examples = examples
         self.views = views
         self.budget = budget
@@ -113,7 +126,12 @@ class Tape:
                     self.owners.setdefault(id(parameter), module)
         first = next(iter(self.parameters.values()))
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
-        self.total = torch.zeros(examples, dtype=torch.float64, device=first.device)
+        # `parameters` is in the order of `named_parameters`, as `clip_groups` is.
+        groups = [0] * len(self.parameters) if clip_groups is None else clip_groups
+        self.clip_groups = dict(zip(self.parameters, groups, strict=True))
+        self.total = [
+            torch.zeros(examples, dtype=torch.float64, device=first.device) for _ in range(max(groups) + 1)
+        ]
         self.uses: list[Use] = []
 
     def __enter__(self) -> Tape:
@@ -137,7 +155,7 @@ class Tape:
         """Take note that the backward pass filled `use`, and add its squared norms if it stands alone."""
         use.filled = True
         if use.alone and not isinstance(use, Rows):
-            self.total += use.squares()
+            self.total[use.clip_groups[0]] += use.squares()
 
     def positions(self, tensor: Tensor) -> Tensor:
         """Reshape (B * m, ..., d) to (B, positions, d): all views and places of an example on one axis."""

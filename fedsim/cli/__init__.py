@@ -1,0 +1,59 @@
+"""The `fedsim` command.
+
+Exit codes: 0 done; 1 `results --check` found files out of date; 2 bad input, nothing was started; 3 the run
+stopped with a cause and can be resumed; 130 interrupted (resumable too).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+
+from fedsim import __version__
+from fedsim.cli import many, planning, privacy, results, training
+from fedsim.report.plain import plain
+from fedsim.validate import FedsimError
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parse(parser(), arguments)
+    try:
+        answer = options.handler(options)
+        if options.json:
+            print(json.dumps(plain(answer), indent=2))
+        return 0
+    except FedsimError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fedsim: interrupted; continue with --resume and the same --out.", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="fedsim",
+        description="Differentially private training on data that stays with its holders, by simulation.",
+    )
+    top.add_argument("--version", action="version", version=f"fedsim {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for group in (training, many, planning, privacy, results):
+        group.add(commands)
+    return top
+
+
+def _parse(top: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; overrides may also stand after options, where argparse alone would not look for them."""
+    options, rest = top.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all(_OVERRIDE.match(item) for item in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options

@@ -1,0 +1,118 @@
+"""`compare` and `repeat`: many runs of one recipe, those that are finished kept."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.cli import show
+from fedsim.cli.arguments import command, config_arguments
+from fedsim.cli.training import engine_argument, train
+
+if TYPE_CHECKING:
+    from fedsim.compare import Runner
+    from fedsim.config import Config
+    from fedsim.engine.run_folder import RunFolder
+
+
+def add(commands: Any) -> None:
+    """Register the commands."""
+    compare = command(
+        commands,
+        "compare",
+        _compare,
+        "one recipe under several trust models, budgets and seeds: table and page",
+    )
+    config_arguments(compare)
+    compare.add_argument("--out", type=Path, help="folder of the comparison (default: runs/compare/TITLE)")
+
+    repeat = command(
+        commands,
+        "repeat",
+        _repeat,
+        "one recipe with several seeds: mean and spread, as a result file",
+        "Every seed runs in its own folder under --out; the same command again continues where it stopped "
+        "and keeps finished seeds.",
+    )
+    config_arguments(repeat)
+    engine_argument(repeat)
+    repeat.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    repeat.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="also write the result here, as results/NAME.json",
+    )
+    repeat.add_argument("--out", type=Path, help="folder of the runs (default: runs/repeat/TITLE)")
+
+
+def _compare(options: argparse.Namespace) -> Any:
+    """Run the cells of a comparison that are not finished, and show the table."""
+    from rich.console import Console
+
+    from fedsim import compare
+    from fedsim.report import comparison
+
+    wanted = compare.load(options.config)
+    out = options.out or Path("runs") / "compare" / (wanted.title or "comparison")
+    done = compare.run(wanted, options.overrides, out, _runner("local"), sys.stderr)
+    if not options.json:
+        rows = comparison.table(done)
+        table = show.table(*comparison.COLUMNS)
+        for row in rows:
+            table.add_row(*(row[column] for column in comparison.COLUMNS))
+        Console(width=max(170, Console().width)).print(table)
+        print(f"Page:  {out / 'report.html'}\nTable: {out / 'table.md'} and table.csv")
+    return [dataclasses.asdict(cell) for cell in done]
+
+
+def _repeat(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the seeds that are not finished, show mean and spread, and write the result file."""
+    from fedsim import repeat
+
+    result = repeat.run(
+        options.config,
+        options.overrides,
+        options.seeds,
+        options.out,
+        _runner(options.engine),
+        sys.stderr,
+        engine=options.engine,
+        command=_as_typed(options),
+        results=options.results,
+    )
+    if not options.json:
+        from rich.console import Console
+
+        table = show.table("seed", "accuracy", "minutes")
+        for run in result["runs"]:
+            table.add_row(str(run["seed"]), f"{100 * run['accuracy']:.2f}%", f"{run['minutes']:.1f}")
+        spread = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
+        table.add_row("all", f"{100 * result['mean']:.2f}%{spread}", f"{result['minutes']:.1f} each")
+        Console().print(table)
+        for unit, spent in result["epsilon"].items():
+            print(f"epsilon ({unit}): {show.spent(spent)}")
+        print(f"evaluated on {result['evaluated_on']}")
+        if options.results is not None:
+            print(f"Results: {options.results}")
+    return result
+
+
+def _runner(engine: str) -> Runner:
+    def runner(config: Config, folder: RunFolder) -> dict[str, Any]:
+        return train(config, folder, engine, resume=True, quiet=True)
+
+    return runner
+
+
+def _as_typed(options: argparse.Namespace) -> str:
+    """The command that gives this result again; without the folder of the runs, which changes nothing."""
+    parts = ["fedsim", "repeat", options.config, *options.overrides]
+    parts += ["--seeds", *map(str, options.seeds)]
+    parts += [] if options.engine == "local" else ["--engine", options.engine]
+    parts += [] if options.results is None else ["--results", options.results.as_posix()]
+    return shlex.join(parts)

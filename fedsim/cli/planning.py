@@ -1,0 +1,85 @@
+"""`check`: the dry run of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from fedsim.cli import show
+from fedsim.cli.arguments import command, config_arguments, load
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    check = command(
+        commands,
+        "check",
+        _check,
+        "dry run: plan, noise, epsilon beside the published one, operations, hours, memory and bytes",
+        "Trains nothing and needs no GPU; large data sets need not be there.",
+    )
+    config_arguments(check)
+    check.add_argument(
+        "--flops-per-second",
+        type=float,
+        metavar="RATE",
+        help="what one machine sustains, for its hours (default 5e13, a third of an A100's TF32 peak)",
+    )
+
+
+def _check(options: argparse.Namespace) -> dict[str, Any]:
+    from fedsim import plan as planning
+
+    config = load(options)
+    rate = planning.FLOPS_PER_SECOND if options.flops_per_second is None else options.flops_per_second
+    plan = planning.describe(config, rate)
+    if not options.json:
+        from rich.console import Console
+
+        from fedsim import config as configs
+
+        console = Console()
+        console.print(configs.to_yaml(config), markup=False, highlight=False)
+        table = show.table("plan", "")
+        for name, value in _rows(plan):
+            table.add_row(name, value)
+        console.print(table)
+    return {"config": dataclasses.asdict(config), "plan": plan}
+
+
+def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The plan as lines; what the paper says stands under what is accounted here."""
+    rows: list[tuple[str, str]] = []
+    for name, value in plan.items():
+        label = name.replace("_", " ")
+        if name == "epsilon":
+            rows += [(f"epsilon ({kind})", show.spent(spent)) for kind, spent in value.items()]
+        elif name == "published":
+            rows += _published(value) if value is not None else []
+        elif isinstance(value, dict):
+            rows += [(f"{label}: {key}", show.number(inner)) for key, inner in value.items()]
+        else:
+            rows.append((label, show.number(value)))
+    return rows
+
+
+def _published(published: dict[str, Any]) -> list[tuple[str, str]]:
+    where = ", ".join(str(published[key]) for key in ("paper", "table", "row") if key in published)
+    status = published.get("status", "status unknown")
+    off = ", ".join(f"{name} {share:+.2%}" for name, share in published["difference"].items())
+    verdict = "agrees" if published["agrees"] else "does not agree"
+    rows = [
+        ("published in", where),
+        (
+            "published epsilon",
+            f"{published['epsilon']:.4g} at delta {published.get('delta', '?')} ({status})",
+        ),
+        ("accounted here", f"{off}; {verdict} within {published['tolerance']:.0%}"),
+    ]
+    if "accuracy" in published:
+        read = published.get("accuracy_status", status)
+        rows.append(("published accuracy", f"{published['accuracy']}% ({read})"))
+    if "note" in published:
+        rows.append(("note", str(published["note"])))
+    return rows

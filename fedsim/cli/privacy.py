@@ -1,0 +1,149 @@
+"""`epsilon` and `calibrate`: what settings or a run's ledger spend, and the noise a budget needs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fedsim.cli import show
+from fedsim.cli.arguments import command
+from fedsim.validate import InputError
+
+
+def add(commands: Any) -> None:
+    """Register the commands."""
+    epsilon = command(
+        commands,
+        "epsilon",
+        _epsilon,
+        "epsilon of a run's ledger, of given settings, or of the published recipes",
+        "Give a run folder or ledger file; or --noise-multiplier, --steps and --sampling-rate (or "
+        "--population and --batch); or --published [TEXT] for the table of published settings.",
+    )
+    epsilon.add_argument("ledger", nargs="?", type=Path, metavar="LEDGER_OR_RUN")
+    epsilon.add_argument(
+        "--published", nargs="?", const="", metavar="TEXT", help="rows whose paper or setting has TEXT"
+    )
+    epsilon.add_argument("--noise-multiplier", type=float, metavar="SIGMA", help="noise std over sensitivity")
+    _mechanism_arguments(epsilon)
+
+    calibrate = command(
+        commands, "calibrate", _calibrate, "the noise multiplier that reaches a target epsilon, checked twice"
+    )
+    calibrate.add_argument("--target-epsilon", type=float, required=True)
+    _mechanism_arguments(calibrate)
+
+
+def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sampling-rate", type=float, metavar="Q", help="chance of an example to be in a step"
+    )
+    parser.add_argument("--population", type=float, metavar="N", help="examples, with --batch instead of Q")
+    parser.add_argument("--batch", type=float, metavar="B", help="expected batch size")
+    parser.add_argument("--steps", type=int, metavar="T")
+    parser.add_argument("--delta", type=float, help="default: that of the ledger, else 1e-5")
+    parser.add_argument("--accountant", choices=("pld", "rdp", "rdp_objax"), default="pld")
+    parser.add_argument("--holder-examples", type=int, metavar="M", help="also for a holder of M examples")
+
+
+def _epsilon(options: argparse.Namespace) -> Any:
+    if options.published is not None:
+        return _published(options)
+    if options.ledger is not None:
+        answer = _ledger_epsilon(options)
+    else:
+        answer = _settings_epsilon(options)
+    if not options.json:
+        for name, spent in answer["epsilon"].items():
+            print(f"{name}: {show.spent(spent)}")
+    return answer
+
+
+def _ledger_epsilon(options: argparse.Namespace) -> dict[str, Any]:
+    from fedsim.engine.run_folder import RunFolder
+    from fedsim.privacy import ledger
+
+    path = RunFolder(options.ledger).ledger if options.ledger.is_dir() else options.ledger
+    book = ledger.read(path)
+    delta = options.delta or book.header.delta
+    example = {f"{book.header.unit}, {name}": book.epsilon(name, delta) for name in ("pld", "rdp")}
+    size = options.holder_examples or book.header.largest_holder
+    holder = book.holder_epsilon(size, delta)
+    return {"ledger": str(path), "steps": book.steps, "epsilon": {**example, f"holder of {size}": holder}}
+
+
+def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
+    from fedsim import validate
+    from fedsim.privacy import accountant, events
+
+    if options.noise_multiplier is None or options.steps is None:
+        raise InputError(
+            "epsilon needs a run folder or ledger, --published, or --noise-multiplier with --steps and "
+            "--sampling-rate (or --population and --batch)."
+        )
+    validate.positive(options.noise_multiplier, "--noise-multiplier")
+    rate, steps, delta = _mechanism(options)
+    total = events.composed(events.gaussian_step(options.noise_multiplier, rate), steps)
+    kinds = ["pld", "rdp"] + (["rdp_objax"] if options.accountant == "rdp_objax" else [])
+    answer = {kind: accountant.epsilon(total, delta, kind, "example") for kind in kinds}
+    if options.holder_examples:
+        answer[f"holder of {options.holder_examples}"] = accountant.holder_epsilon(
+            options.noise_multiplier, rate, steps, delta, options.holder_examples
+        )
+    return {"sampling_rate": rate, "steps": steps, "epsilon": answer}
+
+
+def _mechanism(options: argparse.Namespace) -> tuple[float, int, float]:
+    """Return (sampling rate, steps, delta) from the command line."""
+    from fedsim import validate
+    from fedsim.sampling import sampling_rate
+
+    if (options.sampling_rate is None) == (options.population is None or options.batch is None):
+        raise InputError("give either --sampling-rate, or --population together with --batch.")
+    if options.steps is None:
+        raise InputError("give --steps, the number of server updates.")
+    validate.positive(options.steps, "--steps")
+    delta = 1e-5 if options.delta is None else options.delta
+    validate.in_range(delta, 1e-300, 0.5, "--delta")
+    if options.sampling_rate is not None:
+        validate.in_range(options.sampling_rate, 1e-300, 1.0, "--sampling-rate")
+        return options.sampling_rate, options.steps, delta
+    return sampling_rate(options.batch, options.population, 1.0), options.steps, delta
+
+
+def _published(options: argparse.Namespace) -> Any:
+    from rich.console import Console
+
+    from fedsim.privacy import published
+
+    wanted = options.published.lower()
+    rows = [r for r in published.rows() if wanted in f"{r.paper} {r.setting}".lower()]
+    if not rows:
+        raise InputError(f"no published setting contains {options.published!r}. Leave TEXT out to see all.")
+    compared = published.compare(rows)
+    if not options.json:
+        table = show.table("paper", "setting", "published", "RDP", "PLD", "Objax RDP", "status")
+        for item in compared:
+            values = (item.row.epsilon_published, item.rdp.value, item.pld.value)
+            objax = None if item.rdp_objax is None else item.rdp_objax.value
+            shown = [show.value(value) for value in (*values, objax)]
+            shown[0] += " (differs)" if item.differs else ""
+            table.add_row(item.row.paper, item.row.setting, *shown, item.note)
+        Console(width=max(160, Console().width)).print(table)
+    return compared
+
+
+def _calibrate(options: argparse.Namespace) -> Any:
+    from fedsim import validate
+    from fedsim.privacy import accountant
+
+    validate.positive(options.target_epsilon, "--target-epsilon")
+    rate, steps, delta = _mechanism(options)
+    found = accountant.noise_multiplier_for(options.target_epsilon, delta, rate, steps, options.accountant)
+    if not options.json:
+        print(f"noise multiplier {found.noise_multiplier:.6g} for q = {rate:.6g}, {steps} steps")
+        print(f"reached: {show.spent(dataclasses.asdict(found.achieved))}")
+        print(f"checked: {show.spent(dataclasses.asdict(found.verified))}")
+    return found

@@ -1,0 +1,96 @@
+"""What is public about the standard data sets, so that a recipe can be planned where they are not at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedsim import validate
+from fedsim.config import Config, parse_options
+from fedsim.data.features import FEATURES
+from fedsim.validate import InputError
+
+
+@dataclass(frozen=True)
+class Size:
+    """Public sizes of one data set.
+
+    Attributes:
+        train, test: examples in each split.
+        shape: of one example as a model sees it: (C, H, W) for images.
+        classes: number of labels.
+    """
+
+    train: int
+    test: int
+    shape: tuple[int, ...]
+    classes: int
+
+
+SIZES: dict[str, Size] = {
+    "fashion_mnist_subset": Size(10_000, 2_000, (1, 28, 28), 10),
+    "fashion_mnist": Size(60_000, 10_000, (1, 28, 28), 10),
+    "mnist": Size(60_000, 10_000, (1, 28, 28), 10),
+    "cifar10": Size(50_000, 10_000, (3, 32, 32), 10),
+    "cifar100": Size(50_000, 10_000, (3, 32, 32), 100),
+}
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """`reference.data` of a recipe whose images are a folder."""
+
+    name: str = ""
+    train: int = 0
+    test: int = 0
+    shape: list[int] = field(default_factory=list)
+    classes: int = 0
+
+
+def of(config: Config) -> Size | None:
+    """Return the sizes that `config` would train on, after its cuts and its feature map; None if unknown.
+
+    Standard sets have the sizes above; a recipe for an image folder or arrays states them in
+    `reference.data`: name, train, test, shape (C, H, W), classes.
+
+    Raises:
+        InputError: a cut takes more examples than there are, or the statement is malformed.
+    """
+    data = config.data
+    known = SIZES.get(data.name)
+    if known is None:
+        known = _stated(config.reference.get("data"))
+    if known is None:
+        return None
+    if data.holdout_examples >= known.train:
+        raise InputError(
+            f"data.holdout_examples must be below the {known.train} training examples, "
+            f"got {data.holdout_examples}."
+        )
+    if data.holdout_examples:
+        known = replace(known, train=known.train - data.holdout_examples, test=data.holdout_examples)
+    if data.train_examples is not None:
+        validate.in_range(data.train_examples, 1, known.train, "data.train_examples")
+        known = replace(known, train=data.train_examples)
+    if data.test_examples is not None:
+        validate.in_range(data.test_examples, 1, known.test, "data.test_examples")
+        known = replace(known, test=data.test_examples)
+    if data.features is not None:
+        validate.one_of(data.features, FEATURES, "data.features")
+        channels, height, width = known.shape
+        shape = FEATURES[data.features].output_shape((height, width, channels))
+        known = replace(known, shape=tuple(shape))
+    return known
+
+
+def _stated(given: Any) -> Size | None:
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise InputError(f"reference.data must be a mapping, got {given!r}.")
+    stated = parse_options(given, _Stated, "reference.data")
+    for value, name in ((stated.train, "train"), (stated.test, "test"), (stated.classes, "classes")):
+        validate.positive(value, f"reference.data.{name}")
+    if not stated.shape or len(stated.shape) != 3:
+        raise InputError(f"reference.data.shape must be [channels, height, width], got {stated.shape}.")
+    return Size(stated.train, stated.test, tuple(stated.shape), stated.classes)

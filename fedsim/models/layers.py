@@ -1,0 +1,60 @@
+"""Layers several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WSConv2d(nn.Conv2d):
+    """Convolution with a standardised kernel (Qiao et al. 2019, Brock et al. 2021).
+
+    Kernel used: gain * (w - mean) / sqrt(max(fan_in * var, 1e-4)), one trainable gain per output channel,
+    population variance: "scaled weight standardisation" with the epsilon of De et al. 2022.
+    """
+
+    def __init__(
+        self, channels: int, out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True
+    ) -> None:
+        super().__init__(channels, out, kernel, stride=stride, padding=padding, bias=bias)
+        self.gain = nn.Parameter(torch.empty(out))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (n, channels, height, width) to (n, out, ...)."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        fan_in = self.weight[0].numel()
+        scale = torch.rsqrt(torch.clamp(variance * fan_in, min=1e-4)) * self.gain.reshape(-1, 1, 1, 1)
+        kernel = (self.weight - mean) * scale
+        return F.conv2d(inputs, kernel, self.bias, self.stride, self.padding)
+
+
+Convolution = Callable[[int, int, int, int, int], nn.Conv2d]
+CONVOLUTIONS: dict[str, Convolution] = {"weight_standardised": WSConv2d, "plain": nn.Conv2d}
+
+NORMALISATIONS = ("group", "none")
+
+
+def normalisation(name: str, groups: int, channels: int) -> nn.Module:
+    """Return the norm over `channels` that `name` (one of NORMALISATIONS) means; one group is a layer norm.
+
+    Statistics are of one example, so they mix no examples and cost no privacy.
+    """
+    return nn.GroupNorm(groups, channels) if name == "group" else nn.Identity()
+
+
+STEMS = ("imagenet", "small")
+SMALLEST = {"imagenet": 32, "small": 8}  # pixels an edge must have so that three halvings leave something
+
+
+def stem(name: str, convolution: Convolution, channels: int, out: int) -> nn.Module:
+    """Return the first layers of a residual network.
+
+    "imagenet": 7x7 convolution of stride 2, then 3x3 max-pooling of stride 2, for images of 224 pixels;
+    "small": 3x3 convolution of stride 1, for images of 32 pixels.
+    """
+    if name == "small":
+        return convolution(channels, out, 3, 1, 1)
+    return nn.Sequential(convolution(channels, out, 7, 2, 3), nn.MaxPool2d(3, stride=2, padding=1))

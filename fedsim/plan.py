@@ -1,0 +1,222 @@
+"""The dry run of a configuration: what it would release, cost and need, without training anything.
+
+Works for machines and data that are not at hand: sizes of standard sets are public constants (or stated in
+`reference.data`), the model is laid out on the meta device, and operations are counted there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import strategies
+from fedsim import models, validate
+from fedsim.config import Config
+from fedsim.data import augment, datasets, partition, sizes
+from fedsim.engine import optim
+from fedsim.engine.experiment import Experiment, epsilons, prepare
+from fedsim.grads.flat import spec, trainable_names
+from fedsim.models.cost import Cost, cost
+from fedsim.privacy import accountant
+from fedsim.privacy.accountant import EpsilonResult
+from fedsim.privacy.published import AGREEMENT
+from strategies.base import DataFacts, Plan, Strategy
+
+FLOPS_PER_SECOND = 5e13
+"""Default rate: 50 teraflops sustained, about a third of an A100's TF32 peak."""
+
+READ_UP_TO = 10_000
+"""Data sets with more training examples are planned from their public sizes, which takes no time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What the plan rests on."""
+
+    strategy: Strategy[Any]
+    plan: Plan
+    facts: DataFacts
+    holders: dict[str, float]
+    shape: tuple[int, ...]
+    classes: int
+    source: str
+
+
+def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict[str, Any]:
+    """Return the plan: mechanism, epsilon beside the published one, operations, hours, bytes and memory.
+
+    Args:
+        config: any configuration; where its data set is large it need not be there.
+        flops_per_second: what the machine sustains, for `gpu_hours`.
+
+    Raises:
+        InputError: the configuration is wrong, or its data are of unknown size and not there.
+    """
+    validate.positive(flops_per_second, "--flops-per-second")
+    size = sizes.of(config)
+    if size is None or (size.train <= READ_UP_TO and config.data.name == "fashion_mnist_subset"):
+        known = _from_data(prepare(config))
+    else:
+        known = _from_sizes(config, size)
+    spent = _spent(known, config)
+    plan, facts, train = known.plan, known.facts, config.train
+    optimizer = optim.resolved(config.optimizer, train, facts.examples)
+    return {
+        "strategy": config.strategy.name,
+        "unit": plan.unit,
+        "data": known.source,
+        "examples": facts.examples,
+        "holders": known.holders,
+        "steps": plan.steps,
+        "stopped_by_budget": plan.stopped_by_budget,
+        "sampling_rate": plan.sampling_rate,
+        "expected_batch_size": train.expected_batch_size,
+        "epochs": plan.steps * train.expected_batch_size / facts.examples,
+        "learning_rate": optimizer.learning_rate,
+        "warmup_steps": optimizer.warmup_steps,
+        "noise_multiplier": None if plan.noise is None else plan.noise.noise_multiplier,
+        "noise_std_of_sum": None if plan.noise is None else plan.noise.noise_std,
+        "noise_std_of_mean": None if plan.noise is None else plan.noise.noise_std / plan.divisor,
+        "epsilon": {name: dataclasses.asdict(value) for name, value in spent.items()},
+        "published": published(config, spent),
+        **_costs(config, known, flops_per_second),
+    }
+
+
+def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any] | None:
+    """Return the recipe's published values beside the accounted ones; None where it names none.
+
+    `difference` is accounted / published - 1 by accountant; `agrees` whether that of the recipe's own
+    accountant is within `tolerance` (2 % unless the reference says otherwise: two printed digits).
+    """
+    reference = config.reference
+    if reference.get("epsilon") is None:
+        return None
+    stated = float(reference["epsilon"])
+    unit = next(iter(spent))
+    own = {unit, f"{unit}_check", f"{unit}_rdp"}
+    found = {s.accountant: s.value for name, s in spent.items() if name in own and s.value is not None}
+    tolerance = float(reference.get("tolerance", AGREEMENT))
+    main = spent[unit].value
+    keys = ("paper", "table", "row", "accuracy", "accuracy_status", "epsilon", "delta", "status", "note")
+    return {
+        **{key: reference[key] for key in keys if reference.get(key) is not None},
+        "difference": {name: value / stated - 1.0 for name, value in found.items()},
+        "tolerance": tolerance,
+        "agrees": main is not None and abs(main / stated - 1.0) <= tolerance,
+    }
+
+
+def _from_data(experiment: Experiment) -> _Known:
+    train = experiment.splits.train
+    return _Known(
+        strategy=experiment.strategy,
+        plan=experiment.plan,
+        facts=experiment.facts,
+        holders=experiment.partition.summary(train.labels),
+        shape=train.example_shape,
+        classes=train.num_classes,
+        source=f"{train.name}, read",
+    )
+
+
+def _from_sizes(config: Config, size: sizes.Size) -> _Known:
+    strategy = strategies.load(config)
+    datasets.resolve(config.data)  # refuses unknown names
+    augment.check(config.train.augmentations, _example(config, size))
+    skeleton = models.skeleton(config.model, size.shape, size.classes)
+    strategy.clip_rule().group_of(trainable_names(skeleton))  # refuses groups that do not fit the model
+    optimizer = optim.resolved(config.optimizer, config.train, size.train)
+    optim.ServerOptimizer(optimizer, config.train, spec(skeleton))  # refuses a warm-up as long as the run
+    labels = np.arange(size.train, dtype=np.int64) % size.classes
+    held = partition.partition(labels, None, config.federation, config.seed)
+    facts = DataFacts(
+        examples=size.train,
+        holders=config.federation.holders,
+        largest_holder=int(held.sizes().max()),
+        parameters=sum(p.numel() for p in skeleton.parameters() if p.requires_grad),
+    )
+    shape = " x ".join(map(str, size.shape))
+    source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} even classes"
+    return _Known(
+        strategy, strategy.plan(facts), facts, held.summary(labels), size.shape, size.classes, source
+    )
+
+
+def _example(config: Config, size: sizes.Size) -> NDArray[Any]:
+    """An example of the right shape and dtype, without content."""
+    if config.data.features is not None:
+        return np.zeros(size.shape, np.float16)
+    channels, height, width = size.shape
+    return np.zeros((height, width, channels), np.uint8)
+
+
+def _spent(known: _Known, config: Config) -> dict[str, EpsilonResult]:
+    """All epsilons of the run; RDP with its default orders and PLD are always among them."""
+    plan = known.plan
+    spent = epsilons(plan, plan.steps, config, known.facts)
+    if config.privacy.accountant == "rdp_objax":
+        total = plan.total_event(plan.steps)
+        spent[f"{plan.unit}_rdp"] = accountant.epsilon(total, config.privacy.delta, "rdp", plan.unit)
+    return spent
+
+
+def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
+    """Operations of the run, hours at a rate, bytes of a step and memory of its processes."""
+    train, facts, plan = config.train, known.facts, known.plan
+    one = cost(models.skeleton(config.model, known.shape, known.classes), known.shape)
+    itemsize = 8 if config.model.dtype == "float64" else 4
+    vector = facts.parameters * itemsize
+    views = plan.steps * plan.sampling_rate * facts.examples * train.augment_multiplicity
+    operations = views * one.training
+    holder_bytes, messages = known.strategy.traffic(facts, itemsize)
+    return {
+        "parameters": facts.parameters,
+        "frozen_parameters": one.parameters - facts.parameters,
+        "flops": {
+            "forward, one view": one.forward,
+            "forward and backward, one view": one.training,
+            "one step": operations / plan.steps,
+            "run": operations,
+        },
+        "flops_per_second": rate,
+        "gpu_hours": operations / rate / 3600.0,
+        "gradient_evaluations": views,
+        "bytes_to_each_node_per_step": vector,
+        "bytes_from_each_node_per_step": vector,
+        "bytes_of_a_holder_of_its_own_per_step": holder_bytes,
+        "messages_per_step": messages,
+        "physical_batch_size": config.engine.physical_batch_size,
+        "memory_bytes": _memory(config, one, vector, itemsize),
+    }
+
+
+def _physical_batch_size(config: Config) -> int:
+    """The configured one; where a probe chooses it, one example's views."""
+    given = config.engine.physical_batch_size
+    return given if isinstance(given, int) else config.train.augment_multiplicity
+
+
+def _memory(config: Config, one: Cost, vector: int, itemsize: int) -> dict[str, int]:
+    """Estimates in bytes, data and libraries not counted.
+
+    A node holds the parameters, their sum of gradients and one physical batch: what is saved for the backward
+    pass, and for per-example norms either the gradients of all layers' outputs (bookkeeping) or every
+    example's whole gradient (vmap, opacus). The server holds parameters, optimizer state, average, and the
+    sum and its noise in float64.
+    """
+    views = _physical_batch_size(config)
+    bookkeeping = config.engine.gradients == "bookkeeping"
+    examples = max(1, views // config.train.augment_multiplicity)
+    extra = views * one.output_bytes if bookkeeping else examples * vector
+    batch = one.fixed_bytes + views * one.saved_bytes + extra
+    slots = len(optim.SLOTS[config.optimizer.name]) + bool(config.train.ema_decay)
+    return {
+        f"physical batch of {views} views": batch,
+        "one more view": one.saved_bytes + (one.output_bytes if bookkeeping else 0),
+        "node": one.parameters * itemsize + vector + batch,
+        "server": one.parameters * itemsize + slots * vector + 2 * one.trainable * 8,
+    }

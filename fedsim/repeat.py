@@ -1,0 +1,171 @@
+"""One recipe with several seeds: run what is missing, then say mean, spread and what produced them.
+
+The result of a recipe (one JSON object, written to results/NAME.json; `fedsim results` reads these):
+
+    kind             "recipe"
+    title, config    name of the run; configuration as given on the command line
+    overrides        "key=value" strings on top of it
+    reference        what the recipe reproduces, from the configuration
+    evaluated_on     "test set", or "held-out training examples" while tuning
+    data, model, strategy, engine, holders, nodes, partition, steps, expected_batch_size, noise_multiplier
+    target_epsilon   the budget the configuration asks for, or null
+    epsilon, delta   by unit, the largest over the seeds, with accountant, relation and note
+    seeds, accuracy  one number a seed, in one order; accuracies are fractions
+    mean, std        over seeds; std is the sample standard deviation, null for one seed
+    minutes          mean training time of a seed
+    runs             one mapping a seed: accuracy, minutes, peak memory, epsilon, hashes, commit, hardware
+    command          what to type to get it again
+    commit, hardware of the runs, listed where they differ
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from fedsim import compare
+from fedsim import config as configs
+from fedsim.compare import Planned, Runner
+from fedsim.config import Config
+from fedsim.engine.checkpoint import write_atomic
+from fedsim.report.plain import plain
+from fedsim.validate import InputError
+
+_OF_RUN = (
+    "accuracy",
+    "loss",
+    "epsilon",
+    "holder_accuracy",
+    "peak_memory_bytes",
+    "parameters_sha256",
+    "code_hash",
+    "commit",
+    "hardware",
+)
+
+
+def run(
+    source: str,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    out: Path | None,
+    runner: Runner,
+    log: TextIO,
+    *,
+    engine: str,
+    command: str,
+    results: Path | None = None,
+) -> dict[str, Any]:
+    """Train the recipe once a seed, skipping what is finished, and return its result.
+
+    Args:
+        source: configuration, a path or a name under configs/.
+        overrides: "key=value" strings for all seeds.
+        seeds: one run each.
+        out: folder of the runs; None: runs/repeat/TITLE.
+        runner: trains one configuration into a folder and returns its result.
+        log: where progress goes, a line a seed.
+        engine: name of the runner, for the result.
+        command: what to type to get the result again.
+        results: file to write the result to as JSON, after all seeds; None: none.
+
+    Raises:
+        InputError: wrong configuration or folder, repeated seed; nothing has been started.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise InputError(f"--seeds must be different numbers, at least one, got {list(seeds)}.")
+    if any(item.startswith("seed=") for item in overrides):
+        raise InputError("seed must not be overridden where --seeds are given: use --seeds alone.")
+    planned = []
+    for seed in seeds:
+        config = configs.load(source, [*overrides, f"seed={seed}"])
+        planned.append(Planned(config.title or "run", config.privacy.target_epsilon, seed, config))
+    root = out or Path("runs") / "repeat" / (planned[0].config.title or "run")
+    done = [(cell.seed, result) for cell, _, result in compare.finish(planned, root, runner, log)]
+    about = {"config": source, "overrides": list(overrides), "engine": engine, "command": command}
+    answer = summary(planned[0].config, done, about)
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(results.absolute(), (json.dumps(answer, indent=1) + "\n").encode())
+    return answer
+
+
+def summary(
+    config: Config, done: Sequence[tuple[int, dict[str, Any]]], about: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the result of finished runs, as JSON-able values.
+
+    Args:
+        config: configuration of any of the seeds.
+        done: (seed, content of result.json) of every run.
+        about: config, overrides, engine, command.
+    """
+    accuracy = [float(result["accuracy"]) for _, result in done]
+    answer = {
+        "kind": "recipe",
+        "title": config.title,
+        **about,
+        "reference": config.reference,
+        "evaluated_on": "held-out training examples" if config.data.holdout_examples else "test set",
+        "data": dataclasses.asdict(dataclasses.replace(config.data, root=None)),
+        "model": dataclasses.asdict(config.model),
+        "strategy": config.strategy.name,
+        "holders": config.federation.holders,
+        "nodes": config.federation.nodes,
+        "partition": _partition(config),
+        "steps": done[0][1]["steps"],
+        "expected_batch_size": config.train.expected_batch_size,
+        "noise_multiplier": done[0][1]["noise_multiplier"],
+        "target_epsilon": config.privacy.target_epsilon,
+        "epsilon": _largest([result["epsilon"] for _, result in done]),
+        "delta": config.privacy.delta,
+        "seeds": [seed for seed, _ in done],
+        "accuracy": accuracy,
+        "mean": statistics.mean(accuracy),
+        "std": statistics.stdev(accuracy) if len(accuracy) > 1 else None,
+        "minutes": statistics.mean(result["seconds"] for _, result in done) / 60.0,
+        "runs": [_one(seed, result) for seed, result in done],
+        "commit": ", ".join(dict.fromkeys(str(result["commit"]) for _, result in done)),
+        "hardware": _joined([result["hardware"] for _, result in done]),
+    }
+    out: dict[str, Any] = plain(answer)
+    return out
+
+
+def _one(seed: int, result: dict[str, Any]) -> dict[str, Any]:
+    return {"seed": seed, "minutes": result["seconds"] / 60.0, **{name: result[name] for name in _OF_RUN}}
+
+
+def _partition(config: Config) -> str:
+    """The partition with the one number that shapes it."""
+    f = config.federation
+    shape = {
+        "dirichlet": f"dirichlet({f.dirichlet_alpha:g})",
+        "shards": f"shards({f.shards_per_holder})",
+        "power_law": f"power_law({f.power_law_exponent:g})",
+    }
+    return shape.get(f.partition, f.partition)
+
+
+def _largest(spent: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """For every unit the epsilon that holds for all runs (holders differ in size from seed to seed)."""
+
+    def size(epsilon: dict[str, Any]) -> float:
+        return math.inf if epsilon["value"] is None else float(epsilon["value"])
+
+    return {unit: max((each[unit] for each in spent), key=size) for unit in spent[0]}
+
+
+def _joined(machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One description of the hardware; values that differ between runs are listed."""
+    return {
+        key: machines[0][key]
+        if all(machine.get(key) == machines[0][key] for machine in machines)
+        else ", ".join(dict.fromkeys(str(machine.get(key)) for machine in machines))
+        for key in machines[0]
+    }

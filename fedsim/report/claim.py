@@ -1,0 +1,36 @@
+"""How an epsilon is said: with everything it depends on, or not claimed at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NO_CLAIM_ABOVE = 1000.0
+"""From here on an epsilon is shown as a number that was computed, never as a guarantee."""
+
+
+def claim(spent: Mapping[str, Any]) -> str:
+    """Return one line for an epsilon (the mapping of an `EpsilonResult`); never a bare number."""
+    basis = f"delta {spent['delta']:g}, {spent['relation']}, {spent['accountant']}"
+    note = f"; {spent['note']}" if spent["note"] else ""
+    value = _finite(spent["value"])
+    if value is None:
+        return f"no claimable epsilon: {spent['note']}" if spent["note"] else "no claimable epsilon"
+    if value > NO_CLAIM_ABOVE:
+        return f"no claimable epsilon: {value:.4g} protects nobody ({basis}{note})"
+    return f"{value:.4g} ({basis}{note})"
+
+
+def number(value: Any) -> str:
+    """Return the value for a table cell whose heading says the rest."""
+    finite = _finite(value)
+    if finite is None:
+        return "no claimable epsilon"
+    shown = f"{finite:.4g}"
+    return shown if finite <= NO_CLAIM_ABOVE else f"no claimable epsilon ({shown})"
+
+
+def _finite(value: Any) -> float | None:
+    """The value, or None where it is infinite (also as JSON text) or was not computable."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,223 @@
+"""Recipes' results as tables: what was claimed, what was reached, and what produced it.
+
+Reads every results/**/*.json whose "kind" is "recipe" (written by `fedsim repeat`, fields: fedsim.repeat).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.report.claim import number
+from fedsim.report.markers import Parts, machine, provenance, table
+from fedsim.validate import InputError
+
+README, PAGE = "README.md", "docs/results.md"
+COMMAND = "fedsim repeat CONFIG --seeds 0 1 2 --results results/NAME.json"
+UNTITLED = "Other recipes"
+_NEEDED = (
+    "config",
+    "overrides",
+    "reference",
+    "evaluated_on",
+    "data",
+    "holders",
+    "partition",
+    "steps",
+    "target_epsilon",
+    "epsilon",
+    "delta",
+    "seeds",
+    "accuracy",
+    "mean",
+    "std",
+    "minutes",
+    "command",
+    "commit",
+    "hardware",
+    "engine",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An accuracy (%) that somebody published for a budget; None where it is not known."""
+
+    accuracy: float | None
+    epsilon: float | None
+    source: str
+    status: str
+
+
+def read(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return (path relative to `folder`, content) of all recipe results under it, sorted by path.
+
+    Raises:
+        InputError: a file is not JSON, or a recipe result lacks a field.
+    """
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        name = path.relative_to(folder).as_posix()
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: expected a JSON file. {error}") from error
+        if isinstance(held, dict) and held.get("kind") == "recipe":
+            lacking = [key for key in _NEEDED if key not in held]
+            if lacking:
+                raise InputError(f"{path}: a recipe result must hold {', '.join(lacking)}. Make it again.")
+            found.append((name, held))
+    return found
+
+
+def parts(root: Path) -> dict[str, Parts]:
+    """Return the generated parts by file, for `markers.update`."""
+    held = [result for _, result in read(root / "results")]
+    return {
+        README: {"recipe-results": lambda: summary(held)},
+        PAGE: {"recipe-results": lambda: page(held)},
+    }
+
+
+def claims(reference: dict[str, Any]) -> list[Claim]:
+    """Return what `reference` claims: its own accuracy and epsilon, and each entry of its `claims`."""
+    given = [reference] if reference.get("accuracy") is not None else []
+    return [
+        Claim(
+            accuracy=entry.get("accuracy"),
+            epsilon=entry.get("epsilon"),
+            source=str(entry.get("source") or reference.get("paper") or ""),
+            status=str(entry.get("accuracy_status") or entry.get("status") or "unknown"),
+        )
+        for entry in [*given, *reference.get("claims", [])]
+    ]
+
+
+def claim_for(held: dict[str, Any]) -> Claim | None:
+    """Return the best claim at the budget of a result, or None."""
+    budget = held["target_epsilon"]
+    if budget is None:
+        spent = held["epsilon"].get("example", {}).get("value")
+        budget = spent if isinstance(spent, float) else math.nan
+    near = [
+        claim
+        for claim in claims(held["reference"])
+        if claim.accuracy is not None and claim.epsilon and abs(claim.epsilon / budget - 1.0) <= 0.11
+    ]
+    return max(near, key=lambda claim: claim.accuracy or 0.0, default=None)
+
+
+def summary(held: Sequence[dict[str, Any]]) -> str:
+    """Return the short table: test-set results only."""
+    rows = [
+        [
+            f"`{_recipe(one)}`",
+            one["data"]["name"],
+            _value(one, "example"),
+            _claimed(one),
+            _reached(one),
+            str(len(one["seeds"])),
+            f"{one['minutes']:.1f}",
+            machine(one["hardware"]),
+        ]
+        for one in held
+        if one["evaluated_on"] == "test set"
+    ]
+    if not rows:
+        return _nothing()
+    head = [
+        "recipe",
+        "data",
+        "epsilon per example",
+        "published (%)",
+        "reached (%)",
+        "seeds",
+        "minutes",
+        "machine",
+    ]
+    return table(head, rows)
+
+
+def page(held: Sequence[dict[str, Any]]) -> str:
+    """Return all results, a section a paper, each with the command that gives it again."""
+    if not held:
+        return _nothing()
+    papers: dict[str, list[dict[str, Any]]] = {}
+    for one in held:
+        papers.setdefault(str(one["reference"].get("paper") or UNTITLED), []).append(one)
+    return "\n".join(_section(paper, papers[paper]) for paper in sorted(papers))
+
+
+def _section(paper: str, held: Sequence[dict[str, Any]]) -> str:
+    head = [
+        "recipe",
+        "data",
+        "published (%)",
+        "reached (%)",
+        "each seed (%)",
+        "epsilon per example",
+        "epsilon per holder",
+        "delta",
+        "steps",
+        "holders",
+        "engine",
+        "minutes",
+    ]
+    rows = [
+        [
+            f"`{_recipe(one)}`",
+            one["data"]["name"] + ("" if one["evaluated_on"] == "test set" else f" ({one['evaluated_on']})"),
+            _claimed(one),
+            _reached(one),
+            ", ".join(
+                f"{seed}: {100 * a:.2f}" for seed, a in zip(one["seeds"], one["accuracy"], strict=True)
+            ),
+            _value(one, "example"),
+            _value(one, "holder"),
+            f"{one['delta']:g}",
+            str(one["steps"]),
+            f"{one['holders']}, {one['partition']}",
+            one["engine"],
+            f"{one['minutes']:.1f}",
+        ]
+        for one in held
+    ]
+    text = f"### {paper}\n\n{table(head, rows)}"
+    notes = dict.fromkeys(note for one in held if (note := one["reference"].get("note")))
+    text += "".join(f"\n{note}\n" for note in notes)
+    return text + "".join(provenance(one) for one in held)
+
+
+def _recipe(held: dict[str, Any]) -> str:
+    """The configuration and what was changed of it, speed and logging left out."""
+    changed = [
+        o for o in held["overrides"] if not o.startswith(("engine.", "monitor.", "title=", "data.root="))
+    ]
+    return " ".join([held["config"].removesuffix(".yaml"), *changed])
+
+
+def _reached(held: dict[str, Any]) -> str:
+    spread = "" if held["std"] is None else f" ± {100 * held['std']:.2f}"
+    return f"{100 * held['mean']:.2f}{spread}"
+
+
+def _claimed(held: dict[str, Any]) -> str:
+    claim = claim_for(held)
+    if claim is None:
+        return "-"
+    return f"{claim.accuracy:g} at {claim.epsilon:g} ({claim.source}, {claim.status})"
+
+
+def _value(held: dict[str, Any], unit: str) -> str:
+    spent = held["epsilon"].get(unit)
+    if spent is None:
+        return "-"
+    return number(spent["value"])
+
+
+def _nothing() -> str:
+    return f"Nothing measured yet. Run `{COMMAND}`, then `fedsim results`.\n"

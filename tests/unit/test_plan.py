@@ -1,0 +1,160 @@
+"""`fedsim check`: operations, memory and epsilon of recipes whose data and machines are not here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fedsim import config as configs
+from fedsim import models, plan
+from fedsim.config import ModelConfig
+from fedsim.data import datasets, sizes
+from fedsim.models.cost import cost
+from fedsim.validate import InputError
+from tests.conftest import command, small
+
+
+def test_operations_are_those_counted_by_hand() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+    found = cost(model, (3, 4, 4))
+    conv, linear = 2 * 8 * 3 * 9 * 16, 2 * 128 * 10
+    assert found.forward == conv + linear
+    assert found.backward == conv + 2 * linear, "the input of the first layer needs no gradient"
+    assert found.training == found.forward + found.backward
+    assert found.parameters == found.trainable == 8 * 27 + 8 + 1280 + 10
+
+
+def test_a_frozen_prefix_costs_no_backward_pass() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4))
+    whole = cost(model, (16,))
+    model[0].requires_grad_(False)
+    frozen = cost(model, (16,))
+    assert frozen.forward == whole.forward
+    assert frozen.backward == 2 * 32 * 4
+    assert frozen.trainable == 32 * 4 + 4 < frozen.parameters == whole.parameters
+    assert frozen.output_bytes < whole.output_bytes
+
+
+def test_saved_bytes_are_those_autograd_keeps() -> None:
+    """On real tensors: what saved_tensors_hooks see for 8 views less what they see for 7."""
+    shape = (1, 12, 12)
+    config = ModelConfig("wide_resnet", {"depth": 10, "width": 1})
+    found = cost(models.skeleton(config, shape, 10), shape)
+    model = models.build(config, shape, 10, 0)
+    own = {p.data_ptr() for p in model.parameters()}
+
+    def kept(views: int) -> int:
+        saved: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            outputs = model(torch.zeros(views, *shape))
+            torch.nn.functional.cross_entropy(outputs, torch.zeros(views, dtype=torch.long))
+        return sum(t.untyped_storage().nbytes() for t in saved.values())
+
+    assert found.saved_bytes == kept(8) - kept(7)
+
+
+def test_published_sizes_are_those_of_the_data_that_is_here() -> None:
+    for name in ("fashion_mnist_subset", "fashion_mnist"):
+        config = configs.load("base", [f"data.name={name}"])
+        try:
+            held = datasets.load(config.data)
+        except InputError:
+            assert name == "fashion_mnist", "the embedded subset is always there"
+            continue
+        known = sizes.of(config)
+        assert known == sizes.Size(
+            len(held.train), len(held.test), held.train.example_shape, held.train.num_classes
+        )
+
+
+def test_sizes_follow_cuts_and_features() -> None:
+    given = ["data.name=cifar10", "data.holdout_examples=5000", "data.train_examples=40000"]
+    assert sizes.of(configs.load("base", given)) == sizes.Size(40_000, 5_000, (3, 32, 32), 10)
+    featured = sizes.of(configs.load("base", ["data.name=fashion_mnist", "data.features=scattering"]))
+    assert featured == sizes.Size(60_000, 10_000, (81, 7, 7), 10)
+    with pytest.raises(InputError, match=r"data\.train_examples"):
+        sizes.of(configs.load("base", ["data.name=cifar10", "data.train_examples=50001"]))
+    assert sizes.of(configs.load("base", ["data.name=arrays"])) is None
+
+
+@pytest.mark.parametrize(
+    "stated", ["{train: 10, test: 5, classes: 2}", "{train: 0, test: 5, shape: [3, 8, 8], classes: 2}", "5"]
+)
+def test_malformed_sizes_are_refused(stated: str) -> None:
+    with pytest.raises(InputError, match=r"reference\.data"):
+        sizes.of(configs.load("base", ["data.name=image_folder", f"reference.data={stated}"]))
+
+
+def test_both_ways_of_planning_agree() -> None:
+    """Reading the embedded data, and planning from its public size, differ in the holders alone."""
+    config = small("federation.partition=iid")
+    size = sizes.of(config)
+    assert size is not None
+    read = plan.describe(config)
+    unread = plan._from_sizes(config, size)
+    assert unread.facts.parameters == read["parameters"]
+    assert unread.facts.examples == read["examples"]
+    assert unread.plan.sampling_rate == read["sampling_rate"]
+    assert unread.facts.largest_holder == read["holders"]["max_size"]
+
+
+@pytest.fixture
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # no line of a table is folded
+
+
+@pytest.mark.usefixtures("_wide")
+def test_check_of_a_paper_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "kurakin2022/large_batch_64x"
+    assert command(["check", name, "--json", "--flops-per-second", "1e12"]) == 0
+    shown = json.loads(capsys.readouterr().out)["plan"]
+    assert shown["examples"] == 1_281_167
+    assert shown["epsilon"]["example"]["accountant"] == "rdp_objax"
+    assert shown["epsilon"]["example_check"]["accountant"] == "pld"
+    assert shown["epsilon"]["example_rdp"]["accountant"] == "rdp"
+    assert shown["published"]["agrees"]
+    assert shown["published"]["difference"]["pld"] == pytest.approx(8924.4 / 6.7e4 - 1, rel=1e-3)
+    views = 12_511 * 65_536
+    assert shown["flops"]["run"] == pytest.approx(views * shown["flops"]["forward and backward, one view"])
+    assert shown["gpu_hours"] == pytest.approx(shown["flops"]["run"] / 1e12 / 3600)
+    assert shown["learning_rate"] == 2.0 * 65_536 / 256
+    assert command(["check", name]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("no claimable epsilon", "published epsilon", "6.7e+04 at delta 1e-06", "gpu hours"):
+        assert part in text, part
+
+
+@pytest.mark.usefixtures("_wide")
+def test_check_says_where_the_published_value_is_another(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["privacy.target_epsilon=null", "privacy.noise_multiplier=3"]
+    assert command(["check", "de2022/cifar10_wrn_16_4_eps8", *given]) == 0
+    assert "does not agree" in " ".join(capsys.readouterr().out.split())
+
+
+def test_memory_grows_with_the_engine_and_the_batch() -> None:
+    def node(*more: str) -> int:
+        config = configs.load("de2022/cifar10_wrn_16_4_eps1", ["engine.physical_batch_size=64", *more])
+        found: int = plan.describe(config)["memory_bytes"]["node"]
+        return found
+
+    assert node("engine.physical_batch_size=128") > node()
+    assert node("engine.gradients=vmap", "train.augment_multiplicity=1") > node(
+        "train.augment_multiplicity=1"
+    )
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_a_machine_must_compute(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["check", "quickstart", "--flops-per-second", rate]) == 2
+    assert "flops-per-second" in capsys.readouterr().err

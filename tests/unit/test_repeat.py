@@ -1,0 +1,75 @@
+"""`fedsim repeat`: one run a seed, finished ones kept, and a result that can be checked against the runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, command
+
+
+def repeat(tmp_path: Path, *more: str) -> int:
+    given = ["repeat", "base", *SMALL, "reference.paper=nobody 2000", "--out", str(tmp_path / "runs")]
+    return command([*given, "--results", str(tmp_path / "results" / "tiny.json"), *more])
+
+
+def test_every_seed_runs_once_and_the_result_says_what_they_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert repeat(tmp_path, "--seeds", "3", "--json") == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["std"] is None
+    assert repeat(tmp_path, "--seeds", "3", "4") == 0
+    first = capsys.readouterr()
+    assert first.err.count("finished before") == 1
+    assert "±" in first.out
+    assert repeat(tmp_path, "--seeds", "3", "4") == 0
+    assert capsys.readouterr().err.count("finished before") == 2
+
+    held = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    runs = {
+        json.loads(p.read_text())["seed"]: json.loads(p.read_text()) for p in tmp_path.rglob("result.json")
+    }
+    assert held["seeds"] == [3, 4] == sorted(runs)
+    assert held["accuracy"] == [runs[3]["accuracy"], runs[4]["accuracy"]]
+    assert held["mean"] == pytest.approx(statistics.mean(held["accuracy"]))
+    assert held["std"] == pytest.approx(statistics.stdev(held["accuracy"]))
+    assert held["epsilon"]["holder"]["value"] == max(r["epsilon"]["holder"]["value"] for r in runs.values())
+    assert held["epsilon"]["example"]["delta"] == held["delta"] == 1e-5
+    assert held["minutes"] == pytest.approx(statistics.mean(r["seconds"] for r in runs.values()) / 60)
+    assert held["reference"] == {"paper": "nobody 2000"}
+    assert held["steps"] == 6
+    assert held["partition"] == "dirichlet(0.5)"
+    assert held["engine"] == "local"
+    assert held["evaluated_on"] == "test set"
+    assert held["hardware"]["torch"]
+    assert held["commit"]
+    assert held["runs"][0]["peak_memory_bytes"]["process"] > 1e7
+    assert held["runs"][0]["parameters_sha256"] != held["runs"][1]["parameters_sha256"]
+    assert held["command"].startswith("fedsim repeat base ")
+    assert "--seeds 3 4" in held["command"]
+
+
+def test_overrides_may_follow_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert repeat(tmp_path, "--seeds", "0", "--engine", "local", "data.holdout_examples=100", "--json") == 0
+    held = json.loads(capsys.readouterr().out)
+    assert held["evaluated_on"] == "held-out training examples"
+    assert "data.holdout_examples=100" in held["command"]
+
+
+@pytest.mark.parametrize(
+    "more", [["--seeds", "1", "1"], ["--seeds", "1", "--engine", "local", "seed=2"], ["--seeds", "-1"]]
+)
+def test_wrong_seeds_are_refused(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert repeat(tmp_path, *more) == 2
+    assert "seed" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_left_over_words_are_refused() -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(["repeat", "base", "--seeds", "0", "--engine", "local", "nonsense"])
+    assert ended.value.code == 2
