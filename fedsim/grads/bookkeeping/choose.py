@@ -45,7 +45,7 @@ def linear(tape: Tape, positions: int, width_in: int, width_out: int, size: int)
     entries = width_in * width_out
     form = 2 * positions * entries * FLOP
     cost = {
-        "keep": form + entries * ENTRY,
+        "keep": form + entries * _entry(entries * size),
         "gram": form + 2 * positions**2 * ((width_in + width_out) * GRAM_FLOP + GRAM_ENTRY),
         "drop": 2 * form + entries * ENTRY,
     }
@@ -103,7 +103,7 @@ def convolution(
     if geometry.groups > 1:
         del cost["patches"]
     formed = min(cost, key=cost.__getitem__)
-    entry = ENTRY / 3 if entries * size <= CACHED else ENTRY
+    entry = _entry(entries * size)
     cost["keep"] = cost[formed] + entries * entry
     cost["drop"] = cost[formed] + entries * entry / 2 + native
     best = "drop"
@@ -120,3 +120,8 @@ def convolution(
     if cost["keep"] < cost[best] and tape.reserve(kept, held):
         return formed, True
     return ("gram" if best == "gram" else formed), False
+
+
+def _entry(width: int) -> float:
+    """Cost of one entry of a per-example gradient of `width` bytes."""
+    return ENTRY / 3 if width <= CACHED else ENTRY
