@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
-from fedsim.data import cache, scattering
+from fedsim.data import cache, random_features, scattering
 from fedsim.validate import InputError
 
 DTYPE = np.dtype("<f2")  # 11 significant bits: a relative error of at most 4.9e-4 above 6e-5
@@ -44,6 +44,9 @@ class FeatureMap:
 
 FEATURES: dict[str, FeatureMap] = {
     "scattering": FeatureMap(scattering.version, scattering.output_shape, scattering.compute),
+    "scattering_random": FeatureMap(
+        random_features.version, random_features.output_shape, random_features.compute
+    ),
 }
 
 
