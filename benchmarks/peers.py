@@ -146,6 +146,6 @@ def applies(method: str, parameters: int, examples: int, views: int) -> bool:
     if method == "Opacus ghost":
         return views == 1
     per_view = views if method.startswith("Opacus") else 1
-    if method.startswith("Opacus") or method == "vmap":
+    if method.startswith("Opacus") or method in ("vmap", "jax_privacy"):
         return 4 * parameters * examples * per_view <= MATERIALISING_LIMIT
     return True

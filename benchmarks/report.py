@@ -79,7 +79,13 @@ def gradients(name: str) -> str:
         + [f"{row['ratios'][m]:.2f}" if m in row["ratios"] else "-" for m in methods]
         for row in held["rows"]
     ]
-    return table(["model", "K", "examples", *methods], rows) + provenance(held)
+    heads = ["model", "K", "examples", *methods]
+    if any("jax" in row for row in held["rows"]):
+        heads.append("jax_privacy / JAX non-private")
+        for cells, row in zip(rows, held["rows"], strict=True):
+            own = row.get("jax", {}).get("ratio_to_own_step")
+            cells.append("-" if own is None else f"{own:.2f}")
+    return table(heads, rows) + provenance(held)
 
 
 def rounds(name: str) -> str:
@@ -97,6 +103,10 @@ def rounds(name: str) -> str:
         rows.append(
             ["server work a step, 2.75 M parameters", f"{1e3 * held['server']['seconds_per_step']:.0f} ms"]
         )
+    for case, row in held.get("pfl", {}).items():
+        for method, seconds in row["seconds"].items():
+            ratio = f"{row['ratio_to_plain_loop'][method]:.2f} x the plain loop"
+            rows.append([f"{case}: {method}", f"{1e3 * seconds:.0f} ms an iteration, {ratio}"])
     for model, row in held.get("flower", {}).items():
         rows.append(
             [

@@ -1,6 +1,6 @@
-"""Seconds per step of the federation: local engine, Flower's simulation, server work.
+"""Seconds per step of the federation: local engine, Flower's simulation, server work, pfl-research.
 
-    python -m benchmarks.rounds [--json FILE] [--steps N] [--skip flower pfl]
+    python -m benchmarks.rounds [--json FILE] [--steps N] [--skip flower pfl ...]
 
 "Trivial clients" do one vector operation on the flat model for every holder, so what is left is overhead;
 "plain loop" is the same operations without any federation. Rows of one comparison are measured in turn in
@@ -245,6 +245,21 @@ def flower(steps: int) -> dict[str, Any]:
     return out
 
 
+def pfl(steps: int) -> dict[str, Any]:
+    """pfl-research on the same users; see `benchmarks.pfl_peer`."""
+    from benchmarks import pfl_peer  # it imports this module
+
+    if not pfl_peer.installed():
+        print("pfl-research is not installed: its rows are left out", flush=True)
+        return {}
+    return pfl_peer.measure(steps)
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "hosted": hosted_holders, "work": real_work, "server": server_work, "flower": flower, "pfl": pfl
+}  # fmt: skip
+
+
 def main() -> None:
     """Run all parts and print or write the result."""
     parser = argparse.ArgumentParser(
@@ -252,12 +267,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--skip", nargs="*", default=[], choices=("hosted", "work", "server", "flower"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    parts: dict[str, Callable[[int], dict[str, Any]]] = {
-        "hosted": hosted_holders, "work": real_work, "server": server_work, "flower": flower
-    }  # fmt: skip
     result: dict[str, Any] = {
         "command": "python -m benchmarks.rounds " + " ".join(sys.argv[1:]),
         "commit": provenance.commit(),
@@ -265,7 +277,7 @@ def main() -> None:
         "seed": SEED,
         "steps": options.steps,
     }
-    for name, part in parts.items():
+    for name, part in PARTS.items():
         if name not in options.skip:
             result[name] = part(options.steps)
             print(json.dumps({name: strip(result[name])}, indent=2), flush=True)
