@@ -19,7 +19,7 @@ from fedsim.grads.bookkeeping import Options, clipped_sum
 from fedsim.grads.per_example import cross_entropy
 
 CLIP = FlatClip(1.0)
-MATERIALISING_LIMIT = 8 * 2**30  # bytes of per-example gradients beyond which a method is not tried
+MATERIALISING_LIMIT = 2**30  # bytes of per-example gradients beyond which a method is not tried
 Step = Callable[[], object]
 Make = Callable[[nn.Module, Tensor, Tensor], Step]
 
