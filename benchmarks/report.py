@@ -128,6 +128,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "dropout-rates": lambda: comparison("dropout_rates"),
         "offline-holders": lambda: comparison("offline_holders"),
         "local-steps": lambda: comparison("local_steps"),
+        "kurakin-law": lambda: comparison("kurakin_law"),
     },
     "docs/benchmarks.md": {
         "gradients-cpu": lambda: gradients("gradients_cpu.json"),
