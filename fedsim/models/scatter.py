@@ -7,54 +7,35 @@ no trainable part.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim import validate
-from fedsim.models.initialise import initialise
-from fedsim.models.linear import ACTIVATIONS
+from fedsim.models.linear import ACTIVATIONS, Linear, LinearOptions
 from fedsim.validate import InputError
 
 GROUPS = 27  # the paper's choice for Fashion-MNIST: three channels of 81 a group
 
 
 @dataclass(frozen=True)
-class ScatterLinearOptions:
-    """Options of `ScatterLinear`.
-
-    Attributes:
-        groups: groups of channels normalised together; 0 takes the features as they are.
-        zero_init: start from zero weights and bias, so that the first loss is log(classes) exactly.
-    """
+class ScatterLinearOptions(LinearOptions):
+    """groups: of channels normalised together; 0 takes the features as they are. See `LinearOptions`."""
 
     groups: int = GROUPS
-    zero_init: bool = True
 
 
-class ScatterLinear(nn.Module):
+class ScatterLinear(Linear):
     """Group-normalised features and one linear layer; 39,700 parameters on (81, 7, 7) and 10 classes."""
 
     def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: ScatterLinearOptions) -> None:
-        super().__init__()
+        super().__init__(input_shape, num_classes, options)
         self.norm = FeatureNorm(input_shape, options.groups, "scatter_linear")
-        self.zero_init = options.zero_init
-        self.head = nn.Linear(math.prod(input_shape), num_classes)
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Zero the head, or initialise it like any linear layer when `zero_init` is off."""
-        if self.zero_init:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
-        else:
-            initialise(self.head, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, channels, height, width) to logits (n, classes)."""
-        return self.head(self.norm(inputs).flatten(1))
+        return super().forward(self.norm(inputs))
 
 
 @dataclass(frozen=True)
