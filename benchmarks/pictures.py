@@ -1,0 +1,49 @@
+"""Pictures of docs/, drawn from results/*.json as SVG by `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+
+def batch_law(held: dict[str, Any]) -> Figure:
+    """Accuracy and epsilon against the batch, noise in proportion: results/kurakin_law.json."""
+    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    left = figure.subplots()
+    names = [row["variant"] for row in held["rows"]]
+    places = range(len(names))
+    reached = [[100 * c["accuracy"] for c in held["cells"] if c["variant"] == name] for name in names]
+    accuracy = left.errorbar(
+        places,
+        [statistics.mean(values) for values in reached],
+        yerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in reached],
+        marker="o",
+        capsize=4,
+        color="C0",
+    )
+    left.set_xticks(places, names)
+    left.set_xlabel("batch and noise multiplier")
+    left.set_ylabel("test accuracy (%)")
+    middle = statistics.mean(value for values in reached for value in values)
+    left.set_ylim(middle - 2, middle + 2)
+    left.grid(alpha=0.3)
+    right = left.twinx()
+    epsilon = right.plot(
+        places, [float(row["epsilon per example"]) for row in held["rows"]], "s--", color="C1"
+    )
+    right.set_yscale("log")
+    right.set_ylabel("epsilon per example")
+    left.legend([accuracy, epsilon[0]], ["accuracy (left)", "epsilon (right)"], loc="upper right")
+    return figure
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Write SVG whose bytes depend on the figure and the version of matplotlib alone."""
+    FigureCanvasSVG(figure)
+    with matplotlib.rc_context({"svg.hashsalt": "fedsim", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
