@@ -7,15 +7,26 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedsim import validate
+from fedsim.models.layers import CONVOLUTIONS, NORMALISATIONS, normalisation
 from fedsim.models.linear import ACTIVATIONS
 from fedsim.validate import InputError
 
 
 @dataclass(frozen=True)
 class SmallCnnOptions:
-    """activation: tanh (Papernot et al. 2021), relu (Opacus) or gelu."""
+    """Options of `SmallCnn`; the defaults are the papers' network.
+
+    Attributes:
+        activation: tanh (Papernot et al. 2021), relu (Opacus) or gelu.
+        convolution: "plain", or "weight_standardised" as in De et al. 2022.
+        normalisation: "none", or "group" for a GroupNorm after each convolution.
+        groups: groups of each GroupNorm; must divide 16.
+    """
 
     activation: str = "tanh"
+    convolution: str = "plain"
+    normalisation: str = "none"
+    groups: int = 8
 
 
 class SmallCnn(nn.Module):
@@ -30,16 +41,20 @@ class SmallCnn(nn.Module):
     def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: SmallCnnOptions) -> None:
         super().__init__()
         validate.one_of(options.activation, ACTIVATIONS, "model.options.activation")
+        validate.one_of(options.convolution, CONVOLUTIONS, "model.options.convolution")
+        validate.one_of(options.normalisation, NORMALISATIONS, "model.options.normalisation")
+        validate.one_of(options.groups, (1, 2, 4, 8, 16), "model.options.groups")
         activation = ACTIVATIONS[options.activation]
+        convolution = CONVOLUTIONS[options.convolution]
         channels, height, width = image_shape(input_shape, "small_cnn", smallest=14)
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, 16, 8, stride=2, padding=3),
-            activation(),
-            nn.MaxPool2d(2, stride=1),
-            nn.Conv2d(16, 32, 4, stride=2),
-            activation(),
-            nn.MaxPool2d(2, stride=1),
-        )
+        layers: list[nn.Module] = []
+        for out, kernel, padding in ((16, 8, 3), (32, 4, 0)):
+            layers.append(convolution(channels, out, kernel, 2, padding))
+            if options.normalisation != "none":
+                layers.append(normalisation(options.normalisation, options.groups, out))
+            layers += [activation(), nn.MaxPool2d(2, stride=1)]
+            channels = out
+        self.features = nn.Sequential(*layers)
         remaining = 32 * _after_features(height) * _after_features(width)
         self.head = nn.Sequential(nn.Linear(remaining, 32), activation(), nn.Linear(32, num_classes))
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsim.models.initialise import fan_in_truncated_normal_
+
 
 class WSConv2d(nn.Conv2d):
     """Convolution with a standardised kernel (Qiao et al. 2019, Brock et al. 2021).
@@ -21,6 +23,13 @@ class WSConv2d(nn.Conv2d):
     ) -> None:
         super().__init__(channels, out, kernel, stride=stride, padding=padding, bias=bias)
         self.gain = nn.Parameter(torch.empty(out))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Truncated normal kernel of variance 1 / fan in, zero bias, unit gain."""
+        fan_in_truncated_normal_(self.weight, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        nn.init.ones_(self.gain)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, channels, height, width) to (n, out, ...)."""

@@ -20,6 +20,8 @@ CASES = [
     ("small_cnn", {}, (1, 28, 28), 26_010),
     ("small_cnn", {"activation": "relu"}, (1, 14, 14), 10_650),
     ("small_cnn", {}, (3, 32, 37), None),
+    ("small_cnn", {"convolution": "weight_standardised"}, (1, 28, 28), 26_010 + 48),
+    ("small_cnn", {"normalisation": "group", "groups": 4}, (1, 28, 28), 26_010 + 2 * 48),
     ("cifar_cnn", {}, (3, 32, 32), 131_466),
     ("cifar_cnn", {"activation": "tanh"}, (1, 8, 9), None),
     ("linear", {}, (1280,), 12_810),
