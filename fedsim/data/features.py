@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
-from fedsim.data import cache, random_features, scattering
+from fedsim.data import backbone, cache, random_features, scattering
 from fedsim.validate import InputError
 
 DTYPE = np.dtype("<f2")  # 11 significant bits: a relative error of at most 4.9e-4 above 6e-5
@@ -47,14 +47,15 @@ FEATURES: dict[str, FeatureMap] = {
     "scattering_random": FeatureMap(
         random_features.version, random_features.output_shape, random_features.compute
     ),
+    "efficientnet_lite0": FeatureMap(backbone.version, backbone.output_shape, backbone.compute),
 }
 
 
 def of_images(name: str, images: NDArray[np.uint8]) -> NDArray[np.float16]:
     """Return the features of all images, memory-mapped and read-only.
 
-    The first call for these images computes them (one core, about a millisecond for a grey 28x28 image) and
-    writes 2 bytes a feature to `cache.folder()`; later calls of any process only hash the images.
+    The first call for these images computes them (one to ten milliseconds for a grey 28x28 image) and writes
+    2 bytes a feature to `cache.folder()`; later calls of any process only hash the images.
 
     Args:
         name: a key of FEATURES.
