@@ -11,10 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 import strategies
 from benchmarks import pictures
@@ -67,6 +71,40 @@ def comparison(name: str, columns: Sequence[str] = COMPARISON_COLUMNS) -> str:
     seeds = f"{len(held['seeds'])} seeds" if len(held["seeds"]) > 1 else "one seed"
     spread = f"\nAccuracy and spread (standard deviation) over {seeds}.\n" if "spread" in columns else ""
     return table(columns, [[row[c] for c in columns] for row in held["rows"]]) + spread + provenance(held)
+
+
+def ablation() -> str:
+    """What taking out one technique does to accuracy, seed by seed against the first variant."""
+    held = _load("ablation.json")
+    if held is None:
+        return comparison("ablation")
+    accuracy: dict[str, dict[int, float]] = {}
+    for cell in held["cells"]:
+        accuracy.setdefault(cell["variant"], {})[cell["seed"]] = 100 * cell["accuracy"]
+    whole, *others = accuracy
+    seeds = sorted(accuracy[whole])
+    bound = float(stats.t.ppf(0.95, len(seeds) - 1))
+    rows = [[whole, _with_error(list(accuracy[whole].values())), "", ""]]
+    for variant in others:
+        change = [accuracy[variant][seed] - accuracy[whole][seed] for seed in seeds]
+        costs = -statistics.mean(change) > bound * statistics.stdev(change) / math.sqrt(len(seeds))
+        rows.append(
+            [
+                variant,
+                _with_error(list(accuracy[variant].values())),
+                _with_error(change),
+                "yes" if costs else "not seen",
+            ]
+        )
+    note = (
+        f"\nMeans over {len(seeds)} seeds with their standard errors, in percent; the change is taken seed by seed. "
+        '"yes": below zero in a one-sided t-test at 5%.\n'
+    )
+    return table(["variant", "accuracy", "change", "costs accuracy"], rows) + note + provenance(held)
+
+
+def _with_error(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
 
 
 def gradients(name: str) -> str:
@@ -129,6 +167,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "dropout-rates": lambda: comparison("dropout_rates"),
         "offline-holders": lambda: comparison("offline_holders"),
         "local-steps": lambda: comparison("local_steps"),
+        "ablation": ablation,
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
     "docs/benchmarks.md": {
