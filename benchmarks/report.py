@@ -97,7 +97,7 @@ def ablation() -> str:
             ]
         )
     note = (
-        f"\nMeans over {len(seeds)} seeds with their standard errors, in percent; the change is taken seed by "
+        f"\nMeans over {len(seeds)} seeds with their standard errors, in percent; changes are taken seed by "
         'seed. "yes": below zero in a one-sided t-test at 5%.\n'
     )
     return table(["variant", "accuracy", "change", "costs accuracy"], rows) + note + provenance(held)
