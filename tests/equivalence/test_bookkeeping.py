@@ -158,6 +158,10 @@ IDS = "ids"
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | str]] = {
     "linear": (lambda: nn.Linear(5, 3), (5,)),
     "linear without bias": (lambda: nn.Linear(5, 3, bias=False), (5,)),
+    "ten outputs": (
+        lambda: Apply(lambda m, x: m.b(m.a(x).tanh_()), a=nn.Linear(5, 9, bias=False), b=nn.Linear(9, 10)),
+        (5,),
+    ),
     "linear on places": (lambda: nn.Linear(6, 3), (5, 6)),
     "linear on a grid": (lambda: nn.Linear(6, 3), (2, 4, 6)),
     "linear on places, wide": (lambda: nn.Linear(6, 40), (2, 6)),

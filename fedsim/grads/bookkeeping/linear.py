@@ -19,6 +19,7 @@ from fedsim.grads.bookkeeping.precision import batch_product, product
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use, squared_norms
 
 _CACHE = 2**21  # bytes of inputs to multiply and measure at a time on a CPU
+_NARROW = range(8, 16)  # outputs that fill no vector register: heads of 10 classes
 
 
 class LinearUse(Use):
@@ -82,6 +83,14 @@ class LinearUse(Use):
         return product(left.flatten(0, 1).t(), right.flatten(0, 1))
 
 
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear for rows (n, in); the other way round where CPU libraries are a third faster so."""
+    if rows.is_cuda or len(weight) not in _NARROW:
+        return F.linear(rows, weight, bias)
+    columns = weight @ rows.t() if bias is None else torch.addmm(bias[:, None], weight, rows.t())
+    return columns.t().contiguous()
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -98,10 +107,10 @@ class _Linear(torch.autograd.Function):
         if inputs.dim() == 2:
             rows = _CACHE // max(1, inputs.shape[1] * inputs.element_size())
             if weight_use is None or weight_use.plan != "closed" or inputs.is_cuda or rows >= len(inputs):
-                return F.linear(inputs, weight, bias)
+                return _product(inputs, weight, bias)
             # Squared lengths of the inputs, while they are in the cache for the product.
             blocks = [
-                (F.linear(block, weight, bias), squared_norms(block)) for block in inputs.split(max(1, rows))
+                (_product(block, weight, bias), squared_norms(block)) for block in inputs.split(max(1, rows))
             ]
             weight_use.lengths = torch.cat([lengths for _, lengths in blocks])
             return torch.cat([result for result, _ in blocks])
