@@ -9,15 +9,11 @@ considered.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedsim.grads.bookkeeping.tape import Tape
-
-if TYPE_CHECKING:
-    from fedsim.grads.bookkeeping.conv import Geometry
 
 # Nanoseconds on one core of a current server processor, fitted with benchmarks.choices; only ratios matter.
 FLOP = 1 / 90  # a fused kernel or a large matrix product
@@ -65,14 +61,15 @@ def convolution(
     kernel: tuple[int, int, int, int],
     inputs: Tensor,
     outputs: tuple[int, int],
-    geometry: Geometry,
+    padding: tuple[int, int],
+    groups: int,
 ) -> tuple[str, bool]:
     """Choose for a convolution: the way ("loop", "grouped", "patches", ...) and whether to keep G."""
     out, channels, height, width = kernel
     entries = math.prod(kernel)
     places = tape.views * outputs[0] * outputs[1]
     pixels = tape.views * math.prod(
-        size + 2 * pad for size, pad in zip(inputs.shape[2:], geometry.padding, strict=True)
+        size + 2 * pad for size, pad in zip(inputs.shape[2:], padding, strict=True)
     )
     size = inputs.element_size()
     native = 2 * places * entries * FLOP
@@ -98,16 +95,16 @@ def convolution(
         cost["grouped"] += 2 * LAYOUT_ENTRY * (image + places * out)
     elif (height, width, tape.views) != (1, 1, 1):
         cost["patches"] += LAYOUT_ENTRY * image
-    if last or geometry.groups > 1:
+    if last or groups > 1:
         del cost["slices"]
-    if geometry.groups > 1:
+    if groups > 1:
         del cost["patches"]
     formed = min(cost, key=cost.__getitem__)
     entry = _entry(entries * size)
     cost["keep"] = cost[formed] + entries * entry
     cost["drop"] = cost[formed] + entries * entry / 2 + native
     best = "drop"
-    if geometry.groups == 1 and (pixels**2 + 3 * places**2) * 4 <= tape.scratch:
+    if groups == 1 and (pixels**2 + 3 * places**2) * 4 <= tape.scratch:
         cost["gram"] = (
             native
             + 2 * (pixels**2 * channels + places**2 * out) * GRAM_FLOP

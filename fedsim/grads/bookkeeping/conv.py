@@ -70,7 +70,9 @@ class ConvUse(Use):
         self._standard = standardisation
         height = weight.shape[2] if weight.dim() == 4 else 1
         self.shape = (weight.shape[0], weight.shape[1], height, weight.shape[-1])
-        self.plan, self.keep = choose.convolution(tape, self.shape, inputs, outputs, geometry)
+        self.plan, self.keep = choose.convolution(
+            tape, self.shape, inputs, outputs, geometry.padding, geometry.groups
+        )
         self._output: tuple[Tensor, int, Tensor | None] | None = None
         self._kept: Tensor | None = None
 
