@@ -135,16 +135,20 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
                         f"{name}, per {unit}: {show.spent(result['epsilon'][unit])}", highlight=False
                     )
         console.print(f"Largest difference between any two parameters: {difference:.2e}", highlight=False)
-        _print_next(rows["federated"][1], base, options.config)
+        print(f"TensorBoard: .venv/bin/tensorboard --logdir {base}")
+        print(f"Results:     {rows['federated'][1].result}")
+        print(f"Try next:\n{_next_runs(options.config, config)}")
     return answer
 
 
-def _print_next(folder: RunFolder, base: Path, config: str) -> None:
-    print(f"TensorBoard: .venv/bin/tensorboard --logdir {base}")
-    print(f"Results:     {folder.result}")
-    print("Try next:")
-    print(f"  .venv/bin/fedsim run {config} privacy.target_epsilon=1          # what stronger privacy costs")
-    print(f"  .venv/bin/fedsim run {config} federation.holders=1000           # same parameters, more owners")
+def _next_runs(name: str, config: Config) -> str:
+    """Two commands that change one thing of this run: its budget and the number of owners."""
+    budget = config.privacy.target_epsilon
+    changes = {f"federation.holders={10 * config.federation.holders}": "same parameters, more owners"}
+    if budget is not None:
+        smaller = 1.0 if budget > 1 else budget / 2
+        changes = {f"privacy.target_epsilon={smaller:g}": "what stronger privacy costs"} | changes
+    return "\n".join(f"  .venv/bin/fedsim run {name} {new:27}  # {why}" for new, why in changes.items())
 
 
 def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
