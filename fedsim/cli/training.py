@@ -148,7 +148,7 @@ def _next_runs(name: str, config: Config) -> str:
     if budget is not None:
         smaller = 1.0 if budget > 1 else budget / 2
         changes = {f"privacy.target_epsilon={smaller:g}": "what stronger privacy costs"} | changes
-    return "\n".join(f"  .venv/bin/fedsim run {name} {new:27}  # {why}" for new, why in changes.items())
+    return "\n".join(f"  .venv/bin/fedsim run {name} {new:33}  # {why}" for new, why in changes.items())
 
 
 def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
