@@ -142,7 +142,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _next_runs(name: str, config: Config) -> str:
-    """Two commands that change one thing of this run: its budget and the number of owners."""
+    """Commands that change one thing of this run: its budget, if it has one, or the number of owners."""
     budget = config.privacy.target_epsilon
     changes = {f"federation.holders={10 * config.federation.holders}": "same parameters, more owners"}
     if budget is not None:

@@ -83,7 +83,7 @@ class LinearUse(Use):
         return product(left.flatten(0, 1).t(), right.flatten(0, 1))
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear for rows (n, in); the other way round where CPU libraries are a third faster so."""
     if rows.is_cuda or len(weight) not in _NARROW:
         return F.linear(rows, weight, bias)
@@ -107,10 +107,10 @@ class _Linear(torch.autograd.Function):
         if inputs.dim() == 2:
             rows = _CACHE // max(1, inputs.shape[1] * inputs.element_size())
             if weight_use is None or weight_use.plan != "closed" or inputs.is_cuda or rows >= len(inputs):
-                return _product(inputs, weight, bias)
+                return _forward(inputs, weight, bias)
             # Squared lengths of the inputs, while they are in the cache for the product.
             blocks = [
-                (_product(block, weight, bias), squared_norms(block)) for block in inputs.split(max(1, rows))
+                (_forward(block, weight, bias), squared_norms(block)) for block in inputs.split(max(1, rows))
             ]
             weight_use.lengths = torch.cat([lengths for _, lengths in blocks])
             return torch.cat([result for result, _ in blocks])
