@@ -187,6 +187,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | str]] = {
     "conv2d reflect": (lambda: nn.Conv2d(4, 5, 3, padding=1, padding_mode="reflect"), image()),
     "conv2d replicate": (lambda: nn.Conv2d(4, 5, 3, padding=2, padding_mode="replicate"), image()),
     "conv2d wide": (lambda: nn.Conv2d(20, 30, 3, padding=1), image(20, 3, 3)),
+    "conv2d turned": (lambda: nn.Conv2d(3, 16, 3, stride=(2, 1), padding=1), image(3)),
     "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 9)),
     "conv1d same, grouped": (lambda: nn.Conv1d(4, 4, 4, padding="same", groups=2), (4, 9)),
     "conv1d circular": (lambda: nn.Conv1d(3, 4, 3, padding=1, dilation=2, padding_mode="circular"), (3, 9)),
@@ -194,6 +195,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | str]] = {
     "transposed conv (no rule)": (lambda: nn.ConvTranspose2d(3, 2, 3, stride=2), image(3, 3, 3)),
     "ws conv": (lambda: ws(4, 5, 3, padding=1), image()),
     "ws conv wide": (lambda: ws(20, 30, 3, padding=1), image(20, 3, 3)),
+    "ws conv turned": (lambda: ws(3, 16, 3), image(3)),
     "ws conv stack": (
         lambda: nn.Sequential(
             ws(3, 8, 3, padding=1),

@@ -30,7 +30,7 @@ LAYOUT_ENTRY = 2.0  # bringing one entry of an image to channels-last
 LOOP_ENTRY = 1.8  # layout changes of torch's weight gradient, for every entry of the kernel and example
 REORDER_ENTRY = 0.7  # the same, for every entry of the image and its output gradient
 CALL = 20_000.0  # one call of it
-LANES = 16  # channels torch's convolution kernels work on at a time: fewer cost as much
+LANES = 16  # float32 numbers a kernel works on at a time: fewer cost as much
 
 
 def linear(tape: Tape, positions: int, width_in: int, width_out: int, size: int) -> str:

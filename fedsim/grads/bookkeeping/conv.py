@@ -102,7 +102,7 @@ class ConvUse(Use):
                 continue
             formed = self._form(low, high, None if self._kept is None else self._kept[low:high])
             if self.keep and self._kept is None:
-                self._kept = formed.flatten(1)
+                self._kept = formed
             parts.append(self._squares_of(formed))
         if self.keep:
             del self._inputs, self._gradient
@@ -111,13 +111,13 @@ class ConvUse(Use):
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
-        return self._ordered(self._form(low, high, None)).reshape(high - low, *self.weight.shape)
+        return self._ordered(self._form(low, high, None))
 
     def weighted(self, coefficients: Tensor) -> Tensor:
         """See `Use.weighted`."""
         if self._kept is not None:
             total = coefficients.to(self._kept.dtype) @ self._kept
-            return self._ordered(total.view(1, self.shape[0], -1)).reshape(self.weight.shape)
+            return self._ordered(total[None])[0]
         factors = coefficients.repeat_interleave(self.tape.views).view(-1, 1, 1, 1)
         gradient = widen(self._gradient)
         gradient = gradient * factors.to(gradient.dtype)
@@ -133,12 +133,26 @@ class ConvUse(Use):
     def _by_patches(self) -> bool:
         return self.plan == "patches"
 
+    @property
+    def _turned(self) -> bool:
+        """Whether G is formed as its transpose: products whose width is no multiple of lanes are slow."""
+        entries = math.prod(self.shape[1:])
+        gathers = self.plan in ("patches", "slices")
+        return gathers and entries % choose.LANES > 0 and self.shape[0] % choose.LANES == 0
+
+    def _by_row(self, formed: Tensor) -> Tensor:
+        """View formed gradients (n, out * entries) as (n, out, entries), entries in the order of the plan."""
+        if self._turned:
+            return formed.unflatten(1, (-1, self.shape[0])).transpose(1, 2)
+        return formed.unflatten(1, (self.shape[0], -1))
+
     def _ordered(self, formed: Tensor) -> Tensor:
-        """Bring (n, out, entries) from the order of the plan to that of the kernel."""
-        if not self._by_patches:
-            return formed
-        _, channels, height, width = self.shape
-        return formed.unflatten(2, (height, width, channels)).permute(0, 1, 4, 2, 3).flatten(2)
+        """Bring formed gradients (n, out * entries) to the shape of the kernel, (n, out, in, ...)."""
+        by_row = self._by_row(formed)
+        if self._by_patches:
+            _, channels, height, width = self.shape
+            by_row = by_row.unflatten(2, (height, width, channels)).permute(0, 1, 4, 2, 3)
+        return by_row.reshape(formed.shape[0], *self.weight.shape)
 
     def _step(self) -> int:
         """Examples to work on at a time."""
@@ -155,7 +169,7 @@ class ConvUse(Use):
         return max(1, min(scratch, _CACHE) // (size * per_example))
 
     def _form(self, low: int, high: int, out: Tensor | None) -> Tensor:
-        """Per-example gradients (n, out, entries), entries in the order of the plan, into `out` if given."""
+        """Per-example gradients (n, out * entries), in the order of the plan, into `out` if given."""
         count, views = high - low, self.tape.views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
@@ -163,20 +177,19 @@ class ConvUse(Use):
             return self._form_grouped(inputs, gradient, count)
         if out is None:
             out = torch.empty((count, self.weight.numel()), dtype=inputs.dtype, device=inputs.device)
-        result = out.view(count, self.shape[0], -1)
         if self._by_patches:
-            self._form_by_patches(inputs, gradient, result)
+            self._form_by_patches(inputs, gradient, self._by_row(out))
         elif self.plan == "slices":
-            self._form_by_slices(inputs, gradient, result)
+            self._form_by_slices(inputs, gradient, self._by_row(out))
         elif self.plan == "grouped":
-            result.copy_(self._form_grouped(inputs, gradient, count))
+            out.copy_(self._form_grouped(inputs, gradient, count))
         else:
             blank = inputs.new_empty(self.shape)
             for index in range(count):
                 own = slice(index * views, (index + 1) * views)
                 one = self._geometry.backward(gradient[own], inputs[own], blank, (False, True, False))[1]
-                result[index].view(self.shape).copy_(one)
-        return result
+                out[index].view(self.shape).copy_(one)
+        return out
 
     def _form_grouped(self, inputs: Tensor, gradient: Tensor, count: int) -> Tensor:
         """All examples at once: example and channel make one channel axis, with a group for each example."""
@@ -189,7 +202,16 @@ class ConvUse(Use):
         blank = inputs.new_empty((count * self.shape[0], *self.shape[1:]))
         groups = count * self._geometry.groups
         formed = self._geometry.backward(fold(gradient), fold(inputs), blank, (False, True, False), groups)[1]
-        return formed.reshape(count, self.shape[0], -1)
+        return formed.reshape(count, -1)
+
+    def _product(self, places: Tensor, patches: Tensor, out: Tensor, beta: int = 0) -> None:
+        """Put beta * out + places @ patches into `out`: (n, out, t), (n, t, entries), (n, out, entries)."""
+        if self._turned:
+            places, patches, out = patches.transpose(1, 2), places.transpose(1, 2), out.transpose(1, 2)
+        if out.shape[0] == 1:
+            torch.addmm(out[0], places[0], patches[0], beta=beta, out=out[0])
+        else:
+            torch.baddbmm(out, places, patches, beta=beta, out=out)
 
     def _form_by_patches(self, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
         """Products of output gradients with gathered patches, channels innermost."""
@@ -198,7 +220,7 @@ class ConvUse(Use):
         if self.shape[2:] == (1, 1) and geometry.padding == (0, 0) and self.tape.views == 1:
             down, across = geometry.stride  # a patch is one pixel: no need to bring channels innermost
             pixels = inputs[:, :, ::down, ::across].flatten(2)
-            torch.bmm(gradient.flatten(2), pixels.transpose(1, 2), out=out)
+            self._product(gradient.flatten(2), pixels.transpose(1, 2), out)
             return
         gathered = _patches(inputs, geometry, self.shape[2:], (gradient.shape[2], gradient.shape[3]))
         gathered = gathered.reshape(count, -1, out.shape[2])
@@ -206,10 +228,7 @@ class ConvUse(Use):
             places = gradient.flatten(2)
         else:
             places = gradient.permute(0, 2, 3, 1).reshape(count, -1, out.shape[1]).transpose(1, 2)
-        if count == 1:
-            torch.mm(places[0], gathered[0], out=out[0])
-        else:
-            torch.bmm(places, gathered, out=out)
+        self._product(places, gathered, out)
 
     def _form_by_slices(self, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
         """As by patches, in the kernel's own order: one strided copy for each place of the kernel."""
@@ -227,23 +246,24 @@ class ConvUse(Use):
                 bottom, right = top + down * (height - 1) + 1, left + across * (width - 1) + 1
                 gathered[:, :, i, j] = image[:, :, top:bottom:down, left:right:across]
             by_place = gathered.view(count, out.shape[2], -1).transpose(1, 2)
-            torch.baddbmm(out, places[:, view], by_place, beta=int(view > 0), out=out)
+            self._product(places[:, view], by_place, out, beta=int(view > 0))
 
     def _squares_of(self, formed: Tensor) -> Tensor:
         if self._standard is None:
             return squared_norms(formed)
-        lengths = torch.linalg.vector_norm(formed, dim=2).double().square()
+        by_row = self._by_row(formed)
+        lengths = torch.linalg.vector_norm(by_row, dim=2).double().square()
         direction = self._direction.to(formed.dtype)
-        return self._standard.squares(lengths, formed.sum(2), _inner_rows(formed, direction))
+        return self._standard.squares(lengths, by_row.sum(2), _inner_rows(by_row, direction))
 
     @property
     def _direction(self) -> Tensor:
-        """Direction of the standardisation, its entries in the order of the plan."""
+        """Direction of the standardisation (out, entries), laid out as G is."""
         assert self._standard is not None
         direction = self._standard.direction
-        if not self._by_patches:
-            return direction
-        return direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
+        if self._by_patches:
+            direction = direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
+        return direction.t().contiguous().t() if self._turned else direction
 
     def _gram_bytes(self) -> int:
         _, _, height, width = self._inputs.shape
