@@ -83,12 +83,14 @@ class LinearUse(Use):
         return product(left.flatten(0, 1).t(), right.flatten(0, 1))
 
 
-def _forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear for rows (n, in); the other way round where CPU libraries are a third faster so."""
-    if rows.is_cuda or len(weight) not in _NARROW:
-        return F.linear(rows, weight, bias)
-    columns = weight @ rows.t() if bias is None else torch.addmm(bias[:, None], weight, rows.t())
-    return columns.t().contiguous()
+def _forward(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Put F.linear of rows (n, in) into `out`, the other way round where that is a third faster on a CPU."""
+    if len(weight) in _NARROW:
+        out.copy_((weight @ rows.t() if bias is None else torch.addmm(bias[:, None], weight, rows.t())).t())
+    elif bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
 
 
 class _Linear(torch.autograd.Function):
@@ -104,16 +106,18 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs if weight_use is not None else None, weight)
         ctx.uses = weight_use, bias_use
-        if inputs.dim() == 2:
-            rows = _CACHE // max(1, inputs.shape[1] * inputs.element_size())
-            if weight_use is None or weight_use.plan != "closed" or inputs.is_cuda or rows >= len(inputs):
-                return _forward(inputs, weight, bias)
-            # Squared lengths of the inputs, while they are in the cache for the product.
-            blocks = [
-                (_forward(block, weight, bias), squared_norms(block)) for block in inputs.split(max(1, rows))
-            ]
-            weight_use.lengths = torch.cat([lengths for _, lengths in blocks])
-            return torch.cat([result for result, _ in blocks])
+        if inputs.dim() == 2 and not inputs.is_cuda:
+            result = inputs.new_empty((len(inputs), len(weight)))
+            if weight_use is None or weight_use.plan != "closed":
+                _forward(inputs, weight, bias, result)
+                return result
+            rows = max(1, _CACHE // max(1, inputs.shape[1] * inputs.element_size()))
+            lengths = []
+            for block, out in zip(inputs.split(rows), result.split(rows), strict=True):
+                _forward(block, weight, bias, out)
+                lengths.append(squared_norms(block))  # while the block is in the cache
+            weight_use.lengths = torch.cat(lengths)
+            return result
         flat = F.linear(inputs.flatten(0, -2), weight, bias)
         # A plain view would forbid the model to work on the result in place.
         return torch.ops.aten._unsafe_view(flat, [*inputs.shape[:-1], flat.shape[1]])
