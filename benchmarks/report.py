@@ -154,6 +154,11 @@ def rounds(name: str) -> str:
                 f"{row['seconds_added_per_step']:.2f} s",
             ]
         )
+    for case, seconds in held.get("crowd", {}).get("seconds", {}).items():
+        ratio = f"{seconds / held['crowd']['seconds']['one Flower client a holder']:.3f}"
+        rows.append(
+            [f"Flower simulation, 1,000 holders, 0.5 MB: {case}", f"{seconds:.2f} s a step, {ratio} x"]
+        )
     return table(["what", "measured"], rows) + provenance(held)
 
 

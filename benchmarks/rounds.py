@@ -1,4 +1,4 @@
-"""Seconds per step of the federation: local engine, Flower's simulation, server work, pfl-research.
+"""Seconds per step of the federation: local engine, Flower's simulation, server work, peers.
 
     python -m benchmarks.rounds [--json FILE] [--steps N] [--skip flower pfl ...]
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import flower_peer
 from fedsim import config as configs
 from fedsim import provenance, seeds
 from fedsim.config import Config
@@ -37,6 +38,7 @@ from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.transport import GridTransport
+from fedsim.grads.bookkeeping.memory import retain_freed_memory
 from fedsim.grads.flat import get_flat, spec
 from fedsim.noise.gaussian import GaussianNoise
 from fedsim.types import HolderReply
@@ -216,33 +218,42 @@ def server_work(repeats: int) -> dict[str, Any]:
 
 def flower(steps: int) -> dict[str, Any]:
     """What Flower's simulation with 2 nodes and 1,000 holders adds to a step, by the runs' own clocks."""
-    out: dict[str, Any] = {}
-    for name, size in MODELS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = Path(folder) / "recipe.yaml"
-            config = settings(
-                1_000, 2, f"model.name={name}", "train.expected_batch_size=2", "data.train_examples=2000",
-                f"train.steps={steps + 3}", "engine.physical_batch_size=8", "engine.threads=1",
-            )  # fmt: skip
-            recipe.write_text(configs.to_yaml(config), encoding="utf-8")
-            run = Path(folder) / "run"
-            arguments = ["run", str(recipe), "--engine", "flower", "--out", str(run), "--json"]
-            done = subprocess.run(
-                [sys.executable, "-m", "fedsim.cli", *arguments], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise RuntimeError(done.stderr)
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        split = [
-            {k[8:]: v for k, v in line["public"].items() if k.startswith("seconds/")} for line in lines[3:]
-        ]
-        added = [s["wait"] + s["transfer"] for s in split]
-        out[f"{name} ({size})"] = {
-            "seconds_added_per_step": statistics.median(added),
-            "split": {key: statistics.median([s[key] for s in split]) for key in split[0]},
-            "raw": split,
-        }
-    return out
+    return {f"{name} ({size})": _simulated(name, 2, steps) for name, size in MODELS.items()}
+
+
+def crowd(steps: int) -> dict[str, Any]:
+    """1,000 holders in Flower's simulation: hosted by 2 nodes, and each a Flower client of its own."""
+    size = get_flat(prepare(settings(1_000, 2, "model.name=cifar_cnn")).model).numel()
+    hosted = _simulated("cifar_cnn", 2, steps)["seconds_per_step"]
+    alone = flower_peer.measure(1_000, 1_000, size, min(steps, 2))
+    seconds = {"2 nodes host all": hosted, "one Flower client a holder": statistics.median(alone)}
+    return {"seconds": seconds, "ratio": hosted / statistics.median(alone), "raw": alone}
+
+
+def _simulated(name: str, nodes: int, steps: int) -> dict[str, Any]:
+    """Steps of 1,000 holders with two examples in all; the first three, which start processes, left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        config = settings(
+            1_000, nodes, f"model.name={name}", "train.expected_batch_size=2", "data.train_examples=2000",
+            f"train.steps={steps + 3}", "engine.physical_batch_size=8", "engine.threads=1",
+        )  # fmt: skip
+        recipe.write_text(configs.to_yaml(config), encoding="utf-8")
+        run = Path(folder) / "run"
+        arguments = ["run", str(recipe), "--engine", "flower", "--out", str(run), "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "fedsim.cli", *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    split = [{k[8:]: v for k, v in line["public"].items() if k.startswith("seconds/")} for line in lines[3:]]
+    return {
+        "seconds_added_per_step": statistics.median(s["wait"] + s["transfer"] for s in split),
+        "seconds_per_step": statistics.median(s["wait"] + s["transfer"] + s["compute"] for s in split),
+        "split": {key: statistics.median([s[key] for s in split]) for key in split[0]},
+        "raw": split,
+    }
 
 
 def pfl(steps: int) -> dict[str, Any]:
@@ -256,7 +267,8 @@ def pfl(steps: int) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "hosted": hosted_holders, "work": real_work, "server": server_work, "flower": flower, "pfl": pfl
+    "hosted": hosted_holders, "work": real_work, "server": server_work, "flower": flower, "crowd": crowd,
+    "pfl": pfl,
 }  # fmt: skip
 
 
@@ -270,6 +282,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    retain_freed_memory()  # as the fedsim command does
     result: dict[str, Any] = {
         "command": "python -m benchmarks.rounds " + " ".join(sys.argv[1:]),
         "commit": provenance.commit(),

@@ -252,8 +252,8 @@ class Strategy(ABC, Generic[OptionsT]):
         By default one stage, added in node order: the order is fixed, so the sum is reproducible.
         """
         replies = ask("", {})
-        total = np.zeros_like(replies[0].arrays["sum"], dtype=np.float64)
-        for reply in replies:
+        total = replies[0].arrays["sum"].astype(np.float64)
+        for reply in replies[1:]:
             total += reply.arrays["sum"]
         return total, replies
 

@@ -210,8 +210,8 @@ def _submit(
         "client-resources-num-cpus": engine.cpus_per_node,
         "client-resources-num-gpus": engine.gpus_per_node,
         # As many slots as nodes: Ray starts one actor a slot, and a node must not wait for a core it only
-        # shares; without it Ray counts the machine's cores.
-        "init-args-num-cpus": max(nodes * engine.cpus_per_node, 1),
+        # shares; without it Ray counts the machine's cores. Actors beyond Flower's own threads stay idle.
+        "init-args-num-cpus": max(min(nodes, _flower_threads()) * engine.cpus_per_node, 1),
     }
     settings = f'out="{folder.root}" resume={str(resume).lower()}'
     answer = _flwr(
@@ -230,6 +230,11 @@ def _submit(
         base,
     )
     return str(_json(answer)["run-id"])
+
+
+def _flower_threads() -> int:
+    """Messages Flower's simulation handles at a time: the threads of a default ThreadPoolExecutor."""
+    return min(32, (os.cpu_count() or 1) + 4)
 
 
 def _follow(
