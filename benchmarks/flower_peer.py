@@ -83,7 +83,7 @@ def main() -> None:
         nodes,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": os.cpu_count()},
+            "init_args": {"num_cpus": os.cpu_count() or 1},
         },
     )
     if len(seconds) < rounds:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.rounds import SEED, TrivialClient, interleaved, medians, settings, stepper, trivial
+from benchmarks.shared import SEED, TrivialClient, interleaved, medians, settings, stepper, trivial
 from fedsim import seeds
 from fedsim.data import datasets
 from fedsim.engine.collect import Collector

@@ -16,8 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import flower_peer
+from benchmarks import flower_peer, pfl_peer
+from benchmarks.shared import SEED, TrivialClient, interleaved, medians, settings, stepper, trivial
 from fedsim import config as configs
 from fedsim import provenance, seeds
-from fedsim.config import Config
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.optim import ServerOptimizer
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
-from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.transport import GridTransport
@@ -45,76 +43,6 @@ from fedsim.types import HolderReply
 
 MODELS = {"cifar_cnn": "0.5 MB", "wide_resnet": "11 MB"}
 HOLDERS = (1, 100, 1_000, 10_000)
-SEED = 0
-
-
-def settings(holders: int, nodes: int, *more: str) -> Config:
-    """A small DP-SGD recipe on the embedded data."""
-    return configs.load(
-        "base",
-        [
-            f"federation.holders={holders}",
-            f"federation.nodes={nodes}",
-            "federation.partition=iid",
-            "privacy.noise_multiplier=1.0",
-            "train.eval_every=100000",
-            "train.checkpoint_every=100000",
-            "monitor.tensorboard=false",
-            "monitor.progress=false",
-            f"seed={SEED}",
-            *more,
-        ],
-    )
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Run every call `repeats` + 1 times in turn; return CPU seconds a call, the first round left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(repeats + 1):
-        for name, call in calls.items():
-            began = time.process_time()
-            call()
-            if round_:
-                seconds[name].append(time.process_time() - began)
-    return seconds
-
-
-def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    """Return the median of each row."""
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-class TrivialClient:
-    """A ClientApp whose node does one vector operation for each holder it hosts."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        self.nodes = experiment.config.federation.nodes
-        self.partition = experiment.partition
-
-    def __call__(self, message: Any, context: Any) -> Any:
-        if message.metadata.message_type == "query":
-            return app(message, context)
-        task, parameters, _ = wire.unpack_task(message.content)
-        node = int(context.node_config["partition-id"])
-        holders = self.partition.holders_of_node(node, self.nodes)
-        reply = HolderReply(
-            task.step, task.wave, node, holders, provenance.code_hash(),
-            {"sum": trivial(parameters, len(holders))}, len(holders), {}, {},
-        )  # fmt: skip
-        from flwr.app import Message
-
-        return Message(wire.pack_reply(reply), reply_to=message)
-
-
-def trivial(parameters: NDArray[Any], holders: int) -> NDArray[Any]:
-    """One vector operation for each holder: add a multiple of the model of norm below the clip norm."""
-    total = np.zeros_like(parameters)
-    scratch = np.empty_like(parameters)
-    scale = np.float32(1e-3 / max(1e-9, float(np.abs(parameters).sum())))
-    for _ in range(holders):
-        np.multiply(parameters, scale, out=scratch)
-        np.add(total, scratch, out=total)
-    return total
 
 
 def hosted_holders(steps: int) -> dict[str, Any]:
@@ -171,15 +99,6 @@ def real_work(steps: int) -> dict[str, Any]:
             "raw": raw,
         }
     return out
-
-
-def stepper(server: Server) -> Callable[[], None]:
-    """Return a call that makes the server's next step."""
-
-    def step() -> None:
-        server._step(server.completed)
-
-    return step
 
 
 def server_work(repeats: int) -> dict[str, Any]:
@@ -258,8 +177,6 @@ def _simulated(name: str, nodes: int, steps: int) -> dict[str, Any]:
 
 def pfl(steps: int) -> dict[str, Any]:
     """pfl-research on the same users; see `benchmarks.pfl_peer`."""
-    from benchmarks import pfl_peer  # it imports this module
-
     if not pfl_peer.installed():
         print("pfl-research is not installed: its rows are left out", flush=True)
         return {}
