@@ -20,8 +20,8 @@ def images() -> NDArray[np.uint8]:
 
 
 @pytest.fixture(scope="module")
-def computed(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    return np.concatenate(list(random_features.compute(images))).astype(np.float64)
+def lifted(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return torch.cat(list(random_features.lifted(images))).double().numpy()
 
 
 def expected_kernel(cosine: float, points: int = 401) -> tuple[float, float, float]:
@@ -43,7 +43,7 @@ def expected_kernel(cosine: float, points: int = 401) -> tuple[float, float, flo
 
 
 def test_inner_products_are_those_of_the_kernel(
-    images: NDArray[np.uint8], computed: NDArray[np.float64]
+    images: NDArray[np.uint8], lifted: NDArray[np.float64]
 ) -> None:
     """A correlation over 6,000 features has standard error below 0.013; the bound is over 4 of them."""
     scattered = torch.from_numpy(np.concatenate(list(scattering.compute(images[:20])))).double()
@@ -52,20 +52,32 @@ def test_inner_products_are_those_of_the_kernel(
     from_linear = []
     for i in range(0, 20, 2):
         _, variance, covariance = expected_kernel(float(unit[i] @ unit[i + 1]))
-        found = computed[i] @ computed[i + 1] / random_features.WIDTH
+        found = lifted[i] @ lifted[i + 1] / random_features.WIDTH
         assert found == pytest.approx(covariance / variance, abs=0.06)
         from_linear.append(abs(covariance / variance - float(unit[i] @ unit[i + 1])))
     assert max(from_linear) > 0.12  # the same bound would reject a linear map
 
 
-def test_rows_are_standardised(computed: NDArray[np.float64]) -> None:
-    np.testing.assert_allclose(computed.mean(1), 0, atol=1e-5)
-    np.testing.assert_allclose(computed.std(1), 1, atol=1e-3)
+def test_rows_are_standardised_before_whitening(lifted: NDArray[np.float64]) -> None:
+    np.testing.assert_allclose(lifted.mean(1), 0, atol=1e-5)
+    np.testing.assert_allclose(lifted.std(1), 1, atol=1e-3)
 
 
-def test_features_depend_on_the_image_alone(images: NDArray[np.uint8], computed: NDArray[np.float64]) -> None:
+def test_whitening_takes_off_what_all_images_share(
+    images: NDArray[np.uint8], lifted: NDArray[np.float64]
+) -> None:
+    """No image of the data shapes the map, yet it shortens their mean and their largest variance."""
+    whitened = np.concatenate(list(random_features.compute(images))).astype(np.float64)
+    share = [np.square(rows.mean(0)).sum() / np.square(rows).sum(1).mean() for rows in (lifted, whitened)]
+    largest = [np.linalg.norm(rows - rows.mean(0), 2) ** 2 for rows in (lifted, whitened)]
+    assert share[1] < 0.7 * share[0]
+    assert largest[1] < 0.3 * largest[0]
+
+
+def test_features_depend_on_the_image_alone(images: NDArray[np.uint8]) -> None:
+    together = np.concatenate(list(random_features.compute(images)))
     alone = np.concatenate(list(random_features.compute(images[250:260])))
-    np.testing.assert_allclose(alone, computed[250:260], atol=2e-5)
+    np.testing.assert_allclose(alone, together[250:260], atol=2e-5)
 
 
 def test_they_are_a_feature_map_of_the_registry(
