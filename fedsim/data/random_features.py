@@ -26,7 +26,6 @@ from fedsim.data import scattering, silhouettes, whitening
 WIDTH = 6000
 THRESHOLD = 0.5  # in standard deviations of R s: about a third of the entries are above zero
 CHANNELS_A_GROUP = 3
-RIDGE = 1.5  # the variance over silhouettes whose direction whitening shortens by a factor of root two
 
 
 def output_shape(image_shape: tuple[int, ...]) -> tuple[int]:
@@ -37,7 +36,7 @@ def output_shape(image_shape: tuple[int, ...]) -> tuple[int]:
 
 def version() -> str:
     """Return what identifies the map: its constants and the version of the scattering below it."""
-    own = f"width={WIDTH} threshold={THRESHOLD} groups of {CHANNELS_A_GROUP} whitened {RIDGE} v1"
+    own = f"width={WIDTH} threshold={THRESHOLD} groups of {CHANNELS_A_GROUP} whitened {whitening.RIDGE} v1"
     return f"random {own}; {scattering.version()}"
 
 
@@ -69,4 +68,4 @@ def lifted(images: NDArray[np.uint8]) -> Iterator[Tensor]:
 
 @functools.lru_cache
 def _whitening(height: int, width: int, channels: int) -> whitening.Whitening:
-    return whitening.fit(torch.cat(list(lifted(silhouettes.draw(height, width, channels)))), RIDGE)
+    return whitening.fit(torch.cat(list(lifted(silhouettes.draw(height, width, channels)))))
