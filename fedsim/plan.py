@@ -190,7 +190,7 @@ def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
         "bytes_of_a_holder_of_its_own_per_step": holder_bytes,
         "messages_per_step": messages,
         "physical_batch_size": config.engine.physical_batch_size,
-        "memory_bytes": _memory(config, one, vector, itemsize),
+        "memory_bytes_without_data_and_libraries": _memory(config, one, vector, itemsize),
     }
 
 
