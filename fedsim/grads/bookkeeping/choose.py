@@ -24,13 +24,17 @@ GRAM_ENTRY = 0.75  # one entry of a positions-by-positions matrix, for every pas
 PLACE_ENTRY = 3.0  # one entry of an output gradient, for the passes that standardisation needs
 PATCH_ENTRY = 0.5  # gathering one entry of a patch, channels innermost
 PATCH_RUN = 8.0  # beginning one run of entries that lie next to each other
-SLICE_ENTRY = 1.2  # the same from slices of the image
-SLICE_RUN = 7.0  # beginning one row of a slice
+SLICE_ENTRY = 0.5  # the same from slices of the image
+SLICE_RUN = 6.0  # beginning one row of a slice
+SPILLED = 2**20  # bytes of one example's patches beyond which they leave the cache
+SPILL_ENTRY = 0.5  # and what an entry of theirs costs more
 LAYOUT_ENTRY = 2.0  # bringing one entry of an image to channels-last
-LOOP_ENTRY = 1.8  # layout changes of torch's weight gradient, for every entry of the kernel and example
-REORDER_ENTRY = 0.7  # the same, for every entry of the image and its output gradient
-CALL = 20_000.0  # one call of it
+LOOP_ENTRY = 1.4  # layout changes of torch's weight gradient, for every entry of the kernel and example
+LOOP_CALL = 30_000.0  # one call of it
+REORDER_ENTRY = 0.5  # the same, for every entry of the image and its output gradient
+CALL = 20_000.0  # the calls around one batched product
 LANES = 16  # float32 numbers a kernel works on at a time: fewer cost as much
+ODD = 1.8  # a product whose width is no multiple of them
 
 
 def linear(tape: Tape, positions: int, width_in: int, width_out: int, size: int) -> str:
@@ -76,29 +80,28 @@ def convolution(
     last = inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
     image = tape.views * inputs[0].numel()
     # Below this size torch takes its slow kernel for one image, which wants the other layout.
-    call = 5 * CALL if last and image <= 20480 else CALL
+    call = 4 * LOOP_CALL if last and image <= 20480 else LOOP_CALL
     reorder = REORDER_ENTRY * (image + places * out)
-    padded = native * max(1.0, LANES / channels)
-    patch = places * math.prod(kernel[1:])
+    row = math.prod(kernel[1:])
+    patch = places * row
+    product = native * (ODD if row % LANES else 1.0) + CALL / 2
+    if patch * size > SPILLED:
+        product += SPILL_ENTRY * patch
     cost = {
-        "loop": padded + call + LOOP_ENTRY * entries + reorder,
-        "grouped": padded + entries + 2 * reorder,
-        "patches": 1.05 * native
-        + (PATCH_ENTRY + PATCH_RUN / (channels * width)) * patch
-        + entries / 2
-        + CALL / 2,
-        "slices": native + (SLICE_ENTRY + SLICE_RUN / outputs[1]) * patch + CALL / 2,
+        "loop": native + call + LOOP_ENTRY * entries + reorder,
+        "grouped": native * max(1.0, LANES / channels) + entries + 2 * reorder,
+        "patches": 1.05 * product + (PATCH_ENTRY + PATCH_RUN / (channels * width)) * patch + entries / 4,
+        "slices": product + (SLICE_ENTRY + SLICE_RUN / outputs[1]) * patch,
     }
     if channels > 32:
-        cost["grouped"] = 1.1 * native + 3.5 * entries
+        cost["grouped"] = 1.05 * native + 1.6 * entries + (reorder if tape.views > 1 else 0.0)
     if last:
         cost["grouped"] += 2 * LAYOUT_ENTRY * (image + places * out)
-    elif (height, width, tape.views) != (1, 1, 1):
+        cost["slices"] += LAYOUT_ENTRY * image
+    else:
         cost["patches"] += LAYOUT_ENTRY * image
-    if last or groups > 1:
-        del cost["slices"]
     if groups > 1:
-        del cost["patches"]
+        del cost["patches"], cost["slices"]
     formed = min(cost, key=cost.__getitem__)
     entry = _entry(entries * size)
     cost["keep"] = cost[formed] + entries * entry

@@ -17,7 +17,6 @@ of coefficient-scaled output gradients.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -216,13 +215,7 @@ class ConvUse(Use):
     def _form_by_patches(self, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
         """Products of output gradients with gathered patches, channels innermost."""
         count = out.shape[0]
-        geometry = self._geometry
-        if self.shape[2:] == (1, 1) and geometry.padding == (0, 0) and self.tape.views == 1:
-            down, across = geometry.stride  # a patch is one pixel: no need to bring channels innermost
-            pixels = inputs[:, :, ::down, ::across].flatten(2)
-            self._product(gradient.flatten(2), pixels.transpose(1, 2), out)
-            return
-        gathered = _patches(inputs, geometry, self.shape[2:], (gradient.shape[2], gradient.shape[3]))
+        gathered = _patches(inputs, self._geometry, self.shape[2:], (gradient.shape[2], gradient.shape[3]))
         gathered = gathered.reshape(count, -1, out.shape[2])
         if self.tape.views == 1 and gradient.is_contiguous():
             places = gradient.flatten(2)
@@ -231,22 +224,20 @@ class ConvUse(Use):
         self._product(places, gathered, out)
 
     def _form_by_slices(self, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
-        """As by patches, in the kernel's own order: one strided copy for each place of the kernel."""
+        """As by patches, in the kernel's own order: for each of its places, a slice of every channel."""
         count, views = out.shape[0], self.tape.views
-        (rows, columns), (down, across) = self._geometry.padding, self._geometry.stride
-        row_gap, column_gap = self._geometry.dilation
-        height, width = gradient.shape[2:]
-        padded = F.pad(inputs, (columns, columns, rows, rows)) if rows or columns else inputs
-        places = gradient.reshape(count, views, out.shape[1], -1)
-        gathered = inputs.new_empty((count, *self.shape[1:], height, width))
+        gathered = _slices(inputs, self._geometry, self.shape[2:], (gradient.shape[2], gradient.shape[3]))
+        if views > 1:
+            gathered = gathered.unflatten(0, (count, views)).movedim(1, 4)
+        gathered = gathered.reshape(count, out.shape[2], -1)
+        if not gradient.is_contiguous():
+            places = gradient.permute(0, 2, 3, 1).reshape(count, -1, out.shape[1])
+            self._product(places.transpose(1, 2), gathered.transpose(1, 2), out)
+            return
+        by_view = gathered.unflatten(2, (views, -1))
         for view in range(views):
-            image = padded.unflatten(0, (count, views))[:, view]
-            for i, j in itertools.product(range(self.shape[2]), range(self.shape[3])):
-                top, left = i * row_gap, j * column_gap
-                bottom, right = top + down * (height - 1) + 1, left + across * (width - 1) + 1
-                gathered[:, :, i, j] = image[:, :, top:bottom:down, left:right:across]
-            by_place = gathered.view(count, out.shape[2], -1).transpose(1, 2)
-            self._product(places[:, view], by_place, out, beta=int(view > 0))
+            places = gradient.unflatten(0, (count, views))[:, view].flatten(2)
+            self._product(places, by_view[:, :, view].transpose(1, 2), out, beta=int(view > 0))
 
     def _squares_of(self, formed: Tensor) -> Tensor:
         if self._standard is None:
@@ -356,6 +347,21 @@ def _inner_rows(formed: Tensor, direction: Tensor) -> Tensor:
 def _inner(first: Tensor, second: Tensor) -> Tensor:
     """Inner products (n,) in float64 of matrices (n, a, b), the first of which is overwritten."""
     return first.mul_(second).sum(2).double().sum(1)
+
+
+def _slices(inputs: Tensor, geometry: Geometry, kernel: Pair, outputs: Pair) -> Tensor:
+    """Slices (n, channels, kernel height, kernel width, height, width) as a view of padded planes."""
+    rows, columns = geometry.padding
+    planes = inputs.contiguous()
+    if rows or columns:
+        planes = F.pad(planes, (columns, columns, rows, rows))
+    image, channel, row, column = planes.stride()
+    (down, across), (row_gap, column_gap) = geometry.stride, geometry.dilation
+    return planes.as_strided(
+        (*inputs.shape[:2], *kernel, *outputs),
+        (image, channel, row_gap * row, column_gap * column, down * row, across * column),
+        planes.storage_offset(),
+    )
 
 
 def _patches(inputs: Tensor, geometry: Geometry, kernel: Pair, outputs: Pair) -> Tensor:
