@@ -26,10 +26,9 @@ PATCH_ENTRY = 0.5  # gathering one entry of a patch, channels innermost
 PATCH_RUN = 8.0  # beginning one run of entries that lie next to each other
 SLICE_ENTRY = 0.5  # the same from slices of the image
 SLICE_RUN = 6.0  # beginning one row of a slice
-SPILLED = 2**20  # bytes of one example's patches beyond which they leave the cache
-SPILL_ENTRY = 0.5  # and what an entry of theirs costs more
-LAYOUT_ENTRY = 2.0  # bringing one entry of an image to channels-last
-LOOP_ENTRY = 1.4  # layout changes of torch's weight gradient, for every entry of the kernel and example
+LAYOUT_ENTRY = 1.0  # bringing one entry of an image to the other layout
+FAR = 256  # pixels of an image from which its channels lie so far apart that this costs more
+LOOP_ENTRY = 1.8  # layout changes of torch's weight gradient, for every entry of the kernel and example
 LOOP_CALL = 30_000.0  # one call of it
 REORDER_ENTRY = 0.5  # the same, for every entry of the image and its output gradient
 CALL = 20_000.0  # the calls around one batched product
@@ -85,11 +84,9 @@ def convolution(
     row = math.prod(kernel[1:])
     patch = places * row
     product = native * (ODD if row % LANES else 1.0) + CALL / 2
-    if patch * size > SPILLED:
-        product += SPILL_ENTRY * patch
     cost = {
         "loop": native + call + LOOP_ENTRY * entries + reorder,
-        "grouped": native * max(1.0, LANES / channels) + entries + 2 * reorder,
+        "grouped": native * max(1.0, LANES / channels) + entries + 1.5 * reorder,
         "patches": 1.05 * product + (PATCH_ENTRY + PATCH_RUN / (channels * width)) * patch + entries / 4,
         "slices": product + (SLICE_ENTRY + SLICE_RUN / outputs[1]) * patch,
     }
@@ -99,7 +96,7 @@ def convolution(
         cost["grouped"] += 2 * LAYOUT_ENTRY * (image + places * out)
         cost["slices"] += LAYOUT_ENTRY * image
     else:
-        cost["patches"] += LAYOUT_ENTRY * image
+        cost["patches"] += LAYOUT_ENTRY * image * inputs[0, 0].numel() / FAR
     if groups > 1:
         del cost["patches"], cost["slices"]
     formed = min(cost, key=cost.__getitem__)

@@ -73,7 +73,7 @@ class ConvUse(Use):
             tape, self.shape, inputs, outputs, geometry.padding, geometry.groups
         )
         self._output: tuple[Tensor, int, Tensor | None] | None = None
-        self._kept: Tensor | None = None
+        self._kept: list[Tensor] = []
 
     def remember(self, output: Tensor, bias: Tensor | None) -> None:
         """Take the convolution's output, if `squares` is cheaper with it at hand."""
@@ -90,18 +90,15 @@ class ConvUse(Use):
         """See `Use.squares`."""
         count = self.tape.examples
         step = self._step()
-        if self.keep and step < count:
-            shape = count, self.weight.numel()
-            self._kept = torch.empty(shape, dtype=self._sum_dtype, device=self._inputs.device)
         parts = []
         for low in range(0, count, step):
             high = min(low + step, count)
             if self.plan == "gram":
                 parts.append(self._squares_by_gram(low, high))
                 continue
-            formed = self._form(low, high, None if self._kept is None else self._kept[low:high])
-            if self.keep and self._kept is None:
-                self._kept = formed
+            formed = self._form(low, high)
+            if self.keep:
+                self._kept.append(formed)
             parts.append(self._squares_of(formed))
         if self.keep:
             del self._inputs, self._gradient
@@ -110,12 +107,15 @@ class ConvUse(Use):
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
-        return self._ordered(self._form(low, high, None))
+        return self._ordered(self._form(low, high))
 
     def weighted(self, coefficients: Tensor) -> Tensor:
         """See `Use.weighted`."""
-        if self._kept is not None:
-            total = coefficients.to(self._kept.dtype) @ self._kept
+        if self._kept:
+            factors = coefficients.to(self._kept[0].dtype).split([len(formed) for formed in self._kept])
+            total = factors[0] @ self._kept[0]
+            for own, formed in zip(factors[1:], self._kept[1:], strict=True):
+                total.addmv_(formed.t(), own)
             return self._ordered(total[None])[0]
         factors = coefficients.repeat_interleave(self.tape.views).view(-1, 1, 1, 1)
         gradient = widen(self._gradient)
@@ -123,10 +123,6 @@ class ConvUse(Use):
         blank = gradient.new_empty(self.shape)
         total = self._geometry.backward(gradient, widen(self._inputs), blank, (False, True, False))[1]
         return total.reshape(self.weight.shape)
-
-    @property
-    def _sum_dtype(self) -> torch.dtype:
-        return self.weight.dtype
 
     @property
     def _by_patches(self) -> bool:
@@ -167,27 +163,24 @@ class ConvUse(Use):
         per_example = self.weight.numel() + places * math.prod(self.shape[1:])
         return max(1, min(scratch, _CACHE) // (size * per_example))
 
-    def _form(self, low: int, high: int, out: Tensor | None) -> Tensor:
-        """Per-example gradients (n, out * entries), in the order of the plan, into `out` if given."""
+    def _form(self, low: int, high: int) -> Tensor:
+        """Per-example gradients (n, out * entries), in the order of the plan."""
         count, views = high - low, self.tape.views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
-        if out is None and self.plan == "grouped":
+        if self.plan == "grouped":
             return self._form_grouped(inputs, gradient, count)
-        if out is None:
-            out = torch.empty((count, self.weight.numel()), dtype=inputs.dtype, device=inputs.device)
+        out = inputs.new_empty((count, self.weight.numel()))
         if self._by_patches:
             self._form_by_patches(inputs, gradient, self._by_row(out))
         elif self.plan == "slices":
             self._form_by_slices(inputs, gradient, self._by_row(out))
-        elif self.plan == "grouped":
-            out.copy_(self._form_grouped(inputs, gradient, count))
         else:
             blank = inputs.new_empty(self.shape)
-            for index in range(count):
-                own = slice(index * views, (index + 1) * views)
-                one = self._geometry.backward(gradient[own], inputs[own], blank, (False, True, False))[1]
-                out[index].view(self.shape).copy_(one)
+            parts = gradient.split(views), inputs.split(views), out
+            for own_gradient, own_inputs, row in zip(*parts, strict=True):
+                one = self._geometry.backward(own_gradient, own_inputs, blank, (False, True, False))[1]
+                row.view(self.shape).copy_(one)
         return out
 
     def _form_grouped(self, inputs: Tensor, gradient: Tensor, count: int) -> Tensor:
