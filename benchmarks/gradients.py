@@ -1,14 +1,16 @@
 """Time and memory of one clipped gradient sum, beside the non-private step and other implementations.
 
     python -m benchmarks.gradients [--device cpu|cuda] [--json FILE] [--models NAME ...] [--views K ...]
-                                   [--repeats N] [--no-memory]
+                                   [--repeats N] [--no-memory] [--plain-allocator]
 
 Methods are measured in turn in one process, each call after an untimed one: on the CPU the process's own
 CPU time with one thread, on CUDA wall time up to the end of all kernels. On the CPU jax_privacy and JAX's
 own non-private step take their turns from a second process where they are installed (`benchmarks.jax_peer`).
 1.0 is the eager float32 forward and backward pass of the same batch; figures are medians of the ratios within
-each turn. Memory is the peak above the loaded model and batch, in a fresh process for each method, per view;
-it is not measured for JAX.
+each turn. On the CPU freed memory stays in the process, as the fedsim command has it, for the good of all
+methods; with --plain-allocator the C library's defaults hold, as for whoever installs one of the libraries
+and does nothing about it. Memory is the peak above the loaded model and batch, in a fresh process for each
+method, per view; it is not measured for JAX.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def main() -> None:
         name, method, examples, views = arguments.peak
         print(_peak(CASES[name], method, int(examples), int(views), arguments.device))
         return
-    retained = arguments.device == "cpu" and retain_freed_memory()
+    retained = arguments.device == "cpu" and not arguments.plain_allocator and retain_freed_memory()
     rows = []
     for name in arguments.models:
         for views in arguments.views:
@@ -86,6 +88,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--views", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument(
+        "--plain-allocator", action="store_true", help="do not keep freed memory in the process"
+    )
     parser.add_argument(
         "--peak", nargs=4, metavar=("MODEL", "METHOD", "EXAMPLES", "VIEWS"), help="one memory figure"
     )

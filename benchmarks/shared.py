@@ -42,14 +42,16 @@ def settings(holders: int, nodes: int, *more: str) -> Config:
     )
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Run every call `repeats` + 1 times in turn; return CPU seconds a call, the first round left out."""
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, warm: int = 1
+) -> dict[str, list[float]]:
+    """Run every call `warm` + `repeats` times in turn; return CPU seconds a call after the warm rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(repeats + 1):
+    for round_ in range(warm + repeats):
         for name, call in calls.items():
             began = time.process_time()
             call()
-            if round_:
+            if round_ >= warm:
                 seconds[name].append(time.process_time() - began)
     return seconds
 

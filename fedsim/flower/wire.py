@@ -73,15 +73,15 @@ def pack_reply(reply: HolderReply) -> RecordDict:
 def unpack_reply(content: RecordDict) -> HolderReply:
     """Return the answer; raises KeyError, ValueError or TypeError for malformed content."""
     body: Any = _record(content, REPLY, ConfigRecord)
-    header = json.loads(body["header"])
+    header: Any = json.loads(body["header"])
     return HolderReply(
-        step=int(header["step"]),
-        wave=int(header["wave"]),
-        node=int(header["node"]),
+        step=_whole(header["step"]),
+        wave=_whole(header["wave"]),
+        node=_whole(header["node"]),
         holders=np.frombuffer(body["holders"], HOLDERS),
         code_hash=str(header["code_hash"]),
         arrays=_unpack_arrays(content),
-        count=int(header["count"]),
+        count=_whole(header["count"]),
         statistics={
             str(name): [float(v) for v in value] if isinstance(value, list) else float(value)
             for name, value in dict(header["statistics"]).items()
@@ -89,6 +89,12 @@ def unpack_reply(content: RecordDict) -> HolderReply:
         seconds={str(name): float(value) for name, value in dict(header["seconds"]).items()},
         stage=str(header["stage"]),
     )
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"expected a whole number, got {value!r}")
+    return value
 
 
 def _record(content: RecordDict, name: str, kind: type[Record]) -> Record:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
+from flwr.app import ArrayRecord, ConfigRecord
 
 from fedsim.flower import wire
 from fedsim.flower.local_grid import LocalGrid
@@ -51,3 +55,45 @@ def test_empty_statistics_travel() -> None:
     got = wire.unpack_reply(wire.pack_reply(reply))
     assert got.count == 0
     assert got.arrays["sum"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": float("inf")},
+        {"step": 1.5},
+        {"node": None},
+        {"statistics": 3},
+        {"statistics": {"loss_sum": "many"}},
+        {"seconds": {"compute": None}},
+    ],
+    ids=str,
+)
+def test_a_header_of_wrong_kind_is_refused(change: dict[str, Any]) -> None:
+    content = wire.pack_reply(_REPLY)
+    body: Any = content[wire.REPLY]
+    body["header"] = json.dumps({**json.loads(body["header"]), **change})
+    with pytest.raises((KeyError, ValueError, TypeError)):
+        wire.unpack_reply(content)
+
+
+def test_a_reply_of_wrong_records_is_refused() -> None:
+    for name, record in ((wire.REPLY, ArrayRecord()), (wire.ARRAYS, ConfigRecord())):
+        content = wire.pack_reply(_REPLY)
+        del content[name]
+        with pytest.raises(KeyError):
+            wire.unpack_reply(content)
+        content[name] = record
+        with pytest.raises(TypeError):
+            wire.unpack_reply(content)
+    for key, value in (("header", "{"), ("holders", b"123")):
+        content = wire.pack_reply(_REPLY)
+        body: Any = content[wire.REPLY]
+        body[key] = value
+        with pytest.raises(ValueError):
+            wire.unpack_reply(content)
+
+
+_REPLY = HolderReply(
+    2, 0, 1, np.arange(3), "abc", {"sum": np.ones(4, np.float32)}, 11, {"loss_sum": 2.5}, {"compute": 0.5}
+)

@@ -100,7 +100,7 @@ def taped(
             norms = (tape.total[0] if clip_groups is None else torch.stack(tape.total, dim=1)).sqrt()
             finite = torch.isfinite(overall(norms))
             if finite.all():
-                total = _weighted(model, tape, small, clip.coefficients(norms))
+                total = _weighted(tape, small, clip.coefficients(norms))
     mean_losses = losses.unflatten(0, (examples, views)).mean(1)
     if not finite.all():  # 0 * nan is nan: the others go again, alone
         total = torch.zeros_like(tape.anchor).expand(sum(p.numel() for p in tape.parameters.values())).clone()
@@ -163,14 +163,14 @@ class _Small:
         return [(use, part.view(use.weight.shape)) for use, part in zip(self.uses, parts, strict=True)]
 
 
-def _weighted(model: nn.Module, tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
+def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
     """Sum of coefficient * gradient over examples as a flat vector, pulled back to the parameters.
 
     Args:
         small: by clip group.
         coefficients: (B,), or (B, G) for each clip group.
     """
-    leaves = list(trainable_parameters(model).values())
+    leaves = list(tape.parameters.values())
     factors = [coefficients] if coefficients.dim() == 1 else coefficients.t().contiguous().unbind()
     of_group: list[list[nn.Parameter]] = [[] for _ in small]
     for parameter in leaves:
