@@ -1,170 +1,135 @@
 """How well does the engine's cost model rank the ways to per-example norms? Measure them and compare.
 
-    python -m benchmarks.choices [--examples 16] [--repeats 7] [--channels-last]
+    python -m benchmarks.choices [--models NAME ...] [--views K] [--repeats N] [--channels-last]
 
-For convolution and linear layers of the benchmark models, each way is timed (per-example norms and weighted
-sum, one thread, CPU time), beside torch's own weight gradient. A star marks the model's choice; the last
-column is its time over the best. The engine itself never measures: its choice must not differ between two
-runs of one recipe.
+Each way is forced on every layer of a benchmark model in turn, and the time of a layer's norms and weighted
+sum is taken within the whole step: alone, with its tensors in the cache, a layer ranks differently. One
+thread, CPU milliseconds, medians. A star marks the model's own choice; the last column is its time over the
+best. The engine itself never measures: its choice must not differ between two runs of one recipe.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsim.grads.bookkeeping import choose
-from fedsim.grads.bookkeeping.conv import ConvUse, Geometry
+from benchmarks.models import CASES, Case
+from benchmarks.peers import ours
+from fedsim.grads.bookkeeping import Options, choose
+from fedsim.grads.bookkeeping.conv import ConvUse
 from fedsim.grads.bookkeeping.linear import LinearUse
 from fedsim.grads.bookkeeping.memory import retain_freed_memory
-from fedsim.grads.bookkeeping.standardise import Standardisation
-from fedsim.grads.bookkeeping.tape import Tape
 
-CONVOLUTIONS = [  # in, out, image, kernel, stride
-    (3, 16, 32, 3, 1),
-    (3, 32, 32, 3, 1),
-    (16, 64, 32, 3, 1),
-    (16, 64, 32, 1, 1),
-    (32, 64, 16, 3, 1),
-    (64, 64, 32, 3, 1),
-    (64, 64, 8, 3, 1),
-    (64, 128, 4, 3, 1),
-    (64, 128, 32, 3, 2),
-    (64, 128, 32, 1, 2),
-    (128, 128, 16, 3, 1),
-    (128, 256, 16, 3, 2),
-    (128, 256, 16, 1, 2),
-    (256, 256, 8, 3, 1),
-]
-LINEAR = [(64, 48, 192), (64, 192, 192), (64, 192, 576), (64, 192, 768), (64, 768, 192), (1024, 192, 768)]
+FORMING = ("loop", "grouped", "patches", "slices")
+LARGEST_GRAM = 512  # places; beyond, the Gram matrix is out of the question
+Layer = tuple[int, str]
+AnyUse = ConvUse | LinearUse
 
 
 def main() -> None:
     """Run the comparison and print one line a layer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--models", nargs="+", choices=CASES, default=["cnn", "wrn-16-4", "vit-tiny"])
     parser.add_argument("--views", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--standardised", action="store_true", help="kernels of weight-standardised layers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     retain_freed_memory()
-    torch.manual_seed(0)
-    for name, native, ways, chosen in itertools.chain(_convolutions(arguments), _linear(arguments)):
-        times = _times({"native": native, **ways}, arguments.repeats)
-        best = min(times[way] for way in ways)
-        shown = "  ".join(f"{way}{'*' if way == chosen else ''} {1e3 * t:.2f}" for way, t in times.items())
-        print(f"{name:34s} {shown}   {times[chosen] / best:.2f}", flush=True)
+    for name in arguments.models:
+        seconds, own = _measure(CASES[name], arguments.views, arguments.repeats, arguments.channels_last)
+        for layer, found in seconds.items():
+            times = {way: 1e3 * statistics.median(values) for way, values in found.items()}
+            shown = "  ".join(f"{w}{'*' if w == own[layer] else ''} {t:.2f}" for w, t in times.items())
+            over = times[own[layer]] / min(times.values())
+            print(f"{name} {layer[0]:2d} {layer[1]:24s} {shown}   {over:.2f}", flush=True)
 
 
-Case = tuple[str, Callable[[], object], dict[str, Callable[[], object]], str]
+def _measure(
+    case: Case, views: int, repeats: int, channels_last: bool
+) -> tuple[dict[Layer, dict[str, list[float]]], dict[Layer, str]]:
+    """Seconds of each layer by way, and the way each would have taken by itself."""
+    examples = case.examples if views == 1 else max(1, case.examples * 2 // views)
+    step = ours(Options(channels_last=channels_last))(case.model(), *case.batch(examples, views))
+    step()  # the engine's check of itself
+    own: dict[Layer, str] = {}
+    with _timed(own):
+        step()
+    seconds: dict[Layer, dict[str, list[float]]] = {layer: {} for layer in sorted(own)}
+    for _ in range(repeats):
+        for convolution, linear in zip((*FORMING, "gram"), ("keep", "gram", "drop", "", ""), strict=True):
+            with _forced(convolution, linear):
+                step()
+                way: dict[Layer, str] = {}
+                with _timed(way) as spent:
+                    step()
+            for layer, value in spent.items():
+                seconds[layer].setdefault(way[layer], []).append(value)
+    return seconds, own
 
 
-def _convolutions(arguments: argparse.Namespace) -> Iterator[Case]:
-    for channels, out, size, kernel, stride in CONVOLUTIONS:
-        yield _convolution(arguments, channels, out, size, kernel, stride)
+@contextmanager
+def _forced(convolution: str, linear: str) -> Iterator[None]:
+    """Let every layer that can go these ways; the others choose."""
+    choices = choose.convolution, choose.linear
+
+    def of_convolution(
+        tape: Any, kernel: Any, inputs: Tensor, outputs: tuple[int, int], padding: Any, groups: int
+    ) -> tuple[str, bool]:
+        places = tape.views * outputs[0] * outputs[1]
+        if convolution == "gram" and groups == 1 and places <= LARGEST_GRAM:
+            return convolution, False
+        if convolution in FORMING[: 2 if groups > 1 else None]:
+            return convolution, True
+        return choices[0](tape, kernel, inputs, outputs, padding, groups)
+
+    def of_linear(tape: Any, positions: int, *sizes: int) -> str:
+        return linear if linear and positions > 1 else choices[1](tape, positions, *sizes)
+
+    with patch.object(choose, "convolution", of_convolution), patch.object(choose, "linear", of_linear):
+        yield
 
 
-def _convolution(
-    arguments: argparse.Namespace, channels: int, out: int, size: int, kernel: int, stride: int
-) -> Case:
-    views, examples = arguments.views, arguments.examples
-    module = nn.Conv2d(channels, out, kernel, stride, kernel // 2)
-    inputs = torch.randn(examples * views, channels, size, size)
-    if arguments.channels_last:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        output = module(inputs)
-    gradient = torch.randn_like(output)
-    geometry = Geometry((stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
-    standard = _standardisation(module.weight) if arguments.standardised else None
+@contextmanager
+def _timed(way: dict[Layer, str]) -> Iterator[dict[Layer, float]]:
+    """Yield the seconds each layer takes meanwhile; put the way it went into `way`."""
+    spent: dict[Layer, float] = {}
+    layers: dict[int, Layer] = {}
 
-    def use_on(tape: Tape) -> ConvUse:
-        edges = (output.shape[2], output.shape[3])
-        return ConvUse(tape, module.weight, geometry, inputs, edges, standard)
+    def squares(measure: Callable[[AnyUse], Tensor]) -> Callable[[AnyUse], Tensor]:
+        def timed(use: AnyUse) -> Tensor:
+            place = next(index for index, other in enumerate(use.tape.uses) if other is use)
+            layer = layers[id(use)] = place, " x ".join(map(str, use.weight.shape))
+            way[layer] = use.plan
+            began = time.process_time()
+            result = measure(use)
+            spent[layer] = time.process_time() - began
+            return result
 
-    def run(plan: str, keep: bool) -> Callable[[], object]:
-        def once() -> object:
-            with Tape(module, examples, views, 2**40, 2**24) as tape:
-                use = use_on(tape)
-                use.plan, use.keep = plan, keep
-                use.remember(output, None)
-                use.fill(inputs, gradient)
-                return use.weighted(torch.ones(examples))
+        return timed
 
-        return once
+    def weighted(contract: Callable[[AnyUse, Tensor], Tensor]) -> Callable[[AnyUse, Tensor], Tensor]:
+        def timed(use: AnyUse, coefficients: Tensor) -> Tensor:
+            began = time.process_time()
+            result = contract(use, coefficients)
+            spent[layers[id(use)]] += time.process_time() - began
+            return result
 
-    def native() -> object:
-        return geometry.backward(gradient, inputs, module.weight, (False, True, False))
+        return timed
 
-    pairs = itertools.product(("loop", "grouped", "patches", "slices"), (True, False))
-    ways = {_name(plan, keep): run(plan, keep) for plan, keep in pairs}
-    if views * output[0, 0].numel() <= 512:
-        ways["gram drop"] = run("gram", False)
-    with Tape(module, examples, views, 2**40, 2**24) as tape:
-        chosen = use_on(tape)
-    name = f"conv {channels}->{out} {kernel}x{kernel}/{stride} at {size}"
-    return name, native, ways, _name(chosen.plan, chosen.keep)
-
-
-def _name(plan: str, keep: bool) -> str:
-    return f"{plan} {'keep' if keep else 'drop'}"
-
-
-def _standardisation(weight: Tensor) -> Standardisation:
-    """One with all passes a real one needs; its numbers do not matter here."""
-    one = torch.ones(weight.shape[0], dtype=torch.float64)
-    return Standardisation(weight.detach().flatten(1), one, one, one, 1.0, True)
-
-
-def _linear(arguments: argparse.Namespace) -> Iterator[Case]:
-    for places, width_in, width_out in LINEAR:
-        yield _linear_layer(arguments, places, width_in, width_out)
-
-
-def _linear_layer(arguments: argparse.Namespace, places: int, width_in: int, width_out: int) -> Case:
-    views, examples = arguments.views, arguments.examples
-    module = nn.Linear(width_in, width_out)
-    inputs = torch.randn(examples * views, places, width_in)
-    gradient = torch.randn(examples * views, places, width_out)
-
-    def run(plan: str) -> Callable[[], object]:
-        def once() -> object:
-            with Tape(module, examples, views, 2**40, 2**24) as tape:
-                use = LinearUse(tape, module.weight, places * views, False)
-                use.plan = plan
-                use.fill(inputs, gradient)
-                return use.weighted(torch.ones(examples))
-
-        return once
-
-    def native() -> object:
-        return gradient.flatten(0, 1).t() @ inputs.flatten(0, 1)
-
-    with Tape(module, examples, views, 2**40, 2**24) as tape:
-        chosen = choose.linear(tape, places * views, width_in, width_out, 4)
-    name = f"linear {width_in}->{width_out} x {places}"
-    return name, native, {plan: run(plan) for plan in ("keep", "gram", "drop")}, chosen
-
-
-def _times(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each way, interleaved, each after one untimed call."""
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    with torch.no_grad():
-        for _ in range(repeats):
-            for way, run in ways.items():
-                run()
-                start = time.process_time()
-                run()
-                times[way].append(time.process_time() - start)
-    return {way: statistics.median(found) for way, found in times.items()}
+    with ExitStack() as stack:
+        for kind in (ConvUse, LinearUse):
+            stack.enter_context(patch.object(kind, "squares", squares(kind.squares)))
+            stack.enter_context(patch.object(kind, "weighted", weighted(kind.weighted)))
+        yield spent
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and memory of one clipped gradient sum, beside the non-private step and other implementations.
 
     python -m benchmarks.gradients [--device cpu|cuda] [--json FILE] [--models NAME ...] [--views K ...]
-                                   [--repeats N] [--no-memory] [--plain-allocator]
+                                   [--repeats N] [--no-memory] [--plain-allocator] [--update]
 
 Methods are measured in turn in one process, each call after an untimed one: on the CPU the process's own
 CPU time with one thread, on CUDA wall time up to the end of all kernels. On the CPU jax_privacy and JAX's
@@ -75,7 +75,20 @@ def main() -> None:
             "retained_freed_memory": retained,
             "rows": rows,
         }
+        if arguments.update:
+            result = _updated(json.loads(arguments.json.read_text(encoding="utf-8")), result)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _updated(held: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Put the rows of `new` in place of theirs in `held`; they then say themselves what made them."""
+    same = ("hardware", "seed", "threads", "retained_freed_memory")
+    if any(held[key] != new[key] for key in same):
+        raise SystemExit(f"--update needs a FILE with the same {', '.join(same)}: measure all rows anew.")
+    own = {key: new[key] for key in ("command", "commit")}
+    rows = {(row["model"], row["views"]): row for row in held["rows"]}
+    rows |= {(row["model"], row["views"]): {**row, "measured": own} for row in new["rows"]}
+    return {**held, "rows": list(rows.values())}
 
 
 def _arguments() -> argparse.Namespace:
@@ -91,6 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--plain-allocator", action="store_true", help="do not keep freed memory in the process"
     )
+    parser.add_argument("--update", action="store_true", help="replace only the measured rows of the FILE")
     parser.add_argument(
         "--peak", nargs=4, metavar=("MODEL", "METHOD", "EXAMPLES", "VIEWS"), help="one memory figure"
     )

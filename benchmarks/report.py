@@ -125,7 +125,13 @@ def gradients(name: str) -> str:
         for cells, row in zip(rows, held["rows"], strict=True):
             own = row.get("jax", {}).get("ratio_to_own_step")
             cells.append("-" if own is None else f"{own:.2f}")
-    return table(heads, rows) + provenance(held)
+    again: dict[str, list[str]] = {}
+    for row in held["rows"]:
+        if "measured" in row:
+            line = provenance({**held, **row["measured"]})
+            again.setdefault(line, []).append(f"{row['model']} K = {row['views']}")
+    notes = [f"\nMeasured again, {', '.join(which)}: {line.strip()}\n" for line, which in again.items()]
+    return table(heads, rows) + provenance(held) + "".join(notes)
 
 
 def rounds(name: str) -> str:

@@ -388,6 +388,7 @@ def test_every_way_of_a_convolution_agrees(
     for views in (1, 2):
         model, inputs = make(case, 3, views)
         assert_agrees(model, inputs, torch.float64)
+        assert_agrees(model, inputs, torch.float64, Options(channels_last=True))
         assert_agrees(model, inputs, torch.float64, Options(channels_last=True, scratch=1))
 
 

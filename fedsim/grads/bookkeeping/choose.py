@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedsim.grads.bookkeeping.tape import Tape
 
-# Nanoseconds on one core of a current server processor, fitted with benchmarks.choices; only ratios matter.
+# Nanoseconds on one core of a server processor within whole steps, fitted with benchmarks.choices; only their
+# ratios matter.
 FLOP = 1 / 90  # a fused kernel or a large matrix product
 ENTRY = 1.0  # measuring, keeping and contracting one entry of a per-example gradient
 CACHED = 2**19  # bytes of one example's gradient up to which these cost a third
