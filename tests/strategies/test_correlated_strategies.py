@@ -18,6 +18,7 @@ import strategies
 from fedsim.config import Config
 from fedsim.engine.experiment import Experiment, epsilons, prepare
 from fedsim.engine.holder import Node
+from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.noise.correlated import TreeAggregation
 from fedsim.privacy import accountant, events, ledger
@@ -310,10 +311,9 @@ class FailsAt:
         self.step = step
 
     def __call__(self, message: Any, context: Any) -> Any:
-        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
-            content = message.content["task"]
-            if content["step"] == self.step:
-                raise OSError("this holder is gone")
+        last = message.metadata.message_type == "train" and context.node_config["partition-id"] == 1
+        if last and wire.unpack_task(message.content)[0].step == self.step:
+            raise OSError("this holder is gone")
         return app(message, context)
 
 

@@ -16,6 +16,7 @@ from dp_accounting import pld, rdp
 import strategies
 from fedsim.data import datasets
 from fedsim.engine.experiment import epsilons, prepare
+from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.validate import InputError, RunError
@@ -147,7 +148,7 @@ def test_clip_norm_finds_the_quantile(quantile: float) -> None:
 
 def test_adaptive_clip_norm_survives_a_resume(tmp_path: Path) -> None:
     def stop(message: Any, context: Any) -> Any:
-        if message.metadata.message_type == "train" and message.content["task"]["step"] == 5:
+        if message.metadata.message_type == "train" and wire.unpack_task(message.content)[0].step == 5:
             raise OSError("stopped here")
         return app(message, context)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message
 from torch import Tensor, nn
 
 from fedsim import config as configs
@@ -18,6 +19,7 @@ from fedsim.engine import probe
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node
 from fedsim.engine.run_folder import RunFolder
+from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.grads import FlatClip
 from fedsim.grads.batch_size import Cost, LiveBytes, OverLimit, choose, measure
@@ -243,8 +245,8 @@ def test_a_limit_that_cannot_hold_an_example_fails_before_the_first_step(tmp_pat
 
 def stopped_at(step: int) -> Callable[..., object]:
     def client(message: object, context: object) -> object:
-        content = message.content  # type: ignore[attr-defined]
-        if message.metadata.message_type == "train" and content["task"]["step"] == step:  # type: ignore[attr-defined]
+        assert isinstance(message, Message)
+        if message.metadata.message_type == "train" and wire.unpack_task(message.content)[0].step == step:
             raise OSError("stopped here")
         return app(message, context)  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.privacy import ledger, secret
 from fedsim.validate import InputError, RunError
@@ -39,7 +40,7 @@ def test_target_epsilon_is_reached_and_not_exceeded(tmp_path: Path) -> None:
 
 def stop_at(step: int) -> Callable[..., Any]:
     def client(message: Any, context: Any) -> Any:
-        if message.metadata.message_type == "train" and message.content["task"]["step"] == step:
+        if message.metadata.message_type == "train" and wire.unpack_task(message.content)[0].step == step:
             raise OSError("stopped here")
         return app(message, context)
 
