@@ -81,13 +81,15 @@ def main() -> None:
 
 
 def _updated(held: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Put the rows of `new` in place of theirs in `held`; they then say themselves what made them."""
+    """Put the rows of `new` in place of theirs in `held`, each with what made it and what it replaces."""
     same = ("hardware", "seed", "threads", "retained_freed_memory")
     if any(held[key] != new[key] for key in same):
         raise SystemExit(f"--update needs a FILE with the same {', '.join(same)}: measure all rows anew.")
     own = {key: new[key] for key in ("command", "commit")}
     rows = {(row["model"], row["views"]): row for row in held["rows"]}
-    rows |= {(row["model"], row["views"]): {**row, "measured": own} for row in new["rows"]}
+    for row in new["rows"]:
+        place = row["model"], row["views"]
+        rows[place] = {**row, "measured": own, "replaced": rows.get(place)}
     return {**held, "rows": list(rows.values())}
 
 
@@ -104,7 +106,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--plain-allocator", action="store_true", help="do not keep freed memory in the process"
     )
-    parser.add_argument("--update", action="store_true", help="replace only the measured rows of the FILE")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="replace only these rows of the FILE; the old readings stay in it",
+    )
     parser.add_argument(
         "--peak", nargs=4, metavar=("MODEL", "METHOD", "EXAMPLES", "VIEWS"), help="one memory figure"
     )

@@ -113,16 +113,22 @@ def gradients(name: str) -> str:
     held = _load(name)
     if held is None:
         return missing("python -m benchmarks.gradients", name)
-    methods = list(dict.fromkeys(m for row in held["rows"] for m in row["ratios"]))
+    shown: list[tuple[str, dict[str, Any]]] = []
+    for row in held["rows"]:
+        reading: dict[str, Any] | None = row
+        while reading is not None:  # replaced readings stay in sight
+            shown.append((row["model"] if reading is row else f"{row['model']}, replaced", reading))
+            reading = reading.get("replaced")
+    methods = list(dict.fromkeys(m for _, row in shown for m in row["ratios"]))
     rows = [
-        [row["model"], str(row["views"]), str(row["examples"])]
+        [label, str(row["views"]), str(row["examples"])]
         + [f"{row['ratios'][m]:.2f}" if m in row["ratios"] else "-" for m in methods]
-        for row in held["rows"]
+        for label, row in shown
     ]
     heads = ["model", "K", "examples", *methods]
-    if any("jax" in row for row in held["rows"]):
+    if any("jax" in row for _, row in shown):
         heads.append("jax_privacy / JAX non-private")
-        for cells, row in zip(rows, held["rows"], strict=True):
+        for cells, (_, row) in zip(rows, shown, strict=True):
             own = row.get("jax", {}).get("ratio_to_own_step")
             cells.append("-" if own is None else f"{own:.2f}")
     again: dict[str, list[str]] = {}
