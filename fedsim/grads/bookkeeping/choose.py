@@ -21,7 +21,9 @@ FLOP = 1 / 90  # a fused kernel or a large matrix product
 ENTRY = 1.0  # measuring, keeping and contracting one entry of a per-example gradient
 CACHED = 2**19  # bytes of one example's gradient up to which these cost a third
 GRAM_FLOP = 1 / 80  # small batched products
-GRAM_ENTRY = 0.75  # one entry of a positions-by-positions matrix, for every pass over it
+GRAM_ENTRY = 0.75  # one entry of a convolution's positions-by-positions matrix, for every pass over it
+INNER_ENTRY = 4.0  # one entry of two such matrices that are formed, multiplied and added
+READ_ENTRY = 0.5  # reading one entry of an input or output gradient again
 PLACE_ENTRY = 3.0  # one entry of an output gradient, for the passes that standardisation needs
 PATCH_ENTRY = 0.5  # gathering one entry of a patch, channels innermost
 PATCH_RUN = 8.0  # beginning one run of entries that lie next to each other
@@ -44,9 +46,10 @@ def linear(tape: Tape, positions: int, width_in: int, width_out: int, size: int)
     examples = tape.examples
     entries = width_in * width_out
     form = 2 * positions * entries * FLOP
+    widths = width_in + width_out
     cost = {
-        "keep": form + entries * _entry(entries * size),
-        "gram": form + 2 * positions**2 * ((width_in + width_out) * GRAM_FLOP + GRAM_ENTRY),
+        "keep": form + entries * 1.5 * ENTRY,
+        "gram": form + positions * (widths * READ_ENTRY + 2 * positions * (widths * GRAM_FLOP + INNER_ENTRY)),
         "drop": 2 * form + entries * ENTRY,
     }
     allowed = {"drop"}
