@@ -19,6 +19,7 @@ from fedsim.grads.bookkeeping.tape import Tape
 # ratios matter.
 FLOP = 1 / 90  # a fused kernel or a large matrix product
 ENTRY = 1.0  # measuring, keeping and contracting one entry of a per-example gradient
+LINEAR_ENTRY = 1.5  # the same of a linear layer's gradient
 CACHED = 2**19  # bytes of one example's gradient up to which these cost a third
 GRAM_FLOP = 1 / 80  # small batched products
 GRAM_ENTRY = 0.75  # one entry of a convolution's positions-by-positions matrix, for every pass over it
@@ -47,10 +48,11 @@ def linear(tape: Tape, positions: int, width_in: int, width_out: int, size: int)
     entries = width_in * width_out
     form = 2 * positions * entries * FLOP
     widths = width_in + width_out
+    again = positions * widths * READ_ENTRY
     cost = {
-        "keep": form + entries * 1.5 * ENTRY,
-        "gram": form + positions * (widths * READ_ENTRY + 2 * positions * (widths * GRAM_FLOP + INNER_ENTRY)),
-        "drop": 2 * form + entries * ENTRY,
+        "keep": form + entries * LINEAR_ENTRY,
+        "gram": form + again + 2 * positions**2 * (widths * GRAM_FLOP + INNER_ENTRY),
+        "drop": 2 * form + again + entries * ENTRY,
     }
     allowed = {"drop"}
     if positions**2 * 8 <= tape.scratch:
@@ -81,7 +83,7 @@ def convolution(
     size = inputs.element_size()
     native = 2 * places * entries * FLOP
     last = inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
-    image = tape.views * inputs[0].numel()
+    image = tape.views * math.prod(inputs.shape[1:])
     # Below this size torch takes its slow kernel for one image, which wants the other layout.
     call = 4 * LOOP_CALL if last and image <= 20480 else LOOP_CALL
     reorder = REORDER_ENTRY * (image + places * out)
@@ -100,7 +102,7 @@ def convolution(
         cost["grouped"] += 2 * LAYOUT_ENTRY * (image + places * out)
         cost["slices"] += LAYOUT_ENTRY * image
     else:
-        cost["patches"] += LAYOUT_ENTRY * image * inputs[0, 0].numel() / FAR
+        cost["patches"] += LAYOUT_ENTRY * image * math.prod(inputs.shape[2:]) / FAR
     if groups > 1:
         del cost["patches"], cost["slices"]
     formed = min(cost, key=cost.__getitem__)

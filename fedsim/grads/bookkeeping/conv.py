@@ -109,7 +109,7 @@ class ConvUse(Use):
         """See `Use.rows`."""
         return self._ordered(self._form(low, high))
 
-    def weighted(self, coefficients: Tensor) -> Tensor:
+    def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Use.weighted`."""
         if self._kept:
             factors = coefficients.to(self._kept[0].dtype).split([len(formed) for formed in self._kept])
@@ -159,7 +159,7 @@ class ConvUse(Use):
             return max(1, scratch // (2 * size * self.weight.numel()))
         # Gradients and patches are best while they stay in a processor's cache.
         gathers = self.plan in ("patches", "slices")
-        places = self._gradient[0, 0].numel() * self.tape.views if gathers else 0
+        places = math.prod(self._gradient.shape[2:]) * self.tape.views if gathers else 0
         per_example = self.weight.numel() + places * math.prod(self.shape[1:])
         return max(1, min(scratch, _CACHE) // (size * per_example))
 
@@ -253,7 +253,7 @@ class ConvUse(Use):
         _, _, height, width = self._inputs.shape
         rows, columns = self._geometry.padding
         pixels = self.tape.views * (height + 2 * rows) * (width + 2 * columns)
-        places = self.tape.views * self._gradient[0, 0].numel()
+        places = self.tape.views * math.prod(self._gradient.shape[2:])
         return 4 * (pixels**2 + 3 * places**2)
 
     def _squares_by_gram(self, low: int, high: int) -> Tensor:

@@ -36,7 +36,7 @@ class BlockUse(Use):
             result[example - low, own] = self._gradients[own]
         return result
 
-    def weighted(self, coefficients: Tensor) -> Tensor:
+    def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Use.weighted`."""
         factors = coefficients.repeat_interleave(self.tape.views).to(self._gradients.dtype)
         return self._gradients * factors.view(-1, *[1] * (self._gradients.dim() - 1))

@@ -47,7 +47,7 @@ class EmbeddingUse(Use):
         result[self._example[inside] - low, self._id[inside]] = self._sums[inside]
         return result
 
-    def weighted(self, coefficients: Tensor) -> Tensor:
+    def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Use.weighted`."""
         scaled = self._sums * coefficients.to(self._sums.dtype)[self._example].unsqueeze(1)
         return self._sums.new_zeros(self.weight.shape).index_add_(0, self._id, scaled)

@@ -182,7 +182,10 @@ def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
 
     def add(parameter: Tensor, part: Tensor) -> None:
         place = places[id(parameter)]
-        place.add_(part) if id(parameter) in written else place.copy_(part)
+        if id(parameter) in written:
+            place.add_(part)
+        elif part.data_ptr() != place.data_ptr():  # not put there already
+            place.copy_(part)
         written.add(id(parameter))
 
     together = {id(use) for kept in small for use in kept.uses}
@@ -195,7 +198,9 @@ def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
     while rest:
         use = rest.pop()  # its tensors can go as soon as they are summed
         for group in use.clip_groups:
-            for parameter, pulled in joint.pull_back(use, use.weighted(factors[group]), of_group[group]):
+            out = None if id(use.weight) in written else places.get(id(use.weight))
+            total_of_use = use.weighted(factors[group], out)
+            for parameter, pulled in joint.pull_back(use, total_of_use, of_group[group]):
                 add(parameter, pulled)
     for parameter in leaves:
         if id(parameter) not in written:

@@ -7,6 +7,7 @@ The gradient of one example is sum_t g_t x_t' over its positions t (places and v
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import batch_product, product
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use, squared_norms
 
-_BLOCK = 512  # rows to multiply and measure at a time on a CPU, while they are in its cache
+_LARGE = 2**23  # bytes of rows from which they are multiplied and measured in blocks
+_BLOCK = 512  # rows of a block
 _NARROW = 512  # outputs from which one product of all rows is faster
+_HALVES = 64  # positions from which Gram matrices are formed in parts
 _LANES = 16  # float32 numbers of a vector register
 
 
@@ -32,16 +35,19 @@ class LinearUse(Use):
         width_in, width_out = weight.shape if transposed else weight.shape[::-1]
         self.positions = positions
         self.plan = choose.linear(tape, positions, width_in, width_out, weight.element_size())
-        self._early = self.plan == "closed" or (self.plan == "gram" and 8 * positions <= width_in)
-        self._seen: list[Tensor] = []
+        # Matrices of at most a third of the inputs are formed in the forward pass, with those at hand.
+        entries = tape.examples * positions**2
+        self._early = self.plan == "gram" and 3 * positions <= width_in and 8 * entries <= tape.scratch
+        self._early = self._early and tape.reserve(entries * weight.element_size(), 0)
+        self._lengths: list[Tensor] = []
+        self._grams: list[_Gram] = []
 
     def see(self, rows: Tensor) -> None:
-        """Take what the norms need of the next examples' input rows (n * positions, in), if that is little."""
+        """Take what the norms need of the next input rows (n * positions, in), if they are worth it now."""
         if self.plan == "closed":
-            self._seen.append(squared_norms(rows))
+            self._lengths.append(squared_norms(rows))
         elif self._early:
-            inputs = rows.unflatten(0, (-1, self.positions))
-            self._seen.append(_gram(inputs))
+            self._grams.append(_Gram(rows.unflatten(0, (-1, self.positions))))
 
     def fill(self, inputs: Tensor, gradient: Tensor) -> None:
         """Take the operation's input (n, ..., in) and output gradient (n, ..., out)."""
@@ -56,85 +62,87 @@ class LinearUse(Use):
         if self._transposed:
             inputs, gradient = gradient, inputs
         if self.plan == "closed":
-            return torch.cat(self._seen) * squared_norms(gradient[:, 0])
+            lengths = torch.cat(self._lengths) if self._lengths else squared_norms(inputs[:, 0])
+            return lengths * squared_norms(gradient[:, 0])
         if self.plan == "keep":
             self._kept = self.rows(0, self.tape.examples)
             del self._left, self._right
             return squared_norms(self._kept)
-        count, positions = self._left.shape[:2]
-        per_example = positions**2 * 8 if self.plan == "gram" else self.weight.numel() * 4
-        step = max(1, self.tape.scratch // per_example)
-        seen = torch.cat(self._seen) if self._seen else None
-        parts = []
-        for low in range(0, count, step):
-            part = slice(low, low + step)
-            if self.plan == "gram":
-                if seen is None:
-                    parts.append(_inner_of_grams(inputs[part], gradient[part]))
-                else:
-                    parts.append(_inner(_gram(gradient[part]), seen[part]))
-            else:
-                parts.append(squared_norms(self.rows(low, min(low + step, count))))
+        count = len(inputs)
+        if self.plan == "drop":
+            step = max(1, self.tape.scratch // (self.weight.numel() * 4))
+            lows = range(0, count, step)
+            return torch.cat([squared_norms(self.rows(low, min(low + step, count))) for low in lows])
+        step = max(1, self.tape.scratch // (self.positions**2 * 8))
+        grams = self._grams or map(_Gram, inputs.split(step))
+        counts = [len(gram) for gram in self._grams] or step
+        parts = [gram.inner(_Gram(part)) for gram, part in zip(grams, gradient.split(counts), strict=True)]
         return torch.cat(parts).clamp(min=0.0)
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
         return batch_product(self._left[low:high].transpose(1, 2), self._right[low:high])
 
-    def weighted(self, coefficients: Tensor) -> Tensor:
+    def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Use.weighted`."""
         if self._kept is not None:
-            return (coefficients.to(self._kept.dtype) @ self._kept.flatten(1)).view(self.weight.shape)
+            row = None if out is None else out.view(1, -1)
+            total = product(coefficients.to(self._kept.dtype)[None], self._kept.flatten(1), row)
+            return total.view(self.weight.shape)
         left, right = self._left, self._right
         factors = coefficients.view(-1, 1, 1)
         if left.shape[2] <= right.shape[2]:
             left = left * factors.to(left.dtype)
         else:
             right = right * factors.to(right.dtype)
-        return product(left.flatten(0, 1).t(), right.flatten(0, 1))
+        return product(left.flatten(0, 1).t(), right.flatten(0, 1), out)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Inner products (n, positions, positions) of rows (n, positions, width)."""
-    return batch_product(rows, rows.transpose(1, 2))
+class _Gram:
+    """Inner products of the rows (n, positions, width) of each example with each other.
 
-
-def _inner(first: Tensor, second: Tensor) -> Tensor:
-    """Inner products (n,) in float64 of matrices (n, a, b), the first of which is overwritten."""
-    return first.mul_(second).sum(2).double().sum(1)
-
-
-def _inner_of_grams(inputs: Tensor, gradient: Tensor) -> Tensor:
-    """Inner products (n,) in float64 of the Gram matrices of rows (n, positions, in) and (n, positions, out).
-
-    They are symmetric: on a CPU what lies below the diagonal is not computed, in blocks of widths that make
-    fast products.
+    The matrices are symmetric: on a CPU what lies below the diagonal is left out, in blocks of widths that
+    make fast products.
     """
-    count, positions = inputs.shape[:2]
-    half = positions // 32 * 16
-    if inputs.is_cuda or half < 32:
-        return _inner(_gram(inputs), _gram(gradient))
-    pair = inputs, gradient
 
-    def blocks(rows: list[Tensor], columns: list[Tensor]) -> Tensor:
-        return _inner(*(batch_product(a, b.transpose(1, 2)) for a, b in zip(rows, columns, strict=True)))
+    def __init__(self, rows: Tensor) -> None:
+        self._count, positions = rows.shape[:2]
+        half = positions // 32 * 16
+        if rows.is_cuda or positions < _HALVES:
+            pairs = [(rows, rows, 1)]
+        elif positions == 2 * half:
+            both = rows.reshape(2 * self._count, half, -1)
+            pairs = [(both, both, 1), (rows[:, :half], rows[:, half:], 2)]
+        else:
+            low, high, rest = rows[:, :half], rows[:, half : 2 * half], rows[:, 2 * half :]
+            pairs = [
+                (low, low, 1),
+                (high, high, 1),
+                (low, high, 2),
+                (rest, rest, 1),
+                (rest, rows[:, : 2 * half], 2),
+            ]
+        self._blocks = [(batch_product(a, b.transpose(1, 2)), times) for a, b, times in pairs]
 
-    low, high = [rows[:, :half] for rows in pair], [rows[:, half : 2 * half] for rows in pair]
-    beside = 2 * blocks(low, high)
-    if positions == 2 * half:
-        both = [rows.reshape(2 * count, half, -1) for rows in pair]
-        return beside + blocks(both, both).view(count, 2).sum(1)
-    before, rest = [rows[:, : 2 * half] for rows in pair], [rows[:, 2 * half :] for rows in pair]
-    return beside + blocks(low, low) + blocks(high, high) + 2 * blocks(rest, before) + blocks(rest, rest)
+    def __len__(self) -> int:
+        return self._count
+
+    def inner(self, other: _Gram) -> Tensor:
+        """Inner products (n,) in float64 of these matrices with the others, which are overwritten."""
+        pairs = zip(self._blocks, other._blocks, strict=True)
+        by_row = [times * theirs.mul_(own).sum(2).double() for (own, times), (theirs, _) in pairs]
+        return torch.stack([rows.view(self._count, -1).sum(1) for rows in by_row]).sum(0)
 
 
 def _forward(rows: Tensor, weight: Tensor, bias: Tensor | None, use: LinearUse | None) -> Tensor:
-    """F.linear of rows (n, in), which `use` sees too.
+    """F.linear of rows (n, in); on a CPU, `use` sees them too.
 
-    On a CPU, products with few outputs are a tenth to a third faster in blocks, and turned round where the
-    outputs do not fill the vector registers.
+    There, products of more rows than fit its cache with few outputs are a tenth to a third faster in blocks,
+    and turned round where the outputs do not fill the vector registers.
     """
-    if rows.is_cuda or len(weight) >= _NARROW:
+    if rows.is_cuda:  # maybe under autocast, where norms would lose digits
+        return F.linear(rows, weight, bias)
+    if len(weight) >= _NARROW or rows.numel() * rows.element_size() < _LARGE:
         if use is not None:
             use.see(rows)
         return F.linear(rows, weight, bias)
@@ -169,7 +177,8 @@ class _Linear(torch.autograd.Function):
         ctx.uses = weight_use, bias_use
         flat = _forward(inputs.flatten(0, -2), weight, bias, weight_use)
         # A plain view would forbid the model to work on the result in place.
-        return flat if inputs.dim() == 2 else torch.ops.aten._unsafe_view(flat, [*inputs.shape[:-1], -1])
+        shape = [*inputs.shape[:-1], flat.shape[1]]
+        return flat if inputs.dim() == 2 else torch.ops.aten._unsafe_view(flat, shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,7 +221,7 @@ def _apply(watch: Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None, tr
         )
     weight_use = bias_use = None
     if watch.is_weight(weight):
-        positions = inputs[..., 0].numel() // tape.examples
+        positions = math.prod(inputs.shape[:-1]) // tape.examples
         weight_use = tape.use(LinearUse(tape, weight, positions, transposed))
     if bias is not None and watch.is_weight(bias):
         bias_use = tape.use(Rows(tape, bias))

@@ -6,6 +6,7 @@ seen as one image of B * channels channels, its gain and bias gradients are alre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class _GroupNorm(torch.autograd.Function):
         uses: tuple[Rows | None, Rows | None],
     ) -> Tensor:
         rows, channels = inputs.shape[:2]
-        size = inputs[0, 0].numel()
+        size = math.prod(inputs.shape[2:])
         result, mean, rstd = torch.native_group_norm(inputs, weight, bias, rows, channels, size, groups, eps)
         ctx.save_for_backward(inputs, mean, rstd, weight)
         ctx.groups, ctx.uses = groups, uses
@@ -44,7 +45,7 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, mean, rstd, weight = ctx.saved_tensors
         rows, channels = inputs.shape[:2]
-        size = inputs[0, 0].numel()
+        size = math.prod(inputs.shape[2:])
         if weight is None:
             weight = mean.new_ones(channels)
         wanted = ctx.needs_input_grad[0]

@@ -21,14 +21,16 @@ def batch_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product (a, b) x (b, c), as `batch_product`."""
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Matrix product (a, b) x (b, c), as `batch_product`; in `out`, where it can be."""
     if left.dtype == right.dtype and left.dtype in _HALF and left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     left, right = _common(left, right)
-    return torch.mm(left, right)
+    return torch.mm(left, right, out=out if out is not None and out.dtype == left.dtype else None)
 
 
 def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    if left.dtype == right.dtype and left.dtype not in _HALF:
+        return left, right
     dtype = torch.promote_types(widen(left).dtype, widen(right).dtype)
     return left.to(dtype), right.to(dtype)

@@ -52,8 +52,12 @@ class Use(ABC):
         """Per-example gradients (high - low, *weight.shape) of the examples low .. high - 1."""
 
     @abstractmethod
-    def weighted(self, coefficients: Tensor) -> Tensor:
-        """Sum over examples of coefficient * gradient, in the shape of `weight`."""
+    def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+        """Sum over examples of coefficient * gradient, in the shape of `weight`.
+
+        Args:
+            out: of that shape, contiguous: the sum may be put there, which saves a copy.
+        """
 
 
 class Rows(Use):
@@ -76,7 +80,7 @@ class Rows(Use):
         """See `Use.rows`."""
         return self.gradients[low:high].reshape(high - low, *self.weight.shape)
 
-    def weighted(self, coefficients: Tensor) -> Tensor:
+    def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Use.weighted`."""
         return (coefficients.to(self.gradients.dtype) @ self.gradients).reshape(self.weight.shape)
 
