@@ -125,10 +125,10 @@ def _timed(way: dict[Layer, str]) -> Iterator[dict[Layer, float]]:
 
         return timed
 
-    def weighted(contract: Callable[[AnyUse, Tensor], Tensor]) -> Callable[[AnyUse, Tensor], Tensor]:
-        def timed(use: AnyUse, coefficients: Tensor) -> Tensor:
+    def weighted(contract: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def timed(use: AnyUse, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
             began = time.process_time()
-            result = contract(use, coefficients)
+            result = contract(use, coefficients, out)
             spent[layers[id(use)]] += time.process_time() - began
             return result
 
