@@ -24,7 +24,7 @@ def server(holders: int, out: Path) -> Server:
         f"federation.holders={holders}",
         "federation.nodes=1",
         "engine.threads=1",  # idle threads that wait for work count as CPU time
-        f"train.steps={WARM + WINDOW * WINDOWS}",
+        f"train.steps={WARM + WINDOW * WINDOWS + 1}",
         "train.eval_every=1000",
     )
     transport = GridTransport(LocalGrid(app, 1), config.to_json(), 1)
