@@ -14,7 +14,7 @@ from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.transport import GridTransport
 from tests.conftest import small
 
-WARM, WINDOW, WINDOWS = 2, 22, 3  # steps
+WARM, STEPS = 2, 66  # so many that a few seconds of foreign load do not move the median
 
 
 def server(holders: int, out: Path) -> Server:
@@ -24,7 +24,7 @@ def server(holders: int, out: Path) -> Server:
         f"federation.holders={holders}",
         "federation.nodes=1",
         "engine.threads=1",  # idle threads that wait for work count as CPU time
-        f"train.steps={WARM + WINDOW * WINDOWS + 1}",
+        f"train.steps={WARM + STEPS + 1}",
         "train.eval_every=1000",
     )
     transport = GridTransport(LocalGrid(app, 1), config.to_json(), 1)
@@ -34,9 +34,8 @@ def server(holders: int, out: Path) -> Server:
 
 def test_a_thousand_holders_cost_at_most_a_tenth_more_than_one(tmp_path: Path) -> None:
     servers = {holders: server(holders, tmp_path / str(holders)) for holders in (1, 1000)}
-    medians: list[float] = []
     ratios: list[float] = []
-    for step in range(WARM + WINDOW * WINDOWS):
+    for step in range(WARM + STEPS):
         seconds = []
         for one in servers.values():  # in turn, so that both meet the same load
             began = time.process_time()
@@ -44,9 +43,4 @@ def test_a_thousand_holders_cost_at_most_a_tenth_more_than_one(tmp_path: Path) -
             seconds.append(time.process_time() - began)
         if step >= WARM:
             ratios.append(seconds[1] / seconds[0])  # both had the same examples in it
-        if len(ratios) == WINDOW:
-            medians.append(statistics.median(ratios))
-            ratios.clear()
-            if medians[-1] <= 1.10:  # a burst of foreign load can spoil one window, but not make one cheap
-                return
-    raise AssertionError(f"1,000 holders cost {medians} times what one costs")
+    assert statistics.median(ratios) <= 1.10, ratios
