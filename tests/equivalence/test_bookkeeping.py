@@ -392,15 +392,6 @@ def test_every_way_of_a_convolution_agrees(
         assert_agrees(model, inputs, torch.float64, Options(channels_last=True, scratch=1))
 
 
-@pytest.mark.parametrize("plan", ["keep", "gram", "drop"])
-@pytest.mark.parametrize("case", [name for name in CASES if "linear" in name or "tied" in name])
-def test_every_way_of_a_linear_layer_agrees(case: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "linear", lambda *arguments: plan)
-    for views in (1, 2):
-        model, inputs = make(case, 3, views)
-        assert_agrees(model, inputs, torch.float64)
-
-
 def conv_layers(
     draw: st.DrawFn, channels: int, size: tuple[int, int]
 ) -> tuple[nn.Module, int, tuple[int, int]]:

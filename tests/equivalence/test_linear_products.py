@@ -1,4 +1,4 @@
-"""Linear layers large enough for products in blocks and Gram matrices in parts, against the vmap oracle."""
+"""Every way of a linear layer, products in blocks and Gram matrices in parts, against the vmap oracle."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping import Options, choose, linear
 from fedsim.grads.bookkeeping.linear import LinearUse
-from tests.equivalence.test_bookkeeping import assert_agrees
+from tests.equivalence.test_bookkeeping import CASES, assert_agrees, make
 
 PLANS = ("keep", "gram", "drop")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", [name for name in CASES if "linear" in name or "tied" in name])
+def test_every_way_of_a_linear_layer_agrees(case: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "linear", lambda *arguments: plan)
+    for views in (1, 2):
+        model, inputs = make(case, 3, views)
+        assert_agrees(model, inputs, torch.float64)
 
 
 class Mean(nn.Module):
@@ -110,3 +119,15 @@ def test_early_matrices_stay_within_scratch_and_budget(monkeypatch: pytest.Monke
         formed.clear()
         assert_agrees(Mean(nn.Linear(30, 4)), inputs, torch.float64, options)
         assert formed == [early], options
+
+
+@pytest.mark.parametrize("plan", ["closed", *PLANS])
+def test_norms_do_not_need_the_forward_pass(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nothing is measured there."""
+    monkeypatch.setattr(choose, "linear", lambda *arguments: plan)
+    monkeypatch.setattr(LinearUse, "see", lambda use, rows: None)
+    generator = torch.Generator().manual_seed(6)
+    inputs = torch.randn(3, 1, *([] if plan == "closed" else [8]), 30, generator=generator)
+    layer = nn.Linear(30, 4)
+    for dtype in (torch.float32, torch.float64):
+        assert_agrees(layer if plan == "closed" else Mean(layer), inputs, dtype)

@@ -43,7 +43,7 @@ class LinearUse(Use):
         self._grams: list[_Gram] = []
 
     def see(self, rows: Tensor) -> None:
-        """Take what the norms need of the next input rows (n * positions, in), if they are worth it now."""
+        """Take what the norms need of the next input rows (n * positions, in), where that is little."""
         if self.plan == "closed":
             self._lengths.append(squared_norms(rows))
         elif self._early:
