@@ -33,10 +33,11 @@ class WSConv2d(nn.Conv2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, channels, height, width) to (n, out, ...)."""
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        fan_in = self.weight[0].numel()
-        scale = torch.rsqrt(torch.clamp(variance * fan_in, min=1e-4)) * self.gain.reshape(-1, 1, 1, 1)
-        kernel = (self.weight - mean) * scale
+        flat = self.weight.flatten(1)
+        centred = flat - flat.mean(1, keepdim=True)
+        length = torch.linalg.vector_norm(centred, dim=1)  # sqrt(fan_in * var), by a faster way
+        scale = self.gain / length.clamp(min=1e-2)
+        kernel = (centred * scale.unsqueeze(1)).view_as(self.weight)
         return F.conv2d(inputs, kernel, self.bias, self.stride, self.padding)
 
 

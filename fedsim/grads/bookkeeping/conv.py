@@ -18,16 +18,17 @@ of coefficient-scaled output gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping import choose
 from fedsim.grads.bookkeeping.precision import batch_product, widen
-from fedsim.grads.bookkeeping.standardise import Standardisation
-from fedsim.grads.bookkeeping.tape import Tape, Use, squared_norms
+from fedsim.grads.bookkeeping.standardise import Measured, Standardisation
+from fedsim.grads.bookkeeping.tape import Place, Tape, Use, squared_norms
 
 Pair = tuple[int, int]
 _CACHE = 2**22  # bytes of gradients and patches to work on at a time on a CPU; measured best of 1, 4, 16 MiB
@@ -62,11 +63,12 @@ class ConvUse(Use):
         geometry: Geometry,
         inputs: Tensor,
         outputs: tuple[int, int],
-        standardisation: Standardisation | None,
+        measured: Measured | None,
     ) -> None:
         super().__init__(tape, weight)
         self._geometry = geometry
-        self._standard = standardisation
+        self._measured = measured
+        self._standard: Standardisation | None = None
         height = weight.shape[2] if weight.dim() == 4 else 1
         self.shape = (weight.shape[0], weight.shape[1], height, weight.shape[-1])
         self.plan, self.keep = choose.convolution(
@@ -77,9 +79,21 @@ class ConvUse(Use):
 
     def remember(self, output: Tensor, bias: Tensor | None) -> None:
         """Take the convolution's output, if `squares` is cheaper with it at hand."""
-        if self._standard is not None and self._standard.of_kernel and self.plan == "gram":
+        if self._measured is None:
+            return
+        places = self.tape.views * math.prod(output.shape[1:])
+        if self.plan == "gram" or (self.keep and 2 * places < self.weight.numel()):
             alias = output.detach()
             self._output = alias, alias._version, bias
+
+    def settle(self) -> None:
+        """See `Use.settle`."""
+        if self._measured is not None:
+            self._standard = self._measured.standardisation()
+            self._measured = None
+        self.closed = self._standard is not None
+        if self._standard is None or not self._standard.of_kernel:
+            self._output = None
 
     def fill(self, inputs: Tensor, gradient: Tensor) -> None:
         """Take input (n, in, height, width) and output gradient (n, out, ...)."""
@@ -90,20 +104,23 @@ class ConvUse(Use):
         """See `Use.squares`."""
         count = self.tape.examples
         step = self._step()
-        parts = []
+        parts: list[tuple[Tensor, ...]] = []
         for low in range(0, count, step):
             high = min(low + step, count)
             if self.plan == "gram":
-                parts.append(self._squares_by_gram(low, high))
+                parts.append((self._squares_by_gram(low, high),))
                 continue
             formed = self._form(low, high)
             if self.keep:
                 self._kept.append(formed)
-            parts.append(self._squares_of(formed))
+            parts.append(self._lengths(formed, low, high))
         if self.keep:
             del self._inputs, self._gradient
         self._output = None
-        return torch.cat(parts)
+        joined = [torch.cat(part) for part in zip(*parts, strict=True)]
+        if self._standard is None or self.plan == "gram":
+            return joined[0]
+        return self._standard.squares(*joined)
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
@@ -123,6 +140,20 @@ class ConvUse(Use):
         blank = gradient.new_empty(self.shape)
         total = self._geometry.backward(gradient, widen(self._inputs), blank, (False, True, False))[1]
         return total.reshape(self.weight.shape)
+
+    def pull_back(
+        self,
+        gradient: Tensor,
+        parameters: Sequence[nn.Parameter],
+        batched: bool = False,
+        place: Place = lambda parameter: None,
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """See `Use.pull_back`."""
+        if self._standard is None:
+            return super().pull_back(gradient, parameters, batched, place)
+        weight = self._standard.module.weight
+        found = self._standard.pull_back(gradient, None if batched else place(weight))
+        return [(p, part) for p in parameters for owner, part in found if owner is p]
 
     @property
     def _by_patches(self) -> bool:
@@ -232,13 +263,16 @@ class ConvUse(Use):
             places = gradient.unflatten(0, (count, views))[:, view].flatten(2)
             self._product(places, by_view[:, :, view].transpose(1, 2), out, beta=int(view > 0))
 
-    def _squares_of(self, formed: Tensor) -> Tensor:
+    def _lengths(self, formed: Tensor, low: int, high: int) -> tuple[Tensor, ...]:
+        """Squared norms (n,) of formed gradients, or what `Standardisation.squares` wants, each (n, out)."""
         if self._standard is None:
-            return squared_norms(formed)
+            return (squared_norms(formed),)
         by_row = self._by_row(formed)
-        lengths = torch.linalg.vector_norm(by_row, dim=2).double().square()
-        direction = self._direction.to(formed.dtype)
-        return self._standard.squares(lengths, by_row.sum(2), _inner_rows(by_row, direction))
+        if self._convolved is None:
+            along = _inner_rows(by_row, self._direction.to(formed.dtype))
+        else:
+            along = self._along(low, high)
+        return torch.linalg.vector_norm(by_row, dim=2), by_row.sum(2), along
 
     @property
     def _direction(self) -> Tensor:
@@ -281,29 +315,35 @@ class ConvUse(Use):
             self._geometry.dilation,
         )
         sums = batch_product(by_channel, ones.reshape(count, -1, 1))[:, :, 0]
-        units = (self._along(low, high, by_channel).double() / standard.multiplier).square()
+        units = (self._along(low, high).double() / standard.multiplier).square()
         projected = sums.double().square() / standard.direction.shape[1] + standard.kappa * units
         inner = _inner(gram, patches) - (standard.factor * projected).sum(1)
         return inner.clamp(min=0.0) + standard.gain * units.sum(1)
 
-    def _along(self, low: int, high: int, by_channel: Tensor) -> Tensor:
+    @property
+    def _convolved(self) -> tuple[Tensor, Tensor | None] | None:
+        """What the convolution with `direction` gave, and its bias; None if gone or changed in place."""
+        if self._output is None or self._output[0]._version != self._output[1]:
+            return None
+        return self._output[0], self._output[2]
+
+    def _along(self, low: int, high: int) -> Tensor:
         """G.direction (n, out): sum over places of g times what the convolution with it gives there."""
-        count, views = high - low, self.tape.views
-        own = slice(low * views, high * views)
+        own = slice(low * self.tape.views, high * self.tape.views)
         standard, geometry = self._standard, self._geometry
         assert standard is not None
-        bias = None
-        if self._output is not None and self._output[0]._version == self._output[1]:  # not changed in place
-            convolved, _, bias = self._output
-            convolved = convolved[own]
-        else:
+        convolved, bias = self._convolved or (None, None)
+        if convolved is None:
             kernel = standard.direction.view(self.shape)
             convolved = F.conv2d(
                 widen(self._inputs[own]), kernel, None, geometry.stride, geometry.padding, geometry.dilation
             )
-        folded = widen(convolved).reshape(count, views, convolved.shape[1], -1).transpose(1, 2)
-        products = (folded.reshape(by_channel.shape) * by_channel).sum(2)
-        return products if bias is None else products - by_channel.sum(2) * bias
+        else:
+            convolved = widen(convolved[own])
+        if bias is not None:
+            convolved = convolved - bias.view(-1, 1, 1)
+        products = (convolved * widen(self._gradient[own])).sum((2, 3))
+        return products.unflatten(0, (high - low, self.tape.views)).sum(1)
 
     def _patch_gram(self, padded: Tensor, count: int, outputs: Pair) -> Tensor:
         """Gram matrix (n, places, places) of the patches, from that of the padded pixels."""

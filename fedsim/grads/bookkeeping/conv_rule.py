@@ -119,12 +119,11 @@ def _apply(
     geometry = Geometry(stride, padding, dilation, groups)
     weight_use = bias_use = None
     if watch.is_weight(weight):
-        standard = None
+        measured = None
         if not watch.is_selection(weight):
-            standard = standardise.find(_owner(watch, weight), kernel)
+            measured = standardise.measure(_owner(watch, weight), kernel)
         outputs = _output_size(inputs, kernel, geometry)
-        weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs, standard))
-        weight_use.closed = standard is not None
+        weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs, measured))
     if bias is not None and watch.is_weight(bias):
         bias_use = tape.use(Rows(tape, bias))
     offset = None if bias is None else bias.detach()

@@ -170,39 +170,50 @@ def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
         small: by clip group.
         coefficients: (B,), or (B, G) for each clip group.
     """
-    leaves = list(tape.parameters.values())
     factors = [coefficients] if coefficients.dim() == 1 else coefficients.t().contiguous().unbind()
-    of_group: list[list[nn.Parameter]] = [[] for _ in small]
-    for parameter in leaves:
-        of_group[tape.clip_groups[id(parameter)]].append(parameter)
-    total = leaves[0].new_empty(sum(p.numel() for p in leaves))
-    parts = total.split([p.numel() for p in leaves])
-    places = {id(p): part.view(p.shape) for p, part in zip(leaves, parts, strict=True)}
-    written: set[int] = set()
-
-    def add(parameter: Tensor, part: Tensor) -> None:
-        place = places[id(parameter)]
-        if id(parameter) in written:
-            place.add_(part)
-        elif part.data_ptr() != place.data_ptr():  # not put there already
-            place.copy_(part)
-        written.add(id(parameter))
-
+    total = _Total(tape)
     together = {id(use) for kept in small for use in kept.uses}
-    for kept, own_factors, own in zip(small, factors, of_group, strict=True):
+    for kept, own_factors in zip(small, factors, strict=True):
         for use, part in kept.weighted(own_factors):
-            for parameter, pulled in joint.pull_back(use, part, own):
-                add(parameter, pulled)
+            total.add(use.pull_back(part, use.leaves))
     rest = [use for use in tape.uses if use.filled and id(use) not in together]
     tape.uses.clear()
     while rest:
         use = rest.pop()  # its tensors can go as soon as they are summed
         for group in use.clip_groups:
-            out = None if id(use.weight) in written else places.get(id(use.weight))
-            total_of_use = use.weighted(factors[group], out)
-            for parameter, pulled in joint.pull_back(use, total_of_use, of_group[group]):
-                add(parameter, pulled)
-    for parameter in leaves:
-        if id(parameter) not in written:
-            places[id(parameter)].zero_()
-    return total
+            own = [p for p in use.leaves if tape.clip_groups[id(p)] == group]
+            sums = use.weighted(factors[group], total.place(use.weight))
+            total.add(use.pull_back(sums, own, place=total.place))
+    return total.finished()
+
+
+class _Total:
+    """The flat sum over all parameters, each part of which the first that comes may be put into directly."""
+
+    def __init__(self, tape: Tape) -> None:
+        leaves = tape.parameters.values()
+        self._flat = tape.anchor.detach().new_empty(sum(p.numel() for p in leaves))
+        parts = self._flat.split([p.numel() for p in leaves])
+        self._free = {id(p): part.view(p.shape) for p, part in zip(leaves, parts, strict=True)}
+        self._written: dict[int, Tensor] = {}
+
+    def place(self, parameter: Tensor) -> Tensor | None:
+        """Where the first gradient of `parameter` may be put; None for the others, and for other tensors."""
+        return self._free.get(id(parameter))
+
+    def add(self, gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """Add gradients of parameters, some of which may be in their places already."""
+        for parameter, part in gradients:
+            key = id(parameter)
+            if key in self._written:
+                self._written[key].add_(part)
+                continue
+            place = self._written[key] = self._free.pop(key)
+            if part.data_ptr() != place.data_ptr():
+                place.copy_(part)
+
+    def finished(self) -> Tensor:
+        """The sum (P,); what nothing was added to is zero."""
+        for place in self._free.values():
+            place.zero_()
+        return self._flat

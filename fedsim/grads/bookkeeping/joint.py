@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from itertools import combinations
 
-import torch
 from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping.leaves import parameters_of
@@ -27,27 +26,30 @@ class Group:
 
 
 def groups(watch: Watch) -> list[Group]:
-    """Sort the recorded uses, after the forward pass: set `alone`, and return the groups of the others."""
+    """Sort the recorded uses, after the forward pass.
+
+    Sets their `leaves`, `clip_groups` and `alone`, and returns the groups of those that do not stand alone.
+    """
     uses = watch.tape.uses
-    leaves = [{id(p): p for p in parameters_of(use.weight, watch.tape)} for use in uses]
     by_parameter: dict[int, list[int]] = {}
-    for index, found in enumerate(leaves):
-        for key in found:
-            by_parameter.setdefault(key, []).append(index)
-    for use, found in zip(uses, leaves, strict=True):
-        use.clip_groups = tuple(sorted({watch.tape.clip_groups[key] for key in found}))
+    for index, use in enumerate(uses):
+        use.settle()
+        use.leaves = parameters_of(use.weight, watch.tape)
+        for parameter in use.leaves:
+            by_parameter.setdefault(id(parameter), []).append(index)
+        use.clip_groups = tuple(sorted({watch.tape.clip_groups[id(p)] for p in use.leaves}))
         use.alone = (use.closed or watch.is_selection(use.weight)) and len(use.clip_groups) == 1
     for indices in by_parameter.values():
         if any(not _apart(uses[a].weight, uses[b].weight) for a, b in combinations(indices, 2)):
             for index in indices:
                 uses[index].alone = False
     found_groups: list[Group] = []
-    for index, use in enumerate(uses):
+    for use in uses:
         if use.alone:
             continue
         group = Group()
         group.uses.append(use)
-        group.parameters.update(leaves[index])
+        group.parameters.update({id(p): p for p in use.leaves})
         for other in [g for g in found_groups if g.parameters.keys() & group.parameters.keys()]:
             found_groups.remove(other)
             group.uses = other.uses + group.uses
@@ -76,28 +78,8 @@ def add_squares(group: Group, tape: Tape) -> None:
         high = min(low + step, tape.examples)
         sums: dict[int, Tensor] = {}
         for use in uses:
-            for parameter, part in pull_back(use, use.rows(low, high), parameters, batched=True):
+            for parameter, part in use.pull_back(use.rows(low, high), use.leaves, batched=True):
                 present = sums.get(id(parameter))
                 sums[id(parameter)] = part if present is None else present + part
         for key, total in sums.items():
             tape.total[tape.clip_groups[key]][low:high] += squared_norms(total)
-
-
-def pull_back(
-    use: Use, gradient: Tensor, parameters: list[nn.Parameter], batched: bool = False
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """Turn a gradient of `use.weight` into gradients of the `parameters` it was computed from.
-
-    With `batched`, the first axis of `gradient` and of the results counts examples.
-    """
-    if isinstance(use.weight, nn.Parameter):
-        return [(use.weight, gradient)]
-    found = torch.autograd.grad(
-        use.weight,
-        parameters,
-        gradient.to(use.weight.dtype),
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
-    return [(p, part) for p, part in zip(parameters, found, strict=True) if part is not None]

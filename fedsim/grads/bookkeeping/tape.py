@@ -6,12 +6,13 @@ Nothing here outlives the call, and no state is shared between calls or threads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Place = Callable[[Tensor], Tensor | None]
 BLOCK = 4096  # squares added in the gradients' own dtype before going on in float64
 
 
@@ -31,7 +32,9 @@ class Use(ABC):
         weight: the tensor used; its autograd graph, if any, leads to parameters only.
         alone: no other use reaches the same entries of a parameter, and squared norms of gradients of
             `weight` are those of the parameter. Otherwise norms are taken over all uses together.
+        closed: norms over the parameters `weight` was computed from are known in closed form.
         filled: the backward pass reached the operation.
+        leaves: the parameters it reaches, as soon as the forward pass is over.
         clip_groups: the clip groups of the parameters it reaches; one group if it stands alone.
     """
 
@@ -41,7 +44,11 @@ class Use(ABC):
         self.alone = True
         self.filled = False
         self.closed = False
+        self.leaves: list[nn.Parameter] = []
         self.clip_groups: tuple[int, ...] = (0,)
+
+    def settle(self) -> None:  # noqa: B027 - most uses have nothing to settle
+        """Decide what could wait until the forward pass was over; called once, before `closed` is asked."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -58,6 +65,31 @@ class Use(ABC):
         Args:
             out: of that shape, contiguous: the sum may be put there, which saves a copy.
         """
+
+    def pull_back(
+        self,
+        gradient: Tensor,
+        parameters: Sequence[nn.Parameter],
+        batched: bool = False,
+        place: Place = lambda parameter: None,
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """Turn a gradient of `weight` into gradients of those among its `leaves` that are in `parameters`.
+
+        Args:
+            batched: the first axis of `gradient` and of the results counts examples.
+            place: where the gradient of a parameter may be put, if it is not `batched`.
+        """
+        if isinstance(self.weight, nn.Parameter):
+            return [(self.weight, gradient)]
+        found = torch.autograd.grad(
+            self.weight,
+            parameters,
+            gradient.to(self.weight.dtype),
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+        return [(p, part) for p, part in zip(parameters, found, strict=True) if part is not None]
 
 
 class Rows(Use):
@@ -184,7 +216,9 @@ def squared_norms(rows: Tensor) -> Tensor:
     width = flat.shape[1]
     if width <= BLOCK:
         return torch.linalg.vector_norm(flat, dim=1).double().square()
-    size = next((size for size in range(BLOCK, BLOCK // 8, -1) if width % size == 0), BLOCK)
+    fewest = -(-width // BLOCK)
+    count = next((count for count in range(fewest, 8 * fewest) if width % count == 0), 0)
+    size = width // count if count else BLOCK
     whole = width - width % size
     blocks = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, size)), dim=2)
     squares = blocks.double().square().sum(1)
