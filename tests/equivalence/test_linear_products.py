@@ -1,11 +1,13 @@
-"""Every way of a linear layer, products in blocks and Gram matrices in parts, against the vmap oracle."""
+"""Every way of a linear layer, products by oneDNN and Gram matrices in parts, against the vmap oracle."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping import Options, choose, linear
@@ -36,44 +38,71 @@ class Mean(nn.Module):
 
 
 @pytest.fixture
-def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Multiply in blocks whatever the size; says how many rows each block had."""
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Send products of every size to oneDNN; says of which shapes (rows, in, out) they were."""
+    if linear._onednn is None:
+        pytest.skip("this build of torch has no oneDNN")
+    shapes: list[tuple[int, ...]] = []
+    multiply = linear._onednn
+
+    def noted(rows: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        shapes.append((*rows.shape, len(weight)))
+        return multiply(rows, weight, *rest)
+
     monkeypatch.setattr(linear, "_LARGE", 0)
-    monkeypatch.setattr(linear, "_BLOCK", 7)
-    monkeypatch.setattr(linear, "_NARROW", 40)
-    sizes: list[int] = []
-    see = LinearUse.see
-
-    def counted(use: LinearUse, rows: Tensor) -> None:
-        sizes.append(len(rows))
-        see(use, rows)
-
-    monkeypatch.setattr(LinearUse, "see", counted)
-    return sizes
+    monkeypatch.setattr(linear, "_onednn", noted)
+    return shapes
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("width", [1, 10, 16, 32, 50])
-@pytest.mark.parametrize("views", [1, 3])
-def test_products_in_blocks_agree(blocks: list[int], views: int, width: int, bias: bool) -> None:
-    inputs = torch.randn(11, views, 19, generator=torch.Generator().manual_seed(1))
-    for dtype in (torch.float32, torch.float64):
-        blocks.clear()
-        assert_agrees(nn.Linear(19, width, bias=bias), inputs, dtype)
-        whole = [11 * views]
-        expected = {1: [7, 4], 3: [6, 6, 6, 6, 6, 3]}[views]  # a block holds all views of its examples
-        assert blocks == (whole if width >= 40 else expected)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 19, 10), (33, 5, 50), (40, 64, 1)])
+def test_product_by_onednn_is_the_product(
+    by_onednn: list[tuple[int, ...]], sizes: tuple[int, int, int], bias: bool
+) -> None:
+    count, width, out = sizes
+    generator = torch.Generator().manual_seed(7)
+    rows, weight = (torch.randn(n, width, generator=generator) for n in (count, out))
+    offset = torch.randn(out, generator=generator) if bias else None
+    expected = F.linear(rows.double(), weight.double(), None if offset is None else offset.double())
+    for matrix in (weight, weight.t().contiguous().t()):
+        torch.testing.assert_close(
+            linear._affine(rows, matrix, offset).double(), expected, rtol=1e-5, atol=1e-5
+        )
+    assert by_onednn == [sizes] * 2
+    spread = rows.t().contiguous().t()  # with gaps: left to torch, as are other dtypes
+    torch.testing.assert_close(
+        linear._affine(spread, weight, offset).double(), expected, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        linear._affine(rows.double(), weight.double()), rows.double() @ weight.double().t()
+    )
+    assert len(by_onednn) == 2 + (spread.is_contiguous())
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("positions", [5, 9])
-def test_blocks_hold_whole_examples(
-    blocks: list[int], plan: str, positions: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("plan", ["closed", *PLANS])
+def test_layers_by_onednn_agree(
+    by_onednn: list[tuple[int, ...]], plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choose, "linear", lambda *arguments: plan)
-    inputs = torch.randn(3, 2, positions, 64, generator=torch.Generator().manual_seed(2))
-    assert_agrees(Mean(nn.Linear(64, 6)), inputs, torch.float64)
-    assert blocks == [2 * positions] * 3
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(
+        3, 1 if plan == "closed" else 2, *([] if plan == "closed" else [5]), 64, generator=generator
+    )
+    layers = nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 16, bias=False))
+    assert_agrees(layers if plan == "closed" else Mean(layers), inputs, torch.float32)
+    count = math.prod(inputs.shape[:-1])
+    assert sorted(by_onednn) == sorted([(count, 64, 6), (count, 6, 16), (count, 16, 6)])  # and one backwards
+
+
+@pytest.mark.parametrize("plan", ["closed", *PLANS])
+def test_large_layers_agree_without_onednn(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "linear", lambda *arguments: plan)
+    monkeypatch.setattr(linear, "_onednn", None)
+    monkeypatch.setattr(linear, "_LARGE", 0)
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(3, 1, *([] if plan == "closed" else [5]), 64, generator=generator)
+    layer = nn.Linear(64, 6)
+    assert_agrees(layer if plan == "closed" else Mean(layer), inputs, torch.float32)
 
 
 @pytest.mark.parametrize("options", [Options(), Options(memory_budget=0, scratch=1)])
@@ -99,22 +128,22 @@ def test_parts_add_up_to_the_whole_matrix(positions: int) -> None:
 
 def test_early_matrices_stay_within_scratch_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "linear", lambda *arguments: "gram")
-    formed: list[Any] = []
+    formed: list[bool] = []
     see = LinearUse.see
 
     def noted(use: LinearUse, rows: Tensor) -> None:
         see(use, rows)
-        formed.append(len(use._grams))
+        formed.append(use._gram is not None)
 
     monkeypatch.setattr(LinearUse, "see", noted)
     inputs = torch.randn(3, 1, 8, 30, generator=torch.Generator().manual_seed(5))
     entries = 3 * 8 * 8
     for options, early in (
-        (Options(), 1),
-        (Options(scratch=8 * entries), 1),
-        (Options(scratch=8 * entries - 1), 0),
-        (Options(memory_budget=8 * entries), 1),
-        (Options(memory_budget=8 * entries - 1), 0),
+        (Options(), True),
+        (Options(scratch=8 * entries), True),
+        (Options(scratch=8 * entries - 1), False),
+        (Options(memory_budget=8 * entries), True),
+        (Options(memory_budget=8 * entries - 1), False),
     ):
         formed.clear()
         assert_agrees(Mean(nn.Linear(30, 4)), inputs, torch.float64, options)

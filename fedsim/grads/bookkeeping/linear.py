@@ -19,11 +19,11 @@ from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import batch_product, product
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use, squared_norms
 
-_LARGE = 2**23  # bytes of rows from which they are multiplied and measured in blocks
-_BLOCK = 512  # rows of a block
-_NARROW = 512  # outputs from which one product of all rows is faster
 _HALVES = 64  # positions from which Gram matrices are formed in parts
-_LANES = 16  # float32 numbers of a vector register
+_LARGE = 2**25  # multiplications from which a product goes to oneDNN
+_onednn = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
 
 
 class LinearUse(Use):
@@ -39,15 +39,15 @@ class LinearUse(Use):
         entries = tape.examples * positions**2
         self._early = self.plan == "gram" and 3 * positions <= width_in and 8 * entries <= tape.scratch
         self._early = self._early and tape.reserve(entries * weight.element_size(), 0)
-        self._lengths: list[Tensor] = []
-        self._grams: list[_Gram] = []
+        self._lengths: Tensor | None = None
+        self._gram: _Gram | None = None
 
     def see(self, rows: Tensor) -> None:
-        """Take what the norms need of the next input rows (n * positions, in), where that is little."""
+        """Take what the norms need of the input rows (B * positions, in), where that is little."""
         if self.plan == "closed":
-            self._lengths.append(squared_norms(rows))
+            self._lengths = squared_norms(rows)
         elif self._early:
-            self._grams.append(_Gram(rows.unflatten(0, (-1, self.positions))))
+            self._gram = _Gram(rows.unflatten(0, (-1, self.positions)))
 
     def fill(self, inputs: Tensor, gradient: Tensor) -> None:
         """Take the operation's input (n, ..., in) and output gradient (n, ..., out)."""
@@ -62,7 +62,7 @@ class LinearUse(Use):
         if self._transposed:
             inputs, gradient = gradient, inputs
         if self.plan == "closed":
-            lengths = torch.cat(self._lengths) if self._lengths else squared_norms(inputs[:, 0])
+            lengths = squared_norms(inputs[:, 0]) if self._lengths is None else self._lengths
             return lengths * squared_norms(gradient[:, 0])
         if self.plan == "keep":
             self._kept = self.rows(0, self.tape.examples)
@@ -73,11 +73,11 @@ class LinearUse(Use):
             step = max(1, self.tape.scratch // (self.weight.numel() * 4))
             lows = range(0, count, step)
             return torch.cat([squared_norms(self.rows(low, min(low + step, count))) for low in lows])
+        if self._gram is not None:
+            return self._gram.inner(_Gram(gradient)).clamp(min=0.0)
         step = max(1, self.tape.scratch // (self.positions**2 * 8))
-        grams = self._grams or map(_Gram, inputs.split(step))
-        counts = [len(gram) for gram in self._grams] or step
-        parts = [gram.inner(_Gram(part)) for gram, part in zip(grams, gradient.split(counts), strict=True)]
-        return torch.cat(parts).clamp(min=0.0)
+        pairs = zip(inputs.split(step), gradient.split(step), strict=True)
+        return torch.cat([_Gram(ours).inner(_Gram(theirs)) for ours, theirs in pairs]).clamp(min=0.0)
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
@@ -124,9 +124,6 @@ class _Gram:
             ]
         self._blocks = [(batch_product(a, b.transpose(1, 2)), times) for a, b, times in pairs]
 
-    def __len__(self) -> int:
-        return self._count
-
     def inner(self, other: _Gram) -> Tensor:
         """Inner products (n,) in float64 of these matrices with the others, which are overwritten."""
         pairs = zip(self._blocks, other._blocks, strict=True)
@@ -134,31 +131,17 @@ class _Gram:
         return torch.stack([rows.view(self._count, -1).sum(1) for rows in by_row]).sum(0)
 
 
-def _forward(rows: Tensor, weight: Tensor, bias: Tensor | None, use: LinearUse | None) -> Tensor:
-    """F.linear of rows (n, in); on a CPU, `use` sees them too.
+def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of rows (n, in), large ones on a CPU by oneDNN.
 
-    There, products of more rows than fit its cache with few outputs are a tenth to a third faster in blocks,
-    and turned round where the outputs do not fill the vector registers.
+    torch leaves float32 products to its BLAS, which is up to a sixth slower on processors its makers did not
+    tune it for, and half as fast for a few outputs. Small ones do not earn back a call of oneDNN.
     """
-    if rows.is_cuda:  # maybe under autocast, where norms would lose digits
+    large = rows.shape[0] * weight.numel() >= _LARGE
+    single = rows.dtype == weight.dtype == torch.float32 and rows.is_cpu and rows.is_contiguous()
+    if _onednn is None or not large or not single:
         return F.linear(rows, weight, bias)
-    if len(weight) >= _NARROW or rows.numel() * rows.element_size() < _LARGE:
-        if use is not None:
-            use.see(rows)
-        return F.linear(rows, weight, bias)
-    result = rows.new_empty((len(rows), len(weight)))
-    positions = 1 if use is None else use.positions
-    size = max(positions, _BLOCK - _BLOCK % positions)
-    for block, out in zip(rows.split(size), result.split(size), strict=True):
-        if len(weight) % _LANES:
-            turned = weight @ block.t() if bias is None else torch.addmm(bias[:, None], weight, block.t())
-            out.copy_(turned.t())
-        elif bias is None:
-            torch.mm(block, weight.t(), out=out)
-        else:
-            torch.addmm(bias, block, weight.t(), out=out)
-        if use is not None:
-            use.see(block)
+    result: Tensor = _onednn(rows, weight, bias, "none", [], "")
     return result
 
 
@@ -175,7 +158,10 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs if weight_use is not None else None, weight)
         ctx.uses = weight_use, bias_use
-        flat = _forward(inputs.flatten(0, -2), weight, bias, weight_use)
+        rows = inputs.flatten(0, -2)
+        if weight_use is not None and not rows.is_cuda:  # there maybe under autocast: norms would lose digits
+            weight_use.see(rows)
+        flat = _affine(rows, weight, bias)
         # A plain view would forbid the model to work on the result in place.
         shape = [*inputs.shape[:-1], flat.shape[1]]
         return flat if inputs.dim() == 2 else torch.ops.aten._unsafe_view(flat, shape)
@@ -184,7 +170,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         weight_use, bias_use = ctx.uses
-        before = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        before = None
+        if ctx.needs_input_grad[0]:
+            before = _affine(gradient.flatten(0, -2), weight.to(gradient.dtype).t())
+            before = before.view(*gradient.shape[:-1], -1)
         if weight_use is not None:
             weight_use.fill(inputs, gradient)
         if bias_use is not None:
