@@ -4,8 +4,8 @@
 
 "Trivial clients" do one vector operation on the flat model for every holder, so what is left is overhead;
 "plain loop" is the same operations without any federation. Rows of one comparison are measured in turn in
-one process with one thread, and reported as medians and ratios of CPU time: wall time on a shared machine
-says more about the machine.
+one process with one thread, and reported as medians and ratios of CPU time (with real gradients, the median of
+each step's ratio): wall time on a shared machine says more about the machine.
 """
 
 from __future__ import annotations
@@ -110,12 +110,10 @@ def real_work(steps: int) -> dict[str, Any]:
                 server = Server(prepare(config), RunFolder(Path(folder) / str(holders)), transport, False)
                 calls[f"{holders} holders"] = stepper(server)
             raw = interleaved(calls, steps)
-        row = medians(raw)
-        out[name] = {
-            "seconds": row,
-            "ratio_to_one_holder": {k: v / row["1 holders"] for k, v in row.items()},
-            "raw": raw,
-        }
+        # By step: each draws another number of examples, and a machine's speed drifts.
+        one = raw["1 holders"]
+        ratios = {k: [v / w for v, w in zip(values, one, strict=True)] for k, values in raw.items()}
+        out[name] = {"seconds": medians(raw), "ratio_to_one_holder": medians(ratios), "raw": raw}
     return out
 
 

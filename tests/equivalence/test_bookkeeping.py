@@ -196,6 +196,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | str]] = {
     "ws conv": (lambda: ws(4, 5, 3, padding=1), image()),
     "ws conv wide": (lambda: ws(20, 30, 3, padding=1), image(20, 3, 3)),
     "ws conv turned": (lambda: ws(3, 16, 3), image(3)),
+    "ws conv changed in place": (
+        lambda: nn.Sequential(ws(20, 30, 3, padding=1), nn.ReLU(inplace=True)),
+        image(20, 3, 3),
+    ),
     "ws conv stack": (
         lambda: nn.Sequential(
             ws(3, 8, 3, padding=1),
