@@ -4,8 +4,8 @@
 
 "Trivial clients" do one vector operation on the flat model for every holder, so what is left is overhead;
 "plain loop" is the same operations without any federation. Rows of one comparison are measured in turn in
-one process with one thread, and reported as medians and ratios of CPU time (with real gradients, the median of
-each step's ratio): wall time on a shared machine says more about the machine.
+one process with one thread, and reported as medians and ratios of CPU time, with real gradients the median
+of each step's ratio: wall time on a shared machine says more about the machine.
 """
 
 from __future__ import annotations
