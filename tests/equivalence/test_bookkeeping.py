@@ -196,10 +196,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | str]] = {
     "ws conv": (lambda: ws(4, 5, 3, padding=1), image()),
     "ws conv wide": (lambda: ws(20, 30, 3, padding=1), image(20, 3, 3)),
     "ws conv turned": (lambda: ws(3, 16, 3), image(3)),
-    "ws conv changed in place": (
-        lambda: nn.Sequential(ws(20, 30, 3, padding=1), nn.ReLU(inplace=True)),
-        image(20, 3, 3),
-    ),
+    "ws conv, then in place": (lambda: Apply(lambda m, x: m.a(x).tanh_(), a=ws(20, 30, 3)), image(20, 4, 3)),
     "ws conv stack": (
         lambda: nn.Sequential(
             ws(3, 8, 3, padding=1),
@@ -210,6 +207,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | str]] = {
         ),
         image(3),
     ),
+    "ws conv tied": (lambda: Apply(lambda m, x: m.a(torch.tanh(m.a(x))), a=ws(4, 4, 3, padding=1)), image()),
     "ws conv clamped": (lambda: _tiny(ws(4, 5, 3)), image()),
     "ws conv by hand": (
         lambda: nn.Sequential(StandardisedByHand(4, 5, 3), nn.Tanh(), StandardisedByHand(5, 3, 2)),

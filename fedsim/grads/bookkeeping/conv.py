@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedsim.grads.bookkeeping import choose
 from fedsim.grads.bookkeeping.precision import batch_product, widen
 from fedsim.grads.bookkeeping.standardise import Measured, Standardisation
-from fedsim.grads.bookkeeping.tape import Place, Tape, Use, squared_norms
+from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use, squared_norms
 
 Pair = tuple[int, int]
 _CACHE = 2**22  # bytes of gradients and patches to work on at a time on a CPU; measured best of 1, 4, 16 MiB
@@ -142,17 +142,13 @@ class ConvUse(Use):
         return total.reshape(self.weight.shape)
 
     def pull_back(
-        self,
-        gradient: Tensor,
-        parameters: Sequence[nn.Parameter],
-        batched: bool = False,
-        place: Place = lambda parameter: None,
-    ) -> list[tuple[nn.Parameter, Tensor]]:
+        self, gradient: Tensor, parameters: Sequence[nn.Parameter], place: Place | None = None
+    ) -> Pulled:
         """See `Use.pull_back`."""
         if self._standard is None:
-            return super().pull_back(gradient, parameters, batched, place)
-        weight = self._standard.module.weight
-        found = self._standard.pull_back(gradient, None if batched else place(weight))
+            return super().pull_back(gradient, parameters, place)
+        out = None if place is None else place(self._standard.module.weight)
+        found = self._standard.pull_back(gradient, out)
         return [(p, part) for p in parameters for owner, part in found if owner is p]
 
     @property

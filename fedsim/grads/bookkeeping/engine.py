@@ -15,7 +15,7 @@ from fedsim.grads.bookkeeping.fallback import generic, tell_once
 from fedsim.grads.bookkeeping.leaves import parameters_of
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.options import Options
-from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use, squared_norms
+from fedsim.grads.bookkeeping.tape import Pulled, Rows, Tape, Unsupported, Use, squared_norms
 from fedsim.grads.bookkeeping.verify import agrees
 from fedsim.grads.clip import ClipRule, overall
 from fedsim.grads.flat import trainable_parameters
@@ -183,7 +183,7 @@ def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
         for group in use.clip_groups:
             own = [p for p in use.leaves if tape.clip_groups[id(p)] == group]
             sums = use.weighted(factors[group], total.place(use.weight))
-            total.add(use.pull_back(sums, own, place=total.place))
+            total.add(use.pull_back(sums, own, total.place))
     return total.finished()
 
 
@@ -201,7 +201,7 @@ class _Total:
         """Where the first gradient of `parameter` may be put; None for the others, and for other tensors."""
         return self._free.get(id(parameter))
 
-    def add(self, gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def add(self, gradients: Pulled) -> None:
         """Add gradients of parameters, some of which may be in their places already."""
         for parameter, part in gradients:
             key = id(parameter)

@@ -78,7 +78,7 @@ def add_squares(group: Group, tape: Tape) -> None:
         high = min(low + step, tape.examples)
         sums: dict[int, Tensor] = {}
         for use in uses:
-            for parameter, part in use.pull_back(use.rows(low, high), use.leaves, batched=True):
+            for parameter, part in use.pull_back(use.rows(low, high), use.leaves):
                 present = sums.get(id(parameter))
                 sums[id(parameter)] = part if present is None else present + part
         for key, total in sums.items():

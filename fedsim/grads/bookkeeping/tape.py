@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Place = Callable[[Tensor], Tensor | None]
+Pulled = list[tuple[nn.Parameter, Tensor]]
 BLOCK = 4096  # squares added in the gradients' own dtype before going on in float64
 
 
@@ -67,17 +68,13 @@ class Use(ABC):
         """
 
     def pull_back(
-        self,
-        gradient: Tensor,
-        parameters: Sequence[nn.Parameter],
-        batched: bool = False,
-        place: Place = lambda parameter: None,
-    ) -> list[tuple[nn.Parameter, Tensor]]:
+        self, gradient: Tensor, parameters: Sequence[nn.Parameter], place: Place | None = None
+    ) -> Pulled:
         """Turn a gradient of `weight` into gradients of those among its `leaves` that are in `parameters`.
 
         Args:
-            batched: the first axis of `gradient` and of the results counts examples.
-            place: where the gradient of a parameter may be put, if it is not `batched`.
+            gradient: in the shape of `weight`, or with an axis of examples before, as the results then have.
+            place: where the gradient of a parameter may be put; None if there are examples.
         """
         if isinstance(self.weight, nn.Parameter):
             return [(self.weight, gradient)]
@@ -87,7 +84,7 @@ class Use(ABC):
             gradient.to(self.weight.dtype),
             retain_graph=True,
             allow_unused=True,
-            is_grads_batched=batched,
+            is_grads_batched=gradient.dim() > self.weight.dim(),
         )
         return [(p, part) for p, part in zip(parameters, found, strict=True) if part is not None]
 
