@@ -19,38 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.grads.bookkeeping import choose
+from fedsim.grads.bookkeeping import choose, gather
+from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.precision import batch_product, widen
 from fedsim.grads.bookkeeping.standardise import Measured, Standardisation
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use, squared_norms
 
-Pair = tuple[int, int]
-_CACHE = 2**22  # bytes of gradients and patches to work on at a time on a CPU; measured best of 1, 4, 16 MiB
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Stride, zero padding and dilation along (height, width), and groups."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-
-    def backward(
-        self, gradient: Tensor, inputs: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], groups: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`aten::convolution_backward` with this geometry, or with other `groups`."""
-        return torch.ops.aten.convolution_backward(
-            gradient, inputs, weight, None, self.stride, self.padding, self.dilation, False, (0, 0),
-            groups or self.groups, mask,
-        )  # fmt: skip
+_CACHE = 2**22  # bytes of gradients to measure at a time on a CPU
 
 
 class ConvUse(Use):
@@ -159,8 +139,7 @@ class ConvUse(Use):
     def _turned(self) -> bool:
         """Whether G is formed as its transpose: products whose width is no multiple of lanes are slow."""
         entries = math.prod(self.shape[1:])
-        gathers = self.plan in ("patches", "slices")
-        return gathers and entries % choose.LANES > 0 and self.shape[0] % choose.LANES == 0
+        return self._gathers and entries % choose.LANES > 0 and self.shape[0] % choose.LANES == 0
 
     def _by_row(self, formed: Tensor) -> Tensor:
         """View formed gradients (n, out * entries) as (n, out, entries), entries in the order of the plan."""
@@ -176,19 +155,29 @@ class ConvUse(Use):
             by_row = by_row.unflatten(2, (height, width, channels)).permute(0, 1, 4, 2, 3)
         return by_row.reshape(formed.shape[0], *self.weight.shape)
 
+    @property
+    def _gathers(self) -> bool:
+        return self.plan in ("patches", "slices")
+
+    @property
+    def _size(self) -> Pair:
+        return self._inputs.shape[2], self._inputs.shape[3]
+
     def _step(self) -> int:
         """Examples to work on at a time."""
-        size = self._inputs.element_size()
+        size = max(4, self._inputs.element_size())  # half precision is widened
         scratch = self.tape.scratch
         if self.plan == "gram":
             return max(1, scratch // self._gram_bytes())
-        if self._inputs.is_cuda or self.plan == "grouped":
+        cached = scratch if self._inputs.is_cuda else min(scratch, _CACHE)
+        if self._gathers:
+            images = self.shape[1] * math.prod(self._geometry.padded(self._size))
+            images += math.prod(self._gradient.shape[1:])
+            per_example = self.weight.numel() + self.tape.views * images
+            return max(1, (scratch if self.keep else cached) // (size * per_example))
+        if self.plan == "grouped":
             return max(1, scratch // (2 * size * self.weight.numel()))
-        # Gradients and patches are best while they stay in a processor's cache.
-        gathers = self.plan in ("patches", "slices")
-        places = math.prod(self._gradient.shape[2:]) * self.tape.views if gathers else 0
-        per_example = self.weight.numel() + places * math.prod(self.shape[1:])
-        return max(1, min(scratch, _CACHE) // (size * per_example))
+        return max(1, cached // (size * self.weight.numel()))
 
     def _form(self, low: int, high: int) -> Tensor:
         """Per-example gradients (n, out * entries), in the order of the plan."""
@@ -198,16 +187,15 @@ class ConvUse(Use):
         if self.plan == "grouped":
             return self._form_grouped(inputs, gradient, count)
         out = inputs.new_empty((count, self.weight.numel()))
-        if self._by_patches:
-            self._form_by_patches(inputs, gradient, self._by_row(out))
-        elif self.plan == "slices":
-            self._form_by_slices(inputs, gradient, self._by_row(out))
-        else:
-            blank = inputs.new_empty(self.shape)
-            parts = gradient.split(views), inputs.split(views), out
-            for own_gradient, own_inputs, row in zip(*parts, strict=True):
-                one = self._geometry.backward(own_gradient, own_inputs, blank, (False, True, False))[1]
-                row.view(self.shape).copy_(one)
+        if self._gathers:
+            by_row, kernel = self._by_row(out), self.shape[2:]
+            gather.form(by_row, inputs, gradient, self._geometry, kernel, self._by_patches, self.tape.scratch)
+            return out
+        blank = inputs.new_empty(self.shape)
+        parts = gradient.split(views), inputs.split(views), out
+        for own_gradient, own_inputs, row in zip(*parts, strict=True):
+            one = self._geometry.backward(own_gradient, own_inputs, blank, (False, True, False))[1]
+            row.view(self.shape).copy_(one)
         return out
 
     def _form_grouped(self, inputs: Tensor, gradient: Tensor, count: int) -> Tensor:
@@ -222,42 +210,6 @@ class ConvUse(Use):
         groups = count * self._geometry.groups
         formed = self._geometry.backward(fold(gradient), fold(inputs), blank, (False, True, False), groups)[1]
         return formed.reshape(count, -1)
-
-    def _product(self, places: Tensor, patches: Tensor, out: Tensor, beta: int = 0) -> None:
-        """Put beta * out + places @ patches into `out`: (n, out, t), (n, t, entries), (n, out, entries)."""
-        if self._turned:
-            places, patches, out = patches.transpose(1, 2), places.transpose(1, 2), out.transpose(1, 2)
-        if out.shape[0] == 1:
-            torch.addmm(out[0], places[0], patches[0], beta=beta, out=out[0])
-        else:
-            torch.baddbmm(out, places, patches, beta=beta, out=out)
-
-    def _form_by_patches(self, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
-        """Products of output gradients with gathered patches, channels innermost."""
-        count = out.shape[0]
-        gathered = _patches(inputs, self._geometry, self.shape[2:], (gradient.shape[2], gradient.shape[3]))
-        gathered = gathered.reshape(count, -1, out.shape[2])
-        if self.tape.views == 1 and gradient.is_contiguous():
-            places = gradient.flatten(2)
-        else:
-            places = gradient.permute(0, 2, 3, 1).reshape(count, -1, out.shape[1]).transpose(1, 2)
-        self._product(places, gathered, out)
-
-    def _form_by_slices(self, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
-        """As by patches, in the kernel's own order: for each of its places, a slice of every channel."""
-        count, views = out.shape[0], self.tape.views
-        gathered = _slices(inputs, self._geometry, self.shape[2:], (gradient.shape[2], gradient.shape[3]))
-        if views > 1:
-            gathered = gathered.unflatten(0, (count, views)).movedim(1, 4)
-        gathered = gathered.reshape(count, out.shape[2], -1)
-        if not gradient.is_contiguous():
-            places = gradient.permute(0, 2, 3, 1).reshape(count, -1, out.shape[1])
-            self._product(places.transpose(1, 2), gathered.transpose(1, 2), out)
-            return
-        by_view = gathered.unflatten(2, (views, -1))
-        for view in range(views):
-            places = gradient.unflatten(0, (count, views))[:, view].flatten(2)
-            self._product(places, by_view[:, :, view].transpose(1, 2), out, beta=int(view > 0))
 
     def _lengths(self, formed: Tensor, low: int, high: int) -> tuple[Tensor, ...]:
         """Squared norms (n,) of formed gradients, or what `Standardisation.squares` wants, each (n, out)."""
@@ -280,9 +232,7 @@ class ConvUse(Use):
         return direction.t().contiguous().t() if self._turned else direction
 
     def _gram_bytes(self) -> int:
-        _, _, height, width = self._inputs.shape
-        rows, columns = self._geometry.padding
-        pixels = self.tape.views * (height + 2 * rows) * (width + 2 * columns)
+        pixels = self.tape.views * math.prod(self._geometry.padded(self._size))
         places = self.tape.views * math.prod(self._gradient.shape[2:])
         return 4 * (pixels**2 + 3 * places**2)
 
@@ -290,8 +240,7 @@ class ConvUse(Use):
         count, views = high - low, self.tape.views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
-        rows, columns = self._geometry.padding
-        padded = F.pad(inputs, (columns, columns, rows, rows)) if rows or columns else inputs
+        padded = self._geometry.pad(inputs)
         patches = self._patch_gram(padded, count, (gradient.shape[2], gradient.shape[3]))
         places = gradient.reshape(count, views, gradient.shape[1], -1)
         by_channel = places.transpose(1, 2).reshape(count, gradient.shape[1], -1)
@@ -376,34 +325,3 @@ def _inner_rows(formed: Tensor, direction: Tensor) -> Tensor:
 def _inner(first: Tensor, second: Tensor) -> Tensor:
     """Inner products (n,) in float64 of matrices (n, a, b), the first of which is overwritten."""
     return first.mul_(second).sum(2).double().sum(1)
-
-
-def _slices(inputs: Tensor, geometry: Geometry, kernel: Pair, outputs: Pair) -> Tensor:
-    """Slices (n, channels, kernel height, kernel width, height, width) as a view of padded planes."""
-    rows, columns = geometry.padding
-    planes = inputs.contiguous()
-    if rows or columns:
-        planes = F.pad(planes, (columns, columns, rows, rows))
-    image, channel, row, column = planes.stride()
-    (down, across), (row_gap, column_gap) = geometry.stride, geometry.dilation
-    return planes.as_strided(
-        (*inputs.shape[:2], *kernel, *outputs),
-        (image, channel, row_gap * row, column_gap * column, down * row, across * column),
-        planes.storage_offset(),
-    )
-
-
-def _patches(inputs: Tensor, geometry: Geometry, kernel: Pair, outputs: Pair) -> Tensor:
-    """Patches (n, height, width, kernel height, kernel width, channels) as a view of padded pixels."""
-    rows, columns = geometry.padding
-    pixels = inputs.contiguous(memory_format=torch.channels_last)
-    if rows or columns:
-        pixels = F.pad(pixels, (columns, columns, rows, rows))
-    pixels = pixels.permute(0, 2, 3, 1).contiguous()
-    image, row, column, channel = pixels.stride()
-    (down, across), (row_gap, column_gap) = geometry.stride, geometry.dilation
-    return pixels.as_strided(
-        (inputs.shape[0], *outputs, *kernel, inputs.shape[1]),
-        (image, down * row, across * column, row_gap * row, column_gap * column, channel),
-        pixels.storage_offset(),
-    )

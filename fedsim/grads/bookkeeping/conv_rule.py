@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedsim.grads.bookkeeping import standardise
-from fedsim.grads.bookkeeping.conv import ConvUse, Geometry
+from fedsim.grads.bookkeeping.conv import ConvUse
+from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.leaves import parameters_of
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import widen
@@ -122,7 +123,7 @@ def _apply(
         measured = None
         if not watch.is_selection(weight):
             measured = standardise.measure(_owner(watch, weight), kernel)
-        outputs = _output_size(inputs, kernel, geometry)
+        outputs = geometry.outputs((inputs.shape[2], inputs.shape[3]), (kernel.shape[2], kernel.shape[3]))
         weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs, measured))
     if bias is not None and watch.is_weight(bias):
         bias_use = tape.use(Rows(tape, bias))
@@ -144,21 +145,6 @@ def _pad_to_same(inputs: Tensor, kernel: Tensor, dilation: tuple[int, int]) -> t
     if rows % 2 == 0 and columns % 2 == 0:
         return inputs, (rows // 2, columns // 2)
     return F.pad(inputs, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)), (0, 0)
-
-
-def _output_size(inputs: Tensor, kernel: Tensor, geometry: Geometry) -> tuple[int, int]:
-    height, width = (
-        (
-            inputs.shape[2 + axis]
-            + 2 * geometry.padding[axis]
-            - geometry.dilation[axis] * (kernel.shape[2 + axis] - 1)
-            - 1
-        )
-        // geometry.stride[axis]
-        + 1
-        for axis in (0, 1)
-    )
-    return height, width
 
 
 def _pair(value: Size) -> tuple[int, int]:
