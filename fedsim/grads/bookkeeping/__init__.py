@@ -5,6 +5,8 @@ mode        watching the forward pass, without touching the model
 tape        what a call records
 linear, conv, conv_rule, norm, embedding, elementwise, attention
             per-example norms and weighted sums, layer kind by layer kind
+geometry, gather
+            where a kernel meets its input; gradients as products with gathered patches
 standardise weight-standardised kernels in closed form
 joint       weights used more than once, or computed from parameters
 fallback    operations without a rule

@@ -5,8 +5,8 @@ Ways to its norm (`choose.convolution` picks one by shape):
 
     loop, grouped            form G by torch's weight gradient, for one example at a time, or for all at once
                              with the examples as groups.
-    patches, slices          form G as a matrix product with patches, gathered place by place with channels
-                             innermost, or for each place of the kernel as a slice of the image.
+    patches, slices          form G as a matrix product with patches (`gather`), gathered place by place with
+                             channels innermost, or for each place of the kernel as a slice of the image.
     gram                     <P P', g g'> without G. P P' is the sum, over the kernel's places, of shifted
                              slices of the Gram matrix of padded pixels: a factor of the kernel's area cheaper
                              than from the patches themselves.
@@ -30,7 +30,7 @@ from fedsim.grads.bookkeeping.precision import batch_product, widen
 from fedsim.grads.bookkeeping.standardise import Measured, Standardisation
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use, squared_norms
 
-_CACHE = 2**22  # bytes of gradients to measure at a time on a CPU
+_CACHE = 2**22  # bytes of gradients that are not kept, to form and measure at a time on a CPU
 
 
 class ConvUse(Use):
