@@ -172,7 +172,7 @@ class ConvUse(Use):
         cached = scratch if self._inputs.is_cuda else min(scratch, _CACHE)
         if self._gathers:
             images = self.shape[1] * math.prod(self._geometry.padded(self._size))
-            images += math.prod(self._gradient.shape[1:])
+            images += math.prod(self._gradient.shape[1:])  # it may have to be copied too
             per_example = self.weight.numel() + self.tape.views * images
             return max(1, (scratch if self.keep else cached) // (size * per_example))
         if self.plan == "grouped":
