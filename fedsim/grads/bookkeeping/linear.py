@@ -19,7 +19,7 @@ from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import batch_product, product
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use, squared_norms
 
-_HALVES = 64  # positions from which Gram matrices are formed in parts
+_STRIP = 32  # rows of Gram matrices that are formed at a time
 _LARGE = 2**25  # multiplications from which a product goes to oneDNN
 _onednn = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -101,34 +101,29 @@ class LinearUse(Use):
 class _Gram:
     """Inner products of the rows (n, positions, width) of each example with each other.
 
-    The matrices are symmetric: on a CPU what lies below the diagonal is left out, in blocks of widths that
-    make fast products.
+    The matrices are symmetric: on a CPU they are formed in strips of rows, each from its diagonal on.
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self._count, positions = rows.shape[:2]
-        half = positions // 32 * 16
-        if rows.is_cuda or positions < _HALVES:
-            pairs = [(rows, rows, 1)]
-        elif positions == 2 * half:
-            both = rows.reshape(2 * self._count, half, -1)
-            pairs = [(both, both, 1), (rows[:, :half], rows[:, half:], 2)]
-        else:
-            low, high, rest = rows[:, :half], rows[:, half : 2 * half], rows[:, 2 * half :]
-            pairs = [
-                (low, low, 1),
-                (high, high, 1),
-                (low, high, 2),
-                (rest, rest, 1),
-                (rest, rows[:, : 2 * half], 2),
-            ]
-        self._blocks = [(batch_product(a, b.transpose(1, 2)), times) for a, b, times in pairs]
+        positions = rows.shape[1]
+        starts = [0]
+        if positions >= 2 * _STRIP and not rows.is_cuda:
+            # The first takes the odd rows: widths that are no multiple of a vector register make slow products.
+            starts += range(_STRIP + positions % _STRIP, positions, _STRIP)
+        self._strips = []
+        for low, high in zip(starts, (*starts[1:], positions), strict=True):
+            rest = rows[:, low:]
+            self._strips.append(batch_product(rest[:, : high - low], rest.transpose(1, 2)))
 
     def inner(self, other: _Gram) -> Tensor:
-        """Inner products (n,) in float64 of these matrices with the others, which are overwritten."""
-        pairs = zip(self._blocks, other._blocks, strict=True)
-        by_row = [times * theirs.mul_(own).sum(2).double() for (own, times), (theirs, _) in pairs]
-        return torch.stack([rows.view(self._count, -1).sum(1) for rows in by_row]).sum(0)
+        """Inner products (n,) in float64 of these matrices with the others; both are overwritten."""
+        parts = []
+        for own, theirs in zip(self._strips, other._strips, strict=True):
+            beside = own[:, :, own.shape[1] :]
+            if beside.shape[2]:
+                beside.mul_(2.0)  # also what lies below the diagonal
+            parts.append(theirs.mul_(own).sum((1, 2)))
+        return torch.stack(parts).double().sum(0)
 
 
 def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
