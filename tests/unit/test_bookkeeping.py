@@ -381,7 +381,7 @@ def test_a_budget_of_nothing_keeps_nothing_larger_than_output_gradients() -> Non
     from fedsim.grads.bookkeeping.tape import Tape
 
     model = nn.Linear(192, 768)
-    rich, poor = (Tape(model, 16, 1, budget, 2**24) for budget in (2**31, 0))
+    rich, poor = (Tape(model, dict(model.named_parameters()), 16, 1, budget, 2**24) for budget in (2**31, 0))
     assert choose.linear(rich, 1024, 192, 768, 4) == "keep"
     assert choose.linear(poor, 8, 192, 768, 4) != "keep"
 

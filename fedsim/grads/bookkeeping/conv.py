@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fedsim.grads.bookkeeping import choose, gather
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.precision import batch_product, widen
-from fedsim.grads.bookkeeping.standardise import Measured, Standardisation
+from fedsim.grads.bookkeeping.standardise import Measured, Standardisation, standardisations
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use, squared_norms
 
 _CACHE = 2**22  # bytes of gradients that are not kept, to form and measure at a time on a CPU
@@ -43,11 +43,10 @@ class ConvUse(Use):
         geometry: Geometry,
         inputs: Tensor,
         outputs: tuple[int, int],
-        measured: Measured | None,
     ) -> None:
         super().__init__(tape, weight)
         self._geometry = geometry
-        self._measured = measured
+        self.measured: Measured | None = None
         self._standard: Standardisation | None = None
         height = weight.shape[2] if weight.dim() == 4 else 1
         self.shape = (weight.shape[0], weight.shape[1], height, weight.shape[-1])
@@ -59,20 +58,18 @@ class ConvUse(Use):
 
     def remember(self, output: Tensor, bias: Tensor | None) -> None:
         """Take the convolution's output, if `squares` is cheaper with it at hand."""
-        if self._measured is None:
+        if self.measured is None:
             return
         places = self.tape.views * math.prod(output.shape[1:])
         if self.plan == "gram" or (self.keep and 2 * places < self.weight.numel()):
             alias = output.detach()
             self._output = alias, alias._version, bias
 
-    def settle(self) -> None:
-        """See `Use.settle`."""
-        if self._measured is not None:
-            self._standard = self._measured.standardisation()
-            self._measured = None
-        self.closed = self._standard is not None
-        if self._standard is None or not self._standard.of_kernel:
+    def settle(self, standard: Standardisation | None) -> None:
+        """Take what became of `measured`."""
+        self.measured, self._standard = None, standard
+        self.closed = standard is not None
+        if standard is None or not standard.of_kernel:
             self._output = None
 
     def fill(self, inputs: Tensor, gradient: Tensor) -> None:
@@ -84,23 +81,20 @@ class ConvUse(Use):
         """See `Use.squares`."""
         count = self.tape.examples
         step = self._step()
-        parts: list[tuple[Tensor, ...]] = []
+        parts: list[Tensor] = []
         for low in range(0, count, step):
             high = min(low + step, count)
             if self.plan == "gram":
-                parts.append((self._squares_by_gram(low, high),))
+                parts.append(self._squares_by_gram(low, high))
                 continue
             formed = self._form(low, high)
             if self.keep:
                 self._kept.append(formed)
-            parts.append(self._lengths(formed, low, high))
+            parts.append(self._squares_of(formed, low, high))
         if self.keep:
             del self._inputs, self._gradient
         self._output = None
-        joined = [torch.cat(part) for part in zip(*parts, strict=True)]
-        if self._standard is None or self.plan == "gram":
-            return joined[0]
-        return self._standard.squares(*joined)
+        return torch.cat(parts)
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
@@ -211,25 +205,23 @@ class ConvUse(Use):
         formed = self._geometry.backward(fold(gradient), fold(inputs), blank, (False, True, False), groups)[1]
         return formed.reshape(count, -1)
 
-    def _lengths(self, formed: Tensor, low: int, high: int) -> tuple[Tensor, ...]:
-        """Squared norms (n,) of formed gradients, or what `Standardisation.squares` wants, each (n, out)."""
-        if self._standard is None:
-            return (squared_norms(formed),)
+    def _squares_of(self, formed: Tensor, low: int, high: int) -> Tensor:
+        """Squared norms (n,) of formed gradients."""
+        standard = self._standard
+        if standard is None:
+            return squared_norms(formed)
         by_row = self._by_row(formed)
-        if self._convolved is None:
-            along = _inner_rows(by_row, self._direction.to(formed.dtype))
+        lengths = torch.linalg.vector_norm(by_row, dim=2)
+        if self._convolved is not None:
+            found = standard.squares(lengths, by_row.sum(2), self._along(low, high))
         else:
-            along = self._along(low, high)
-        return torch.linalg.vector_norm(by_row, dim=2), by_row.sum(2), along
-
-    @property
-    def _direction(self) -> Tensor:
-        """Direction of the standardisation (out, entries), laid out as G is."""
-        assert self._standard is not None
-        direction = self._standard.direction
-        if self._by_patches:
-            direction = direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
-        return direction.t().contiguous().t() if self._turned else direction
+            direction = standard.direction.to(formed.dtype)
+            if self._by_patches:
+                direction = direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
+            both = torch.stack([torch.ones_like(direction), direction], dim=1)
+            sums, along = torch.bmm(both, by_row.permute(1, 2, 0)).unbind(1)
+            found = standard.squares(lengths, sums.t(), along.t())
+        return found.clamp_(min=0.0)
 
     def _gram_bytes(self) -> int:
         pixels = self.tape.views * math.prod(self._geometry.padded(self._size))
@@ -248,7 +240,8 @@ class ConvUse(Use):
         if standard is None:
             gram = batch_product(by_channel.transpose(1, 2), by_channel)
             return _inner(gram, patches).clamp(min=0.0)
-        weighted = by_channel * standard.factor.sqrt().to(by_channel.dtype).view(1, -1, 1)
+        factors = standard.counts[: by_channel.shape[1]].sqrt().to(by_channel.dtype)
+        weighted = by_channel * factors.view(1, -1, 1)
         gram = batch_product(weighted.transpose(1, 2), weighted)
         box = padded.sum(1, keepdim=True)
         ones = F.conv2d(
@@ -260,10 +253,8 @@ class ConvUse(Use):
             self._geometry.dilation,
         )
         sums = batch_product(by_channel, ones.reshape(count, -1, 1))[:, :, 0]
-        units = (self._along(low, high).double() / standard.multiplier).square()
-        projected = sums.double().square() / standard.direction.shape[1] + standard.kappa * units
-        inner = _inner(gram, patches) - (standard.factor * projected).sum(1)
-        return inner.clamp(min=0.0) + standard.gain * units.sum(1)
+        found = _inner(gram, patches) + standard.squares(sums, self._along(low, high))
+        return found.clamp_(min=0.0)
 
     @property
     def _convolved(self) -> tuple[Tensor, Tensor | None] | None:
@@ -314,14 +305,14 @@ class ConvUse(Use):
         return total.view(count, places, places)
 
 
-def _inner_rows(formed: Tensor, direction: Tensor) -> Tensor:
-    """Inner products (n, p) of the rows of `formed` (n, p, D) with those of `direction` (p, D)."""
-    if formed.is_cuda:
-        return (formed * direction).sum(2)
-    product = torch.empty_like(direction)  # stays in the cache
-    return torch.stack([torch.mul(one, direction, out=product).sum(1) for one in formed])
-
-
 def _inner(first: Tensor, second: Tensor) -> Tensor:
     """Inner products (n,) in float64 of matrices (n, a, b), the first of which is overwritten."""
     return first.mul_(second).sum(2).double().sum(1)
+
+
+def settle(uses: Sequence[Use]) -> None:
+    """Find out which kernels come from standardised weights, after the forward pass."""
+    waiting = [(use, use.measured) for use in uses if isinstance(use, ConvUse) and use.measured is not None]
+    found = standardisations([measured for _, measured in waiting])
+    for (use, _), standard in zip(waiting, found, strict=True):
+        use.settle(standard)

@@ -12,7 +12,6 @@ from torch import Tensor
 from fedsim.grads.bookkeeping import standardise
 from fedsim.grads.bookkeeping.conv import ConvUse
 from fedsim.grads.bookkeeping.geometry import Geometry
-from fedsim.grads.bookkeeping.leaves import parameters_of
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import widen
 from fedsim.grads.bookkeeping.tape import Rows, Unsupported
@@ -120,23 +119,16 @@ def _apply(
     geometry = Geometry(stride, padding, dilation, groups)
     weight_use = bias_use = None
     if watch.is_weight(weight):
-        measured = None
-        if not watch.is_selection(weight):
-            measured = standardise.measure(_owner(watch, weight), kernel)
         outputs = geometry.outputs((inputs.shape[2], inputs.shape[3]), (kernel.shape[2], kernel.shape[3]))
-        weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs, measured))
+        weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs))
+        if not watch.is_selection(weight):
+            owners = {id(tape.owners[id(p)]): tape.owners[id(p)] for p in weight_use.leaves}
+            if len(owners) == 1:
+                weight_use.measured = standardise.measure(next(iter(owners.values())), kernel)
     if bias is not None and watch.is_weight(bias):
         bias_use = tape.use(Rows(tape, bias))
     offset = None if bias is None else bias.detach()
     return _Conv.apply(inputs, tape.anchor, kernel, offset, geometry, (weight_use, bias_use))
-
-
-def _owner(watch: Watch, weight: Tensor) -> torch.nn.Module | None:
-    """The module that alone owns all parameters `weight` was computed from."""
-    owners = {
-        id(watch.tape.owners[id(p)]): watch.tape.owners[id(p)] for p in parameters_of(weight, watch.tape)
-    }
-    return next(iter(owners.values())) if len(owners) == 1 else None
 
 
 def _pad_to_same(inputs: Tensor, kernel: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fedsim.grads import vmap
 from fedsim.grads.bookkeeping import attention, conv_rule, elementwise, embedding, joint, linear, norm
 from fedsim.grads.bookkeeping.fallback import generic, tell_once
-from fedsim.grads.bookkeeping.leaves import parameters_of
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.options import Options
 from fedsim.grads.bookkeeping.tape import Pulled, Rows, Tape, Unsupported, Use, squared_norms
@@ -88,7 +87,7 @@ def taped(
     device = next(iter(named.values())).device
     clip_groups = clip.group_of(tuple(named))
     budget, scratch = options.budget_on(device), options.scratch_on(device)
-    tape = Tape(model, examples, views, budget, scratch, clip_groups)
+    tape = Tape(model, named, examples, views, budget, scratch, clip_groups)
     with options.arithmetic(device), tape:
         groups, losses = _forward_and_backward(model, inputs, targets, loss, options, tape)
         with torch.no_grad():
@@ -126,7 +125,7 @@ def _forward_and_backward(
             outputs = outputs.float()
         losses = loss(outputs, targets.repeat_interleave(views, dim=0))
         check_losses(losses, examples * views)
-        hidden = parameters_of(losses, tape)
+        hidden = tape.parameters_of(losses)
         if hidden:
             names = ", ".join(tape.names[id(p)] for p in hidden)
             raise Unsupported(f"{names} reach the loss in a way that cannot be seen")
@@ -155,12 +154,12 @@ class _Small:
             self._total.add_(squared_norms(self._joined))
 
     def weighted(self, coefficients: Tensor) -> list[tuple[Use, Tensor]]:
-        """Each use with the weighted sum of its gradients."""
+        """Each use with the weighted sum of its gradients, (entries,)."""
         if self._joined is None:
             return []
         total = coefficients.to(self._joined.dtype) @ self._joined
         parts = total.split([use.weight.numel() for use in self.uses])
-        return [(use, part.view(use.weight.shape)) for use, part in zip(self.uses, parts, strict=True)]
+        return list(zip(self.uses, parts, strict=True))
 
 
 def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
@@ -175,7 +174,10 @@ def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
     together = {id(use) for kept in small for use in kept.uses}
     for kept, own_factors in zip(small, factors, strict=True):
         for use, part in kept.weighted(own_factors):
-            total.add(use.pull_back(part, use.leaves))
+            if isinstance(use.weight, nn.Parameter):
+                total.add([(use.weight, part)])
+            else:
+                total.add(use.pull_back(part.view(use.weight.shape), use.leaves))
     rest = [use for use in tape.uses if use.filled and id(use) not in together]
     tape.uses.clear()
     while rest:
@@ -194,23 +196,24 @@ class _Total:
         leaves = tape.parameters.values()
         self._flat = tape.anchor.detach().new_empty(sum(p.numel() for p in leaves))
         parts = self._flat.split([p.numel() for p in leaves])
-        self._free = {id(p): part.view(p.shape) for p, part in zip(leaves, parts, strict=True)}
+        self._free = dict(zip(tape.parameters, parts, strict=True))
         self._written: dict[int, Tensor] = {}
 
     def place(self, parameter: Tensor) -> Tensor | None:
         """Where the first gradient of `parameter` may be put; None for the others, and for other tensors."""
-        return self._free.get(id(parameter))
+        place = self._free.get(id(parameter))
+        return None if place is None else place.view(parameter.shape)
 
     def add(self, gradients: Pulled) -> None:
-        """Add gradients of parameters, some of which may be in their places already."""
+        """Add gradients of parameters, in any shape; some of them may be in their places already."""
         for parameter, part in gradients:
             key = id(parameter)
             if key in self._written:
-                self._written[key].add_(part)
+                self._written[key].add_(part.flatten())
                 continue
             place = self._written[key] = self._free.pop(key)
             if part.data_ptr() != place.data_ptr():
-                place.copy_(part)
+                place.copy_(part.flatten())
 
     def finished(self) -> Tensor:
         """The sum (P,); what nothing was added to is zero."""

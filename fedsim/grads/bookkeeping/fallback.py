@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
 
-from fedsim.grads.bookkeeping.leaves import parameters_of
 from fedsim.grads.bookkeeping.mode import Watch
 from fedsim.grads.bookkeeping.tape import Rows, Unsupported
 
@@ -98,11 +97,11 @@ def generic(watch: Watch, func: Any, *args: Any, **kwargs: Any) -> Any:
         return probe
     if probe.dim() < 1 or probe.shape[0] % tape.batch:
         raise Unsupported(f"operation {name} returns a tensor without examples on the first axis")
-    names = sorted({tape.names[id(p)] for i in weight_at for p in parameters_of(flat[i], tape)})
+    uses = tuple(tape.use(Rows(tape, flat[i])) for i in weight_at)
+    names = sorted({tape.names[id(p)] for use in uses for p in use.leaves})
     tell_once(
         f"per-example gradients of {', '.join(names)} come from vmap:",
-        f"operation {name} of {type(tape.owners[id(parameters_of(flat[weight_at[0]], tape)[0])]).__name__}",
+        f"operation {name} of {type(tape.owners[id(uses[0].leaves[0])]).__name__}",
         "has no rule of its own.",
     )
-    uses = tuple(tape.use(Rows(tape, flat[i])) for i in weight_at)
     return _Generic.apply(tape.anchor, call, weights, uses, tape.examples, *(flat[i] for i in rows_at))

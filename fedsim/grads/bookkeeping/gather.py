@@ -57,21 +57,30 @@ def form(
         factors = copies.view(len(copies), parts, -1, out.shape[2])
     else:
         factors = copies.view(len(copies), parts, out.shape[2], -1).transpose(2, 3)
-    for low in range(0, count, step):
-        high = min(low + step, count)
-        copies[: high - low].copy_(patches[low:high])
-        for part in range(parts):
-            _product(out[low:high], places[low:high, part], factors[: high - low, part], int(part > 0))
+    turned = out.stride(2) != 1
+    if turned:
+        out, places, factors = out.transpose(1, 2), places.transpose(2, 3), factors.transpose(2, 3)
+
+    def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.unbind() if step == 1 else tensor.split(step)
+
+    if step == 1:
+        copies, factors = copies[0], factors[0]
+    by_part = factors.unbind(-3)
+    every = zip(pieces(patches), pieces(out), *map(pieces, places.unbind(1)), strict=True)
+    for own, target, *own_places in every:
+        if len(own) < len(copies):  # the last ones
+            copies, by_part = copies[: len(own)], [part[: len(own)] for part in by_part]
+        copies.copy_(own)
+        for part, pair in enumerate(zip(own_places, by_part, strict=True)):
+            left, right = reversed(pair) if turned else pair
+            _product(target, left, right, int(part > 0))
 
 
-def _product(out: Tensor, places: Tensor, patches: Tensor, beta: int) -> None:
-    """Put beta * out + places @ patches into `out`: (n, out, entries), (n, out, t), (n, t, entries)."""
-    if out.stride(2) != 1:
-        out, places, patches = out.transpose(1, 2), patches.transpose(1, 2), places.transpose(1, 2)
-    if len(out) == 1:
-        torch.addmm(out[0], places[0], patches[0], beta=beta, out=out[0])
-    else:
-        torch.baddbmm(out, places, patches, beta=beta, out=out)
+def _product(out: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+    """Put beta * out + left @ right into `out`, of matrices or batches of them."""
+    multiply = torch.addmm if out.dim() == 2 else torch.baddbmm
+    multiply(out, left, right, beta=beta, out=out)
 
 
 def _channels_first(inputs: Tensor, geometry: Geometry, kernel: Pair, gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from itertools import combinations
 
 from torch import Tensor, nn
 
-from fedsim.grads.bookkeeping.leaves import parameters_of
+from fedsim.grads.bookkeeping import conv
 from fedsim.grads.bookkeeping.mode import Watch
 from fedsim.grads.bookkeeping.tape import Tape, Use, squared_norms
 
@@ -28,19 +28,20 @@ class Group:
 def groups(watch: Watch) -> list[Group]:
     """Sort the recorded uses, after the forward pass.
 
-    Sets their `leaves`, `clip_groups` and `alone`, and returns the groups of those that do not stand alone.
+    Sets their `clip_groups` and `alone`, and returns the groups of those that do not stand alone.
     """
     uses = watch.tape.uses
     by_parameter: dict[int, list[int]] = {}
+    conv.settle(uses)
     for index, use in enumerate(uses):
-        use.settle()
-        use.leaves = parameters_of(use.weight, watch.tape)
         for parameter in use.leaves:
             by_parameter.setdefault(id(parameter), []).append(index)
         use.clip_groups = tuple(sorted({watch.tape.clip_groups[id(p)] for p in use.leaves}))
         use.alone = (use.closed or watch.is_selection(use.weight)) and len(use.clip_groups) == 1
     for indices in by_parameter.values():
-        if any(not _apart(uses[a].weight, uses[b].weight) for a, b in combinations(indices, 2)):
+        if len(indices) > 1 and any(
+            not _apart(uses[a].weight, uses[b].weight) for a, b in combinations(indices, 2)
+        ):
             for index in indices:
                 uses[index].alone = False
     found_groups: list[Group] = []

@@ -108,7 +108,7 @@ class _Gram:
         positions = rows.shape[1]
         starts = [0]
         if positions >= 2 * _STRIP and not rows.is_cuda:
-            # The first takes the odd rows: widths that are no multiple of a vector register make slow products.
+            # The first takes the odd rows: widths that are no multiple of vector registers are slow.
             starts += range(_STRIP + positions % _STRIP, positions, _STRIP)
         self._strips = []
         for low, high in zip(starts, (*starts[1:], positions), strict=True):

@@ -8,9 +8,9 @@ weights and rows is the place where per-example gradients arise; it is handed to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -32,6 +32,23 @@ _SELECTIONS = {
 _EXPANSIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to}
 
 
+class _Seen:
+    """Tensors by identity, not kept alive: an address may pass to another one, which is not in the set."""
+
+    def __init__(self) -> None:
+        self._references: dict[int, ref[Tensor]] = {}
+
+    def __contains__(self, tensor: object) -> bool:
+        reference = self._references.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    def add(self, tensor: Tensor) -> None:
+        self._references[id(tensor)] = ref(tensor)
+
+    def discard(self, tensor: Tensor) -> None:
+        self._references.pop(id(tensor), None)
+
+
 class Watch(TorchFunctionMode):
     """Records on `tape` while it is entered; see the module.
 
@@ -47,10 +64,11 @@ class Watch(TorchFunctionMode):
         self.tape = tape
         self._rules = rules
         self._fallback = fallback
-        self._rows: WeakValueDictionary[int, Tensor] = WeakValueDictionary({id(inputs): inputs})
-        self._weights: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-        self._selected: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._rows = _Seen()
+        self._weights = _Seen()
+        self._selected = _Seen()
         self._base: dict[int, Tensor] = {}
+        self._rows.add(inputs)
 
     def fallback(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Record an operation no rule fits."""
@@ -58,32 +76,31 @@ class Watch(TorchFunctionMode):
 
     def is_weight(self, value: object) -> bool:
         """Whether `value` is a trainable parameter or computed from such alone."""
-        key = id(value)
-        return key in self.tape.parameters or (key in self._weights and self._weights.get(key) is value)
+        return id(value) in self.tape.parameters or value in self._weights
 
     def is_rows(self, value: object) -> bool:
         """Whether `value` carries examples."""
         if not isinstance(value, Tensor):
             return False
-        if self._rows.get(id(value)) is value:
+        if value in self._rows:
             return True
         # What a custom autograd.Function returned was not seen here, but leads back to some recorded use.
         return value.requires_grad and not self.is_weight(value)
 
     def is_selection(self, weight: Tensor) -> bool:
         """Whether every entry of `weight` is another entry of one parameter."""
-        return id(weight) in self.tape.parameters or self._selected.get(id(weight)) is weight
+        return id(weight) in self.tape.parameters or weight in self._selected
 
     def base(self, weight: Tensor) -> Tensor | None:
         """The tensor with a leading axis of length 1 that `weight` repeats for every row, if there is one."""
-        return self._base.get(id(weight)) if self._weights.get(id(weight)) is weight else None
+        return self._base.get(id(weight)) if weight in self._weights else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         weights = rows = False
-        for value in _leaves(args, kwargs):
+        for value in _leaves((*args, *kwargs.values())):
             if self.is_weight(value):
                 weights = True
             elif self.is_rows(value):
@@ -103,20 +120,20 @@ class Watch(TorchFunctionMode):
 
     def mark_rows(self, result: object) -> None:
         """Note that `result`, or the tensors in it, carry examples."""
-        for value in _leaves((result,), {}):
-            self._rows[id(value)] = value
+        for value in _leaves((result,)):
+            self._rows.add(value)
 
     def _mark_weights(self, func: Any, args: tuple[Any, ...], result: object) -> None:
         source = args[0] if args else None
         selection = isinstance(source, Tensor) and func in _SELECTIONS and self.is_selection(source)
-        for value in _leaves((result,), {}):
+        for value in _leaves((result,)):
             if not value.requires_grad or id(value) in self.tape.parameters:
                 continue
-            self._weights[id(value)] = value
+            self._weights.add(value)
             self._base.pop(id(value), None)
-            self._selected.pop(id(value), None)
+            self._selected.discard(value)
             if selection and not (func is Tensor.__getitem__ and _advanced(args[1])):
-                self._selected[id(value)] = value
+                self._selected.add(value)
             if func in _EXPANSIONS and isinstance(source, Tensor) and _repeats_rows(source, value):
                 self._base[id(value)] = source
 
@@ -133,14 +150,12 @@ def _advanced(index: object) -> bool:
     return not all(isinstance(part, int | slice | type(None) | type(...)) for part in parts)
 
 
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for value in args:
+def _leaves(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among `values`, and in tuples and lists among them."""
+    found: list[Tensor] = []
+    for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, tuple | list):
-            yield from _leaves(tuple(value), {})
-    for value in kwargs.values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _leaves(tuple(value), {})
+            found += _leaves(value)
+    return found

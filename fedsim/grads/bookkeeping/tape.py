@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Use(ABC):
             `weight` are those of the parameter. Otherwise norms are taken over all uses together.
         closed: norms over the parameters `weight` was computed from are known in closed form.
         filled: the backward pass reached the operation.
-        leaves: the parameters it reaches, as soon as the forward pass is over.
+        leaves: the parameters it reaches.
         clip_groups: the clip groups of the parameters it reaches; one group if it stands alone.
     """
 
@@ -45,11 +46,8 @@ class Use(ABC):
         self.alone = True
         self.filled = False
         self.closed = False
-        self.leaves: list[nn.Parameter] = []
+        self.leaves = tape.parameters_of(weight)
         self.clip_groups: tuple[int, ...] = (0,)
-
-    def settle(self) -> None:  # noqa: B027 - most uses have nothing to settle
-        """Decide what could wait until the forward pass was over; called once, before `closed` is asked."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -123,9 +121,8 @@ class Tape:
     Attributes:
         examples: B.
         views: K; the model sees B * K rows, the views of an example next to each other.
-        parameters: trainable parameters by id.
+        parameters: trainable parameters by id, in the order of `named_parameters`.
         names: their names by id.
-        owners: the module each is registered in, by id.
         clip_groups: the clip group of each, by id; 0 where all are clipped together.
         budget: bytes that per-example gradients kept until the end may take, beyond what holding output
             gradients instead would take.
@@ -138,6 +135,7 @@ class Tape:
     def __init__(
         self,
         model: nn.Module,
+        named: dict[str, nn.Parameter],
         examples: int,
         views: int,
         budget: int,
@@ -148,24 +146,17 @@ class Tape:
         self.views = views
         self.budget = budget
         self.scratch = scratch
-        self.parameters: dict[int, nn.Parameter] = {}
-        self.names: dict[int, str] = {}
-        self.owners: dict[int, nn.Module] = {}
-        for path, module in model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    self.parameters.setdefault(id(parameter), parameter)
-                    self.names.setdefault(id(parameter), f"{path}.{name}" if path else name)
-                    self.owners.setdefault(id(parameter), module)
-        first = next(iter(self.parameters.values()))
+        self.parameters = {id(parameter): parameter for parameter in named.values()}
+        self.names = {id(parameter): name for name, parameter in named.items()}
+        first = next(iter(named.values()))
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
-        # `parameters` is in the order of `named_parameters`, as `clip_groups` is.
         groups = [0] * len(self.parameters) if clip_groups is None else clip_groups
         self.clip_groups = dict(zip(self.parameters, groups, strict=True))
         self.total = [
             torch.zeros(examples, dtype=torch.float64, device=first.device) for _ in range(max(groups) + 1)
         ]
         self.uses: list[Use] = []
+        self._model = model
 
     def __enter__(self) -> Tape:
         return self
@@ -178,6 +169,37 @@ class Tape:
     def batch(self) -> int:
         """B * K, the rows the model sees."""
         return self.examples * self.views
+
+    @cached_property
+    def owners(self) -> dict[int, nn.Module]:
+        """The module each parameter is registered in, by id."""
+        found: dict[int, nn.Module] = {}
+        for module in self._model.modules():
+            for parameter in module.parameters(recurse=False):
+                found.setdefault(id(parameter), module)
+        return found
+
+    def parameters_of(self, tensor: Tensor) -> list[nn.Parameter]:
+        """Return the trainable parameters that `tensor` is, or that its autograd graph leads to.
+
+        From a loss, this finds parameters that took a way the tape did not see: recorded operations take
+        their weights detached, so that nothing else links the loss to a parameter.
+        """
+        if id(tensor) in self.parameters:
+            return [self.parameters[id(tensor)]]
+        found: dict[int, nn.Parameter] = {}
+        seen: set[Any] = set()
+        pending = [tensor.grad_fn]
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in self.parameters:
+                found[id(variable)] = self.parameters[id(variable)]
+            pending += [following for following, _ in node.next_functions]
+        return list(found.values())
 
     def use(self, use: AnyUse) -> AnyUse:
         """Record a use during the forward pass."""
