@@ -112,16 +112,16 @@ class _Gram:
             starts += range(_STRIP + positions % _STRIP, positions, _STRIP)
         self._strips = []
         for low, high in zip(starts, (*starts[1:], positions), strict=True):
-            rest = rows[:, low:]
-            self._strips.append(batch_product(rest[:, : high - low], rest.transpose(1, 2)))
+            strip = rows[:, low:high]
+            rest = strip if high == positions else rows[:, low:]
+            self._strips.append(batch_product(strip, rest.transpose(1, 2)))
 
     def inner(self, other: _Gram) -> Tensor:
         """Inner products (n,) in float64 of these matrices with the others; both are overwritten."""
         parts = []
         for own, theirs in zip(self._strips, other._strips, strict=True):
-            beside = own[:, :, own.shape[1] :]
-            if beside.shape[2]:
-                beside.mul_(2.0)  # also what lies below the diagonal
+            if own.shape[2] > own.shape[1]:
+                own[:, :, own.shape[1] :].mul_(2.0)  # also what lies below the diagonal
             parts.append(theirs.mul_(own).sum((1, 2)))
         return torch.stack(parts).double().sum(0)
 

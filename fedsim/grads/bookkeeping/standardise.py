@@ -130,8 +130,10 @@ def standardisations(layers: Sequence[Measured]) -> list[Standardisation | None]
     unclear = (spread < 0.1 * lengths) | (gains.abs() < 1e-2)  # the difference would lose digits
     of_kernel = [True] * len(layers)
     if bool(unclear.any()):
-        parts = zip(unclear.split(channels), spread.split(channels), multiplier.split(channels), strict=True)
-        for index, (layer, (some, own_spread, own_multiplier)) in enumerate(zip(layers, parts, strict=True)):
+        parts = zip(
+            layers, unclear.split(channels), spread.split(channels), multiplier.split(channels), strict=True
+        )
+        for index, (layer, some, own_spread, own_multiplier) in enumerate(parts):
             if bool(some.any()):
                 of_kernel[index] = False
                 centred = layer.weight - layer.mean.unsqueeze(1)
@@ -150,9 +152,8 @@ def standardisations(layers: Sequence[Measured]) -> list[Standardisation | None]
     dtype = layers[0].weight.dtype
     vectors = torch.stack([scale, kappa * scale / multiplier.square(), 1.0 / multiplier]).to(dtype)
     starts = torch.tensor([0, *accumulate(channels[:-1])], device=device)
-    parts = zip(
-        layers, directions, of_kernel, counts.split(channels, 1), vectors.split(channels, 1), strict=True
-    )
+    split = counts.split(channels, 1), vectors.split(channels, 1)
+    described = zip(layers, directions, of_kernel, *split, strict=True)
     made = _made(layers, means[starts], scale[starts])
     return [
         Standardisation(layer.module, direction, whole, own.flatten(), *factors) if true else None
