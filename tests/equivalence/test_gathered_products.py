@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedsim.grads.bookkeeping import gather
+from fedsim.grads.bookkeeping import gather, precision
 from fedsim.grads.bookkeeping.geometry import Geometry
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -16,6 +17,7 @@ paddings = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
+@pytest.mark.parametrize("large", [0, 2**25], ids=["oneDNN", "BLAS"])
 @given(
     count=st.integers(1, 5),
     views=st.integers(1, 3),
@@ -28,6 +30,7 @@ paddings = st.tuples(st.integers(0, 2), st.integers(0, 2))
     channels_last=st.booleans(),
     channels_inside=st.booleans(),
     turned=st.booleans(),
+    single=st.booleans(),
     at_a_time=st.integers(1, 6),
 )
 def test_gradients_are_those_of_one_example_at_a_time(
@@ -42,7 +45,9 @@ def test_gradients_are_those_of_one_example_at_a_time(
     channels_last: bool,
     channels_inside: bool,
     turned: bool,
+    single: bool,
     at_a_time: int,
+    large: int,
 ) -> None:
     geometry = Geometry(stride, padding, dilation, 1)
     outputs = geometry.outputs(size, kernel)
@@ -66,15 +71,19 @@ def test_gradients_are_those_of_one_example_at_a_time(
         expected = expected.permute(0, 1, 3, 4, 2)
     expected = expected.flatten(2)
     entries = expected.shape[2]
+    dtype, tolerance = (torch.float32, 1e-5) if single else (torch.float64, 1e-12)
+    inputs, gradient = inputs.to(dtype), gradient.to(dtype)
     # Values that must be overwritten, not added to.
-    out = torch.full((count, entries, channels[1]), float("nan"), dtype=torch.float64).transpose(1, 2)
+    out = torch.full((count, entries, channels[1]), float("nan"), dtype=dtype).transpose(1, 2)
     out = out if turned else out.contiguous()
-    copy_bytes = 8 * views * entries * outputs[0] * outputs[1]
-    with patch.object(gather, "_product", wraps=gather._product) as product:
-        gather.form(
-            out, inputs, gradient, geometry, kernel, channels_inside, at_a_time * copy_bytes + copy_bytes // 2
-        )
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    copy_bytes = out.element_size() * views * entries * outputs[0] * outputs[1]
+    scratch = at_a_time * copy_bytes + copy_bytes // 2
+    with (
+        patch.object(gather, "_product", wraps=gather._product) as product,
+        patch.object(precision, "_LARGE", large),
+    ):
+        gather.form(out, inputs, gradient, geometry, kernel, channels_inside, scratch)
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
     filled = [call.args[0] for call in product.call_args_list]
     assert max(len(block) if block.dim() == 3 else 1 for block in filled) == min(at_a_time, count)
 

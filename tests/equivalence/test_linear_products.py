@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.grads.bookkeeping import Options, choose, linear
+from fedsim.grads.bookkeeping import Options, choose, linear, precision
 from fedsim.grads.bookkeeping.linear import LinearUse
 from tests.equivalence.test_bookkeeping import CASES, assert_agrees, make
 
@@ -42,16 +42,16 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Send products of every size to oneDNN; says of which shapes (rows, in, out) they were."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
-    assert linear._onednn is not None, "torch has oneDNN, but not under this name any more"
+    assert precision._onednn is not None, "torch has oneDNN, but not under this name any more"
     shapes: list[tuple[int, ...]] = []
-    multiply = linear._onednn
+    multiply = precision._onednn
 
     def noted(rows: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         shapes.append((*rows.shape, len(weight)))
         return multiply(rows, weight, *rest)
 
-    monkeypatch.setattr(linear, "_LARGE", 0)
-    monkeypatch.setattr(linear, "_onednn", noted)
+    monkeypatch.setattr(precision, "_LARGE", 0)
+    monkeypatch.setattr(precision, "_onednn", noted)
     return shapes
 
 
@@ -67,15 +67,15 @@ def test_product_by_onednn_is_the_product(
     expected = F.linear(rows.double(), weight.double(), None if offset is None else offset.double())
     for matrix in (weight, weight.t().contiguous().t()):
         torch.testing.assert_close(
-            linear._affine(rows, matrix, offset).double(), expected, rtol=1e-5, atol=1e-5
+            precision.affine(rows, matrix, offset).double(), expected, rtol=1e-5, atol=1e-5
         )
     assert by_onednn == [sizes] * 2
     spread = rows.t().contiguous().t()  # with gaps: left to torch, as are other dtypes
     torch.testing.assert_close(
-        linear._affine(spread, weight, offset).double(), expected, rtol=1e-5, atol=1e-5
+        precision.affine(spread, weight, offset).double(), expected, rtol=1e-5, atol=1e-5
     )
     torch.testing.assert_close(
-        linear._affine(rows.double(), weight.double()), rows.double() @ weight.double().t()
+        precision.affine(rows.double(), weight.double()), rows.double() @ weight.double().t()
     )
     assert len(by_onednn) == 2 + (spread.is_contiguous())
 
@@ -98,8 +98,8 @@ def test_layers_by_onednn_agree(
 @pytest.mark.parametrize("plan", ["closed", *PLANS])
 def test_large_layers_agree_without_onednn(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "linear", lambda *arguments: plan)
-    monkeypatch.setattr(linear, "_onednn", None)
-    monkeypatch.setattr(linear, "_LARGE", 0)
+    monkeypatch.setattr(precision, "_onednn", None)
+    monkeypatch.setattr(precision, "_LARGE", 0)
     generator = torch.Generator().manual_seed(2)
     inputs = torch.randn(3, 1, *([] if plan == "closed" else [5]), 64, generator=generator)
     layer = nn.Linear(64, 6)

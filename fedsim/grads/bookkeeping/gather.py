@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
+from fedsim.grads.bookkeeping.precision import affine, for_onednn
 
 _CACHE = 2**21  # bytes of copies at a time on a CPU: about what one core's cache holds
 
@@ -79,8 +80,12 @@ def form(
 
 def _product(out: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
     """Put beta * out + left @ right into `out`, of matrices or batches of them."""
-    multiply = torch.addmm if out.dim() == 2 else torch.baddbmm
-    multiply(out, left, right, beta=beta, out=out)
+    if out.dim() == 3:
+        torch.baddbmm(out, left, right, beta=beta, out=out)
+    elif beta or not for_onednn(left, right.t()):
+        torch.addmm(out, left, right, beta=beta, out=out)
+    else:
+        out.copy_(affine(left, right.t()))
 
 
 def _channels_first(inputs: Tensor, geometry: Geometry, kernel: Pair, gradient: Tensor) -> Tensor:

@@ -16,14 +16,10 @@ from torch import Tensor
 
 from fedsim.grads.bookkeeping import choose
 from fedsim.grads.bookkeeping.mode import Rule, Watch
-from fedsim.grads.bookkeeping.precision import batch_product, product
+from fedsim.grads.bookkeeping.precision import affine, batch_product, product
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use, squared_norms
 
 _STRIP = 32  # rows of Gram matrices that are formed at a time
-_LARGE = 2**25  # multiplications from which a product goes to oneDNN
-_onednn = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-)
 
 
 class LinearUse(Use):
@@ -126,20 +122,6 @@ class _Gram:
         return torch.stack(parts).double().sum(0)
 
 
-def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of rows (n, in), large ones on a CPU by oneDNN.
-
-    torch leaves float32 products to its BLAS, which is up to a sixth slower on processors its makers did not
-    tune it for, and half as fast for a few outputs. Small ones do not earn back a call of oneDNN.
-    """
-    large = rows.shape[0] * weight.numel() >= _LARGE
-    single = rows.dtype == weight.dtype == torch.float32 and rows.is_cpu and rows.is_contiguous()
-    if _onednn is None or not large or not single:
-        return F.linear(rows, weight, bias)
-    result: Tensor = _onednn(rows, weight, bias, "none", [], "")
-    return result
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -156,7 +138,7 @@ class _Linear(torch.autograd.Function):
         rows = inputs.flatten(0, -2)
         if weight_use is not None and not rows.is_cuda:  # there maybe under autocast: norms would lose digits
             weight_use.see(rows)
-        flat = _affine(rows, weight, bias)
+        flat = affine(rows, weight, bias)
         # A plain view would forbid the model to work on the result in place.
         shape = [*inputs.shape[:-1], flat.shape[1]]
         return flat if inputs.dim() == 2 else torch.ops.aten._unsafe_view(flat, shape)
@@ -167,7 +149,7 @@ class _Linear(torch.autograd.Function):
         weight_use, bias_use = ctx.uses
         before = None
         if ctx.needs_input_grad[0]:
-            before = _affine(gradient.flatten(0, -2), weight.to(gradient.dtype).t())
+            before = affine(gradient.flatten(0, -2), weight.to(gradient.dtype).t())
             before = before.view(*gradient.shape[:-1], -1)
         if weight_use is not None:
             weight_use.fill(inputs, gradient)
