@@ -3,19 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fedsim.models.initialise import fan_in_truncated_normal_
 
+SHORTEST = 1e-2  # length a standardised kernel's channel is divided by at least
+
+
+class Standardised(NamedTuple):
+    """A standardised kernel and what it was made from.
+
+    Attributes:
+        kernel: (p, ...), the weight's shape.
+        centred: weight less the mean of its channel, (p, D).
+        length: of `centred`, (p,): sqrt(D * var).
+        scale: kernel by `centred`, (p,).
+    """
+
+    kernel: Tensor
+    centred: Tensor
+    length: Tensor
+    scale: Tensor
+
+
+def standardise(weight: Tensor, gain: Tensor) -> Standardised:
+    """Standardise `weight` (p, ...) channel by channel; see `standardised`."""
+    flat = weight.flatten(1)
+    centred = flat - flat.mean(1, keepdim=True)
+    length = torch.linalg.vector_norm(centred, dim=1)
+    scale = gain / length.clamp(min=SHORTEST)
+    return Standardised((centred * scale.unsqueeze(1)).view_as(weight), centred, length, scale)
+
+
+def standardised(weight: Tensor, gain: Tensor) -> Tensor:
+    """Return gain * (w - mean) / sqrt(max(fan_in * var, 1e-4)), in the shape of `weight` (p, ...).
+
+    One `gain` (p,) per output channel, population variance: "scaled weight standardisation" (Brock et al.
+    2021) with the epsilon of De et al. 2022. A torch function, so that whoever watches those sees it whole.
+    """
+    if has_torch_function_variadic(weight, gain):
+        return handle_torch_function(standardised, (weight, gain), weight, gain)
+    return standardise(weight, gain).kernel
+
 
 class WSConv2d(nn.Conv2d):
-    """Convolution with a standardised kernel (Qiao et al. 2019, Brock et al. 2021).
+    """Convolution with a standardised kernel (Qiao et al. 2019, Brock et al. 2021) and trainable gains.
 
-    Kernel used: gain * (w - mean) / sqrt(max(fan_in * var, 1e-4)), one trainable gain per output channel,
-    population variance: "scaled weight standardisation" with the epsilon of De et al. 2022.
+    The kernel is that of `standardised`.
     """
 
     def __init__(
@@ -33,11 +72,7 @@ class WSConv2d(nn.Conv2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, channels, height, width) to (n, out, ...)."""
-        flat = self.weight.flatten(1)
-        centred = flat - flat.mean(1, keepdim=True)
-        length = torch.linalg.vector_norm(centred, dim=1)  # sqrt(fan_in * var), by a faster way
-        scale = self.gain / length.clamp(min=1e-2)
-        kernel = (centred * scale.unsqueeze(1)).view_as(self.weight)
+        kernel = standardised(self.weight, self.gain)
         return F.conv2d(inputs, kernel, self.bias, self.stride, self.padding)
 
 

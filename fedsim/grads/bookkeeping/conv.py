@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fedsim.grads.bookkeeping import choose, gather
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.precision import batch_product, widen
-from fedsim.grads.bookkeeping.standardise import Measured, Standardisation, standardisations
+from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use, squared_norms
 
 _CACHE = 2**22  # bytes of gradients that are not kept, to form and measure at a time on a CPU
@@ -43,10 +43,12 @@ class ConvUse(Use):
         geometry: Geometry,
         inputs: Tensor,
         outputs: tuple[int, int],
+        origin: Origin | None,
     ) -> None:
         super().__init__(tape, weight)
         self._geometry = geometry
-        self.measured: Measured | None = None
+        self.origin = origin
+        self.closed = origin is not None
         self._standard: Standardisation | None = None
         height = weight.shape[2] if weight.dim() == 4 else 1
         self.shape = (weight.shape[0], weight.shape[1], height, weight.shape[-1])
@@ -58,18 +60,17 @@ class ConvUse(Use):
 
     def remember(self, output: Tensor, bias: Tensor | None) -> None:
         """Take the convolution's output, if `squares` is cheaper with it at hand."""
-        if self.measured is None:
+        if self.origin is None:
             return
         places = self.tape.views * math.prod(output.shape[1:])
         if self.plan == "gram" or (self.keep and 2 * places < self.weight.numel()):
             alias = output.detach()
             self._output = alias, alias._version, bias
 
-    def settle(self, standard: Standardisation | None) -> None:
-        """Take what became of `measured`."""
-        self.measured, self._standard = None, standard
-        self.closed = standard is not None
-        if standard is None or not standard.of_kernel:
+    def settle(self, standard: Standardisation) -> None:
+        """Take the description of `origin`."""
+        self._standard = standard
+        if not standard.of_kernel:
             self._output = None
 
     def fill(self, inputs: Tensor, gradient: Tensor) -> None:
@@ -121,7 +122,7 @@ class ConvUse(Use):
         """See `Use.pull_back`."""
         if self._standard is None:
             return super().pull_back(gradient, parameters, place)
-        out = None if place is None else place(self._standard.module.weight)
+        out = None if place is None else place(self._standard.origin.weight)
         found = self._standard.pull_back(gradient, out)
         return [(p, part) for p in parameters for owner, part in found if owner is p]
 
@@ -311,8 +312,8 @@ def _inner(first: Tensor, second: Tensor) -> Tensor:
 
 
 def settle(uses: Sequence[Use]) -> None:
-    """Find out which kernels come from standardised weights, after the forward pass."""
-    waiting = [(use, use.measured) for use in uses if isinstance(use, ConvUse) and use.measured is not None]
-    found = standardisations([measured for _, measured in waiting])
-    for (use, _), standard in zip(waiting, found, strict=True):
-        use.settle(standard)
+    """Describe the origins of standardised kernels, after the forward pass."""
+    standard = [use for use in uses if isinstance(use, ConvUse) and use.origin is not None]
+    found = standardisations([use.origin for use in standard if use.origin is not None])
+    for use, own in zip(standard, found, strict=True):
+        use.settle(own)

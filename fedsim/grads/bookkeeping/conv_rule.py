@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedsim.grads.bookkeeping import standardise
 from fedsim.grads.bookkeeping.conv import ConvUse
 from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.mode import Rule, Watch
@@ -120,11 +119,8 @@ def _apply(
     weight_use = bias_use = None
     if watch.is_weight(weight):
         outputs = geometry.outputs((inputs.shape[2], inputs.shape[3]), (kernel.shape[2], kernel.shape[3]))
-        weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs))
-        if not watch.is_selection(weight):
-            owners = {id(tape.owners[id(p)]): tape.owners[id(p)] for p in weight_use.leaves}
-            if len(owners) == 1:
-                weight_use.measured = standardise.measure(next(iter(owners.values())), kernel)
+        origin = watch.origins.get(id(weight))
+        weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs, origin))
     if bias is not None and watch.is_weight(bias):
         bias_use = tape.use(Rows(tape, bias))
     offset = None if bias is None else bias.detach()

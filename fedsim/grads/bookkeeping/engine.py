@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.grads import vmap
-from fedsim.grads.bookkeeping import attention, conv_rule, elementwise, embedding, joint, linear, norm
+from fedsim.grads.bookkeeping import (
+    attention,
+    conv_rule,
+    elementwise,
+    embedding,
+    joint,
+    linear,
+    norm,
+    standardise,
+)
 from fedsim.grads.bookkeeping.fallback import generic, tell_once
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.options import Options
@@ -116,7 +125,7 @@ def _forward_and_backward(
     rows = inputs.detach().flatten(0, 1)
     if rows.dim() == 4 and options.wants_channels_last(model, rows):
         rows = rows.contiguous(memory_format=torch.channels_last)
-    watch = Watch(tape, rows, RULES, generic)
+    watch = Watch(tape, rows, RULES, generic, standardise.DERIVATIONS)
     bfloat16 = options.precision == "bfloat16"
     with torch.enable_grad():
         with torch.autocast("cuda", torch.bfloat16) if bfloat16 else nullcontext(), watch:

@@ -57,13 +57,27 @@ class Watch(TorchFunctionMode):
         inputs: the tensor the model will be called with, (B * K, ...).
         rules: by torch function.
         fallback: rule for every other operation on weights and rows.
+        derivations: rules of operations on weights alone; others take their course.
+
+    Attributes:
+        tape: as given.
+        origins: what derivations noted of their results, by id; the notes keep those alive.
     """
 
-    def __init__(self, tape: Tape, inputs: Tensor, rules: dict[Any, Rule], fallback: Rule) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        inputs: Tensor,
+        rules: dict[Any, Rule],
+        fallback: Rule,
+        derivations: dict[Any, Rule],
+    ) -> None:
         super().__init__()
         self.tape = tape
+        self.origins: dict[int, Any] = {}
         self._rules = rules
         self._fallback = fallback
+        self._derivations = derivations
         self._rows = _Seen()
         self._weights = _Seen()
         self._selected = _Seen()
@@ -110,6 +124,9 @@ class Watch(TorchFunctionMode):
             if written is not None:
                 raise Unsupported("a weight is written into a tensor of examples, or the other way round")
             result = self._rules.get(func, self._fallback)(self, func, *args, **kwargs)
+        elif weights and not rows and func in self._derivations:
+            result = self._derivations[func](self, func, *args, **kwargs)
+            self._mark_weights(func, args, result)
         else:
             result = func(*args, **kwargs)
             if weights and not rows:
