@@ -119,7 +119,7 @@ def _apply(
     weight_use = bias_use = None
     if watch.is_weight(weight):
         outputs = geometry.outputs((inputs.shape[2], inputs.shape[3]), (kernel.shape[2], kernel.shape[3]))
-        origin = watch.origins.get(id(weight))
+        origin = watch.origin(weight)
         weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs, origin))
     if bias is not None and watch.is_weight(bias):
         bias_use = tape.use(Rows(tape, bias))

@@ -59,9 +59,6 @@ class Watch(TorchFunctionMode):
         fallback: rule for every other operation on weights and rows.
         derivations: rules of operations on weights alone; others take their course.
 
-    Attributes:
-        tape: as given.
-        origins: what derivations noted of their results, by id; the notes keep those alive.
     """
 
     def __init__(
@@ -74,7 +71,7 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.tape = tape
-        self.origins: dict[int, Any] = {}
+        self._notes: dict[int, tuple[Tensor, int, Any]] = {}
         self._rules = rules
         self._fallback = fallback
         self._derivations = derivations
@@ -108,6 +105,15 @@ class Watch(TorchFunctionMode):
     def base(self, weight: Tensor) -> Tensor | None:
         """The tensor with a leading axis of length 1 that `weight` repeats for every row, if there is one."""
         return self._base.get(id(weight)) if weight in self._weights else None
+
+    def note(self, weight: Tensor, origin: Any) -> None:
+        """Remember what a derivation knows of its result."""
+        self._notes[id(weight)] = weight, weight._version, origin
+
+    def origin(self, weight: Tensor) -> Any:
+        """What was noted of `weight`; None if nothing was, or if it was changed in place since."""
+        noted, version, origin = self._notes.get(id(weight), (None, 0, None))
+        return origin if noted is weight and weight._version == version else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

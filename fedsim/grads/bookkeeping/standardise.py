@@ -131,7 +131,7 @@ def standardised(watch: Watch, func: Any, weight: Tensor, gain: Tensor) -> Tenso
     """Rule of `layers.standardised`: what it makes from parameters themselves is noted."""
     made = layers.standardise(weight, gain)
     if not any(t.requires_grad and id(t) not in watch.tape.parameters for t in (weight, gain)):
-        watch.origins[id(made.kernel)] = Origin(weight, gain, made)
+        watch.note(made.kernel, Origin(weight, gain, made))
     return made.kernel
 
 
