@@ -101,7 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--views", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument(
         "--plain-allocator", action="store_true", help="do not keep freed memory in the process"

@@ -140,6 +140,25 @@ def gradients(name: str) -> str:
     return table(heads, rows) + provenance(held) + "".join(notes)
 
 
+def readings(name: str) -> str:
+    """Both ways of taking our ratios from the turns of `gradients`, and how far the turns differ."""
+    held = _load(name)
+    if held is None:
+        return missing("python -m benchmarks.gradients", name)
+    rows = []
+    for row in held["rows"]:
+        seconds = row["seconds"]
+        base = seconds["non-private"]
+        for method in (m for m in ("ours", "ours, channels-last") if m in seconds):
+            turns = [own / plain for own, plain in zip(seconds[method], base, strict=True)]
+            low, middle, high = statistics.quantiles(turns, n=4, method="inclusive")
+            medians = statistics.median(seconds[method]) / statistics.median(base)
+            label = [row["model"], str(row["views"]), method, str(len(turns))]
+            rows.append([*label, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{medians:.2f}"])
+    heads = ["model", "K", "method", "turns", "median of ratios", "middle half", "ratio of medians"]
+    return table(heads, rows)
+
+
 def rounds(name: str) -> str:
     """Federation overhead, from benchmarks.rounds."""
     held = _load(name)
@@ -192,6 +211,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/benchmarks.md": {
         "gradients-cpu": lambda: gradients("gradients_cpu.json"),
+        "gradients-cpu-readings": lambda: readings("gradients_cpu.json"),
         "gradients-cpu-plain-allocator": lambda: gradients("gradients_cpu_plain_allocator.json"),
         "gradients-gpu": lambda: gradients("gradients_gpu.json"),
         "rounds-cpu": lambda: rounds("rounds_cpu.json"),
