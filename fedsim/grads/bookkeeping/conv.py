@@ -82,6 +82,7 @@ class ConvUse(Use):
         """See `Use.squares`."""
         count = self.tape.examples
         step = self._step()
+        vectors = self._vectors()
         parts: list[Tensor] = []
         for low in range(0, count, step):
             high = min(low + step, count)
@@ -91,7 +92,7 @@ class ConvUse(Use):
             formed = self._form(low, high)
             if self.keep:
                 self._kept.append(formed)
-            parts.append(self._squares_of(formed, low, high))
+            parts.append(self._squares_of(formed, low, high, vectors))
         if self.keep:
             del self._inputs, self._gradient
         self._output = None
@@ -206,21 +207,29 @@ class ConvUse(Use):
         formed = self._geometry.backward(fold(gradient), fold(inputs), blank, (False, True, False), groups)[1]
         return formed.reshape(count, -1)
 
-    def _squares_of(self, formed: Tensor, low: int, high: int) -> Tensor:
+    def _vectors(self) -> Tensor | None:
+        """For each channel 1 and the standardisation's direction, (out, 2, entries), laid out as G is.
+
+        None where products of G with them are not needed, or come from the convolution's output.
+        """
+        if self._standard is None or self.plan == "gram" or self._convolved is not None:
+            return None
+        direction = self._standard.direction
+        if self._by_patches:
+            direction = direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
+        return torch.stack([torch.ones_like(direction), direction], dim=1)
+
+    def _squares_of(self, formed: Tensor, low: int, high: int, vectors: Tensor | None) -> Tensor:
         """Squared norms (n,) of formed gradients."""
         standard = self._standard
         if standard is None:
             return squared_norms(formed)
         by_row = self._by_row(formed)
         lengths = torch.linalg.vector_norm(by_row, dim=2)
-        if self._convolved is not None:
+        if vectors is None:
             found = standard.squares(lengths, by_row.sum(2), self._along(low, high))
         else:
-            direction = standard.direction.to(formed.dtype)
-            if self._by_patches:
-                direction = direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
-            both = torch.stack([torch.ones_like(direction), direction], dim=1)
-            sums, along = torch.bmm(both, by_row.permute(1, 2, 0)).unbind(1)
+            sums, along = torch.bmm(vectors.to(formed.dtype), by_row.permute(1, 2, 0)).unbind(1)
             found = standard.squares(lengths, sums.t(), along.t())
         return found.clamp_(min=0.0)
 
