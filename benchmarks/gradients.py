@@ -1,7 +1,7 @@
-"""Time and memory of one clipped gradient sum, beside the non-private step and other implementations.
+"""Time of one clipped gradient sum, beside the non-private step and other implementations.
 
     python -m benchmarks.gradients [--device cpu|cuda] [--json FILE] [--models NAME ...] [--views K ...]
-                                   [--repeats N] [--no-memory] [--plain-allocator] [--update]
+                                   [--repeats N] [--plain-allocator] [--update]
 
 Methods are measured in turn in one process, each call after an untimed one: on the CPU the process's own
 CPU time with one thread, on CUDA wall time up to the end of all kernels. On the CPU jax_privacy and JAX's
@@ -9,8 +9,7 @@ own non-private step take their turns from a second process where they are insta
 1.0 is the eager float32 forward and backward pass of the same batch; figures are medians of the ratios within
 each turn. On the CPU freed memory stays in the process, as the fedsim command has it, for the good of all
 methods; with --plain-allocator the C library's defaults hold, as for whoever installs one of the libraries
-and does nothing about it. Memory is the peak above the loaded model and batch, in a fresh process for each
-method, per view; it is not measured for JAX.
+and does nothing about it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import copy
 import json
 import logging
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -34,7 +32,7 @@ from benchmarks import jax_peer
 from benchmarks.models import CASES, SEED, Case
 from benchmarks.peers import applies, methods
 from fedsim import provenance
-from fedsim.grads.bookkeeping.memory import give_back_freed_memory, retain_freed_memory
+from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
 BASE = "non-private"
 
@@ -45,10 +43,6 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    if arguments.peak is not None:
-        name, method, examples, views = arguments.peak
-        print(_peak(CASES[name], method, int(examples), int(views), arguments.device))
-        return
     retained = arguments.device == "cpu" and not arguments.plain_allocator and retain_freed_memory()
     rows = []
     for name in arguments.models:
@@ -62,9 +56,6 @@ def main() -> None:
             )
             if "ratio_to_own_step" in row.get("jax", {}):
                 print(f"    jax_privacy / JAX non-private: {row['jax']['ratio_to_own_step']:.2f}", flush=True)
-            if "megabytes_per_view" in row:
-                memory = "  ".join(f"{m} {v:.2f}" for m, v in row["megabytes_per_view"].items())
-                print(f"    MB a view: {memory}", flush=True)
     if arguments.json is not None:
         result = {
             "command": "python -m benchmarks.gradients " + " ".join(sys.argv[1:]),
@@ -102,7 +93,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--views", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument(
         "--plain-allocator", action="store_true", help="do not keep freed memory in the process"
     )
@@ -110,9 +100,6 @@ def _arguments() -> argparse.Namespace:
         "--update",
         action="store_true",
         help="replace only these rows of the FILE; the old readings stay in it",
-    )
-    parser.add_argument(
-        "--peak", nargs=4, metavar=("MODEL", "METHOD", "EXAMPLES", "VIEWS"), help="one memory figure"
     )
     return parser.parse_args()
 
@@ -159,8 +146,6 @@ def _row(case: Case, views: int, arguments: argparse.Namespace) -> dict[str, Any
         "seconds": seconds,
         **facts,
     }
-    if not arguments.no_memory:
-        row["megabytes_per_view"] = _memory(case, views, list(steps), arguments.device)
     return row
 
 
@@ -174,48 +159,6 @@ def _timed(step: Any, device: str) -> float:
     start = time.process_time()
     step()
     return time.process_time() - start
-
-
-def _memory(case: Case, views: int, names: list[str], device: str) -> dict[str, float]:
-    """Peak megabytes per view of each method, each in a process of its own."""
-    examples = case.memory_examples if views == 1 else max(1, case.memory_examples * 2 // views)
-    found = {}
-    for name in names:
-        command = [sys.executable, "-m", "benchmarks.gradients", "--device", device]
-        command += ["--peak", case.name, name, str(examples), str(views)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = float(done.stdout.split()[-1])
-    return found
-
-
-def _peak(case: Case, method: str, examples: int, views: int, device: str) -> float:
-    """Peak megabytes per view of this process, above what it held with model, batch and libraries loaded."""
-    model = case.model().to(device)
-    make = methods(device, len(case.shape) == 3)[method]
-    few = [tensor.to(device) for tensor in case.batch(1, views)]
-    make(copy.deepcopy(model), *few)()  # load libraries, allocate what is allocated once
-    inputs, targets = (tensor.to(device) for tensor in case.batch(examples, views))
-    step = make(model, inputs, targets)
-    rows = examples * views
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / rows / 1e6
-    give_back_freed_memory()
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading (Linux)
-    for _ in range(2):
-        step()
-    return (_resident("VmHWM") - before) / rows / 1e6
-
-
-def _resident(field: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS (resident now) or VmHWM (its peak)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only; use --no-memory")
 
 
 if __name__ == "__main__":

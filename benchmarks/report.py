@@ -159,6 +159,21 @@ def readings(name: str) -> str:
     return table(heads, rows)
 
 
+def memory(name: str) -> str:
+    """Peak memory of the non-private step in megabytes a view, and of the methods relative to it."""
+    held = _load(name)
+    if held is None:
+        return missing("python -m benchmarks.memory", name)
+    found = [row["megabytes_per_view"] for row in held["rows"]]
+    methods = [m for m in dict.fromkeys(m for row in found for m in row) if m != "non-private"]
+    rows = []
+    for row, own in zip(held["rows"], found, strict=True):
+        base = own["non-private"]
+        ratios = [f"{own[m] / base:.2f}" if m in own else "-" for m in methods]
+        rows.append([row["model"], str(row["views"]), str(row["examples"]), f"{base:.2f} MB", *ratios])
+    return table(["model", "K", "examples", "non-private, a view", *methods], rows) + provenance(held)
+
+
 def rounds(name: str) -> str:
     """Federation overhead, from benchmarks.rounds."""
     held = _load(name)
@@ -213,7 +228,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "gradients-cpu": lambda: gradients("gradients_cpu.json"),
         "gradients-cpu-readings": lambda: readings("gradients_cpu.json"),
         "gradients-cpu-plain-allocator": lambda: gradients("gradients_cpu_plain_allocator.json"),
+        "memory-cpu": lambda: memory("memory_cpu.json"),
         "gradients-gpu": lambda: gradients("gradients_gpu.json"),
+        "memory-gpu": lambda: memory("memory_gpu.json"),
         "rounds-cpu": lambda: rounds("rounds_cpu.json"),
     },
 }

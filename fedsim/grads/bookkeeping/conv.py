@@ -228,6 +228,8 @@ class ConvUse(Use):
         lengths = torch.linalg.vector_norm(by_row, dim=2)
         if vectors is None:
             found = standard.squares(lengths, by_row.sum(2), self._along(low, high))
+        elif by_row.is_cuda:  # where products may be in TF32
+            found = standard.squares(lengths, *((by_row * own).sum(2) for own in vectors.unbind(1)))
         else:
             sums, along = torch.bmm(vectors.to(formed.dtype), by_row.permute(1, 2, 0)).unbind(1)
             found = standard.squares(lengths, sums.t(), along.t())
