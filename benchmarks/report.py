@@ -170,7 +170,7 @@ def memory(name: str) -> str:
     for row, own in zip(held["rows"], found, strict=True):
         base = own["non-private"]
         ratios = [f"{own[m] / base:.2f}" if m in own else "-" for m in methods]
-        rows.append([row["model"], str(row["views"]), str(row["examples"]), f"{base:.2f} MB", *ratios])
+        rows.append([row["model"], str(row["views"]), str(row["examples"]), f"{base:.3g} MB", *ratios])
     return table(["model", "K", "examples", "non-private, a view", *methods], rows) + provenance(held)
 
 
