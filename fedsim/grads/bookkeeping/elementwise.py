@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.grads.bookkeeping.mode import Rule, Watch
+from fedsim.grads.bookkeeping.mode import Rule, Watch, tensors_in
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use
 
 
@@ -79,7 +79,7 @@ def as_rows(watch: Watch, weight: Tensor, count: int, dims: int) -> Tensor:
 
 def elementwise(watch: Watch, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Rule of operations that broadcast their arguments against each other."""
-    rows = [value for value in _flat(args, kwargs) if watch.is_rows(value)]
+    rows = [value for value in tensors_in((*args, *kwargs.values())) if watch.is_rows(value)]
     widest = max(rows, key=lambda value: value.dim())
 
     def convert(value: Any) -> Any:
@@ -102,16 +102,6 @@ def concatenate(watch: Watch, func: Any, tensors: Any, dim: int = 0, **kwargs: A
     if dim % (dims + (func is torch.stack)) == 0:
         raise Unsupported("a weight is joined to rows along the axis of the examples")
     return elementwise(watch, func, tensors, dim=dim, **kwargs)
-
-
-def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    found = []
-    for value in [*args, *kwargs.values()]:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _flat(tuple(value), {})
-    return found
 
 
 _NAMES = [

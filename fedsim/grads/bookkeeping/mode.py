@@ -120,7 +120,7 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         weights = rows = False
-        for value in _leaves((*args, *kwargs.values())):
+        for value in tensors_in((*args, *kwargs.values())):
             if self.is_weight(value):
                 weights = True
             elif self.is_rows(value):
@@ -143,13 +143,13 @@ class Watch(TorchFunctionMode):
 
     def mark_rows(self, result: object) -> None:
         """Note that `result`, or the tensors in it, carry examples."""
-        for value in _leaves((result,)):
+        for value in tensors_in((result,)):
             self._rows.add(value)
 
     def _mark_weights(self, func: Any, args: tuple[Any, ...], result: object) -> None:
         source = args[0] if args else None
         selection = isinstance(source, Tensor) and func in _SELECTIONS and self.is_selection(source)
-        for value in _leaves((result,)):
+        for value in tensors_in((result,)):
             if not value.requires_grad or id(value) in self.tape.parameters:
                 continue
             self._weights.add(value)
@@ -173,12 +173,12 @@ def _advanced(index: object) -> bool:
     return not all(isinstance(part, int | slice | type(None) | type(...)) for part in parts)
 
 
-def _leaves(values: Iterable[Any]) -> list[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Return the tensors among `values`, and in tuples and lists among them."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, tuple | list):
-            found += _leaves(value)
+            found += tensors_in(value)
     return found
