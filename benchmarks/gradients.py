@@ -1,15 +1,16 @@
 """Time of one clipped gradient sum, beside the non-private step and other implementations.
 
     python -m benchmarks.gradients [--device cpu|cuda] [--json FILE] [--models NAME ...] [--views K ...]
-                                   [--repeats N] [--plain-allocator] [--update]
+                                   [--repeats N] [--as-installed] [--update]
 
 Methods are measured in turn in one process, each call after an untimed one: on the CPU the process's own
 CPU time with one thread, on CUDA wall time up to the end of all kernels. On the CPU jax_privacy and JAX's
 own non-private step take their turns from a second process where they are installed (`benchmarks.jax_peer`).
 1.0 is the eager float32 forward and backward pass of the same batch; figures are medians of the ratios within
 each turn. On the CPU freed memory stays in the process, as the fedsim command has it, for the good of all
-methods; with --plain-allocator the C library's defaults hold, as for whoever installs one of the libraries
-and does nothing about it.
+methods. With --as-installed it does so only for the non-private step and ours; the other methods, and these
+once more, run as for whoever installs a library and does nothing about memory, each in a process of its own,
+because by the C library's rules the pages one call has to fetch depend on what ran before it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,14 @@ import torch
 
 from benchmarks import jax_peer
 from benchmarks.models import CASES, SEED, Case
-from benchmarks.peers import applies, methods
+from benchmarks.peers import Step, applies, methods
+from benchmarks.process import Process, serve
 from fedsim import provenance
 from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
 BASE = "non-private"
+FEDSIM = (BASE, "ours")  # beginnings of the names of what fedsim's programs run
+AS_A_LIBRARY = ", as a library"
 
 
 def main() -> None:
@@ -43,7 +48,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    retained = arguments.device == "cpu" and not arguments.plain_allocator and retain_freed_memory()
+    if arguments.serve is not None:
+        name, method, examples, views = arguments.serve
+        serve(_steps(CASES[name], [method], int(examples), int(views), arguments.device), {})
+        return
+    retained = arguments.device == "cpu" and retain_freed_memory()
     rows = []
     for name in arguments.models:
         for views in arguments.views:
@@ -64,6 +73,7 @@ def main() -> None:
             "seed": SEED,
             "threads": 1,
             "retained_freed_memory": retained,
+            "as_installed": arguments.as_installed,
             "rows": rows,
         }
         if arguments.update:
@@ -73,7 +83,7 @@ def main() -> None:
 
 def _updated(held: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Put the rows of `new` in place of theirs in `held`, each with what made it and what it replaces."""
-    same = ("hardware", "seed", "threads", "retained_freed_memory")
+    same = ("hardware", "seed", "threads", "retained_freed_memory", "as_installed")
     if any(held[key] != new[key] for key in same):
         raise SystemExit(f"--update needs a FILE with the same {', '.join(same)}: measure all rows anew.")
     own = {key: new[key] for key in ("command", "commit")}
@@ -94,46 +104,56 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--views", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
-        "--plain-allocator", action="store_true", help="do not keep freed memory in the process"
+        "--as-installed", action="store_true", help="other libraries without our setting of the allocator"
     )
     parser.add_argument(
         "--update",
         action="store_true",
         help="replace only these rows of the FILE; the old readings stay in it",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--serve",
+        nargs=4,
+        metavar=("MODEL", "METHOD", "EXAMPLES", "VIEWS"),
+        help="one method, in this process, timed as standard input asks",
+    )
+    arguments = parser.parse_args()
+    if arguments.as_installed and arguments.device != "cpu":
+        parser.error("--as-installed is about the C library's allocator: it needs --device cpu.")
+    return arguments
 
 
 def _row(case: Case, views: int, arguments: argparse.Namespace) -> dict[str, Any]:
     examples = case.examples if views == 1 else max(1, case.examples * 2 // views)
-    inputs, targets = (tensor.to(arguments.device) for tensor in case.batch(examples, views))
-    model = case.model().to(arguments.device)
-    parameters = sum(p.numel() for p in model.parameters())
-    steps = {
-        name: make(copy.deepcopy(model), inputs, targets)
-        for name, make in methods(arguments.device, len(case.shape) == 3).items()
-        if applies(name, parameters, examples, views)
-    }
-    beside: tuple[str, ...] = ()
-    if arguments.device == "cpu" and jax_peer.installed():
-        names = (jax_peer.BASE, jax_peer.METHOD)
-        beside = tuple(name for name in names if applies(name, parameters, examples, views))
-    seconds: dict[str, list[float]] = {name: [] for name in (*steps, *beside)}
+    parameters = sum(p.numel() for p in case.model().parameters())
+    possible = [*methods(arguments.device, len(case.shape) == 3), jax_peer.BASE, jax_peer.METHOD]
+    names = [name for name in possible if applies(name, parameters, examples, views)]
+    theirs = tuple(name for name in names if name in (jax_peer.BASE, jax_peer.METHOD))
+    here = [name for name in names if name not in theirs]
+    beside: dict[str, tuple[str, Process]] = {}
     facts: dict[str, Any] = {}
     with ExitStack() as stack:
-        peer = stack.enter_context(jax_peer.Peer(case, examples, views, beside)) if beside else None
+        if arguments.as_installed:
+            for name in here:
+                own = (case.name, name, str(examples), str(views))
+                process = stack.enter_context(Process("benchmarks.gradients", "--serve", *own))
+                beside[name + AS_A_LIBRARY if name.startswith(FEDSIM) else name] = name, process
+            here = [name for name in here if name.startswith(FEDSIM)]
+        if theirs and arguments.device == "cpu" and jax_peer.installed():
+            process = stack.enter_context(jax_peer.peer(case, examples, views, theirs))
+            beside |= {name: (name, process) for name in theirs}
+            facts = {"jax": process.facts}
+        steps = _steps(case, here, examples, views, arguments.device)
+        seconds: dict[str, list[float]] = {name: [] for name in (*steps, *beside)}
         for _ in range(arguments.repeats):
             for name, step in steps.items():
                 step()
                 seconds[name].append(_timed(step, arguments.device))
-            if peer is not None:
-                for name in beside:
-                    seconds[name].append(peer.seconds(name))
-        if peer is not None:
-            facts = {"jax": peer.facts}
+            for label, (name, process) in beside.items():
+                seconds[label].append(process.seconds(name))
     if jax_peer.METHOD in seconds:
-        own = zip(seconds[jax_peer.METHOD], seconds[jax_peer.BASE], strict=True)
-        facts["jax"]["ratio_to_own_step"] = statistics.median(a / b for a, b in own)
+        own_steps = zip(seconds[jax_peer.METHOD], seconds[jax_peer.BASE], strict=True)
+        facts["jax"]["ratio_to_own_step"] = statistics.median(a / b for a, b in own_steps)
     row: dict[str, Any] = {
         "model": case.name,
         "views": views,
@@ -147,6 +167,14 @@ def _row(case: Case, views: int, arguments: argparse.Namespace) -> dict[str, Any
         **facts,
     }
     return row
+
+
+def _steps(case: Case, names: Sequence[str], examples: int, views: int, device: str) -> dict[str, Step]:
+    """The methods of these names, each with a model of its own."""
+    inputs, targets = (tensor.to(device) for tensor in case.batch(examples, views))
+    model = case.model().to(device)
+    makers = methods(device, len(case.shape) == 3)
+    return {name: makers[name](copy.deepcopy(model), inputs, targets) for name in names}
 
 
 def _timed(step: Any, device: str) -> float:

@@ -2,8 +2,7 @@
 
     python -m benchmarks.jax_peer MODEL EXAMPLES VIEWS
 
-`Peer` starts that process and asks it for one timed call at a time, so that its calls stand in turn with
-those of the other methods. The process copies the torch model's weights, compares the clipped sum of
+`peer` starts that process. It copies the torch model's weights, compares the clipped sum of
 `jax_privacy.clipping.clipped_grad` with the bookkeeping engine's, and refuses to time unequal work. Both JAX
 steps are compiled before the first timed call. Images are channels-last, as JAX users keep them.
 
@@ -16,13 +15,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -32,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import CASES, Case
 from benchmarks.peers import CLIP
+from benchmarks.process import Process, serve
 from fedsim.grads.bookkeeping import Options, clipped_sum
 from fedsim.grads.per_example import cross_entropy
 
@@ -52,45 +49,12 @@ def installed() -> bool:
     return importlib.util.find_spec("jax_privacy") is not None
 
 
-class Peer:
-    """A running process that times JAX's non-private step and jax_privacy's clipped sum.
-
-    Raises:
-        RuntimeError: the process ended before it was ready; its own message is on stderr.
-    """
-
-    def __init__(self, case: Case, examples: int, views: int, methods: tuple[str, ...]) -> None:
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
-        command = [sys.executable, "-m", "benchmarks.jax_peer", case.name, str(examples), str(views)]
-        self._process = subprocess.Popen(
-            [*command, *methods], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.facts: dict[str, Any] = self._answer()
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def seconds(self, method: str) -> float:
-        """CPU seconds of one call of BASE or METHOD, after an untimed one."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(method + "\n")
-        self._process.stdin.flush()
-        return float(self._answer())
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"benchmarks.jax_peer ended with exit code {self._process.wait()}")
-        return json.loads(line)
+def peer(case: Case, examples: int, views: int, methods: tuple[str, ...]) -> Process:
+    """A running process with JAX's non-private step and jax_privacy's clipped sum, or one of them."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+    arguments = (case.name, str(examples), str(views), *methods)
+    return Process("benchmarks.jax_peer", *arguments, environment=environment)
 
 
 def main() -> None:
@@ -106,13 +70,8 @@ def main() -> None:
     inputs, targets = case.batch(int(examples), int(views))
     model = case.model()
     steps, facts = _steps(case, model, inputs, targets, methods)
-    print(json.dumps(facts | {"jax": jax.__version__, "threads": len(os.sched_getaffinity(0))}), flush=True)
-    for line in sys.stdin:
-        step = steps[line.strip()]
-        jax.block_until_ready(step())
-        start = time.process_time()
-        jax.block_until_ready(step())
-        print(time.process_time() - start, flush=True)
+    calls = {name: functools.partial(_finished, step) for name, step in steps.items()}
+    serve(calls, facts | {"jax": jax.__version__, "threads": len(os.sched_getaffinity(0))})
 
 
 def _steps(
@@ -164,6 +123,12 @@ def _steps(
             )
         facts["relative_difference"] = difference
     return steps, facts
+
+
+def _finished(step: Callable[[], Parameters]) -> None:
+    import jax
+
+    jax.block_until_ready(step())
 
 
 def _ordered(gradients: Parameters, model: nn.Module) -> list[Array]:

@@ -227,7 +227,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": {
         "gradients-cpu": lambda: gradients("gradients_cpu.json"),
         "gradients-cpu-readings": lambda: readings("gradients_cpu.json"),
-        "gradients-cpu-plain-allocator": lambda: gradients("gradients_cpu_plain_allocator.json"),
+        "gradients-cpu-as-installed": lambda: gradients("gradients_cpu_as_installed.json"),
         "memory-cpu": lambda: memory("memory_cpu.json"),
         "gradients-gpu": lambda: gradients("gradients_gpu.json"),
         "memory-gpu": lambda: memory("memory_gpu.json"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fedsim.grads.bookkeeping.memory import let_go
 from fedsim.validate import InputError
 
 GAIN = 0.05  # a size that is not this much faster an example than its half is not worth its memory
@@ -149,6 +150,7 @@ def _memory_on_cpu(
     call: Callable[[int], object], examples: int, device: torch.device, limit: int
 ) -> int | None:
     counter = LiveBytes(limit)
+    let_go()  # what an earlier call left would not be counted
     try:
         with counter:
             call(examples)

@@ -30,7 +30,7 @@ from fedsim.grads.bookkeeping.precision import batch_product, widen
 from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use, squared_norms
 
-_CACHE = 2**22  # bytes of gradients that are not kept, to form and measure at a time on a CPU
+_CACHE = 2**22  # bytes to work on at a time on a CPU, where nothing has to stay
 
 
 class ConvUse(Use):
@@ -56,7 +56,7 @@ class ConvUse(Use):
             tape, self.shape, inputs, outputs, geometry.padding, geometry.groups
         )
         self._output: tuple[Tensor, int, Tensor | None] | None = None
-        self._kept: list[Tensor] = []
+        self._kept: Tensor | None = None
 
     def remember(self, output: Tensor, bias: Tensor | None) -> None:
         """Take the convolution's output, if `squares` is cheaper with it at hand."""
@@ -83,15 +83,15 @@ class ConvUse(Use):
         count = self.tape.examples
         step = self._step()
         vectors = self._vectors()
+        if self.keep:
+            self._kept = self.tape.blocks.take(count, self.weight.numel(), widen(self._inputs[:0]))
         parts: list[Tensor] = []
         for low in range(0, count, step):
             high = min(low + step, count)
             if self.plan == "gram":
                 parts.append(self._squares_by_gram(low, high))
                 continue
-            formed = self._form(low, high)
-            if self.keep:
-                self._kept.append(formed)
+            formed = self._form(low, high, None if self._kept is None else self._kept[low:high])
             parts.append(self._squares_of(formed, low, high, vectors))
         if self.keep:
             del self._inputs, self._gradient
@@ -104,11 +104,8 @@ class ConvUse(Use):
 
     def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Use.weighted`."""
-        if self._kept:
-            factors = coefficients.to(self._kept[0].dtype).split([len(formed) for formed in self._kept])
-            total = factors[0] @ self._kept[0]
-            for own, formed in zip(factors[1:], self._kept[1:], strict=True):
-                total.addmv_(formed.t(), own)
+        if self._kept is not None:
+            total = coefficients.to(self._kept.dtype) @ self._kept
             return self._ordered(total[None])[0]
         factors = coefficients.repeat_interleave(self.tape.views).view(-1, 1, 1, 1)
         gradient = widen(self._gradient)
@@ -166,23 +163,25 @@ class ConvUse(Use):
         if self.plan == "gram":
             return max(1, scratch // self._gram_bytes())
         cached = scratch if self._inputs.is_cuda else min(scratch, _CACHE)
-        if self._gathers:
-            images = self.shape[1] * math.prod(self._geometry.padded(self._size))
-            images += math.prod(self._gradient.shape[1:])  # it may have to be copied too
-            per_example = self.weight.numel() + self.tape.views * images
-            return max(1, (scratch if self.keep else cached) // (size * per_example))
-        if self.plan == "grouped":
-            return max(1, scratch // (2 * size * self.weight.numel()))
-        return max(1, cached // (size * self.weight.numel()))
+        entries = self.weight.numel()
+        images = self.shape[1] * self._geometry.groups * math.prod(self._geometry.padded(self._size))
+        images += math.prod(self._gradient.shape[1:])
+        if self._gathers:  # both may have to be copied
+            return max(1, (scratch if self.keep else cached) // (size * (entries + self.tape.views * images)))
+        if self.plan == "grouped":  # so may all of it, for a call and inside it
+            return max(1, cached // (size * 2 * (entries + self.tape.views * images)))
+        return max(1, cached // (size * entries))
 
-    def _form(self, low: int, high: int) -> Tensor:
-        """Per-example gradients (n, out * entries), in the order of the plan."""
+    def _form(self, low: int, high: int, out: Tensor | None = None) -> Tensor:
+        """Per-example gradients (n, out * entries), in the order of the plan; in `out`, if it is given."""
         count, views = high - low, self.tape.views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
         if self.plan == "grouped":
-            return self._form_grouped(inputs, gradient, count)
-        out = inputs.new_empty((count, self.weight.numel()))
+            formed = self._form_grouped(inputs, gradient, count)
+            return formed if out is None else out.copy_(formed)
+        if out is None:
+            out = inputs.new_empty((count, self.weight.numel()))
         if self._gathers:
             by_row, kernel = self._by_row(out), self.shape[2:]
             gather.form(by_row, inputs, gradient, self._geometry, kernel, self._by_patches, self.tape.scratch)

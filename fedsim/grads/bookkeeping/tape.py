@@ -1,6 +1,6 @@
 """The tape of one call: which operation used which weight, and what every example's gradient of it is.
 
-Nothing here outlives the call, and no state is shared between calls or threads.
+Nothing here outlives the call, but bare memory (`memory.Blocks`), and threads share nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from fedsim.grads.bookkeeping.memory import Blocks
 
 Place = Callable[[Tensor], Tensor | None]
 Pulled = list[tuple[nn.Parameter, Tensor]]
@@ -130,6 +132,7 @@ class Tape:
         anchor: an input of every recorded operation, so that autograd visits it.
         total: for each clip group, squared norms (B,) of the gradients' parts in it; one without groups.
         uses: in the order of the forward pass.
+        blocks: memory for what stays until the end of the call.
     """
 
     def __init__(
@@ -156,6 +159,7 @@ class Tape:
             torch.zeros(examples, dtype=torch.float64, device=first.device) for _ in range(max(groups) + 1)
         ]
         self.uses: list[Use] = []
+        self.blocks = Blocks()
         self._model = model
 
     def __enter__(self) -> Tape:
@@ -164,6 +168,7 @@ class Tape:
     def __exit__(self, *problem: object) -> None:
         # Uses and tape refer to each other: without this, their memory waits for the cycle collector.
         self.uses.clear()
+        self.blocks.leave()
 
     @property
     def batch(self) -> int:
