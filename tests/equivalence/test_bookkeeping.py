@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedsim.grads import vmap
 from fedsim.grads.bookkeeping import Options, choose
 from fedsim.grads.bookkeeping.engine import taped
+from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.tape import Tape
 from fedsim.grads.clip import FlatClip
 from fedsim.models.wide_resnet import WideResNet, WideResNetOptions, WSConv2d
@@ -379,10 +380,8 @@ def test_channels_last_agrees(case: str, views: int) -> None:
 def test_every_way_of_a_convolution_agrees(
     case: str, plan: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forced(
-        tape: Tape, kernel: Any, inputs: Tensor, outputs: Any, padding: Any, groups: int
-    ) -> tuple[str, bool]:
-        if groups > 1 and plan in ("patches", "slices", "gram"):
+    def forced(tape: Tape, kernel: Any, inputs: Tensor, outputs: Any, geometry: Geometry, *_: Any) -> Any:
+        if geometry.groups > 1 and plan in ("patches", "slices", "gram"):
             return "loop", keep
         return plan, keep and plan != "gram"
 

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.tape import Tape
 
 # Nanoseconds on one core of a server processor within whole steps, fitted with benchmarks.choices; only their
@@ -23,6 +24,7 @@ LINEAR_ENTRY = 1.5  # the same of a linear layer's gradient
 CACHED = 2**19  # bytes of one example's gradient up to which these cost a third
 GRAM_FLOP = 1 / 80  # small batched products
 GRAM_ENTRY = 0.75  # one entry of a convolution's positions-by-positions matrix, for every pass over it
+GRAM_CALLS = 5  # the calls it takes for all examples together
 INNER_ENTRY = 4.0  # one entry of two such matrices that are formed, multiplied and added
 READ_ENTRY = 0.5  # reading one entry of an input or output gradient again
 PLACE_ENTRY = 3.0  # one entry of an output gradient, for the passes that standardisation needs
@@ -69,17 +71,15 @@ def convolution(
     tape: Tape,
     kernel: tuple[int, int, int, int],
     inputs: Tensor,
-    outputs: tuple[int, int],
-    padding: tuple[int, int],
-    groups: int,
+    outputs: Pair,
+    geometry: Geometry,
+    standardised: bool,
 ) -> tuple[str, bool]:
     """Choose for a convolution: the way ("loop", "grouped", "patches", ...) and whether to keep G."""
-    out, channels, height, width = kernel
+    out, channels, _, width = kernel
     entries = math.prod(kernel)
     places = tape.views * outputs[0] * outputs[1]
-    pixels = tape.views * math.prod(
-        size + 2 * pad for size, pad in zip(inputs.shape[2:], padding, strict=True)
-    )
+    pixels = tape.views * math.prod(inputs.shape[2:])
     size = inputs.element_size()
     native = 2 * places * entries * FLOP
     last = inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
@@ -103,26 +103,37 @@ def convolution(
         cost["slices"] += LAYOUT_ENTRY * image
     else:
         cost["patches"] += LAYOUT_ENTRY * image * math.prod(inputs.shape[2:]) / FAR
-    if groups > 1:
+    if geometry.groups > 1:
         del cost["patches"], cost["slices"]
     formed = min(cost, key=cost.__getitem__)
     entry = _entry(entries * size)
     cost["keep"] = cost[formed] + entries * entry
     cost["drop"] = cost[formed] + entries * entry / 2 + native
     best = "drop"
-    if groups == 1 and (pixels**2 + 3 * places**2) * 4 <= tape.scratch:
+    if geometry.groups == 1 and (pixels**2 + 3 * places**2) * 4 <= tape.scratch:
         cost["gram"] = (
             native
             + 2 * (pixels**2 * channels + places**2 * out) * GRAM_FLOP
-            + (height * width + 1) * places**2 * GRAM_ENTRY
-            + places * out * PLACE_ENTRY
-            + 1.5 * CALL
+            + (_shifted(tape.views, geometry, kernel, inputs, outputs) + pixels**2 + 3 * places**2)
+            * GRAM_ENTRY
+            + (places * out * PLACE_ENTRY if standardised else 0.0)
+            + GRAM_CALLS * CALL / tape.examples
         )
         best = min(best, "gram", key=cost.__getitem__)
     kept, held = (tape.examples * count * size for count in (entries, places * out))
     if cost["keep"] < cost[best] and tape.reserve(kept, held):
         return formed, True
     return ("gram" if best == "gram" else formed), False
+
+
+def _shifted(views: int, geometry: Geometry, kernel: tuple[int, ...], inputs: Tensor, outputs: Pair) -> int:
+    """Entries of an image's Gram matrix to fetch for that of its patches, with those passed over."""
+    total = views**2 * math.prod(geometry.stride)
+    for axis in range(2):
+        size, places = inputs.shape[2 + axis], outputs[axis]
+        meetings = [geometry.meeting(axis, i, size, places)[0] for i in range(kernel[2 + axis])]
+        total *= sum((own.stop - own.start) ** 2 for own in meetings)
+    return total
 
 
 def _entry(width: int) -> float:

@@ -52,9 +52,7 @@ class ConvUse(Use):
         self._standard: Standardisation | None = None
         height = weight.shape[2] if weight.dim() == 4 else 1
         self.shape = (weight.shape[0], weight.shape[1], height, weight.shape[-1])
-        self.plan, self.keep = choose.convolution(
-            tape, self.shape, inputs, outputs, geometry.padding, geometry.groups
-        )
+        self.plan, self.keep = choose.convolution(tape, self.shape, inputs, outputs, geometry, self.closed)
         self._output: tuple[Tensor, int, Tensor | None] | None = None
         self._kept: Tensor | None = None
 
@@ -81,9 +79,10 @@ class ConvUse(Use):
     def squares(self) -> Tensor:
         """See `Use.squares`."""
         count = self.tape.examples
-        step = self._step()
+        pieces = -(-count // self._step())
+        step = -(-count // pieces)
         vectors = self._vectors()
-        if self.keep:
+        if self.keep and not (self.plan == "grouped" and pieces == 1):
             self._kept = self.tape.blocks.take(count, self.weight.numel(), widen(self._inputs[:0]))
         parts: list[Tensor] = []
         for low in range(0, count, step):
@@ -94,6 +93,7 @@ class ConvUse(Use):
             formed = self._form(low, high, None if self._kept is None else self._kept[low:high])
             parts.append(self._squares_of(formed, low, high, vectors))
         if self.keep:
+            self._kept = formed if self._kept is None else self._kept
             del self._inputs, self._gradient
         self._output = None
         return torch.cat(parts)
@@ -164,12 +164,10 @@ class ConvUse(Use):
             return max(1, scratch // self._gram_bytes())
         cached = scratch if self._inputs.is_cuda else min(scratch, _CACHE)
         entries = self.weight.numel()
-        images = self.shape[1] * self._geometry.groups * math.prod(self._geometry.padded(self._size))
-        images += math.prod(self._gradient.shape[1:])
-        if self._gathers:  # both may have to be copied
+        if self._gathers:
+            images = self.shape[1] * math.prod(self._geometry.padded(self._size))
+            images += math.prod(self._gradient.shape[1:])  # it may have to be copied too
             return max(1, (scratch if self.keep else cached) // (size * (entries + self.tape.views * images)))
-        if self.plan == "grouped":  # so may all of it, for a call and inside it
-            return max(1, cached // (size * 2 * (entries + self.tape.views * images)))
         return max(1, cached // (size * entries))
 
     def _form(self, low: int, high: int, out: Tensor | None = None) -> Tensor:
@@ -235,35 +233,26 @@ class ConvUse(Use):
         return found.clamp_(min=0.0)
 
     def _gram_bytes(self) -> int:
-        pixels = self.tape.views * math.prod(self._geometry.padded(self._size))
-        places = self.tape.views * math.prod(self._gradient.shape[2:])
+        pixels, places = (self.tape.views * math.prod(t.shape[2:]) for t in (self._inputs, self._gradient))
         return 4 * (pixels**2 + 3 * places**2)
 
     def _squares_by_gram(self, low: int, high: int) -> Tensor:
         count, views = high - low, self.tape.views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
-        padded = self._geometry.pad(inputs)
-        patches = self._patch_gram(padded, count, (gradient.shape[2], gradient.shape[3]))
-        places = gradient.reshape(count, views, gradient.shape[1], -1)
-        by_channel = places.transpose(1, 2).reshape(count, gradient.shape[1], -1)
+        patches = self._patch_gram(inputs, count, (gradient.shape[2], gradient.shape[3]))
+        places = _by_place(gradient, count)
         standard = self._standard
         if standard is None:
-            gram = batch_product(by_channel.transpose(1, 2), by_channel)
+            gram = batch_product(places, places.transpose(1, 2))
             return _inner(gram, patches).clamp(min=0.0)
-        factors = standard.counts[: by_channel.shape[1]].sqrt().to(by_channel.dtype)
-        weighted = by_channel * factors.view(1, -1, 1)
-        gram = batch_product(weighted.transpose(1, 2), weighted)
-        box = padded.sum(1, keepdim=True)
-        ones = F.conv2d(
-            box,
-            box.new_ones((1, 1, *self.shape[2:])),
-            None,
-            self._geometry.stride,
-            0,
-            self._geometry.dilation,
-        )
-        sums = batch_product(by_channel, ones.reshape(count, -1, 1))[:, :, 0]
+        weighted = places * standard.counts[: places.shape[2]].sqrt().to(places.dtype)
+        gram = batch_product(weighted, weighted.transpose(1, 2))
+        box = inputs.sum(1, keepdim=True)
+        kernel = box.new_ones((1, 1, *self.shape[2:]))
+        geometry = self._geometry
+        ones = F.conv2d(box, kernel, None, geometry.stride, geometry.padding, geometry.dilation)
+        sums = batch_product(ones.reshape(count, 1, -1), places)[:, 0]
         found = _inner(gram, patches) + standard.squares(sums, self._along(low, high))
         return found.clamp_(min=0.0)
 
@@ -292,28 +281,26 @@ class ConvUse(Use):
         products = (convolved * widen(self._gradient[own])).sum((2, 3))
         return products.unflatten(0, (high - low, self.tape.views)).sum(1)
 
-    def _patch_gram(self, padded: Tensor, count: int, outputs: Pair) -> Tensor:
-        """Gram matrix (n, places, places) of the patches, from that of the padded pixels."""
-        views = self.tape.views
-        _, channels, height, width = padded.shape
-        pixels = padded.reshape(count, views, channels, -1).transpose(1, 2).reshape(count, channels, -1)
-        gram = batch_product(pixels.transpose(1, 2), pixels)
-        gram = gram.view(count, views, height, width, views, height, width)
-        total: Tensor | None = None
-        (down, across), (row_gap, column_gap) = self._geometry.stride, self._geometry.dilation
+    def _patch_gram(self, inputs: Tensor, count: int, outputs: Pair) -> Tensor:
+        """Gram matrix (n, places, places) of the patches, from that of the pixels."""
+        views, size = self.tape.views, inputs.shape[2:]
+        pixels = _by_place(inputs, count)
+        gram = batch_product(pixels, pixels.transpose(1, 2)).view(count, views, *size, views, *size)
+        total = gram.new_zeros((count, views, *outputs, views, *outputs))
+        meeting = self._geometry.meeting
         for i in range(self.shape[2]):
-            rows = slice(i * row_gap, i * row_gap + down * (outputs[0] - 1) + 1, down)
+            rows, own_rows = meeting(0, i, size[0], outputs[0])
             for j in range(self.shape[3]):
-                columns = slice(j * column_gap, j * column_gap + across * (outputs[1] - 1) + 1, across)
-                shifted = gram[:, :, rows, columns, :, rows, columns]
-                total = (
-                    shifted.clone(memory_format=torch.contiguous_format)
-                    if total is None
-                    else total.add_(shifted)
-                )
-        assert total is not None
-        places = views * outputs[0] * outputs[1]
+                columns, own_columns = meeting(1, j, size[1], outputs[1])
+                shifted = gram[:, :, own_rows, own_columns, :, own_rows, own_columns]
+                total[:, :, rows, columns, :, rows, columns].add_(shifted)
+        places = views * math.prod(outputs)
         return total.view(count, places, places)
+
+
+def _by_place(images: Tensor, count: int) -> Tensor:
+    """Bring images (n * views, channels, height, width) to (n, views * height * width, channels)."""
+    return images.permute(0, 2, 3, 1).reshape(count, -1, images.shape[1])
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:

@@ -39,6 +39,19 @@ class Geometry:
         )
         return height, width
 
+    def meeting(self, axis: int, offset: int, size: int, outputs: int) -> tuple[slice, slice]:
+        """Which of `outputs` places have place `offset` of the kernel on one of `size` pixels, and on which.
+
+        With the others it meets padding.
+        """
+        step, shift = self.stride[axis], offset * self.dilation[axis] - self.padding[axis]
+        first = max(0, -(shift // step))
+        end = max(first, min(outputs, (size - 1 - shift) // step + 1))
+        start = first * step + shift
+        return slice(first, end), slice(
+            start, start + (end - first - 1) * step + 1 if end > first else start, step
+        )
+
     def backward(
         self, gradient: Tensor, inputs: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], groups: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
