@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import logging
 import statistics
@@ -53,32 +54,30 @@ def main() -> None:
         serve(_steps(CASES[name], [method], int(examples), int(views), arguments.device), {})
         return
     retained = arguments.device == "cpu" and retain_freed_memory()
-    rows = []
-    for name in arguments.models:
-        for views in arguments.views:
-            row = _row(CASES[name], views, arguments)
-            rows.append(row)
-            shown = "  ".join(f"{method} {ratio:.2f}" for method, ratio in row["ratios"].items())
-            print(
-                f"{name} K={views} B={row['examples']}: {row['milliseconds'][BASE]:.1f} ms  {shown}",
-                flush=True,
-            )
-            if "ratio_to_own_step" in row.get("jax", {}):
-                print(f"    jax_privacy / JAX non-private: {row['jax']['ratio_to_own_step']:.2f}", flush=True)
-    if arguments.json is not None:
-        result = {
-            "command": "python -m benchmarks.gradients " + " ".join(sys.argv[1:]),
-            "commit": provenance.commit(),
-            "hardware": provenance.hardware(),
-            "seed": SEED,
-            "threads": 1,
-            "retained_freed_memory": retained,
-            "as_installed": arguments.as_installed,
-            "rows": rows,
-        }
-        if arguments.update:
-            result = _updated(json.loads(arguments.json.read_text(encoding="utf-8")), result)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.gradients " + " ".join(sys.argv[1:]),
+        "commit": provenance.commit(),
+        "hardware": provenance.hardware(),
+        "seed": SEED,
+        "threads": 1,
+        "retained_freed_memory": retained,
+        "as_installed": arguments.as_installed,
+        "rows": rows,
+    }
+    held = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.update else None
+    for name, views in itertools.product(arguments.models, arguments.views):
+        row = _row(CASES[name], views, arguments)
+        rows.append(row)
+        shown = "  ".join(f"{method} {ratio:.2f}" for method, ratio in row["ratios"].items())
+        print(
+            f"{name} K={views} B={row['examples']}: {row['milliseconds'][BASE]:.1f} ms  {shown}", flush=True
+        )
+        if "ratio_to_own_step" in row.get("jax", {}):
+            print(f"    jax_privacy / JAX non-private: {row['jax']['ratio_to_own_step']:.2f}", flush=True)
+        if arguments.json is not None:  # after every row: a run takes an hour
+            whole = result if held is None else _updated(held, result)
+            arguments.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def _updated(held: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +117,8 @@ def _arguments() -> argparse.Namespace:
         help="one method, in this process, timed as standard input asks",
     )
     arguments = parser.parse_args()
+    if arguments.update and arguments.json is None:
+        parser.error("--update replaces rows of a file: give it with --json FILE.")
     if arguments.as_installed and arguments.device != "cpu":
         parser.error("--as-installed is about the C library's allocator: it needs --device cpu.")
     return arguments
