@@ -3,13 +3,13 @@
 The gradient of one example is G[o, (i, j, c)] = sum_t g[t, o] patch[t, (i, j, c)] over output places t.
 Ways to its norm (`choose.convolution` picks one by shape):
 
-    loop, grouped            form G by torch's weight gradient, for one example at a time, or for all at once
+    loop, grouped            form G by torch's weight gradient, for one example at a time, or for many at once
                              with the examples as groups.
     patches, slices          form G as a matrix product with patches (`gather`), gathered place by place with
                              channels innermost, or for each place of the kernel as a slice of the image.
     gram                     <P P', g g'> without G. P P' is the sum, over the kernel's places, of shifted
-                             slices of the Gram matrix of padded pixels: a factor of the kernel's area cheaper
-                             than from the patches themselves.
+                             slices of the Gram matrix of pixels (padding adds nothing): a factor of the
+                             kernel's area cheaper than from the patches themselves.
 
 A formed G is kept, or only its norm is. Where G is not kept, the sum comes from one ordinary weight gradient
 of coefficient-scaled output gradients.
