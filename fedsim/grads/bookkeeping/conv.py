@@ -82,6 +82,7 @@ class ConvUse(Use):
         pieces = -(-count // self._step())
         step = -(-count // pieces)
         vectors = self._vectors()
+        # A grouped convolution that gives all at once has its own memory, and a copy would cost time.
         if self.keep and not (self.plan == "grouped" and pieces == 1):
             self._kept = self.tape.blocks.take(count, self.weight.numel(), widen(self._inputs[:0]))
         parts: list[Tensor] = []

@@ -48,9 +48,7 @@ class Geometry:
         first = max(0, -(shift // step))
         end = max(first, min(outputs, (size - 1 - shift) // step + 1))
         start = first * step + shift
-        return slice(first, end), slice(
-            start, start + (end - first - 1) * step + 1 if end > first else start, step
-        )
+        return slice(first, end), slice(start, start + (end - first) * step, step)
 
     def backward(
         self, gradient: Tensor, inputs: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], groups: int = 0
