@@ -125,7 +125,10 @@ def gradients(name: str) -> str:
         + [f"{row['ratios'][m]:.2f}" if m in row["ratios"] else "-" for m in methods]
         for label, row in shown
     ]
-    heads = ["model", "K", "examples", *methods]
+    heads = ["model", "K", "examples", *methods, "ours / best Opacus"]
+    for cells, (_, row) in zip(rows, shown, strict=True):
+        opacus = [ratio for method, ratio in row["ratios"].items() if method.startswith("Opacus")]
+        cells.append(f"{row['ratios']['ours'] / min(opacus):.2f}" if opacus else "-")
     if any("jax" in row for _, row in shown):
         heads.append("jax_privacy / JAX non-private")
         for cells, (_, row) in zip(rows, shown, strict=True):
