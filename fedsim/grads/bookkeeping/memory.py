@@ -11,7 +11,7 @@ from torch import Tensor
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_LIMIT = 2**28  # bytes that stay from call to call
+_LIMIT = 2**25  # bytes that may stay from call to call: more would raise the peak of the next forward pass
 
 
 class _Idle(threading.local):
@@ -27,9 +27,13 @@ class Blocks:
 
     On a CPU only: a CUDA device's memory is kept by torch. Calls of other shapes find nothing that fits, and
     what the last call left is let go before they take more.
+
+    Args:
+        budget: bytes; a call that takes more leaves nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int = _LIMIT) -> None:
+        self._budget = min(budget, _LIMIT)
         self._idle = _idle.blocks  # of this thread; autograd may call `take` in another
         self._taken: list[Tensor] = []
 
@@ -47,7 +51,7 @@ class Blocks:
     def leave(self) -> None:
         """Leave the blocks to the next call. Nothing may use them any more."""
         self._idle.clear()
-        if sum(block.nbytes for block in self._taken) <= _LIMIT:
+        if sum(block.nbytes for block in self._taken) <= self._budget:
             for block in self._taken:
                 self._idle.setdefault((block.numel(), block.dtype), []).append(block)
         self._taken.clear()

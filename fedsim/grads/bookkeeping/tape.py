@@ -159,7 +159,7 @@ class Tape:
             torch.zeros(examples, dtype=torch.float64, device=first.device) for _ in range(max(groups) + 1)
         ]
         self.uses: list[Use] = []
-        self.blocks = Blocks()
+        self.blocks = Blocks(budget)
         self._model = model
 
     def __enter__(self) -> Tape:
