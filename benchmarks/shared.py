@@ -107,6 +107,6 @@ def stepper(server: Server) -> Callable[[], None]:
     """Return a call that makes the server's next step."""
 
     def step() -> None:
-        server._step(server.completed)
+        server.step()
 
     return step

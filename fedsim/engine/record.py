@@ -1,0 +1,52 @@
+"""What is written of a step: the numbers of its replies and its update, each public or sensitive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedsim.engine.experiment import Experiment
+from fedsim.engine.holder import NORM_EDGES
+from fedsim.types import HolderReply, StepRecord
+
+
+def step_record(
+    experiment: Experiment,
+    step: int,
+    replies: Sequence[HolderReply],
+    signal: float,
+    known: Mapping[str, float],
+    timing: Mapping[str, float],
+) -> StepRecord:
+    """Return the record of one step.
+
+    Args:
+        experiment: whose plan and strategy say what noise the step had.
+        step: number of the step, from 0; the record is that of step + 1 completed updates.
+        replies: what the nodes answered.
+        signal: L2 norm of the exact sum.
+        known: public numbers of the update and of the evaluation after it.
+        timing: seconds by part.
+    """
+    sums: dict[str, Any] = {}
+    for reply in replies:
+        for name, value in reply.statistics.items():
+            sums[name] = np.add(sums.get(name, 0.0), value)
+    realised = sum(reply.count for reply in replies)
+    plan = experiment.plan
+    public = {**known, **{f"seconds/{name}": value for name, value in timing.items()}}
+    sensitive = {"realised_batch_size": float(realised), "sum_norm": signal}
+    if plan.noise is not None:
+        noise_std = experiment.strategy.noise_std_of_sum(plan) * plan.noise_factor(step)
+        public["noise_std_of_mean"] = noise_std / plan.divisor
+        spread = noise_std * experiment.facts.parameters**0.5
+        sensitive["noise_to_signal"] = spread / signal if signal else float("inf")
+    if realised:
+        sensitive["train_loss"] = float(sums["loss_sum"]) / realised
+        sensitive["clip_fraction"] = float(sums["clipped"]) / realised
+        sensitive["mean_gradient_norm"] = float(sums["norm_sum"]) / realised
+        sensitive["non_finite_gradients"] = float(sums["non_finite"])
+    histogram = (NORM_EDGES, [float(c) for c in sums["norm_histogram"]])
+    return StepRecord(step + 1, public, sensitive, {"gradient_norm": histogram})

@@ -1,0 +1,47 @@
+"""What the released model scores on public test data: over all of it, and at each holder's mix of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.data import datasets
+from fedsim.data.partition import Partition
+from fedsim.engine import evaluate
+
+EVALUATION_BATCH = 500
+
+
+def scores_of(model: nn.Module, splits: datasets.Splits, dtype: torch.dtype) -> dict[str, float]:
+    """Return "accuracy" and "loss" of the model on the evaluation split."""
+    measured = evaluate.evaluate(model, _batches(splits.test, dtype))
+    return {"accuracy": measured["accuracy"], "loss": measured["loss"]}
+
+
+def holder_accuracy(
+    model: nn.Module, splits: datasets.Splits, partition: Partition, dtype: torch.dtype
+) -> dict[str, float]:
+    """Return the spread over holders of the test accuracy at each holder's own mix of labels.
+
+    Computed from accuracies by class on public test data and the holders' label shares, which are private:
+    sensitive. A label that the test set lacks has no accuracy: it does not count in a holder's mix, and a
+    holder that has no other label is left out; with no holder left the answer is empty.
+    """
+    classes = splits.train.num_classes
+    by_class = np.asarray(evaluate.class_accuracy(model, _batches(splits.test, dtype), classes))
+    known = ~np.isnan(by_class)
+    counts = partition.label_counts(splits.train.labels, classes)[:, known]
+    counts = counts[counts.any(axis=1)]
+    if not len(counts):
+        return {}
+    mine = counts @ by_class[known] / counts.sum(axis=1)
+    return {f"{q}%": float(np.percentile(mine, q)) for q in (5, 50, 95)}
+
+
+def _batches(data: datasets.ArrayDataset, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(data), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        yield datasets.normalise(data.inputs[rows], data, dtype), torch.from_numpy(data.labels[rows].copy())

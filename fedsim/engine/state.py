@@ -1,0 +1,65 @@
+"""What a run carries from step to step: parameters, optimizer state, and the strategy's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fedsim.engine import checkpoint, optim
+from fedsim.engine.experiment import Experiment
+from fedsim.engine.optim import ServerOptimizer
+from fedsim.engine.run_folder import RunFolder
+from fedsim.grads.flat import get_flat, spec
+from fedsim.validate import InputError
+
+
+class State:
+    """The state after `completed` updates; `parameters` are (P,) in the model's dtype.
+
+    A new one is that of the experiment's initial model.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        config = experiment.config
+        self._strategy = experiment.strategy
+        self.completed = 0
+        self.parameters = get_flat(experiment.model).clone()
+        rule = optim.resolved(config.optimizer, config.train, experiment.facts.examples)
+        self.optimizer = ServerOptimizer(rule, config.train, spec(experiment.model))
+        self.optimizer.init(self.parameters)
+
+    def released(self) -> Tensor:
+        """Return the parameters (P,) a run releases here: their average where it is on."""
+        average = self.optimizer.average()
+        return self.parameters if average is None else average
+
+    def save(self, folder: RunFolder, bound_to: Mapping[str, Any]) -> None:
+        """Write a checkpoint that carries `bound_to`, the run it is of."""
+        tensors = {"parameters": self.parameters}
+        state, numbers = self.optimizer.state_dict()
+        tensors |= {f"optimizer.{name}": value for name, value in state.items()}
+        tensors |= {f"strategy.{name}": v for name, v in self._strategy.state_dict().items()}
+        checkpoint.save(folder.checkpoints, self.completed, tensors, {**bound_to, "optimizer": numbers})
+
+    def restore(self, folder: RunFolder, bound_to: Mapping[str, Any]) -> None:
+        """Go to the newest checkpoint of the folder; without one, stay at the start.
+
+        Raises:
+            InputError: it is damaged, or was not written with the same `bound_to`.
+        """
+        path = checkpoint.latest(folder.checkpoints)
+        if path is None:
+            return
+        step, tensors, state = checkpoint.load(path)
+        if {name: state.get(name) for name in bound_to} != dict(bound_to):
+            raise InputError(f"checkpoint {path} belongs to another run. Choose another --out.")
+        self.parameters = tensors.pop("parameters")
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "strategy": {}}
+        for name, value in tensors.items():
+            part, key = name.split(".", 1)
+            parts[part][key] = value
+        self.optimizer.load_state_dict(parts["optimizer"], state["optimizer"])
+        self._strategy.load_state_dict(parts["strategy"])
+        self.completed = step
