@@ -1,0 +1,96 @@
+"""Batches of any form: one tensor, or named arrays each of its own dtype.
+
+Inputs and targets of B examples are a tensor (B, ...) or a mapping from names to such tensors (images, token
+ids, masks, floats). Inputs have their K views on the second axis of every array.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.validate import InputError
+
+Batch = Tensor | Mapping[str, Tensor]
+
+
+def arrays(batch: Batch) -> list[Tensor]:
+    """Return the tensors of a batch."""
+    return [batch] if isinstance(batch, Tensor) else list(batch.values())
+
+
+def each(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Apply `function` to every array of a batch."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    return {name: function(array) for name, array in batch.items()}
+
+
+def sizes(inputs: Batch, targets: Batch) -> tuple[int, int]:
+    """Return (B, K) of a batch.
+
+    Raises:
+        InputError: arrays that differ in them, that have no axes for them, no view, or no array at all.
+    """
+    shapes = [tuple(array.shape) for array in arrays(inputs)]
+    wanted = [tuple(array.shape) for array in arrays(targets)]
+    if (
+        not shapes
+        or any(len(shape) < 2 or shape[1] < 1 or shape[:2] != shapes[0][:2] for shape in shapes)
+        or any(shape[:1] != shapes[0][:1] for shape in wanted)
+    ):
+        raise InputError(
+            "inputs must have shape (examples, views, ...) with at least one view, the same of every array, "
+            f"and targets (examples, ...), got {_listed(shapes)} and {_listed(wanted)}. "
+            "Use inputs.unsqueeze(1) for one view an example."
+        )
+    return shapes[0][0], shapes[0][1]
+
+
+def _listed(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes)) or "no array"
+
+
+def take(batch: Batch, rows: Any) -> Batch:
+    """Return the examples that `rows` (a slice, a mask or indices) names."""
+    return each(lambda array: array[rows], batch)
+
+
+def placed(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """Move a batch to `device`, and its floating arrays to `dtype`; ids and masks keep their own."""
+    return each(lambda array: array.to(device, dtype if array.is_floating_point() else None), batch)
+
+
+def repeated(targets: Batch, views: int) -> Batch:
+    """Return one target a view, (B * K, ...), the views of an example next to each other."""
+    return each(lambda array: array.repeat_interleave(views, dim=0), targets)
+
+
+def expanded(target: Batch, views: int) -> Batch:
+    """Return the target (...) of one example once for each of its views, (K, ...)."""
+    return each(lambda array: array.expand(views, *array.shape), target)
+
+
+def call(model: nn.Module, views: Batch) -> Any:
+    """Call `model` with what it expects: the tensor, or the named arrays as keywords.
+
+    A model whose `forward` has one argument and not these names gets the mapping itself.
+    """
+    if isinstance(views, Tensor):
+        return model(views)
+    if _takes_mapping(type(model).forward, frozenset(views)):
+        return model(views)
+    return model(**views)
+
+
+@functools.lru_cache(maxsize=256)
+def _takes_mapping(forward: Callable[..., Any], names: frozenset[str]) -> bool:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) or names <= {p.name for p in parameters}:
+        return False
+    return len([p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]) == 1
