@@ -17,7 +17,7 @@ from fedsim import models, validate
 from fedsim.config import Config
 from fedsim.data import augment, datasets, partition, sizes
 from fedsim.engine import optim
-from fedsim.engine.experiment import Experiment, epsilons, prepare
+from fedsim.engine.experiment import Experiment, epsilons, planned, prepare
 from fedsim.grads.flat import spec, trainable_names
 from fedsim.models.cost import Cost, cost
 from fedsim.privacy import accountant
@@ -142,7 +142,7 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     shape = " x ".join(map(str, size.shape))
     source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} even classes"
     return _Known(
-        strategy, strategy.plan(facts), facts, held.summary(labels), size.shape, size.classes, source
+        strategy, planned(strategy, facts), facts, held.summary(labels), size.shape, size.classes, source
     )
 
 

@@ -1,8 +1,9 @@
 """What a trust model must define: who is trusted, what is sent, where noise is added, what is released.
 
-A strategy yields everything privacy-relevant together in one `Plan`: sampler, clip, noise, divisor, event.
-The accountant reads that event and nothing else states epsilon, so the four cannot disagree. The step loop
-(fedsim.engine.server) is the same for all strategies; adding one is adding a file here.
+A strategy yields everything privacy-relevant together in one `Plan`: sampler, clip, noise, divisor, events.
+Calibration, budget stop, dry run, ledger and reports read the plan's events and nothing else states epsilon,
+so they cannot disagree. The step loop (fedsim.engine.server) is the same for all strategies; adding one is
+adding a file here.
 """
 
 from __future__ import annotations
@@ -19,14 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim import validate
-from fedsim.config import Config, PrivacyConfig
+from fedsim.config import Config
 from fedsim.grads.clip import CLIP_RULES, ClipRule
 from fedsim.grads.local_training import LocalTraining
 from fedsim.noise.gaussian import GaussianNoise
-from fedsim.privacy import accountant, events
-from fedsim.privacy.accountant import Calibration
-from fedsim.privacy.levels import NoiseLevels
+from fedsim.privacy.budget import Budget
 from fedsim.sampling import PoissonSampler
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
@@ -49,116 +47,59 @@ class Plan:
     """One run's mechanism.
 
     Attributes:
-        unit: "example" or "holder": whose presence the event protects.
-        steps: server updates to make; already cut at the budget.
+        unit: "example" or "holder": whose presence the events protect.
         sampling_rate: probability q of a unit to be drawn in a step.
         divisor: public constant by which the noisy sum is divided.
         clip: bound on one unit's contribution; knows its sensitivity.
-        noise: Gaussian noise that reaches the sum in one step, or None.
-        event: what one release is; one is made every `period` steps, at the first of them.
-        period: steps a release covers; 1 unless the mechanism is analysed in groups of steps.
-        holder_noise_factor: what the noise multiplier of `event` is to be multiplied with for a holder of
-            several examples, where `event` bounds single examples only because of their places in a period.
-        calibration: how the noise multiplier was found, when it was.
-        stopped_by_budget: whether `steps` is below the configured number because of stop_at_epsilon.
-        levels: factors on the noise multiplier over the run where privacy.noise_schedule sets them; `noise`
-            and `event` are then those of factor 1.
+        noise: Gaussian noise that reaches the sum in one step, or None; that of factor 1 where
+            privacy.noise_schedule sets factors.
+        budget: the events of the run, their noise multiplier, and the steps made; from
+            fedsim.privacy.budget.within_budget.
+        holder_noise_factor: what the noise multiplier is to be multiplied with for a holder of several
+            examples, where events bound single examples only because of their places in a period.
+        example_noise_factor: the same for an example, where the unit is the holder; None: not bounded apart.
     """
 
     unit: str
-    steps: int
     sampling_rate: float
     divisor: float
     clip: ClipRule
     noise: GaussianNoise | None
-    event: dp_accounting.DpEvent
-    calibration: Calibration | None = None
-    stopped_by_budget: bool = False
-    period: int = 1
+    budget: Budget
     holder_noise_factor: float = 1.0
-    example_event: dp_accounting.DpEvent | None = None
-    levels: NoiseLevels | None = None
+    example_noise_factor: float | None = None
+
+    @property
+    def steps(self) -> int:
+        """Return the server updates to make; already cut at the budget."""
+        return self.budget.steps
+
+    @property
+    def stopped_by_budget(self) -> bool:
+        """Return whether `steps` is below the configured number because of stop_at_epsilon."""
+        return self.budget.stopped
 
     def noise_factor(self, step: int) -> float:
         """Return what multiplies the noise in one step."""
-        return 1.0 if self.levels is None else self.levels.factor(step)
+        return self.budget.family.factor(step)
 
     def event_at(self, step: int) -> dp_accounting.DpEvent:
         """Return what the ledger records for one step."""
-        if self.levels is not None:
-            return events.with_noise(self.event, self.levels.factor(step))
-        return self.event if step % self.period == 0 else dp_accounting.NoOpDpEvent()
+        return self.budget.family.event_at(self.budget.noise_multiplier, step)
 
     def total_event(self, steps: int) -> dp_accounting.DpEvent:
         """Return what `steps` steps release together."""
-        if self.levels is not None:
-            return events.sequence(
-                events.composed(events.with_noise(self.event, factor), count)
-                for factor, count in self.levels.counts(steps)
-            )
-        return events.composed(self.event, -(-steps // self.period))
+        return self.budget.event(steps)
 
     def total_event_for_holder(self, steps: int, examples: int) -> dp_accounting.DpEvent:
         """Return the example-level event of `steps` steps that bounds a holder with that many examples,
         for `accountant.holder_epsilon_of_event`."""
-        total = self.total_event(steps)
-        if self.holder_noise_factor == 1.0 or examples == 1:
-            return total
-        return events.with_noise(total, self.holder_noise_factor)
+        return self.budget.event(steps, self.holder_noise_factor if examples > 1 else 1.0)
 
-
-@dataclass(frozen=True)
-class NoiseChoice:
-    """The noise multiplier of a run's releases, how it was calibrated if it was, and how many the budget
-    allows."""
-
-    noise_multiplier: float
-    calibration: Calibration | None
-    releases: int
-
-
-def choose_noise(
-    privacy: PrivacyConfig, sampling_rate: float, releases: int, levels: NoiseLevels | None = None
-) -> NoiseChoice:
-    """Return the noise for `releases` Gaussian releases, from a target epsilon or as given.
-
-    Args:
-        privacy: gives exactly one of target_epsilon and noise_multiplier.
-        sampling_rate: of each release; 1 without sampling.
-        releases: how many the whole run makes.
-        levels: factors on the noise multiplier; None for a strategy that keeps it constant.
-
-    Raises:
-        InputError: both or neither given, an unreachable target, a budget below one release, or a
-            noise schedule for a strategy that does not take one.
-    """
-    if privacy.noise_schedule and levels is None:
-        validate.conflicts(
-            "privacy.noise_schedule is set, but the noise of this strategy is constant.",
-            "Set privacy.noise_schedule=[], or use strategy.name=central_dpsgd.",
-        )
-    if (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
-        given = "neither" if privacy.target_epsilon is None else "both"
-        validate.conflicts(
-            f"privacy.target_epsilon and privacy.noise_multiplier: {given} given.",
-            "Give exactly one: a target calibrates the noise, a noise multiplier determines epsilon.",
-        )
-    calibration, multiplier, delta, kind = None, privacy.noise_multiplier, privacy.delta, privacy.accountant
-    if privacy.target_epsilon is not None:
-        calibration = accountant.noise_multiplier_for(
-            privacy.target_epsilon, delta, sampling_rate, releases, kind, levels=levels
-        )
-        multiplier = calibration.noise_multiplier
-    assert multiplier is not None
-    if (budget := privacy.stop_at_epsilon) is not None:
-        most = accountant.max_steps(budget, delta, multiplier, sampling_rate, kind, releases, levels)
-        releases = min(releases, most)
-    if releases == 0:
-        validate.conflicts(
-            f"privacy.stop_at_epsilon {budget} is below the epsilon of a single release.",
-            "Raise it, raise privacy.noise_multiplier, or lower train.expected_batch_size.",
-        )
-    return NoiseChoice(multiplier, calibration, releases)
+    def total_event_for_example(self, steps: int) -> dp_accounting.DpEvent | None:
+        """Return the event of `steps` steps that bounds one example where the unit is the holder, or None."""
+        factor = self.example_noise_factor
+        return None if factor is None else self.budget.event(steps, factor)
 
 
 class NodeView(Protocol):

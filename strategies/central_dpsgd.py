@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.noise.gaussian import GaussianNoise
-from fedsim.privacy import events
+from fedsim.privacy.budget import within_budget
+from fedsim.privacy.family import EventFamily
 from fedsim.privacy.levels import NoiseLevels
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root
-from strategies.base import DataFacts, Plan, Strategy, choose_noise
+from strategies.base import DataFacts, Plan, Strategy
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,15 @@ class CentralDPSGD(Strategy[Options]):
         rate = sampling_rate(train.expected_batch_size, facts.examples, federation.availability)
         schedule = self.config.privacy.noise_schedule
         levels = NoiseLevels(tuple(schedule), train.steps) if schedule else None
-        choice = choose_noise(self.config.privacy, rate, train.steps, levels)
+        budget = within_budget(self.config.privacy, EventFamily.gaussian(rate, levels), train.steps)
         clip = self.clip_rule()
         return Plan(
             unit="example",
-            steps=choice.releases,
             sampling_rate=rate,
             divisor=train.expected_batch_size,
             clip=clip,
-            noise=GaussianNoise(choice.noise_multiplier, clip.sensitivity),
-            event=events.gaussian_step(choice.noise_multiplier, rate),
-            calibration=choice.calibration,
-            stopped_by_budget=choice.releases < train.steps,
-            levels=levels,
+            noise=GaussianNoise(budget.noise_multiplier, clip.sensitivity),
+            budget=budget,
         )
 
     def noise(self, plan: Plan, root: Root, step: int, count: int) -> NDArray[np.float64] | None:

@@ -40,11 +40,12 @@ from fedsim.config import Config
 from fedsim.grads import clip as clips
 from fedsim.grads.local_training import LocalTraining
 from fedsim.noise.gaussian import GaussianNoise, standard_normal
-from fedsim.privacy import events
+from fedsim.privacy.budget import within_budget
+from fedsim.privacy.family import EventFamily
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
-from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy, choose_noise, sum_of_updates
+from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy, sum_of_updates
 
 
 @dataclass(frozen=True)
@@ -104,22 +105,19 @@ class DPFedAvg(Strategy[FedAvgOptions]):
                 "Use flat.",
             )
         rate = sampling_rate(train.expected_batch_size, facts.examples, self.config.federation.availability)
-        choice = choose_noise(privacy, rate, train.steps)
+        budget = within_budget(privacy, EventFamily.gaussian(rate), train.steps)
         expected_holders = rate * facts.holders * self.config.federation.availability
         noise = GaussianNoise(
-            self._sum_multiplier(choice.noise_multiplier, expected_holders), self._clip_norm
+            self._sum_multiplier(budget.noise_multiplier, expected_holders), self._clip_norm
         )
         return Plan(
             unit="holder",
-            steps=choice.releases,
             sampling_rate=rate,
             divisor=expected_holders,
             clip=self.clip_rule(),
             noise=noise,
-            event=events.gaussian_step(choice.noise_multiplier, rate),
-            calibration=choice.calibration,
-            stopped_by_budget=choice.releases < train.steps,
-            example_event=events.gaussian_step(choice.noise_multiplier / 2, rate),
+            budget=budget,
+            example_noise_factor=0.5,
         )
 
     def _check_options(self) -> None:

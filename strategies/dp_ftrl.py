@@ -34,10 +34,12 @@ from fedsim.config import Config
 from fedsim.noise.correlated import Stream, TreeAggregation, in_bin
 from fedsim.noise.gaussian import GaussianNoise
 from fedsim.privacy import events
+from fedsim.privacy.budget import within_budget
+from fedsim.privacy.family import EventFamily
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root, derive
 from fedsim.types import StepTask
-from strategies.base import DataFacts, Plan, Strategy, choose_noise
+from strategies.base import DataFacts, Plan, Strategy
 
 MISMATCH = 0.1  # largest relative difference between expected_batch_size and the mean batch of whole passes
 
@@ -71,21 +73,17 @@ class DPFTRL(Strategy[TreeOptions]):
                 f"{whole:g} each on average.",
                 f"Set train.expected_batch_size to {whole:g}.",
             )
-        choice = choose_noise(self.config.privacy, 1.0, -(-train.steps // restart_every))
-        steps = min(train.steps, choice.releases * restart_every)
+        family = EventFamily(lambda sigma: events.gaussian_step(sigma, 1.0), restart_every)
+        budget = within_budget(self.config.privacy, family, train.steps)
         clip = self.clip_rule()
         column_norm = TreeAggregation(restart_every).column_norm(train.steps)
         return Plan(
             unit="example",
-            steps=steps,
             sampling_rate=1.0 / restart_every,
             divisor=train.expected_batch_size,
             clip=clip,
-            noise=GaussianNoise(choice.noise_multiplier, clip.sensitivity * column_norm),
-            event=events.gaussian_step(choice.noise_multiplier, 1.0),
-            calibration=choice.calibration,
-            stopped_by_budget=steps < train.steps,
-            period=restart_every,
+            noise=GaussianNoise(budget.noise_multiplier, clip.sensitivity * column_norm),
+            budget=budget,
         )
 
     def keys(self, root: Root, step: int) -> dict[str, bytes]:
@@ -100,7 +98,7 @@ class DPFTRL(Strategy[TreeOptions]):
 
     def noise(self, plan: Plan, root: Root, step: int, count: int) -> NDArray[np.float64] | None:
         assert plan.noise is not None
-        values = self._stream.sample(TreeAggregation(plan.period), root, step, count)
+        values = self._stream.sample(TreeAggregation(plan.budget.family.period), root, step, count)
         values *= plan.noise.noise_std
         return values
 

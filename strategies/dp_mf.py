@@ -42,10 +42,12 @@ from fedsim.config import Config
 from fedsim.noise.correlated import BandedToeplitz, Stream, in_bin, optimal_coefficients
 from fedsim.noise.gaussian import GaussianNoise
 from fedsim.privacy import events
+from fedsim.privacy.budget import within_budget
+from fedsim.privacy.family import EventFamily
 from fedsim.sampling import PoissonSampler, sampling_rate
 from fedsim.seeds import Root, derive
 from fedsim.types import StepTask
-from strategies.base import DataFacts, Plan, Strategy, choose_noise
+from strategies.base import DataFacts, Plan, Strategy
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,18 @@ class DPMF(Strategy[BandOptions]):
                 f"Lower strategy.options.bands to {math.floor(1.0 / rate)}, or train.expected_batch_size to "
                 f"{train.expected_batch_size / (rate * bands):g} or less.",
             )
-        choice = choose_noise(self.config.privacy, in_group, -(-train.steps // bands))
-        steps = min(train.steps, choice.releases * bands)
+        family = EventFamily(lambda sigma: events.gaussian_step(sigma, in_group), bands)
+        budget = within_budget(self.config.privacy, family, train.steps)
         clip = self.clip_rule()
         column_norm = self.mechanism().column_norm(train.steps)
-        overlapping = bands > 1 and steps > bands
+        overlapping = bands > 1 and budget.steps > bands
         return Plan(
             unit="example",
-            steps=steps,
             sampling_rate=rate,
             divisor=train.expected_batch_size,
             clip=clip,
-            noise=GaussianNoise(choice.noise_multiplier, clip.sensitivity * column_norm),
-            event=events.gaussian_step(choice.noise_multiplier, in_group),
-            calibration=choice.calibration,
-            stopped_by_budget=steps < train.steps,
-            period=bands,
+            noise=GaussianNoise(budget.noise_multiplier, clip.sensitivity * column_norm),
+            budget=budget,
             holder_noise_factor=math.sqrt(0.5) if overlapping else 1.0,
         )
 

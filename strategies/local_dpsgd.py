@@ -45,10 +45,12 @@ from fedsim import validate
 from fedsim.config import Config
 from fedsim.noise.gaussian import GaussianNoise, standard_normal
 from fedsim.privacy import events
+from fedsim.privacy.budget import within_budget
+from fedsim.privacy.family import EventFamily
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
-from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy, choose_noise
+from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy
 
 
 @dataclass(frozen=True)
@@ -86,25 +88,16 @@ class LocalDPSGD(Strategy[LocalOptions]):
     def plan(self, facts: DataFacts) -> Plan:
         train, local = self.config.train, self.options.local_steps
         rate = sampling_rate(train.expected_batch_size, facts.examples, self.config.federation.availability)
-        choice = choose_noise(self.config.privacy, rate, train.steps * local)
-        steps = choice.releases // local
-        if steps == 0:
-            validate.conflicts(
-                f"privacy.stop_at_epsilon {self.config.privacy.stop_at_epsilon} allows {choice.releases} "
-                f"releases, below the {local} local steps of one step.",
-                f"Lower strategy.options.local_steps to {choice.releases}, or raise the budget.",
-            )
+        family = EventFamily(lambda sigma: events.composed(events.gaussian_step(sigma, rate), local))
+        budget = within_budget(self.config.privacy, family, train.steps)
         clip = self.clip_rule()
         return Plan(
             unit="example",
-            steps=steps,
             sampling_rate=rate,
             divisor=train.expected_batch_size,
             clip=clip,
-            noise=GaussianNoise(choice.noise_multiplier, clip.sensitivity),
-            event=events.composed(events.gaussian_step(choice.noise_multiplier, rate), local),
-            calibration=choice.calibration,
-            stopped_by_budget=steps < train.steps,
+            noise=GaussianNoise(budget.noise_multiplier, clip.sensitivity),
+            budget=budget,
         )
 
     def keys(self, root: Root, step: int) -> dict[str, bytes]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import dp_accounting
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +20,7 @@ from fedsim import validate
 from fedsim.config import Config
 from fedsim.grads import clip as clips
 from fedsim.grads.local_training import LocalTraining
+from fedsim.privacy.budget import without_privacy
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root
 from fedsim.types import ClippedSum, StepTask
@@ -86,14 +86,13 @@ class NonPrivate(Strategy[BaselineOptions]):
         by_holder = self.options.algorithm == "fedavg"
         return Plan(
             unit="holder" if by_holder else "example",
-            steps=train.steps,
             sampling_rate=rate,
             divisor=rate * facts.holders * federation.availability
             if by_holder
             else train.expected_batch_size,
             clip=self.clip_rule(),
             noise=None,
-            event=dp_accounting.NonPrivateDpEvent(),
+            budget=without_privacy(train.steps),
         )
 
     def noise(self, plan: Plan, root: Root, step: int, count: int) -> NDArray[np.float64] | None:

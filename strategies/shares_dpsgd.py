@@ -45,7 +45,9 @@ from fedsim.noise import discrete
 from fedsim.noise.gaussian import GaussianNoise
 from fedsim.noise.shares import NoiseShares, Quantiser
 from fedsim.privacy import events
+from fedsim.privacy.budget import within_budget
 from fedsim.privacy.discrete import IntegerMechanism
+from fedsim.privacy.family import EventFamily
 from fedsim.sampling import sampling_rate
 from fedsim.secure_sum import arrays as messages
 from fedsim.secure_sum import shamir
@@ -53,7 +55,7 @@ from fedsim.secure_sum.protocol import SEALED_BYTES, graph_of
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import InputError
-from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy, choose_noise
+from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy
 
 STAGES = ("advertise", "share", "", "unmask")
 _WANTED = 0.995  # effective / real noise multiplier at which a finer scale is no longer worth its bits
@@ -141,30 +143,22 @@ class SharesDPSGD(Strategy[SharesOptions]):
     def plan(self, facts: DataFacts) -> Plan:
         privacy, train = self.config.privacy, self.config.train
         rate = sampling_rate(train.expected_batch_size, facts.examples, self.config.federation.availability)
-        whole_orders = dataclasses.replace(privacy, accountant="rdp_integer")
+        family = EventFamily(lambda effective: events.renyi_gaussian_step(effective, rate))
         if privacy.target_epsilon is None and privacy.noise_multiplier is not None:
             self._setup, mechanism = self._scaled(privacy.noise_multiplier, facts)
             effective = mechanism.effective_noise_multiplier()
-            choice = choose_noise(
-                dataclasses.replace(whole_orders, noise_multiplier=effective), rate, train.steps
-            )
+            privacy = dataclasses.replace(privacy, noise_multiplier=effective)
+            budget = within_budget(privacy, family, train.steps)
         else:
-            choice = choose_noise(whole_orders, rate, train.steps)
-            effective = choice.noise_multiplier
-            self._setup, mechanism = self._with_effective(effective, facts)
-        calibration = choice.calibration
-        if calibration is not None:  # the other accountant has no say in this mechanism
-            calibration = dataclasses.replace(calibration, verified=calibration.achieved)
+            budget = within_budget(privacy, family, train.steps)
+            self._setup, mechanism = self._with_effective(budget.noise_multiplier, facts)
         return Plan(
             unit="example",
-            steps=choice.releases,
             sampling_rate=rate,
             divisor=train.expected_batch_size,
             clip=self.clip_rule(),
             noise=GaussianNoise(mechanism.noise_multiplier, self.clip_rule().sensitivity),
-            event=events.renyi_gaussian_step(effective, rate),
-            calibration=calibration,
-            stopped_by_budget=choice.releases < train.steps,
+            budget=budget,
         )
 
     def _with_effective(self, wanted: float, facts: DataFacts) -> tuple[Setup, IntegerMechanism]:

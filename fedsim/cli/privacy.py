@@ -138,10 +138,12 @@ def _published(options: argparse.Namespace) -> Any:
 def _calibrate(options: argparse.Namespace) -> Any:
     from fedsim import validate
     from fedsim.privacy import accountant
+    from fedsim.privacy.family import EventFamily
 
     validate.positive(options.target_epsilon, "--target-epsilon")
     rate, steps, delta = _mechanism(options)
-    found = accountant.noise_multiplier_for(options.target_epsilon, delta, rate, steps, options.accountant)
+    family = EventFamily.gaussian(rate)
+    found = accountant.noise_multiplier_for(options.target_epsilon, delta, family, steps, options.accountant)
     if not options.json:
         print(f"noise multiplier {found.noise_multiplier:.6g} for q = {rate:.6g}, {steps} steps")
         print(f"reached: {show.spent(dataclasses.asdict(found.achieved))}")

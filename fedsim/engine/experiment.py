@@ -13,7 +13,7 @@ from fedsim.config import Config
 from fedsim.data import augment, datasets, partition
 from fedsim.engine import device, optim
 from fedsim.grads.flat import get_flat, spec, trainable_names
-from fedsim.privacy import accountant, events
+from fedsim.privacy import accountant, budget
 from fedsim.privacy.accountant import EpsilonResult
 from strategies.base import DataFacts, Plan, Strategy
 
@@ -54,7 +54,18 @@ def prepare(config: Config) -> Experiment:
     optim.ServerOptimizer(  # refuses a warm-up as long as the run
         optim.resolved(config.optimizer, config.train, facts.examples), config.train, spec(model)
     )
-    return Experiment(config, splits, holders, model, strategy, facts, strategy.plan(facts))
+    return Experiment(config, splits, holders, model, strategy, facts, planned(strategy, facts))
+
+
+def planned(strategy: Strategy[Any], facts: DataFacts) -> Plan:
+    """Return the strategy's plan, whose events keep within the budget it was given.
+
+    Raises:
+        InputError: they do not, or as `Strategy.plan`.
+    """
+    plan = strategy.plan(facts)
+    budget.check(plan.total_event(plan.steps), plan.unit, strategy.config.privacy)
+    return plan
 
 
 def build_model(config: Config, train: datasets.ArrayDataset) -> nn.Module:
@@ -78,8 +89,6 @@ def epsilons(
         largest = facts.largest_holder
         bound = plan.total_event_for_holder(steps, largest)
         out["holder"] = accountant.holder_epsilon_of_event(bound, delta, largest)
-    if plan.example_event is not None:
-        releases = -(-steps // plan.period)
-        event = events.composed(plan.example_event, releases)
+    if (event := plan.total_event_for_example(steps)) is not None:
         out["example"] = accountant.epsilon(event, delta, chosen, "example")
     return out

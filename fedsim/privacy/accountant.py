@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fedsim import validate
 from fedsim.privacy import events, loss_distribution
 from fedsim.privacy.events import Release
-from fedsim.privacy.levels import NoiseLevels
+from fedsim.privacy.family import EventFamily
 from fedsim.privacy.loss_distribution import Part
 from fedsim.validate import InputError
 
@@ -108,11 +108,9 @@ def epsilon(event: dp.DpEvent, delta: float, accountant: str = "pld", unit: str 
         InputError: unknown accountant, unit or kind of event; delta out of range.
     """
     _check(delta, accountant, unit)
+    accountant = _answering(event, accountant)
+    value, note = _epsilon(_parts(event), float(delta), accountant)
     found = events.releases(event)
-    parts = tuple(Part(*release) for release in found)
-    if events.renyi_only(event):
-        accountant = "rdp_integer"
-    value, note = _epsilon(parts, float(delta), accountant)
     return EpsilonResult(value, delta, RELATION, accountant, unit, _amplification(found), note)
 
 
@@ -147,9 +145,8 @@ def holder_epsilon_of_event(
         raise InputError(f"examples_of_holder must be at least 1, got {examples_of_holder}.")
     count = int(examples_of_holder)
     found = events.releases(event)
-    parts = tuple(Part(*release, examples=count) for release in found)
-    if events.renyi_only(event):
-        accountant = "rdp_integer"
+    parts = _parts(event, count)
+    accountant = _answering(event, accountant)
     if accountant != "pld" and count > 1 and any(release.sampling_rate < 1.0 for release in found):
         value, note = None, "Renyi DP of a mixture of Gaussians is not available; use pld"
         if events.renyi_only(event):
@@ -168,15 +165,12 @@ def holder_epsilon_of_event(
 def noise_multiplier_for(
     target_epsilon: float,
     delta: float,
-    sampling_rate: float,
+    family: EventFamily,
     steps: int,
     accountant: str = "pld",
     unit: str = "example",
-    levels: NoiseLevels | None = None,
 ) -> Calibration:
-    """Return the smallest noise multiplier whose epsilon does not exceed the target.
-
-    With `levels` it is the number their factors multiply.
+    """Return the smallest noise multiplier of `family` whose epsilon over `steps` steps is within the target.
 
     The achieved epsilon is never above the target, and below it by at most 1e-4 of it (in rare cases a
     little more, where refining the grid makes the computed epsilon jump).
@@ -186,24 +180,18 @@ def noise_multiplier_for(
     """
     validate.positive(target_epsilon, "target_epsilon")
     _check(delta, accountant, unit)
-
-    events.composed(events.gaussian_step(1.0, sampling_rate), steps)  # refuses what is out of range
-    levels = levels or NoiseLevels((1.0,), steps)
-    counts = levels.counts(steps)
-
-    def event_at(log_sigma: float) -> dp.DpEvent:
-        return levels.event(math.exp(log_sigma), sampling_rate, steps)
+    validate.positive(steps, "steps")
+    unit_noise = family.event(1.0, steps)
+    chosen, accountant = accountant, _answering(unit_noise, accountant)
 
     def gap(log_sigma: float, tolerance: float = loss_distribution.TOLERANCE) -> float:
-        sigma, rate = math.exp(log_sigma), float(sampling_rate)
-        parts = tuple(Part(sigma * factor, rate, count) for factor, count in counts)
+        parts = _parts(family.event(math.exp(log_sigma), steps))
         value, _ = _epsilon(parts, float(delta), accountant, tolerance)
         if value is None:
             return math.inf
         return math.log(value / target_epsilon) if value > 0.0 else -math.inf
 
-    start = math.log(_clt_noise_multiplier(target_epsilon, delta, sampling_rate, steps))
-    start += math.log(sum(count / factor**2 for factor, count in counts) / steps) / 2.0
+    start = _first_guess(target_epsilon, delta, events.releases(unit_noise))
     width = 0.15
     if accountant == "pld":  # a coarse grid finds the place at a tenth of the price, and the slope there
         start = _solve(lambda x: gap(x, _COARSE), start, width)
@@ -213,42 +201,49 @@ def noise_multiplier_for(
             start -= (gap(start) + CALIBRATION_TOLERANCE / 2.0) / slope
         width = 0.004
     found = _solve(gap, start, width)
-    result = epsilon(event_at(found), delta, accountant, unit)
+    event = family.event(math.exp(found), steps)
+    result = epsilon(event, delta, accountant, unit)
     # Epsilon 0 meets any target: a target below the smallest positive epsilon ends there.
     if not (-_EDGE < gap(found) <= 0.0 or result.value == 0.0):
         reached = result.note if result.value is None else f"epsilon {result.value:.4g}"
         raise InputError(
-            f"target_epsilon {target_epsilon:g} at delta {delta:g} cannot be reached with sampling rate "
-            f"{sampling_rate:.4g} over {steps} steps by the {accountant} accountant: the nearest is "
+            f"target_epsilon {target_epsilon:g} at delta {delta:g} cannot be reached over {steps} steps with "
+            f"{result.amplification} by the {accountant} accountant: the nearest is "
             f"{reached} at noise_multiplier {math.exp(found):.4g}. "
             "Change the target, delta, the steps or the batch."
         )
-    other = "rdp" if accountant == "pld" else "pld"
-    return Calibration(math.exp(found), result, epsilon(event_at(found), delta, other, unit))
+    other = "rdp" if chosen == "pld" else "pld"
+    return Calibration(math.exp(found), result, epsilon(event, delta, other, unit))
 
 
 def max_steps(
     target_epsilon: float,
     delta: float,
+    family: EventFamily,
     noise_multiplier: float,
-    sampling_rate: float,
     accountant: str = "pld",
     limit: int = 10_000_000,
-    levels: NoiseLevels | None = None,
 ) -> int:
     """Return the largest number of steps, at most `limit`, whose epsilon does not exceed the target.
 
-    0 where a single step exceeds it. With `levels` the steps are the first ones of theirs. Steps whose
-    epsilon cannot be computed count as exceeding it.
+    0 where a single step exceeds it. Steps whose epsilon cannot be computed count as exceeding it.
+
+    Raises:
+        InputError: the epsilon of a single step cannot be computed; the message says why.
     """
     validate.positive(target_epsilon, "target_epsilon")
     _check(delta, accountant, "example")
-    events.gaussian_step(noise_multiplier, sampling_rate)  # refuses what is out of range
-    levels = levels or NoiseLevels((1.0,), limit)
+    validate.positive(noise_multiplier, "noise_multiplier")
+
+    first = epsilon(family.event(noise_multiplier, 1), delta, accountant)
+    if first.value is None:
+        raise InputError(
+            f"the epsilon of a single release at delta {delta:g} cannot be computed by the "
+            f"{first.accountant} accountant: {first.note}. Use privacy.accountant=rdp, or another delta."
+        )
 
     def value(steps: int) -> float:
-        event = levels.event(noise_multiplier, sampling_rate, steps)
-        found = epsilon(event, delta, accountant).value
+        found = epsilon(family.event(noise_multiplier, steps), delta, accountant).value
         return math.inf if found is None else found
 
     if value(1) > target_epsilon:
@@ -278,6 +273,15 @@ def _check(delta: float, accountant: str, unit: str) -> None:
         raise InputError(f"delta must be above 0 and below 1, got {delta!r}. Use at most 1 / examples.")
     validate.one_of(accountant, ACCOUNTANTS, "accountant")
     validate.one_of(unit, UNITS, "unit")
+
+
+def _answering(event: dp.DpEvent, accountant: str) -> str:
+    """Return the accountant that answers for `event` when `accountant` is asked."""
+    return "rdp_integer" if events.renyi_only(event) else accountant
+
+
+def _parts(event: dp.DpEvent, examples: int = 1) -> tuple[Part, ...]:
+    return tuple(Part(*release, examples=examples) for release in events.releases(event))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -351,6 +355,19 @@ def _amplification(found: tuple[Release, ...]) -> str:
     if len(rates) == 1:
         return f"Poisson sampling with rate {rates[0]:.4g}"
     return f"Poisson sampling with rates {rates[0]:.4g} to {rates[-1]:.4g}"
+
+
+def _first_guess(target_epsilon: float, delta: float, unit_noise: Sequence[Release]) -> float:
+    """Return about the logarithm of the noise multiplier wanted, from the releases at noise multiplier 1: as
+    if all were as often and as largely sampled as the most, which for equal releases is no assumption."""
+    protected = [release for release in unit_noise if release.noise_multiplier > 0.0]
+    if not protected:
+        return 0.0
+    rate = max(release.sampling_rate for release in protected)
+    times = sum(release.times for release in protected)
+    start = math.log(_clt_noise_multiplier(target_epsilon, delta, rate, times))
+    weight = sum(release.times / release.noise_multiplier**2 for release in protected)
+    return start + math.log(weight / times) / 2.0
 
 
 def _clt_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:

@@ -111,11 +111,26 @@ def sequence(events: Iterable[dp.DpEvent]) -> dp.DpEvent:
 
 
 def with_noise(event: dp.DpEvent, factor: float) -> dp.DpEvent:
-    """Return the Gaussian releases of `event` with `factor` times their noise multiplier."""
-    return sequence(
-        composed(gaussian_step(r.noise_multiplier * factor, r.sampling_rate), r.times)
-        for r in releases(event)
-    )
+    """Return `event` with `factor` times the noise multiplier of every Gaussian release, each of the kind it
+    was; what releases nothing, or without protection, stays.
+
+    Raises:
+        InputError: an event of another kind, by name.
+    """
+    match event:
+        case dp.SelfComposedDpEvent():
+            return dp.SelfComposedDpEvent(with_noise(event.event, factor), event.count)
+        case dp.ComposedDpEvent():
+            return dp.ComposedDpEvent([with_noise(part, factor) for part in event.events])
+        case dp.PoissonSampledDpEvent():
+            return dp.PoissonSampledDpEvent(event.sampling_probability, with_noise(event.event, factor))
+        case RenyiGaussianDpEvent():  # before its base
+            return RenyiGaussianDpEvent(event.noise_multiplier * factor)
+        case dp.GaussianDpEvent():
+            return dp.GaussianDpEvent(event.noise_multiplier * factor)
+        case dp.NonPrivateDpEvent() | dp.NoOpDpEvent():
+            return event
+    raise _unknown(type(event).__name__)
 
 
 def releases(event: dp.DpEvent) -> tuple[Release, ...]:

@@ -1,4 +1,4 @@
-"""Noise that changes over a run in a few levels, with the events and the accounting that belong to it.
+"""Noise that changes over a run in a few levels.
 
 The noise multiplier of a step is one number times the factor of the part of the run the step lies in: the
 run is cut into as many equal parts as there are factors. The levels are public and fixed beforehand, so the
@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import dp_accounting as dp
-
 from fedsim import validate
-from fedsim.privacy import events
 from fedsim.validate import InputError
 
 MAX_LEVELS = 16
@@ -56,10 +53,3 @@ class NoiseLevels:
         ends = [*starts[1:], max(first, self.steps)]
         inside = [max(0, min(end, first) - start) for start, end in zip(starts, ends, strict=True)]
         return tuple((f, count) for f, count in zip(self.factors, inside, strict=True) if count)
-
-    def event(self, noise_multiplier: float, sampling_rate: float, first: int) -> dp.DpEvent:
-        """Return the event of the first `first` steps of Poisson sampled Gaussians at these levels."""
-        return events.sequence(
-            events.composed(events.gaussian_step(noise_multiplier * factor, sampling_rate), count)
-            for factor, count in self.counts(first)
-        )

@@ -97,7 +97,7 @@ def test_vanishing_noise_and_clipping_equal_the_noiseless_form(
 def test_event_has_a_finite_epsilon_by_both_accountants(name: str) -> None:
     plan = prepare(of(name)).plan
     for kind in ("pld", "rdp"):
-        value = accountant.epsilon(plan.event, 1e-5, kind, plan.unit).value
+        value = accountant.epsilon(plan.event_at(0), 1e-5, kind, plan.unit).value
         assert value is not None
         assert 0 < value < math.inf
 

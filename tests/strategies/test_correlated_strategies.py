@@ -138,7 +138,7 @@ def test_the_ledger_records_one_release_a_period(name: str, tmp_path: Path) -> N
     result = train(of(name), tmp_path)
     view = ledger.read(tmp_path / "ledger.jsonl")
     kinds = [type(record.event).__name__ for record in view.records]
-    first = type(experiment.plan.event).__name__
+    first = type(experiment.plan.event_at(0)).__name__
     assert kinds == [first, *["NoOpDpEvent"] * 3, first, "NoOpDpEvent"], "the second period is cut short"
     expected = accountant.epsilon(experiment.plan.total_event(6), DELTA).value
     assert view.epsilon().value == result["epsilon"]["example"]["value"] == expected
@@ -153,7 +153,7 @@ def test_ftrl_epsilon_is_that_of_the_trees_in_dp_accounting() -> None:
     for batch, steps_per_pass in ((100, 4), (57.2, 7), (25, 16), (400, 1)):
         steps = 3 * steps_per_pass + (1 if steps_per_pass > 1 else 0)
         plan = prepare(of("dp_ftrl", f"train.expected_batch_size={batch}", f"train.steps={steps}")).plan
-        assert plan.period == steps_per_pass
+        assert plan.budget.family.period == steps_per_pass
         assert plan.noise is not None
         tree = dp.SingleEpochTreeAggregationDpEvent(plan.noise.noise_std / 0.5, steps_per_pass)
         passes = -(-steps // steps_per_pass)
@@ -189,7 +189,7 @@ def test_mf_epsilon_is_that_of_one_amplified_release_a_cycle(bands: int) -> None
 
 def test_mf_with_the_whole_group_in_every_draw_takes_no_amplification() -> None:
     plan = prepare(of("dp_mf", "strategy.options={bands: 4}")).plan
-    assert plan.event == dp.GaussianDpEvent(1.0)
+    assert plan.event_at(0) == dp.GaussianDpEvent(1.0)
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -200,15 +200,15 @@ def test_calibration_meets_the_target(name: str) -> None:
     reached = accountant.epsilon(plan.total_event(plan.steps), DELTA).value
     assert reached is not None
     assert 1.999 < reached <= 2.0
-    assert plan.calibration is not None
+    assert plan.budget.calibration is not None
     assert plan.noise is not None
-    assert plan.noise.noise_multiplier == plan.calibration.noise_multiplier
+    assert plan.noise.noise_multiplier == plan.budget.calibration.noise_multiplier
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_the_budget_ends_a_run_at_the_end_of_a_release(name: str) -> None:
     long = ("train.steps=50", "privacy.noise_multiplier=4")
-    one = accountant.epsilon(prepare(of(name, *long)).plan.event, DELTA).value
+    one = accountant.epsilon(prepare(of(name, *long)).plan.event_at(0), DELTA).value
     assert one is not None
     plan = prepare(of(name, *long, f"privacy.stop_at_epsilon={2 * one}")).plan
     assert plan.stopped_by_budget
@@ -252,7 +252,7 @@ def test_mf_holder_bound_covers_draws_in_neighbouring_cycles() -> None:
         assert np.linalg.norm(encoder @ drawn) ** 2 <= 2 * np.sum(of_cycle**2)
     plan = experiment.plan
     found = events.releases(plan.total_event_for_holder(40, 2))[0]
-    single = events.releases(plan.event)[0]
+    single = events.releases(plan.event_at(0))[0]
     assert found.noise_multiplier == pytest.approx(single.noise_multiplier / math.sqrt(2))
     assert found.sampling_rate == single.sampling_rate
     assert plan.total_event_for_holder(40, 1) == plan.total_event(40)
@@ -283,7 +283,8 @@ def test_ftrl_refuses_a_batch_that_does_not_divide_a_pass() -> None:
         prepare(of("dp_ftrl", "train.expected_batch_size=280"))
     with pytest.raises(InputError, match="expected batch above N"):
         prepare(of("dp_ftrl", "train.expected_batch_size=401"))
-    assert prepare(of("dp_ftrl", "train.expected_batch_size=60")).plan.period == 7, "57 is near enough"
+    near = prepare(of("dp_ftrl", "train.expected_batch_size=60")).plan
+    assert near.budget.family.period == 7, "57 is near enough"
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -128,10 +128,10 @@ def test_target_epsilon_is_met_by_the_recorded_event_with_more_real_noise() -> N
     config = small(SHARES, "privacy.noise_multiplier=null", "privacy.target_epsilon=3")
     plan = prepare(config).plan
     assert plan.noise is not None
-    assert plan.calibration is not None
-    assert plan.calibration.achieved.value == pytest.approx(3.0, rel=1e-3)
-    (release,) = events.releases(plan.event)
-    assert release.noise_multiplier == plan.calibration.noise_multiplier
+    assert plan.budget.calibration is not None
+    assert plan.budget.calibration.achieved.value == pytest.approx(3.0, rel=1e-3)
+    (release,) = events.releases(plan.event_at(0))
+    assert release.noise_multiplier == plan.budget.calibration.noise_multiplier
     assert 1.0 <= plan.noise.noise_multiplier / release.noise_multiplier < 1.006
     central = prepare(small("privacy.noise_multiplier=null", "privacy.target_epsilon=3")).plan.noise
     assert central is not None
@@ -149,7 +149,7 @@ def test_local_noise_reaches_the_sum_once_a_holder(tmp_path: Path) -> None:
     prepared = prepare(config)
     assert prepared.plan.noise is not None
     assert prepared.strategy.noise_std_of_sum(prepared.plan) == pytest.approx(0.5 * math.sqrt(10))
-    assert prepared.plan.event == prepare(small("federation.availability=0.5")).plan.event
+    assert prepared.plan.event_at(0) == prepare(small("federation.availability=0.5")).plan.event_at(0)
     train(config, tmp_path / "a")
     train(
         small(

@@ -11,6 +11,7 @@ from scipy import optimize, stats
 
 from fedsim.privacy import accountant, events, loss_distribution
 from fedsim.privacy.accountant import epsilon, holder_epsilon, max_steps, noise_multiplier_for
+from fedsim.privacy.family import EventFamily
 from fedsim.privacy.loss_distribution import Part, mixture_weights
 from fedsim.validate import InputError
 
@@ -154,7 +155,7 @@ def test_where_rdp_cannot_answer_it_says_so() -> None:
 @pytest.mark.parametrize("name", ["pld", "rdp"])
 @pytest.mark.parametrize(("rate", "steps", "target"), [(0.08, 1000, 3.0), (0.01, 500, 1.0), (1.0, 30, 8.0)])
 def test_calibration_meets_the_target_from_below(name: str, rate: float, steps: int, target: float) -> None:
-    found = noise_multiplier_for(target, DELTA, rate, steps, name)
+    found = noise_multiplier_for(target, DELTA, EventFamily.gaussian(rate), steps, name)
     assert found.achieved.value <= target
     assert found.achieved.value >= target * (1 - 3e-4)
     assert found.achieved == epsilon(sampled(found.noise_multiplier, rate, steps), DELTA, name)
@@ -165,34 +166,34 @@ def test_calibration_meets_the_target_from_below(name: str, rate: float, steps: 
 def test_calibration_is_quick() -> None:
     accountant._epsilon.cache_clear()
     start = time.perf_counter()
-    noise_multiplier_for(3.0, DELTA, 0.08, 1000)
+    noise_multiplier_for(3.0, DELTA, EventFamily.gaussian(0.08), 1000)
     assert time.perf_counter() - start < 5.0
 
 
 def test_an_unreachable_budget_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"nearest is epsilon .* at noise_multiplier"):
-        noise_multiplier_for(1e12, DELTA, 0.01, 100)
+        noise_multiplier_for(1e12, DELTA, EventFamily.gaussian(0.01), 100)
     with pytest.raises(InputError, match="needs delta"):
-        noise_multiplier_for(1.0, 1e-14, 0.01, 100)
+        noise_multiplier_for(1.0, 1e-14, EventFamily.gaussian(0.01), 100)
     with pytest.raises(InputError, match="target_epsilon"):
-        noise_multiplier_for(0.0, DELTA, 0.01, 100)
+        noise_multiplier_for(0.0, DELTA, EventFamily.gaussian(0.01), 100)
     with pytest.raises(InputError, match="sampling rate"):
-        noise_multiplier_for(1.0, DELTA, 1.01, 100)
+        noise_multiplier_for(1.0, DELTA, EventFamily.gaussian(1.01), 100)
     with pytest.raises(InputError, match="steps"):
-        noise_multiplier_for(1.0, DELTA, 0.5, 0)
+        noise_multiplier_for(1.0, DELTA, EventFamily.gaussian(0.5), 0)
 
 
 @pytest.mark.parametrize("name", ["pld", "rdp"])
 @pytest.mark.parametrize(("sigma", "rate", "target"), [(1.0, 0.02, 2.0), (20.0, 1.0, 3.0), (0.4, 0.01, 50.0)])
 def test_max_steps_is_the_last_within_the_target(name: str, sigma: float, rate: float, target: float) -> None:
-    steps = max_steps(target, DELTA, sigma, rate, name)
+    steps = max_steps(target, DELTA, EventFamily.gaussian(rate), sigma, name)
     assert epsilon(sampled(sigma, rate, steps), DELTA, name).value <= target
     assert epsilon(sampled(sigma, rate, steps + 1), DELTA, name).value > target
 
 
 def test_max_steps_at_its_ends() -> None:
-    assert max_steps(0.01, DELTA, 0.5, 0.5) == 0
-    assert max_steps(3.0, DELTA, 50.0, 0.001, "rdp", limit=77) == 77
+    assert max_steps(0.01, DELTA, EventFamily.gaussian(0.5), 0.5) == 0
+    assert max_steps(3.0, DELTA, EventFamily.gaussian(0.001), 50.0, "rdp", limit=77) == 77
 
 
 def test_a_holder_of_one_example_is_an_example() -> None:

@@ -195,7 +195,7 @@ def test_the_plan_keeps_the_sensitivity_and_the_event() -> None:
     assert plan.clip == PerLayerClip(0.5)
     assert plan.noise is not None
     assert plan.noise.noise_std == 0.5
-    assert plan.event == events.gaussian_step(1.0, plan.sampling_rate)
+    assert plan.event_at(0) == events.gaussian_step(1.0, plan.sampling_rate)
 
 
 def _clipped_by_definition(config: Config, node: Node, ids: Any, task: Any) -> int:

@@ -22,6 +22,7 @@ from fedsim.engine.experiment import epsilons, prepare
 from fedsim.grads.flat import get_flat, spec
 from fedsim.models import weights
 from fedsim.privacy import accountant, events, ledger
+from fedsim.privacy.family import EventFamily
 from fedsim.privacy.levels import NoiseLevels
 from fedsim.validate import InputError
 from tests.conftest import final, small, train
@@ -117,38 +118,40 @@ def test_levels_cut_the_run_into_equal_parts() -> None:
 def test_levels_compose_like_the_library() -> None:
     """Epsilon of a scheduled run against a composition written out step by step, by the library's RDP."""
     levels, rate = NoiseLevels((1.5, 1.0, 0.75), 10), 0.05
-    mine = accountant.epsilon(levels.event(1.2, rate, 10), DELTA, "rdp").value
+    mine = accountant.epsilon(EventFamily.gaussian(rate, levels).event(1.2, 10), DELTA, "rdp").value
     book = dp.rdp.RdpAccountant()
     for step in range(10):
         sigma = 1.2 * (1.5, 1.0, 0.75)[step * 3 // 10]
         book.compose(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma)))
     assert mine == pytest.approx(book.get_epsilon(DELTA), rel=1e-6)
     order = NoiseLevels((0.75, 1.0, 1.5, 1.5), 10)  # other factors: other epsilon
-    assert accountant.epsilon(order.event(1.2, rate, 10), DELTA, "rdp").value != pytest.approx(mine, rel=1e-3)
+    other = accountant.epsilon(EventFamily.gaussian(rate, order).event(1.2, 10), DELTA, "rdp").value
+    assert other != pytest.approx(mine, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["pld", "rdp"])
 def test_calibration_of_a_multiple(kind: str) -> None:
     rate, steps = 0.02, 60
-    levels = NoiseLevels((2.0, 1.0), steps)
-    found = accountant.noise_multiplier_for(2.0, DELTA, rate, steps, kind, levels=levels)
-    reached = accountant.epsilon(levels.event(found.noise_multiplier, rate, steps), DELTA, kind).value
+    family = EventFamily.gaussian(rate, NoiseLevels((2.0, 1.0), steps))
+    found = accountant.noise_multiplier_for(2.0, DELTA, family, steps, kind)
+    reached = accountant.epsilon(family.event(found.noise_multiplier, steps), DELTA, kind).value
     assert reached is not None
     assert 2.0 * (1 - 2e-4) <= reached <= 2.0
-    constant = accountant.noise_multiplier_for(2.0, DELTA, rate, steps, kind).noise_multiplier
-    assert found.noise_multiplier < constant < 2.0 * found.noise_multiplier
-    same = accountant.noise_multiplier_for(
-        2.0, DELTA, rate, steps, kind, levels=NoiseLevels((2.0,), steps)
+    constant = accountant.noise_multiplier_for(
+        2.0, DELTA, EventFamily.gaussian(rate), steps, kind
     ).noise_multiplier
+    assert found.noise_multiplier < constant < 2.0 * found.noise_multiplier
+    twice = EventFamily.gaussian(rate, NoiseLevels((2.0,), steps))
+    same = accountant.noise_multiplier_for(2.0, DELTA, twice, steps, kind).noise_multiplier
     assert same == pytest.approx(constant / 2.0, rel=3e-4)
 
 
 def test_steps_within_a_budget_follow_the_levels() -> None:
-    levels = NoiseLevels((2.0, 1.0, 0.5), 90)
-    steps = accountant.max_steps(1.0, DELTA, 1.5, 0.05, "rdp", limit=90, levels=levels)
+    family = EventFamily.gaussian(0.05, NoiseLevels((2.0, 1.0, 0.5), 90))
+    steps = accountant.max_steps(1.0, DELTA, family, 1.5, "rdp", limit=90)
 
     def spent(count: int) -> float:
-        value = accountant.epsilon(levels.event(1.5, 0.05, count), DELTA, "rdp").value
+        value = accountant.epsilon(family.event(1.5, count), DELTA, "rdp").value
         assert value is not None
         return value
 
