@@ -1,4 +1,4 @@
-"""From the privacy settings and what a run would release to its noise and its steps; and the check of both."""
+"""From the privacy settings and what a run would release to its noise and steps; and the check of both."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def within_budget(privacy: PrivacyConfig, family: EventFamily, steps: int) -> Bu
         allowed = accountant.max_steps(most, delta, family, multiplier, kind, steps)
         if allowed == 0:
             validate.conflicts(
-                f"privacy.stop_at_epsilon {most} is below the epsilon of a single release: the first step alone "
-                f"has {accountant.epsilon(family.event(multiplier, 1), delta, kind).value:.4g}.",
-                "Raise it, raise privacy.noise_multiplier, or lower train.expected_batch_size or whatever else a "
-                "step releases more by.",
+                f"privacy.stop_at_epsilon {most} is below the epsilon of a single release: that of the first "
+                f"step is {accountant.epsilon(family.event(multiplier, 1), delta, kind).value:.4g}.",
+                "Raise it, raise privacy.noise_multiplier, or lower what a step releases: "
+                "train.expected_batch_size, local steps.",
             )
     return Budget(family, multiplier, allowed, allowed < steps, calibration)
 

@@ -20,6 +20,7 @@ from fedsim.plan import describe
 from fedsim.privacy import accountant, ledger
 from fedsim.privacy.budget import Budget, within_budget
 from fedsim.privacy.family import EventFamily
+from fedsim.privacy.levels import NoiseLevels
 from fedsim.validate import InputError
 from strategies.base import Plan
 from strategies.central_dpsgd import CentralDPSGD
@@ -31,7 +32,7 @@ DELTA = 1e-5
 
 def two_gaussians(noise_multiplier: float) -> dp.DpEvent:
     """A step that releases the sum over everybody, and something else with twice the noise."""
-    return dp.ComposedDpEvent([dp.GaussianDpEvent(noise_multiplier), dp.GaussianDpEvent(2 * noise_multiplier)])
+    return dp.ComposedDpEvent([dp.GaussianDpEvent(factor * noise_multiplier) for factor in (1, 2)])
 
 
 class Outside(CentralDPSGD):
@@ -125,7 +126,5 @@ def test_a_budget_that_cannot_be_computed_says_so() -> None:
 
 
 def test_factors_that_change_within_a_release_are_refused() -> None:
-    from fedsim.privacy.levels import NoiseLevels
-
     with pytest.raises(InputError, match="covers 3 steps"):
         EventFamily(lambda sigma: dp.GaussianDpEvent(sigma), 3, NoiseLevels((1.0, 2.0), 6))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import strategies
 from fedsim import config as configs
@@ -61,7 +62,17 @@ def test_says_what_it_trusts(name: str) -> None:
     strategy = strategies.load(configs.load(f"smoke/{name}"))
     for text in (strategy.trusted, strategy.sent, strategy.noise_added, strategy.dropout_policy):
         assert text
+    assert type(strategy).__module__ == f"strategies.{name}"
     assert "Source:" in (__import__(f"strategies.{name}", fromlist=["x"]).__doc__ or "")
+
+
+def test_every_strategy_has_a_smoke_file_that_names_it() -> None:
+    """In the file itself: one that leaves its strategy to the defaults would test another under its name."""
+    said = {
+        path.stem: OmegaConf.select(OmegaConf.load(path), "strategy.name")
+        for path in (configs.CONFIG_DIR / "smoke").glob("*.yaml")
+    }
+    assert said == {name: name for name in ALL}
 
 
 @pytest.mark.parametrize("name", [*ALL, "local_dpsgd, local steps"])
@@ -70,6 +81,7 @@ def test_learns_on_its_smoke_config(name: str, tmp_path: Path) -> None:
     quiet = ["monitor.progress=false", "monitor.tensorboard=false"]
     config = configs.load(f"smoke/{name.split(',')[0]}", [*form, *quiet])
     result = train(config, tmp_path)
+    assert result["strategy"] == name.split(",")[0]
     assert result["accuracy"] > 0.5, "ten balanced classes: chance is 0.1"
 
 

@@ -154,7 +154,7 @@ def test_calibration_and_budget_count_local_steps() -> None:
     plan = prepare(silo("privacy.stop_at_epsilon=4", "train.steps=200", steps=5)).plan
     assert plan.stopped_by_budget
     assert plan.steps == single.steps // 5
-    with pytest.raises(InputError, match=r"4.0 is below the epsilon of a single release: the first step alone has 4\.\d+"):
+    with pytest.raises(InputError, match=r"4.0 is below the epsilon of a single release: .* step is \d"):
         prepare(silo("privacy.stop_at_epsilon=4", steps=190))
 
 

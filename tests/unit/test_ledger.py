@@ -267,3 +267,33 @@ def test_releases_merge_equal_events_across_a_composition() -> None:
     event = dp.ComposedDpEvent([STEP, OTHER, events.composed(STEP, 4)])
     assert events.releases(event) == ((1.1, 0.02, 5), (2.0, 1.0, 1))
     assert events.gaussian_step(2.0, 1.0) == dp.GaussianDpEvent(2.0)
+
+
+def test_with_noise_changes_the_multipliers_and_nothing_else() -> None:
+    """A release that is proved at whole Renyi orders only stays one: its epsilon is not to be had by PLD."""
+    renyi = events.renyi_gaussian_step(1.0, 0.1)
+    whole = dp.ComposedDpEvent(
+        [
+            dp.SelfComposedDpEvent(renyi, 5),
+            events.gaussian_step(2.0, 0.2),
+            events.renyi_gaussian_step(3.0, 1.0),
+            dp.GaussianDpEvent(4.0),
+            dp.NoOpDpEvent(),
+            dp.NonPrivateDpEvent(),
+        ]
+    )
+    halved = events.with_noise(whole, 0.5)
+    assert halved == dp.ComposedDpEvent(
+        [
+            dp.SelfComposedDpEvent(events.renyi_gaussian_step(0.5, 0.1), 5),
+            events.gaussian_step(1.0, 0.2),
+            events.renyi_gaussian_step(1.5, 1.0),
+            dp.GaussianDpEvent(2.0),
+            dp.NoOpDpEvent(),
+            dp.NonPrivateDpEvent(),
+        ]
+    )
+    assert events.renyi_only(events.with_noise(renyi, 0.5))
+    assert accountant.epsilon(events.with_noise(renyi, 0.5), 1e-5).accountant == "rdp_integer"
+    with pytest.raises(InputError, match="LaplaceDpEvent"):
+        events.with_noise(dp.LaplaceDpEvent(1.0), 0.5)
