@@ -21,7 +21,6 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from fedsim import config as configs
 from fedsim.compare import Planned, Runner
 from fedsim.config import Config
 from fedsim.engine.checkpoint import write_atomic
-from fedsim.report.plain import plain
+from fedsim.report.plain import as_json, plain
 from fedsim.validate import InputError
 
 _OF_RUN = (
@@ -91,7 +90,7 @@ def run(
     answer = summary(planned[0].config, done, about)
     if results is not None:
         results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(results.absolute(), (json.dumps(answer, indent=1) + "\n").encode())
+        write_atomic(results.absolute(), (as_json(answer, indent=1) + "\n").encode())
     return answer
 
 

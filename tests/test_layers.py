@@ -15,7 +15,7 @@ from fedsim.config import CONFIG_DIR, Config
 ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["fedsim.validate"],
+    ["fedsim.validate", "fedsim.visibility"],
     ["fedsim.types", "fedsim.seeds", "fedsim.provenance", "fedsim"],
     ["fedsim.config"],
     ["fedsim.data", "fedsim.models"],

@@ -7,14 +7,13 @@ stopped with a cause and can be resumed; 130 interrupted (resumable too).
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
 
 from fedsim import __version__
 from fedsim.cli import many, planning, privacy, results, training
-from fedsim.report.plain import plain
+from fedsim.report.plain import as_json
 from fedsim.validate import FedsimError
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -26,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         answer = options.handler(options)
         if options.json:
-            print(json.dumps(plain(answer), indent=2))
+            print(as_json(answer, indent=2))
         return 0
     except FedsimError as error:
         print(f"fedsim: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 from fedsim import config as configs
 from fedsim.config import Config
 from fedsim.engine.checkpoint import write_atomic
+from fedsim.report.plain import as_json
 from fedsim.validate import InputError
 
 
@@ -66,7 +67,7 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json; its presence means the run is finished."""
-        write_atomic(self.result, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomic(self.result, (as_json(result, indent=2) + "\n").encode())
 
 
 def _difference(held: Config, wanted: Config) -> str:

@@ -32,5 +32,5 @@ def number(value: Any) -> str:
 
 
 def _finite(value: Any) -> float | None:
-    """The value, or None where it is infinite (also as JSON text) or was not computable."""
+    """The value, or None where it is infinite or was not computable (null in files)."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

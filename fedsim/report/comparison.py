@@ -6,16 +6,17 @@ import base64
 import csv
 import html
 import io
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from fedsim.report.plain import as_json
 
 COLUMNS = (
     "variant",
@@ -51,7 +52,7 @@ def write(cells: Sequence[Cell], title: str, out: Path) -> None:
     rows = table(cells)
     (out / "table.md").write_text(markdown(rows), encoding="utf-8")
     (out / "table.csv").write_text(_csv(rows), encoding="utf-8")
-    (out / "cells.json").write_text(as_json(cells) + "\n", encoding="utf-8")
+    (out / "cells.json").write_text(as_json(list(cells), indent=1) + "\n", encoding="utf-8")
     (out / "report.html").write_text(page(cells, title), encoding="utf-8")
 
 
@@ -90,11 +91,6 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row[c] for c in COLUMNS) + " |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def as_json(cells: Sequence[Cell]) -> str:
-    """Return all cells with their full results."""
-    return json.dumps([asdict(cell) for cell in cells], indent=1)
 
 
 def page(cells: Sequence[Cell], title: str) -> str:
