@@ -27,6 +27,7 @@ from fedsim import seeds
 from fedsim.data import datasets
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, prepare
+from fedsim.engine.holder import setup_of
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
 from fedsim.flower.client_app import app
@@ -228,7 +229,7 @@ def _same_work(calls: Mapping[str, Callable[[], NDArray[Any]]]) -> None:
 
 def _collector(experiment: Experiment, client: Any) -> Callable[[], NDArray[Any]]:
     """Return a call that collects the sum over the holders of one node from `client`."""
-    transport = GridTransport(LocalGrid(client, 1), experiment.config.to_json(), 1)
+    transport = GridTransport(LocalGrid(client, 1), setup_of(experiment.config), 1)
     transport.connect()
     collector = Collector(experiment, transport, seeds.derive(SEED, "run"), "")
     parameters = get_flat(experiment.model).numpy()
@@ -270,7 +271,7 @@ def _training_users(
         return total.numpy()
 
     ours = _collector(experiment, app)
-    transport = GridTransport(LocalGrid(app, 1), experiment.config.to_json(), 1)
+    transport = GridTransport(LocalGrid(app, 1), setup_of(experiment.config), 1)
     transport.connect()
     server = Server(experiment, RunFolder(folder), transport, False)
     # Clipping without noise, for the comparison; pfl-research sends end minus start, a step upwards.

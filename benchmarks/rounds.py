@@ -31,6 +31,7 @@ from fedsim import config as configs
 from fedsim import provenance, seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, prepare
+from fedsim.engine.holder import setup_of
 from fedsim.engine.optim import ServerOptimizer
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
@@ -105,7 +106,7 @@ def real_work(steps: int) -> dict[str, Any]:
                     holders, 1, f"model.name={name}", f"train.expected_batch_size={batch}",
                     "data.train_examples=10000", f"train.steps={steps + 2}", "engine.physical_batch_size=64",
                 )  # fmt: skip
-                transport = GridTransport(LocalGrid(app, 1), config.to_json(), 1)
+                transport = GridTransport(LocalGrid(app, 1), setup_of(config), 1)
                 transport.connect()
                 server = Server(prepare(config), RunFolder(Path(folder) / str(holders)), transport, False)
                 calls[f"{holders} holders"] = stepper(server)
@@ -182,7 +183,9 @@ def _simulated(name: str, nodes: int, steps: int) -> dict[str, Any]:
         if done.returncode:
             raise RuntimeError(done.stderr)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    split = [{k[8:]: v for k, v in line["public"].items() if k.startswith("seconds/")} for line in lines[3:]]
+    split = [
+        {k[8:]: v for k, v in line["sensitive"].items() if k.startswith("seconds/")} for line in lines[3:]
+    ]
     return {
         "seconds_added_per_step": statistics.median(s["wait"] + s["transfer"] for s in split),
         "seconds_per_step": statistics.median(s["wait"] + s["transfer"] + s["compute"] for s in split),

@@ -15,9 +15,10 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from fedsim import config as configs
+from fedsim import validate
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
-from fedsim.engine.metrics import read_steps
+from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
@@ -136,6 +137,11 @@ def finish(
         InputError: a cell's configuration or folder is wrong; names the variant, before the first run starts.
     """
     for cell in planned:
+        if cell.config.monitor.public_only:
+            validate.conflicts(
+                "monitor.public_only withholds what runs are compared by (seconds, accuracy over holders).",
+                "Leave it null: studies of several runs are for simulation.",
+            )
         RunFolder(out / "runs" / cell.folder).check(cell.config, resume=True)
         try:
             prepare(cell.config)
@@ -150,5 +156,5 @@ def finish(
 
 def _curve(folder: RunFolder) -> list[tuple[int, float]]:
     """(step, test accuracy) wherever the run evaluated."""
-    lines = read_steps(folder.metrics)
-    return [(line["step"], line["public"]["accuracy"]) for line in lines if "accuracy" in line["public"]]
+    numbers = [(line["step"], numbers_of(line).get("accuracy")) for line in read_steps(folder.metrics)]
+    return [(step, accuracy) for step, accuracy in numbers if accuracy is not None]

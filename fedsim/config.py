@@ -54,6 +54,7 @@ class FederationConfig:
     dirichlet_alpha: float = 0.5
     shards_per_holder: int = 2
     power_law_exponent: float = 1.5
+    examples_per_holder_at_most: int | None = None
     nodes_per_wave: int | None = None
     availability: float = 1.0
 
@@ -157,7 +158,7 @@ class EngineConfig:
 class MonitorConfig:
     tensorboard: bool = True
     progress: bool = True
-    public_only: bool = False
+    public_only: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -416,6 +417,7 @@ def _check(c: Config) -> None:
         (p.stop_at_epsilon, "privacy.stop_at_epsilon"),
         (c.data.train_examples, "data.train_examples"),
         (c.data.test_examples, "data.test_examples"),
+        (f.examples_per_holder_at_most, "federation.examples_per_holder_at_most"),
         (f.nodes_per_wave, "federation.nodes_per_wave"),
         (o.scale_with_batch, "optimizer.scale_with_batch"),
         (o.warmup_epochs, "optimizer.warmup_epochs"),

@@ -17,12 +17,13 @@ from fedsim import models, validate
 from fedsim.config import Config
 from fedsim.data import augment, datasets, partition, sizes
 from fedsim.engine import optim
-from fedsim.engine.experiment import Experiment, epsilons, planned, prepare
+from fedsim.engine.experiment import Experiment, epsilons, facts_of, planned, prepare
 from fedsim.grads.flat import spec, trainable_names
 from fedsim.models.cost import Cost, cost
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.published import AGREEMENT
+from fedsim.visibility import Public, Sensitive, Tagged, shown
 from strategies.base import DataFacts, Plan, Strategy
 
 FLOPS_PER_SECOND = 5e13
@@ -39,7 +40,7 @@ class _Known:
     strategy: Strategy[Any]
     plan: Plan
     facts: DataFacts
-    holders: dict[str, float]
+    holders: Tagged[dict[str, float]]
     shape: tuple[int, ...]
     classes: int
     source: str
@@ -61,7 +62,8 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         known = _from_data(prepare(config))
     else:
         known = _from_sizes(config, size)
-    spent = _spent(known, config)
+    public_only = bool(config.monitor.public_only)
+    spent = shown(_spent(known, config), public_only=public_only)
     plan, facts, train = known.plan, known.facts, config.train
     optimizer = optim.resolved(config.optimizer, train, facts.examples)
     return {
@@ -69,7 +71,7 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         "unit": plan.unit,
         "data": known.source,
         "examples": facts.examples,
-        "holders": known.holders,
+        "holders": shown({"": known.holders}, public_only=public_only).get("", {}),
         "steps": plan.steps,
         "stopped_by_budget": plan.stopped_by_budget,
         "sampling_rate": plan.sampling_rate,
@@ -116,7 +118,7 @@ def _from_data(experiment: Experiment) -> _Known:
         strategy=experiment.strategy,
         plan=experiment.plan,
         facts=experiment.facts,
-        holders=experiment.partition.summary(train.labels),
+        holders=Sensitive(experiment.partition.summary(train.labels)),
         shape=train.example_shape,
         classes=train.num_classes,
         source=f"{train.name}, read",
@@ -133,16 +135,17 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     optim.ServerOptimizer(optimizer, config.train, spec(skeleton))  # refuses a warm-up as long as the run
     labels = np.arange(size.train, dtype=np.int64) % size.classes
     held = partition.partition(labels, None, config.federation, config.seed)
-    facts = DataFacts(
-        examples=size.train,
-        holders=config.federation.holders,
-        largest_holder=int(held.sizes().max()),
-        parameters=sum(p.numel() for p in skeleton.parameters() if p.requires_grad),
-    )
+    facts = facts_of(config, held, sum(p.numel() for p in skeleton.parameters() if p.requires_grad))
     shape = " x ".join(map(str, size.shape))
     source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} even classes"
     return _Known(
-        strategy, planned(strategy, facts), facts, held.summary(labels), size.shape, size.classes, source
+        strategy,
+        planned(strategy, facts),
+        facts,
+        Public(held.summary(labels)),
+        size.shape,
+        size.classes,
+        source,
     )
 
 
@@ -154,13 +157,13 @@ def _example(config: Config, size: sizes.Size) -> NDArray[Any]:
     return np.zeros((height, width, channels), np.uint8)
 
 
-def _spent(known: _Known, config: Config) -> dict[str, EpsilonResult]:
+def _spent(known: _Known, config: Config) -> dict[str, Tagged[EpsilonResult]]:
     """All epsilons of the run; RDP with its default orders and PLD are always among them."""
     plan = known.plan
     spent = epsilons(plan, plan.steps, config, known.facts)
     if config.privacy.accountant == "rdp_objax":
         total = plan.total_event(plan.steps)
-        spent[f"{plan.unit}_rdp"] = accountant.epsilon(total, config.privacy.delta, "rdp", plan.unit)
+        spent[f"{plan.unit}_rdp"] = Public(accountant.epsilon(total, config.privacy.delta, "rdp", plan.unit))
     return spent
 
 

@@ -7,6 +7,9 @@ for and never on the order in which things happened, the process, or the number 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from cryptography.hazmat.primitives import hashes
@@ -16,10 +19,20 @@ from numpy.typing import NDArray
 
 from fedsim.validate import InputError
 
-Root = int | bytes
+
+@dataclass(frozen=True)
+class Granted:
+    """What a process may know of a root it must not know: keys derived for it elsewhere, by purpose."""
+
+    keys: Mapping[str, bytes]
 
 
-def _root_bytes(root: Root) -> bytes:
+Root = int | bytes | Granted
+WITHHELD = -1
+"""The seed of a configuration that was sent: `derive` refuses it."""
+
+
+def _root_bytes(root: int | bytes) -> bytes:
     if isinstance(root, bytes):
         if len(root) != 32:
             raise InputError(f"a secret root must be 32 bytes, got {len(root)}.")
@@ -34,15 +47,26 @@ def derive(root: Root, purpose: str, *ids: int) -> bytes:
 
     Keys for different (purpose, ids) are computationally independent; knowing one tells nothing about
     the root or another key.
+
+    Raises:
+        InputError: a seed out of range, or a purpose for which no key was granted.
     """
+    if isinstance(root, Granted):
+        if ids or purpose not in root.keys:
+            raise InputError(f"no key was granted for {purpose!r}, only for {', '.join(sorted(root.keys))}.")
+        return root.keys[purpose]
     info = purpose.encode() + b"\0" + b"".join(int(i).to_bytes(16, "little", signed=True) for i in ids)
     return HKDF(hashes.SHA256(), 32, salt=b"fedsim", info=info).derive(_root_bytes(root))
 
 
 def stream(root: Root, purpose: str, *ids: int) -> np.random.Generator:
     """Return a numpy generator (Philox) for one purpose: partitions, shuffles, small draws."""
-    key = np.frombuffer(derive(root, purpose, *ids), dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key[:2]))
+    return generator(derive(root, purpose, *ids))
+
+
+def generator(key: bytes) -> np.random.Generator:
+    """Return the numpy generator (Philox) of one key."""
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype=np.uint64)[:2]))
 
 
 def torch_stream(root: Root, purpose: str, *ids: int) -> torch.Generator:

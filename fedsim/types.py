@@ -10,6 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.visibility import Numbers, Tagged, shown
+
+Histogram = tuple[Sequence[float], Sequence[float]]
+
 
 @dataclass(frozen=True)
 class ClippedSum:
@@ -95,12 +99,24 @@ class NodeFailure:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Numbers after `step` completed updates. `public` and `sensitive` hold tagged scalars."""
+    """What is known after `step` completed updates, each number tagged where it was made.
+
+    Attributes:
+        step: completed updates.
+        numbers: scalars; None, NaN or infinite where one is not defined, which files write as null.
+        histograms: (edges, counts).
+
+    Raises:
+        TypeError: a number is not tagged.
+    """
 
     step: int
-    public: Mapping[str, float]
-    sensitive: Mapping[str, float]
-    histograms: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    numbers: Numbers
+    histograms: Mapping[str, Tagged[Histogram]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for numbers in (self.numbers, self.histograms):
+            shown(numbers, public_only=True)
 
 
 class Transport(Protocol):

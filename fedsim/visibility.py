@@ -1,8 +1,9 @@
 """Public or sensitive, as a type: a number is public only by what it depends on.
 
 Every number a run writes is wrapped where it is made, and what is computed from it by `map` keeps the tag.
-Writers take wrapped values alone, so a number whose maker did not say which it is never leaves; in public-only
-mode `shown` drops the sensitive ones before anything is written. docs/public.md lists which is which, and why.
+Writers take wrapped values alone, so a number whose maker did not say which it is never leaves; in
+public-only mode `shown` drops the sensitive ones before anything is written. docs/public.md lists which is
+which, and why.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Sensitive(Generic[T]):
     def __repr__(self) -> str:
         """Hide the value: messages and logs may go anywhere."""
         return "Sensitive(...)"
+
+
+Tagged = Public[T] | Sensitive[T]
+Numbers = Mapping[str, Tagged[Any]]
 
 
 def shown(tree: Mapping[str, Any], *, public_only: bool) -> dict[str, Any]:

@@ -28,18 +28,32 @@ from fedsim.privacy.budget import Budget
 from fedsim.sampling import PoissonSampler
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
+from fedsim.visibility import Public, Tagged
 
 OptionsT = TypeVar("OptionsT")
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a plan may know about the data: public under add/remove-one neighbours only as an estimate."""
+    """What a plan may know about the data.
+
+    Attributes:
+        examples: number N of training examples that are used; treated as public.
+        holders: number of holders.
+        largest_holder: examples of the largest one: the declared cap, or a sensitive number. What a holder
+            may see of the mechanism must follow from `most_of_a_holder` instead.
+        parameters: length P of a gradient.
+    """
 
     examples: int
     holders: int
-    largest_holder: int
+    largest_holder: Tagged[int]
     parameters: int
+
+    @property
+    def most_of_a_holder(self) -> int:
+        """Return what no holder's number of examples exceeds, from public numbers alone: the cap, else N."""
+        return self.largest_holder.value if isinstance(self.largest_holder, Public) else self.examples
 
 
 @dataclass(frozen=True)

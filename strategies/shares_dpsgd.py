@@ -208,7 +208,7 @@ class SharesDPSGD(Strategy[SharesOptions]):
         options, holders, sensitivity = self.options, facts.holders, self.clip_rule().sensitivity
         quantiser = Quantiser(facts.parameters, mechanism.units / sensitivity, options.rotate)
         shares = NoiseShares(mechanism.variance, holders, self._least, options.noise)
-        bound = quantiser.bound(facts.largest_holder * sensitivity, holders) + shares.bound(
+        bound = quantiser.bound(facts.most_of_a_holder * sensitivity, holders) + shares.bound(
             quantiser.dimension
         )
         bits = options.ring_bits or (32 if bound * holders < secure_sum.Ring(32).half else 64)
@@ -251,7 +251,8 @@ class SharesDPSGD(Strategy[SharesOptions]):
         )
 
     def keys(self, root: Root, step: int) -> dict[str, bytes]:
-        return {**super().keys(root, step), **{p: derive(root, p, step) for p in ("holders", "dropouts")}}
+        own = {purpose: derive(root, purpose, step) for purpose in ("holders", "dropouts")}
+        return {**super().keys(root, step), **own, "rotation": self._signs(step)}
 
     def _here(self, node: NodeView, task: StepTask) -> NDArray[np.bool_]:
         """Say which holders of the node still answer at the task's stage, (H,)."""
@@ -313,7 +314,7 @@ class SharesDPSGD(Strategy[SharesOptions]):
     def _values(self, vector: NDArray[Any], setup: Setup, holder: int, task: StepTask) -> NDArray[np.int64]:
         """Return a holder's rounded sum with its share of the noise, int64 (D,)."""
         key = task.keys["holders"]
-        values = setup.quantiser.encode(vector, self._signs(task.step), derive(key, "dither", holder))
+        values = setup.quantiser.encode(vector, task.keys["rotation"], derive(key, "dither", holder))
         values += setup.shares.sample(derive(key, "noise share", holder), len(values))
         return values
 

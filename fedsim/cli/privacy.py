@@ -69,9 +69,11 @@ def _ledger_epsilon(options: argparse.Namespace) -> dict[str, Any]:
     book = ledger.read(path)
     delta = options.delta or book.header.delta
     example = {f"{book.header.unit}, {name}": book.epsilon(name, delta) for name in ("pld", "rdp")}
-    size = options.holder_examples or book.header.largest_holder
-    holder = book.holder_epsilon(size, delta)
-    return {"ledger": str(path), "steps": book.steps, "epsilon": {**example, f"holder of {size}": holder}}
+    size = options.holder_examples or book.header.examples_per_holder_at_most
+    if size is None and book.header.unit == "example" and not options.json:
+        print("holder: no federation.examples_per_holder_at_most was declared; give --holder-examples")
+    holder = {} if size is None else {f"holder of {size}": book.holder_epsilon(size, delta)}
+    return {"ledger": str(path), "steps": book.steps, "epsilon": {**example, **holder}}
 
 
 def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:

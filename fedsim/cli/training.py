@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsim import validate
 from fedsim.cli import show
 from fedsim.cli.arguments import command, config_arguments, load
 
@@ -90,6 +91,12 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     config = load(options)
+    if config.federation.examples_per_holder_at_most is not None or config.monitor.public_only:
+        validate.conflicts(
+            "verify compares with one holder that has all examples, and shows what it compares: neither "
+            "federation.examples_per_holder_at_most nor monitor.public_only goes with it.",
+            "Leave both null.",
+        )
     central = dataclasses.replace(
         config,
         title=f"{config.title}-centralized",
@@ -155,13 +162,15 @@ def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
     from rich.console import Console
 
     table = show.table(result["title"] or "run", "")
-    table.add_row("test accuracy", f"{100 * result['accuracy']:.2f}%")
+    if "accuracy" in result:
+        table.add_row("test accuracy", f"{100 * result['accuracy']:.2f}%")
     for name, spent in result["epsilon"].items():
         table.add_row(f"epsilon ({name})", show.spent(spent))
     table.add_row(
         "steps", f"{result['steps']}" + (" (stopped by the budget)" if result["stopped_by_budget"] else "")
     )
-    table.add_row("seconds", f"{result['seconds']:.1f}")
+    if "seconds" in result:
+        table.add_row("seconds", f"{result['seconds']:.1f}")
     table.add_row("folder", str(folder.root))
     Console().print(table)
     if result["noise_source"] == "seeded" and result["noise_multiplier"]:

@@ -1,8 +1,11 @@
-"""Which data holder owns which example.
+"""Which data holder owns which example, and which of them it uses.
 
 A partition is one array: the holder of every global example id. Everything else is derived from it, so the
 ids survive partitioning and a draw keyed by id does not notice how the data is spread. All schemes cover
 every example exactly once, give every holder at least one example, and depend on the seed alone.
+
+With a declared cap (`federation.examples_per_holder_at_most`) a larger holder uses that many of its examples,
+chosen by a key of the run: the others keep their ids and owner and take no part in anything.
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ class Partition:
 
     Attributes:
         holder_of: (N,) int64, holder_of[i] in 0 .. num_holders - 1 owns example i; read-only.
-        num_holders: number of holders; each owns at least one example.
+        num_holders: number of holders; each owns and uses at least one example.
+        used: (N,) bool, whether the owner of example i uses it; read-only; None: all are used.
     """
 
     holder_of: Ints
     num_holders: int
+    used: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         holder_of = np.asarray(self.holder_of, dtype=np.int64).view()
@@ -45,24 +50,60 @@ class Partition:
                 f"{np.count_nonzero(counts)} distinct holders up to {len(counts) - 1}."
             )
 
+        used = (
+            np.ones(holder_of.shape, np.bool_)
+            if self.used is None
+            else np.asarray(self.used, np.bool_).view()
+        )
+        used.flags.writeable = False
+        object.__setattr__(self, "used", used)
+        if used.shape != holder_of.shape or not self.sizes().all():
+            raise InputError("used must mark at least one example of every holder, shape (N,).")
+
+    @property
+    def _used(self) -> NDArray[np.bool_]:
+        assert self.used is not None  # set by __post_init__
+        return self.used
+
+    @property
+    def examples(self) -> int:
+        """Return the number of examples all holders use together."""
+        return int(self._used.sum())
+
+    def capped(self, at_most: int, key: bytes) -> Partition:
+        """Return the partition in which no holder uses more than `at_most` examples.
+
+        A holder's examples are ordered by their words in the stream of `key` (32 bytes), and the first ones
+        are used: a uniformly random choice that depends on the key and the holder's ids alone.
+        """
+        validate.positive(at_most, "federation.examples_per_holder_at_most")
+        order = np.lexsort((seeds.words(key, 0, len(self.holder_of)), self.holder_of))
+        counts = np.bincount(self.holder_of, minlength=self.num_holders)
+        place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        used = np.zeros(len(order), dtype=np.bool_)
+        used[order] = place < at_most
+        return Partition(self.holder_of, self.num_holders, used)
+
     def holders_of_node(self, node: int, nodes: int) -> Ints:
         """Return the sorted holders that `node` hosts: holder h lives on node h % nodes."""
         self._check_node(node, nodes)
         return np.arange(node, self.num_holders, nodes, dtype=np.int64)
 
     def ids_of_node(self, node: int, nodes: int) -> Ints:
-        """Return the sorted global ids of all examples whose holder lives on `node`."""
+        """Return the sorted global ids of all used examples whose holder lives on `node`."""
         self._check_node(node, nodes)
-        return np.flatnonzero(self.holder_of % nodes == node).astype(np.int64, copy=False)
+        return np.flatnonzero((self.holder_of % nodes == node) & self._used).astype(np.int64, copy=False)
 
     def sizes(self) -> Ints:
-        """Return the number of examples of each holder, (num_holders,) int64."""
-        return np.bincount(self.holder_of, minlength=self.num_holders).astype(np.int64, copy=False)
+        """Return the number of examples each holder uses, (num_holders,) int64."""
+        used = self.holder_of[self._used]
+        return np.bincount(used, minlength=self.num_holders).astype(np.int64, copy=False)
 
     def label_counts(self, labels: Ints, num_classes: int) -> Ints:
-        """Return how many examples of each label each holder has, (num_holders, num_classes) int64."""
+        """Return how many examples of each label each holder uses, (num_holders, num_classes) int64."""
         self._check_labels(labels, num_classes)
-        cells = np.bincount(self.holder_of * num_classes + labels, minlength=self.num_holders * num_classes)
+        places = (self.holder_of * num_classes + labels)[self._used]
+        cells = np.bincount(places, minlength=self.num_holders * num_classes)
         return cells.reshape(self.num_holders, num_classes).astype(np.int64, copy=False)
 
     def summary(self, labels: Ints) -> dict[str, float]:
@@ -101,14 +142,15 @@ class Partition:
             )
 
 
-def partition(labels: Ints, groups: Ints | None, config: FederationConfig, seed: int) -> Partition:
+def partition(labels: Ints, groups: Ints | None, config: FederationConfig, seed: seeds.Root) -> Partition:
     """Spread N examples over `config.holders` holders.
 
     Args:
         labels: (N,) int64 labels.
         groups: (N,) int64 natural owner of each example, or None.
-        config: scheme (`partition`) and its settings.
-        seed: the run's seed; the same seed gives the same partition.
+        config: scheme (`partition`), its settings, and the cap on a holder's examples.
+        seed: the run's seed, or the key for "partition" derived from it; the same seed gives the same
+            partition.
 
     Raises:
         InputError: unknown scheme, more holders than examples, or groups that do not fit.
@@ -123,8 +165,10 @@ def partition(labels: Ints, groups: Ints | None, config: FederationConfig, seed:
         )
     if groups is not None and groups.shape != labels.shape:
         raise InputError(f"groups must have one owner for each of {n} examples, got shape {groups.shape}.")
-    rng = seeds.stream(seed, "partition")
-    return Partition(SCHEMES[config.partition](labels, groups, config, rng), holders)
+    key = seeds.derive(seed, "partition")
+    whole = Partition(SCHEMES[config.partition](labels, groups, config, seeds.generator(key)), holders)
+    at_most = config.examples_per_holder_at_most
+    return whole if at_most is None else whole.capped(at_most, seeds.derive(key, "used examples"))
 
 
 def _iid(labels: Ints, groups: Ints | None, config: FederationConfig, rng: np.random.Generator) -> Ints:

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 import strategies
-from fedsim import models
+from fedsim import models, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, partition
 from fedsim.engine import device, optim
 from fedsim.grads.flat import get_flat, spec, trainable_names
 from fedsim.privacy import accountant, budget
 from fedsim.privacy.accountant import EpsilonResult
+from fedsim.visibility import Public, Sensitive, Tagged
 from strategies.base import DataFacts, Plan, Strategy
 
 
@@ -43,14 +44,9 @@ def prepare(config: Config) -> Experiment:
     splits = datasets.load(config.data)
     augment.check(config.train.augmentations, splits.train.inputs[0])
     holders = partition.partition(splits.train.labels, splits.train.groups, config.federation, config.seed)
-    model = build_model(config, splits.train)
+    model = build_model(config, splits.train, config.seed)
     strategy.clip_rule().group_of(trainable_names(model))  # refuses groups that do not fit the model
-    facts = DataFacts(
-        examples=len(splits.train.labels),
-        holders=config.federation.holders,
-        largest_holder=int(holders.sizes().max()),
-        parameters=get_flat(model).numel(),
-    )
+    facts = facts_of(config, holders, get_flat(model).numel())
     optim.ServerOptimizer(  # refuses a warm-up as long as the run
         optim.resolved(config.optimizer, config.train, facts.examples), config.train, spec(model)
     )
@@ -68,27 +64,41 @@ def planned(strategy: Strategy[Any], facts: DataFacts) -> Plan:
     return plan
 
 
-def build_model(config: Config, train: datasets.ArrayDataset) -> nn.Module:
+def facts_of(config: Config, holders: partition.Partition, parameters: int) -> DataFacts:
+    """Return what a plan may know: the largest holder is public where it is the declared cap."""
+    at_most = config.federation.examples_per_holder_at_most
+    largest = Sensitive(int(holders.sizes().max())) if at_most is None else Public(at_most)
+    return DataFacts(holders.examples, config.federation.holders, largest, parameters)
+
+
+def build_model(config: Config, train: datasets.ArrayDataset, seed: seeds.Root) -> nn.Module:
     """Return the configuration's model for this data, with its initial parameters."""
-    return models.build(config.model, train.example_shape, train.num_classes, config.seed)
+    return models.build(config.model, train.example_shape, train.num_classes, seed)
 
 
 def epsilons(
     plan: Plan, steps: int, config: Config, facts: DataFacts, *, whole: bool = True
-) -> dict[str, EpsilonResult]:
+) -> dict[str, Tagged[EpsilonResult]]:
     """Return epsilon of `steps` updates by unit: the plan's own under its name and, when `whole`, the same by
-    the other accountant ("_check") and that of the other unit (seconds of computing)."""
+    the other accountant ("_check") and that of the other unit (seconds of computing).
+
+    That of a whole holder is as public as the size of the largest one."""
     total, delta = plan.total_event(steps), config.privacy.delta
     chosen = config.privacy.accountant
     other = "rdp" if chosen == "pld" else "pld"
-    out = {plan.unit: accountant.epsilon(total, delta, chosen, plan.unit)}
+    out: dict[str, Tagged[EpsilonResult]] = {
+        plan.unit: Public(accountant.epsilon(total, delta, chosen, plan.unit))
+    }
     if not whole:
         return out
-    out[f"{plan.unit}_check"] = accountant.epsilon(total, delta, other, plan.unit)
+    out[f"{plan.unit}_check"] = Public(accountant.epsilon(total, delta, other, plan.unit))
     if plan.unit == "example" and plan.noise is not None:
-        largest = facts.largest_holder
-        bound = plan.total_event_for_holder(steps, largest)
-        out["holder"] = accountant.holder_epsilon_of_event(bound, delta, largest)
+
+        def of_holder(examples: int) -> EpsilonResult:
+            bound = plan.total_event_for_holder(steps, examples)
+            return accountant.holder_epsilon_of_event(bound, delta, examples)
+
+        out["holder"] = facts.largest_holder.map(of_holder)
     if (event := plan.total_event_for_example(steps)) is not None:
-        out["example"] = accountant.epsilon(event, delta, chosen, "example")
+        out["example"] = Public(accountant.epsilon(event, delta, chosen, "example"))
     return out

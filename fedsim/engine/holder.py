@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 import strategies
 from fedsim import config as configs
-from fedsim import provenance
+from fedsim import provenance, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, partition
 from fedsim.engine.device import options_of, pick_device, set_threads
@@ -39,16 +40,17 @@ NORM_EDGES = tuple(
 
 
 class Node:
-    """The holders that live on node `index` of `config.federation.nodes`, with their data and one model."""
+    """The holders that live on node `index` of `config.federation.nodes`, with their data and one model.
 
-    def __init__(self, config: Config, index: int) -> None:
+    `seed` is the run's, or the keys granted of it: partition and model are all a node makes from it.
+    """
+
+    def __init__(self, config: Config, index: int, seed: seeds.Root) -> None:
         self.config = config
         self.index = index
         self.strategy = strategies.load(config)
         self.train = datasets.load(config.data).train
-        self.partition = partition.partition(
-            self.train.labels, self.train.groups, config.federation, config.seed
-        )
+        self.partition = partition.partition(self.train.labels, self.train.groups, config.federation, seed)
         nodes = config.federation.nodes
         self.holders = self.partition.holders_of_node(index, nodes)
         self.ids = self.partition.ids_of_node(index, nodes)
@@ -61,7 +63,7 @@ class Node:
             )
         self.physical_batch_size = config.engine.physical_batch_size
         self.options = options_of(config.engine)
-        self.model = build_model(config, self.train).to(self.device)
+        self.model = build_model(config, self.train, seed).to(self.device)
         self.dtype = get_flat(self.model).dtype
 
     def drawn(self, task: StepTask) -> NDArray[np.int64]:
@@ -191,10 +193,26 @@ def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.cat(present) if present else None
 
 
+_GRANTED = ("partition", "model")
+
+
+def setup_of(config: Config) -> str:
+    """Return what nodes build themselves from, as JSON: the configuration without its seed, and the keys of
+    the partition and the initial model. Draws and noise follow from another key of the seed, or not from it.
+    """
+    body = json.loads(config.to_json())
+    seed = body.pop("seed")
+    keys = {purpose: seeds.derive(seed, purpose).hex() for purpose in _GRANTED}
+    return json.dumps({"config": body, "keys": keys}, sort_keys=True)
+
+
 @functools.lru_cache(maxsize=8)
-def node_for(config_json: str, index: int) -> Node:
-    """Return the node for a configuration, built once per process."""
-    return Node(configs.from_json(config_json), index)
+def node_for(setup: str, index: int) -> Node:
+    """Return the node for what `setup_of` says, built once per process."""
+    sent = json.loads(setup)
+    config = configs.from_json(json.dumps(sent["config"]))
+    keys = {purpose: bytes.fromhex(key) for purpose, key in sent["keys"].items()}
+    return Node(dataclasses.replace(config, seed=seeds.WITHHELD), index, seeds.Granted(keys))
 
 
 def answer(node: Node, task: StepTask, parameters: NDArray[Any]) -> HolderReply:

@@ -1,8 +1,7 @@
-"""Where a run's numbers go: JSON lines, TensorBoard, the console; each tagged public or sensitive.
+"""Where a run's numbers go: JSON lines, TensorBoard, the console.
 
-Public numbers follow from the configuration, the ledger and released parameters. Sensitive ones (training
-loss, gradient norms, clip fraction, realised batch) are computed from private data outside the mechanism:
-useful in simulation, never to be published. `public_only` drops them before any writer sees them.
+They come tagged public or sensitive (fedsim.visibility). Sensitive ones (training loss, gradient norms,
+times) are useful in simulation and never to be published: `public_only` drops them before a writer sees them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedsim.engine.checkpoint import write_atomic
+from fedsim.report.plain import as_json
 from fedsim.types import StepRecord
+from fedsim.visibility import Public, Sensitive, shown
+
+Image = np.ndarray[Any, Any]
+_PREFIX: dict[type[Any], str] = {Public: "public", Sensitive: "sensitive"}
 
 
 class Writer(Protocol):
@@ -37,20 +41,18 @@ class JsonLines:
     """metrics.jsonl, one line a step; of a run that is resumed, lines after `completed` are cut off."""
 
     def __init__(self, path: Path, completed: int) -> None:
-        kept = [json.dumps(line) + "\n" for line in read_steps(path) if line["step"] <= completed]
+        kept = [as_json(line) + "\n" for line in read_steps(path) if line["step"] <= completed]
         write_atomic(path, "".join(kept).encode())
         self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - close() ends it
 
     def write(self, record: StepRecord) -> None:
         line = {
             "step": record.step,
-            "public": dict(record.public),
-            "sensitive": dict(record.sensitive),
-            "histograms": {
-                k: [list(edges), list(counts)] for k, (edges, counts) in record.histograms.items()
-            },
+            "public": _of(Public, record.numbers),
+            "sensitive": _of(Sensitive, record.numbers),
+            "histograms": shown(record.histograms, public_only=False),
         }
-        self._handle.write(json.dumps(line) + "\n")
+        self._handle.write(as_json(line) + "\n")
         self._handle.flush()
 
     def close(self) -> None:
@@ -58,21 +60,32 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files under `folder`; tags start with "public/" or "sensitive/"."""
+    """Event files under `folder`; tags start with "public/" or "sensitive/".
 
-    def __init__(self, folder: Path, completed: int) -> None:
+    `timeless` files say that step s was s seconds after the epoch: real times follow the realised batches.
+    """
+
+    def __init__(self, folder: Path, completed: int, *, timeless: bool = False) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imports TensorBoard: seconds
 
         self._writer = SummaryWriter(str(folder), purge_step=completed + 1)
+        self._timeless = timeless
+        self._step = completed
+
+    @property
+    def _walltime(self) -> float | None:
+        return float(self._step) if self._timeless else None
 
     def write(self, record: StepRecord) -> None:
-        for tag, values in (("public", record.public), ("sensitive", record.sensitive)):
-            for name, value in values.items():
-                self._writer.add_scalar(f"{tag}/{name}", value, record.step)
-        for name, (edges, counts) in record.histograms.items():
-            self._histogram(f"sensitive/{name}", edges, counts, record.step)
+        self._step = record.step
+        for kind in (Public, Sensitive):
+            for name, value in _of(kind, record.numbers).items():
+                if value is not None:
+                    self._writer.add_scalar(f"{_PREFIX[kind]}/{name}", value, self._step, self._walltime)
+        for name, histogram in record.histograms.items():
+            self._histogram(f"{_PREFIX[type(histogram)]}/{name}", *histogram.value)
 
-    def _histogram(self, tag: str, edges: Sequence[float], counts: Sequence[float], step: int) -> None:
+    def _histogram(self, tag: str, edges: Sequence[float], counts: Sequence[float]) -> None:
         total = float(sum(counts))
         if total == 0:
             return
@@ -87,17 +100,25 @@ class TensorBoard:
             sum_squares=float((middles**2 * weights).sum()),
             bucket_limits=list(edges[1:]),
             bucket_counts=list(counts),
-            global_step=step,
+            global_step=self._step,
+            walltime=self._walltime,
         )
 
-    def image(self, tag: str, image: np.ndarray[Any, Any]) -> None:
+    def image(self, name: str, image: Public[Image] | Sensitive[Image]) -> None:
         """Add one uint8 image of shape (3, H, W)."""
-        self._writer.add_image(tag, image, 0)
+        self._writer.add_image(f"{_PREFIX[type(image)]}/{name}", image.value, 0, self._walltime)
 
     def hparams(self, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
         """Add the run to the HParams tab with its final metrics."""
+        from torch.utils.tensorboard.summary import hparams
+
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-        self._writer.add_hparams(plain, {f"final/{k}": float(v) for k, v in final.items()}, run_name=".")
+        metrics = {f"final/{k}": float(v) for k, v in final.items()}
+        files = self._writer._get_file_writer()  # SummaryWriter.add_hparams takes no time but the clock's
+        for summary in hparams(plain, metrics):
+            files.add_summary(summary, None, self._walltime)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, self._step, self._walltime)
 
     def close(self) -> None:
         self._writer.close()
@@ -124,13 +145,13 @@ class ConsoleProgress:
             self._bar.start()
 
     def write(self, record: StepRecord) -> None:
-        self.update(record.step, record.public)
+        self.update(record.step, shown(record.numbers, public_only=False))
 
-    def update(self, completed: int, public: Mapping[str, float]) -> None:
+    def update(self, completed: int, numbers: Mapping[str, float | None]) -> None:
         """Show progress; also used with lines read back from metrics.jsonl."""
-        fresh = "accuracy" in public
-        self._epsilon = public.get("epsilon", self._epsilon)
-        self._accuracy = public.get("accuracy", self._accuracy)
+        fresh = "accuracy" in numbers
+        self._epsilon = _number(numbers.get("epsilon", self._epsilon))
+        self._accuracy = _number(numbers.get("accuracy", self._accuracy))
         if self._bar is not None:
             self._bar.update(
                 self._task,
@@ -159,7 +180,11 @@ class Metrics:
     def write(self, record: StepRecord) -> None:
         """Send a step's numbers to every writer, without the sensitive ones in public-only mode."""
         if self._public_only:
-            record = StepRecord(record.step, record.public, {}, {})
+            record = StepRecord(
+                record.step,
+                {name: value for name, value in record.numbers.items() if isinstance(value, Public)},
+                {name: value for name, value in record.histograms.items() if isinstance(value, Public)},
+            )
         for writer in self._writers:
             writer.write(record)
 
@@ -171,6 +196,20 @@ class Metrics:
     ) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def _of(kind: type[Public[Any] | Sensitive[Any]], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of one kind, without the tag."""
+    return {name: tagged.value for name, tagged in numbers.items() if isinstance(tagged, kind)}
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def numbers_of(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return all numbers of one line of `read_steps` by name, public and sensitive ones together."""
+    return {**line["public"], **line["sensitive"]}
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,11 @@
-"""What is written of a finished run: result.json, and the run's line among TensorBoard's HParams."""
+"""What is written of a finished run: result.json, and the run's line among TensorBoard's HParams.
+
+Every number is made public or sensitive here or was before; `sensitive` in the result names the sensitive
+ones, which are not there in public-only mode. Null is what could not be computed or is not finite.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +15,18 @@ from fedsim import provenance
 from fedsim.engine import checkpoint, scoring
 from fedsim.engine.experiment import Experiment
 from fedsim.privacy.accountant import EpsilonResult
+from fedsim.report.plain import plain
+from fedsim.visibility import Numbers, Public, Sensitive, Tagged, sensitive_names, shown
+
+ASSUMED_PUBLIC = ("the number of training examples, after federation.examples_per_holder_at_most",)
 
 
 def result_of(
     experiment: Experiment,
     steps: int,
     released: Tensor,
-    scores: Mapping[str, float],
-    spent: Mapping[str, EpsilonResult],
+    scores: Numbers,
+    spent: Mapping[str, Tagged[EpsilonResult]],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the content of result.json.
@@ -33,23 +40,20 @@ def result_of(
         seconds: of this process's part of the run, by part; "run" is all of it.
     """
     config, plan = experiment.config, experiment.plan
-    by_part = dict(seconds)
-    return {
+    public_only = bool(config.monitor.public_only)
+    stated = {
         "title": config.title,
         "strategy": config.strategy.name,
-        "accuracy": scores["accuracy"],
-        "loss": scores["loss"],
-        "epsilon": {name: dataclasses.asdict(value) for name, value in spent.items()},
         "noise_multiplier": None if plan.noise is None else plan.noise.noise_multiplier,
         "noise_source": config.privacy.noise_source,
         "steps": steps,
         "stopped_by_budget": plan.stopped_by_budget,
-        "seconds": by_part.pop("run"),
-        "seconds_by_part": by_part,
         "parameters_sha256": checkpoint.parameters_sha256(released),
         "parameters": released.numel(),
+        "examples": experiment.facts.examples,
         "holders": config.federation.holders,
-        "holder_accuracy": _holder_accuracy(experiment, released),
+        "examples_per_holder_at_most": config.federation.examples_per_holder_at_most,
+        "assumed_public": list(ASSUMED_PUBLIC),
         "trust": _trust(experiment, released),
         "nodes": config.federation.nodes,
         "seed": config.seed,
@@ -58,14 +62,24 @@ def result_of(
         "code_hash": provenance.code_hash(),
         "hardware": provenance.hardware(),
         "physical_batch_size": config.engine.physical_batch_size,
-        "peak_memory_bytes": provenance.peak_memory(),
+        "public_only": public_only,
     }
-
-
-def _holder_accuracy(experiment: Experiment, released: Tensor) -> dict[str, float]:
-    if experiment.config.monitor.public_only:
-        return {}
-    return scoring.holder_accuracy(experiment.model, experiment.splits, experiment.partition, released.dtype)
+    by_part = dict(seconds)
+    numbers = {
+        **scores,
+        "epsilon": spent,
+        "largest_holder": experiment.facts.largest_holder,
+        "holder_accuracy": scoring.holder_accuracy(
+            experiment.model, experiment.splits, experiment.partition, released.dtype
+        ),
+        # Nodes take longer, and more memory, for a larger draw.
+        "seconds": Sensitive(by_part.pop("run")),
+        "seconds_by_part": Sensitive(by_part),
+        "peak_memory_bytes": Sensitive(provenance.peak_memory()),
+    }
+    tagged = {name: Public(value) for name, value in stated.items()} | numbers
+    result: dict[str, Any] = plain(shown(tagged, public_only=public_only))
+    return result | {"sensitive": sensitive_names(tagged)}
 
 
 def _trust(experiment: Experiment, released: Tensor) -> dict[str, Any]:
@@ -103,10 +117,7 @@ def hparams(experiment: Experiment) -> dict[str, Any]:
 
 
 def final_numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return the final metrics that TensorBoard shows beside the settings."""
-    value = result["epsilon"][result["trust"]["unit"]]["value"] if result["noise_multiplier"] else None
-    return {
-        "accuracy": result["accuracy"],
-        "loss": result["loss"],
-        "epsilon": float("inf") if value is None else value,
-    }
+    """Return the final metrics that TensorBoard shows beside the settings, if written and finite."""
+    spent = result["epsilon"].get(result["trust"]["unit"], {})
+    numbers = {"accuracy": result.get("accuracy"), "loss": result.get("loss"), "epsilon": spent.get("value")}
+    return {name: value for name, value in numbers.items() if value is not None}

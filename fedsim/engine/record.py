@@ -10,6 +10,7 @@ import numpy as np
 from fedsim.engine.experiment import Experiment
 from fedsim.engine.holder import NORM_EDGES
 from fedsim.types import HolderReply, StepRecord
+from fedsim.visibility import Numbers, Public, Sensitive
 
 
 def step_record(
@@ -17,7 +18,7 @@ def step_record(
     step: int,
     replies: Sequence[HolderReply],
     signal: float,
-    known: Mapping[str, float],
+    known: Numbers,
     timing: Mapping[str, float],
 ) -> StepRecord:
     """Return the record of one step.
@@ -27,8 +28,8 @@ def step_record(
         step: number of the step, from 0; the record is that of step + 1 completed updates.
         replies: what the nodes answered.
         signal: L2 norm of the exact sum.
-        known: public numbers of the update and of the evaluation after it.
-        timing: seconds by part.
+        known: numbers of the update and of the evaluation after it.
+        timing: seconds by part; sensitive, for nodes take longer for a larger draw.
     """
     sums: dict[str, Any] = {}
     for reply in replies:
@@ -36,17 +37,17 @@ def step_record(
             sums[name] = np.add(sums.get(name, 0.0), value)
     realised = sum(reply.count for reply in replies)
     plan = experiment.plan
-    public = {**known, **{f"seconds/{name}": value for name, value in timing.items()}}
-    sensitive = {"realised_batch_size": float(realised), "sum_norm": signal}
+    numbers = {**known, **{f"seconds/{name}": Sensitive(value) for name, value in timing.items()}}
+    numbers |= {"realised_batch_size": Sensitive(float(realised)), "sum_norm": Sensitive(signal)}
     if plan.noise is not None:
         noise_std = experiment.strategy.noise_std_of_sum(plan) * plan.noise_factor(step)
-        public["noise_std_of_mean"] = noise_std / plan.divisor
+        numbers["noise_std_of_mean"] = Public(noise_std / plan.divisor)
         spread = noise_std * experiment.facts.parameters**0.5
-        sensitive["noise_to_signal"] = spread / signal if signal else float("inf")
+        numbers["noise_to_signal"] = Sensitive(spread / signal if signal else None)
     if realised:
-        sensitive["train_loss"] = float(sums["loss_sum"]) / realised
-        sensitive["clip_fraction"] = float(sums["clipped"]) / realised
-        sensitive["mean_gradient_norm"] = float(sums["norm_sum"]) / realised
-        sensitive["non_finite_gradients"] = float(sums["non_finite"])
+        numbers["train_loss"] = Sensitive(float(sums["loss_sum"]) / realised)
+        numbers["clip_fraction"] = Sensitive(float(sums["clipped"]) / realised)
+        numbers["mean_gradient_norm"] = Sensitive(float(sums["norm_sum"]) / realised)
+        numbers["non_finite_gradients"] = Sensitive(float(sums["non_finite"]))
     histogram = (NORM_EDGES, [float(c) for c in sums["norm_histogram"]])
-    return StepRecord(step + 1, public, sensitive, {"gradient_norm": histogram})
+    return StepRecord(step + 1, numbers, {"gradient_norm": Sensitive(histogram)})

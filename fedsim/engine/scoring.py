@@ -1,4 +1,4 @@
-"""What the released model scores on public test data: over all of it, and at each holder's mix of labels."""
+"""What the released model scores: over the evaluation split, and at each holder's mix of labels."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from torch import Tensor, nn
 from fedsim.data import datasets
 from fedsim.data.partition import Partition
 from fedsim.engine import evaluate
+from fedsim.visibility import Numbers, Public, Sensitive
 
 EVALUATION_BATCH = 500
 
 
-def scores_of(model: nn.Module, splits: datasets.Splits, dtype: torch.dtype) -> dict[str, float]:
-    """Return "accuracy" and "loss" of the model on the evaluation split."""
+def scores_of(model: nn.Module, splits: datasets.Splits, dtype: torch.dtype, *, held_out: bool) -> Numbers:
+    """Return "accuracy" and "loss" of the model on the evaluation split: public on test data, sensitive where
+    the split was `held_out` of the training examples."""
     measured = evaluate.evaluate(model, _batches(splits.test, dtype))
-    return {"accuracy": measured["accuracy"], "loss": measured["loss"]}
+    kind = Sensitive if held_out else Public
+    return {name: kind(measured[name]) for name in ("accuracy", "loss")}
 
 
 def holder_accuracy(
     model: nn.Module, splits: datasets.Splits, partition: Partition, dtype: torch.dtype
-) -> dict[str, float]:
+) -> Sensitive[dict[str, float]]:
     """Return the spread over holders of the test accuracy at each holder's own mix of labels.
 
-    Computed from accuracies by class on public test data and the holders' label shares, which are private:
-    sensitive. A label that the test set lacks has no accuracy: it does not count in a holder's mix, and a
-    holder that has no other label is left out; with no holder left the answer is empty.
+    Sensitive whatever the test data: the holders' label shares are private. A label that the test set lacks
+    has no accuracy: it does not count in a holder's mix, and a holder that has no other label is left out;
+    with no holder left the answer is empty.
     """
     classes = splits.train.num_classes
     by_class = np.asarray(evaluate.class_accuracy(model, _batches(splits.test, dtype), classes))
@@ -36,9 +39,9 @@ def holder_accuracy(
     counts = partition.label_counts(splits.train.labels, classes)[:, known]
     counts = counts[counts.any(axis=1)]
     if not len(counts):
-        return {}
+        return Sensitive({})
     mine = counts @ by_class[known] / counts.sum(axis=1)
-    return {f"{q}%": float(np.percentile(mine, q)) for q in (5, 50, 95)}
+    return Sensitive({f"{q}%": float(np.percentile(mine, q)) for q in (5, 50, 95)})
 
 
 def _batches(data: datasets.ArrayDataset, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,6 +26,7 @@ from fedsim.privacy import secret
 from fedsim.privacy.ledger import Ledger, LedgerHeader
 from fedsim.types import StepRecord, Transport
 from fedsim.validate import InputError
+from fedsim.visibility import Numbers, Public, Sensitive
 
 
 class Server:
@@ -62,13 +63,14 @@ class Server:
         completed = self.state.completed
         writers: list[Writer] = [JsonLines(self.folder.metrics, completed)]
         board = None
+        public_only = bool(self.config.monitor.public_only)
         if self.config.monitor.tensorboard:
-            board = TensorBoard(self.folder.tensorboard, completed)
+            board = TensorBoard(self.folder.tensorboard, completed, timeless=public_only)
             self._draw_partition(board)
             writers.append(board)
         if progress is not None:
             writers.append(progress)
-        with Metrics(writers, self.config.monitor.public_only) as metrics:
+        with Metrics(writers, public_only) as metrics:
             if completed == 0:
                 self._save()
             final = self._loop(metrics)
@@ -77,8 +79,8 @@ class Server:
                 board.hparams(outcome.hparams(self.experiment), outcome.final_numbers(result))
         return result
 
-    def _loop(self, metrics: Metrics) -> dict[str, float]:
-        final: dict[str, float] = {}
+    def _loop(self, metrics: Metrics) -> Numbers:
+        final: Numbers = {}
         while self.state.completed < self.plan.steps:
             record, final = self.step()
             metrics.write(record)
@@ -87,7 +89,7 @@ class Server:
                 self._save()
         return final or self._evaluate()
 
-    def step(self) -> tuple[StepRecord, dict[str, float]]:
+    def step(self) -> tuple[StepRecord, Numbers]:
         """Make the next server update; return its record, and the evaluation where one was due."""
         clock = time.perf_counter
         began = clock()
@@ -120,18 +122,19 @@ class Server:
         }
         for name, value in timing.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
-        known = {"learning_rate": state.optimizer.learning_rate(step), **evaluated}
+        known = {"learning_rate": Public(state.optimizer.learning_rate(step)), **evaluated}
         return step_record(self.experiment, step, replies, signal, known, timing), evaluated
 
-    def _evaluate(self) -> dict[str, float]:
-        """Return test accuracy and loss (of the averaged parameters when EMA is on) and epsilon so far."""
+    def _evaluate(self) -> Numbers:
+        """Return accuracy and loss (of the averaged parameters when EMA is on) and epsilon so far."""
         set_flat(self.experiment.model, self.state.released())
-        out = scoring.scores_of(self.experiment.model, self.experiment.splits, self.state.parameters.dtype)
-        if self.experiment.strategy.private:
-            spent = epsilons(self.plan, self.state.completed, self.config, self.experiment.facts, whole=False)
-            value = spent[self.plan.unit].value
-            out["epsilon"] = float("inf") if value is None else value
-        return out
+        splits, dtype = self.experiment.splits, self.state.parameters.dtype
+        held_out = bool(self.config.data.holdout_examples)
+        scores = scoring.scores_of(self.experiment.model, splits, dtype, held_out=held_out)
+        if not self.experiment.strategy.private:
+            return scores
+        spent = epsilons(self.plan, self.state.completed, self.config, self.experiment.facts, whole=False)
+        return {**scores, "epsilon": spent[self.plan.unit].map(lambda epsilon: epsilon.value)}
 
     def _bound_to(self) -> dict[str, Any]:
         return {"config": self.config.digest()}
@@ -158,7 +161,9 @@ class Server:
             accountant=privacy.accountant,
             target_epsilon=privacy.target_epsilon,
             stop_at_epsilon=privacy.stop_at_epsilon,
-            largest_holder=self.experiment.facts.largest_holder,
+            examples=self.experiment.facts.examples,
+            holders=self.config.federation.holders,
+            examples_per_holder_at_most=self.config.federation.examples_per_holder_at_most,
             holder_noise_factor=self.plan.holder_noise_factor,
         )
         return Ledger.create(self.folder.ledger, header)
@@ -178,18 +183,17 @@ class Server:
             return
         train = self.experiment.splits.train
         counts = self.experiment.partition.label_counts(train.labels, train.num_classes)
-        board.image(
-            "sensitive/labels_by_holder", partition_picture.as_image(partition_picture.figure(counts))
-        )
+        picture = partition_picture.as_image(partition_picture.figure(counts))
+        board.image("labels_by_holder", Sensitive(picture))
 
-    def _finish(self, final: dict[str, float], seconds: float) -> dict[str, Any]:
+    def _finish(self, final: Numbers, seconds: float) -> dict[str, Any]:
         released, completed = self.state.released(), self.state.completed
         set_flat(self.experiment.model, released)
         checkpoint.save_model(self.folder.final, self.experiment.model)
         spent = epsilons(self.plan, completed, self.config, self.experiment.facts)
-        result = outcome.result_of(
-            self.experiment, completed, released, final, spent, {**self._seconds, "run": seconds}
-        )
+        scores = {name: final[name] for name in ("accuracy", "loss")}
+        seconds_of = {**self._seconds, "run": seconds}
+        result = outcome.result_of(self.experiment, completed, released, scores, spent, seconds_of)
         self.folder.write_result(result)
         if self.config.privacy.noise_source == "secure":
             secret.destroy(self.folder.root)

@@ -31,7 +31,7 @@ from fedsim import config as configs
 from fedsim import provenance
 from fedsim.config import Config
 from fedsim.data import datasets
-from fedsim.engine.metrics import ConsoleProgress, read_steps
+from fedsim.engine.metrics import ConsoleProgress, numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
 from fedsim.validate import RunError
 
@@ -246,7 +246,7 @@ def _follow(
         if progress is not None:
             for line in read_steps(folder.metrics):
                 if line["step"] > shown:
-                    progress.update(line["step"], line["public"])
+                    progress.update(line["step"], numbers_of(line))
                     shown = line["step"]
         if time.monotonic() >= next_look or folder.result.exists():
             status = str(_listed(run_id, environment, base)["status"])

@@ -15,6 +15,7 @@ from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
+from fedsim.engine.holder import setup_of
 from fedsim.engine.metrics import ConsoleProgress
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
@@ -36,7 +37,8 @@ def main(grid: Grid, context: Context) -> None:
     folder, resume = RunFolder(out), bool(wanted["resume"])
     folder.check(config, resume)
     result = train(grid, prepare(config), folder, resume)
-    print(f"fedsim: accuracy {result['accuracy']:.4f}, results in {out}", flush=True)
+    accuracy = f"accuracy {result['accuracy']:.4f}, " if "accuracy" in result else ""
+    print(f"fedsim: {accuracy}results in {out}", flush=True)
 
 
 def default_out(config: Config) -> Path:
@@ -57,5 +59,5 @@ def train(
     located = dataclasses.replace(
         config, data=datasets.resolve(config.data), model=weights.pinned(config.model)
     )
-    transport = GridTransport(grid, located.to_json(), config.federation.nodes)
+    transport = GridTransport(grid, setup_of(located), config.federation.nodes)
     return Server(experiment, folder, transport, resume).train(progress)

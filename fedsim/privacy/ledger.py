@@ -44,7 +44,10 @@ class LedgerHeader:
         relation: neighbouring relation of the events.
         accountant: the accountant of the run's own reports.
         target_epsilon, stop_at_epsilon: the budget, if one was given.
-        largest_holder: examples of the largest holder, for its epsilon.
+        examples: number N of training examples used; treated as public.
+        holders: number of holders.
+        examples_per_holder_at_most: the declared cap, for the epsilon of a whole holder; None: there is none,
+            and the size of the largest holder, being sensitive, is not written.
         holder_noise_factor: factor on the noise multipliers for a holder of several examples, where events
             bound single examples only.
         version: format of the file.
@@ -57,7 +60,9 @@ class LedgerHeader:
     accountant: str = "pld"
     target_epsilon: float | None = None
     stop_at_epsilon: float | None = None
-    largest_holder: int = 1
+    examples: int | None = None
+    holders: int | None = None
+    examples_per_holder_at_most: int | None = None
     holder_noise_factor: float = 1.0
     version: int = VERSION
 
@@ -67,7 +72,9 @@ class LedgerHeader:
         validate.one_of(self.unit, accountant.UNITS, "unit")
         validate.one_of(self.relation, (accountant.RELATION,), "relation")
         validate.one_of(self.accountant, accountant.ACCOUNTANTS, "accountant")
-        validate.positive(self.largest_holder, "largest_holder")
+        for name in ("examples", "holders", "examples_per_holder_at_most"):
+            if (number := getattr(self, name)) is not None:
+                validate.positive(number, name)
         validate.in_range(self.holder_noise_factor, 1e-6, 1.0, "holder_noise_factor")
         validate.one_of(self.version, (VERSION,), "ledger version")
 

@@ -86,7 +86,7 @@ def centralized(config: Config, monkeypatch: pytest.MonkeyPatch, noise_times: fl
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     inputs = datasets.normalise(data.inputs, data, dtype)
     labels = torch.from_numpy(data.labels.copy())
-    model = build_model(config, data)
+    model = build_model(config, data, config.seed)
     wrapped = GradSampleModule(model, batch_first=True, loss_reduction="mean")
     o, p, t = config.optimizer, config.privacy, config.train
     assert p.noise_multiplier is not None

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from fedsim.engine.experiment import prepare
+from fedsim.engine.holder import setup_of
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
 from fedsim.flower.client_app import app
@@ -27,7 +28,7 @@ def server(holders: int, out: Path) -> Server:
         f"train.steps={WARM + STEPS + 1}",
         "train.eval_every=1000",
     )
-    transport = GridTransport(LocalGrid(app, 1), config.to_json(), 1)
+    transport = GridTransport(LocalGrid(app, 1), setup_of(config), 1)
     transport.connect()
     return Server(prepare(config), RunFolder(out), transport, resume=False)
 

@@ -24,6 +24,7 @@ from fedsim.noise.correlated import TreeAggregation
 from fedsim.privacy import accountant, events, ledger
 from fedsim.types import StepTask
 from fedsim.validate import InputError, RunError
+from fedsim.visibility import shown
 from strategies.base import DataFacts, Plan
 from strategies.nonprivate import NonPrivate
 from tests.conftest import final, small, train
@@ -68,7 +69,7 @@ def test_participation_does_not_depend_on_the_partition(name: str, holders: int)
         "federation.partition=iid",
     )
     expected = participation(config, 8)
-    nodes = [Node(config, index) for index in range(config.federation.nodes)]
+    nodes = [Node(config, index, config.seed) for index in range(config.federation.nodes)]
     for task, row in zip(tasks(prepare(config), 8), expected, strict=True):
         drawn = np.concatenate([node.drawn(task) for node in nodes])
         assert np.array_equal(np.sort(drawn), np.flatnonzero(row))
@@ -297,7 +298,7 @@ def test_exactly_one_of_target_and_multiplier(name: str) -> None:
 @pytest.mark.parametrize("name", BOTH)
 def test_offline_holders_only_take_away(name: str) -> None:
     config = of(name, "federation.availability=0.5", "train.expected_batch_size=40")
-    node = Node(config, 0)
+    node = Node(config, 0, config.seed)
     everyone = node.strategy
     for task in tasks(prepare(config), 5):
         drawn = node.drawn(task)
@@ -361,7 +362,7 @@ def test_secure_noise_is_not_written_to_checkpoints(name: str, tmp_path: Path) -
 def test_reported_epsilons_are_finite_and_ordered(name: str) -> None:
     config = of(name, "federation.holders=400", "federation.partition=iid")
     experiment = prepare(config)
-    told = epsilons(experiment.plan, 6, config, experiment.facts)
+    told = shown(epsilons(experiment.plan, 6, config, experiment.facts), public_only=False)
     example, check = told["example"].value, told["example_check"].value
     assert example is not None
     assert check is not None

@@ -20,6 +20,7 @@ from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.validate import InputError, RunError
+from fedsim.visibility import shown
 from tests.conftest import final, small, train
 
 ADAPTIVE = ["strategy.options.target_quantile=0.5", "strategy.options.count_noise=2.0"]
@@ -72,7 +73,7 @@ def test_one_step_equals_clipped_local_training_written_out(tmp_path: Path) -> N
 def test_both_units_and_twice_the_sensitivity_for_an_example() -> None:
     config = fedavg("train.steps=20")
     experiment = prepare(config)
-    spent = epsilons(experiment.plan, 20, config, experiment.facts)
+    spent = shown(epsilons(experiment.plan, 20, config, experiment.facts), public_only=False)
     assert spent["holder"].unit == "holder"
     assert spent["example"].value > spent["holder"].value, (
         "changing an example may turn its holder's update round"
@@ -101,7 +102,7 @@ def test_epsilon_of_a_holder_is_that_of_dp_accounting(sigma: float, batch: float
         config = fedavg(*more, *options)
         experiment = prepare(config)
         assert experiment.plan.sampling_rate == rate
-        spent = epsilons(experiment.plan, steps, config, experiment.facts)
+        spent = shown(epsilons(experiment.plan, steps, config, experiment.facts), public_only=False)
         renyi = rdp.RdpAccountant().compose(one, steps).get_epsilon(1e-5)
         assert spent["holder_check"].value == pytest.approx(renyi, rel=1e-6)
         losses = pld.PLDAccountant(value_discretization_interval=1e-3).compose(one, steps)

@@ -23,6 +23,7 @@ from fedsim.sampling import HolderAvailability, PoissonSampler
 from fedsim.seeds import derive
 from fedsim.types import StepTask
 from fedsim.validate import InputError
+from fedsim.visibility import shown
 from tests.conftest import final, small, train
 
 DELTA = 1e-5
@@ -133,12 +134,12 @@ def test_the_event_is_every_local_release_and_epsilon_that_of_dp_accounting(tmp_
     one = dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(sigma))
     assert [record.event for record in view.records] == [dp.SelfComposedDpEvent(one, 3)] * 6
     reference = rdp.RdpAccountant().compose(one, 18).get_epsilon(DELTA)
-    spent = epsilons(experiment.plan, 6, config, experiment.facts)
+    spent = shown(epsilons(experiment.plan, 6, config, experiment.facts), public_only=False)
     assert spent["example_check"].value == pytest.approx(reference, rel=1e-6)
     assert view.epsilon().value == spent["example"].value
     once = prepare(small("strategy.name=local_dpsgd", "model.name=linear", "train.steps=18"))
     assert spent["example"].value == accountant.epsilon(once.plan.total_event(18), DELTA).value
-    holder = accountant.holder_epsilon(sigma, q, 18, DELTA, experiment.facts.largest_holder)
+    holder = accountant.holder_epsilon(sigma, q, 18, DELTA, experiment.facts.largest_holder.value)
     assert spent["holder"].value == holder.value
     assert holder.value is not None
     assert spent["example"].value is not None
@@ -167,7 +168,7 @@ def test_the_result_does_not_depend_on_nodes_or_physical_batch(tmp_path: Path) -
 
 def test_local_steps_draw_anew_and_leave_the_model_where_it_was() -> None:
     config = silo("train.augment_multiplicity=2", "train.augmentations=[flip]", "model.dtype=float64")
-    node = Node(config, 0)
+    node = Node(config, 0, config.seed)
     task = StepTask(0, 0, 0.3, node.strategy.keys(1, 0), arrays={"noise_std": np.array([0.5])})
     before = get_flat(node.model)
     first = node.strategy.answer(node, task)

@@ -42,7 +42,7 @@ def test_every_option_computes_the_same_sum(changes: dict[str, object], tmp_path
 
 def test_sums_of_all_holders_at_once_equal_those_of_each_alone() -> None:
     config = small("model.dtype=float64", "federation.nodes=2", "engine.physical_batch_size=16", SHARES)
-    node = Node(config, 1)
+    node = Node(config, 1, config.seed)
     root_keys = node.strategy.keys(config.seed, 0)
     task = StepTask(0, 0, 0.3, root_keys)
     clip = node.strategy.clip_rule()

@@ -285,7 +285,7 @@ def test_local_training_is_not_probed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_node_refuses_to_start_without_a_number() -> None:
     with pytest.raises(InputError, match="must be a number by the time nodes start"):
-        Node(small(AUTO), 0)
+        Node(small(AUTO), 0, 0)
 
 
 # --- the limit -------------------------------------------------------------------------------------------

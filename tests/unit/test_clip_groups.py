@@ -216,7 +216,7 @@ def _clipped_by_definition(config: Config, node: Node, ids: Any, task: Any) -> i
 
 def test_the_reported_count_is_of_examples_with_a_part_above_its_bound() -> None:
     config = small("privacy.clipping=per_layer", "privacy.clip_norm=12.0", "engine.physical_batch_size=7")
-    node = Node(config, 0)
+    node = Node(config, 0, config.seed)
     keys = {name: bytes(32) for name in ("draw", "availability", "augment")}
     task = StepTask(step=0, wave=0, sampling_rate=0.5, keys=keys)
     ids = node.ids[:40]

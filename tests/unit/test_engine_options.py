@@ -64,7 +64,7 @@ def test_a_node_hands_them_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
         return real(*arguments, options=options)
 
     monkeypatch.setattr(per_example.bookkeeping, "clipped_sum", spy)
-    node = Node(small("engine.gradient_memory=low", "engine.channels_last=off"), 0)
+    node = Node(small("engine.gradient_memory=low", "engine.channels_last=off"), 0, 0)
     keys = node.strategy.keys(0, 0)
     task = StepTask(step=0, wave=0, stage="", sampling_rate=0.1, keys=keys)
     node.clipped_sum(node.ids[:3], task, node.strategy.clip_rule())
@@ -228,7 +228,7 @@ def test_a_node_asks_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None
         return torch.device("cpu")
 
     monkeypatch.setattr("fedsim.engine.holder.pick_device", pick)
-    Node(small(), 1)
+    Node(small(), 1, 0)
     assert asked == [("auto", 1)]
 
 

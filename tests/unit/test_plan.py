@@ -106,7 +106,7 @@ def test_both_ways_of_planning_agree() -> None:
     assert unread.facts.parameters == read["parameters"]
     assert unread.facts.examples == read["examples"]
     assert unread.plan.sampling_rate == read["sampling_rate"]
-    assert unread.facts.largest_holder == read["holders"]["max_size"]
+    assert unread.facts.largest_holder.value == read["holders"]["max_size"]
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from fedsim.privacy import accountant, events, ledger
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.levels import NoiseLevels
 from fedsim.validate import InputError
+from fedsim.visibility import shown
 from tests.conftest import final, small, train
 
 DELTA = 1e-5
@@ -191,7 +192,7 @@ def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(tmp_path: Path)
 def test_target_and_budget_of_a_scheduled_run(tmp_path: Path) -> None:
     config = scheduled("privacy.noise_multiplier=null", "privacy.target_epsilon=3")
     prepared = prepare(config)
-    spent = epsilons(prepared.plan, 6, config, prepared.facts)
+    spent = shown(epsilons(prepared.plan, 6, config, prepared.facts), public_only=False)
     assert spent["example"].value == pytest.approx(3.0, rel=2e-4)
     assert spent["example"].value <= 3.0  # type: ignore[operator]
     assert spent["holder"].value > 3.0  # type: ignore[operator]
