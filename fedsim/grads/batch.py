@@ -6,7 +6,6 @@ ids, masks, floats). Inputs have their K views on the second axis of every array
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +28,13 @@ def each(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     if isinstance(batch, Tensor):
         return function(batch)
     return {name: function(array) for name, array in batch.items()}
+
+
+def form(batch: Batch) -> tuple[object, ...]:
+    """Return what batches of any number of examples have in common: names, other axes, dtypes, devices."""
+    if isinstance(batch, Tensor):
+        return (tuple(batch.shape[1:]), batch.dtype, batch.device)
+    return tuple((name, *form(array)) for name, array in sorted(batch.items()))
 
 
 def sizes(inputs: Batch, targets: Batch) -> tuple[int, int]:
@@ -56,14 +62,30 @@ def _listed(shapes: list[tuple[int, ...]]) -> str:
     return ", ".join(map(str, shapes)) or "no array"
 
 
+def described(batch: Batch) -> str:
+    """Return shapes and dtypes for a message: "(8, 1, 5) float32" or "ids (8, 1, 7) int64, mask ..."."""
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    return ", ".join(f"{name} {described(array)}" for name, array in batch.items()) or "no array"
+
+
 def take(batch: Batch, rows: Any) -> Batch:
     """Return the examples that `rows` (a slice, a mask or indices) names."""
     return each(lambda array: array[rows], batch)
 
 
-def placed(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """Move a batch to `device`, and its floating arrays to `dtype`; ids and masks keep their own."""
-    return each(lambda array: array.to(device, dtype if array.is_floating_point() else None), batch)
+def placed(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+    """Copy a batch to `device`, its floating arrays to `dtype` if given; ids and masks keep their own.
+
+    Always a copy, cut off from any graph: a model or loss that writes into its arguments does not reach the
+    caller's data, nor what a second attempt sees.
+    """
+
+    def place(array: Tensor) -> Tensor:
+        wanted = dtype if array.is_floating_point() else None
+        return array.detach().to(device, wanted, copy=True)
+
+    return each(place, batch)
 
 
 def repeated(targets: Batch, views: int) -> Batch:
@@ -77,20 +99,27 @@ def expanded(target: Batch, views: int) -> Batch:
 
 
 def call(model: nn.Module, views: Batch) -> Any:
-    """Call `model` with what it expects: the tensor, or the named arrays as keywords.
+    """Call `model` with what it expects; see `arguments`."""
+    positional, named = arguments(model, views)
+    return model(*positional, **named)
 
-    A model whose `forward` has one argument and not these names gets the mapping itself.
+
+def arguments(model: nn.Module, views: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments to call `model` with: the tensor, or the named arrays as keywords.
+
+    A model whose `forward` has one argument that must be given, and does not have these names, gets the
+    mapping itself. An instance's own `forward` and that of a TorchScript module count like a class's.
     """
-    if isinstance(views, Tensor):
-        return model(views)
-    if _takes_mapping(type(model).forward, frozenset(views)):
-        return model(views)
-    return model(**views)
+    if isinstance(views, Tensor) or _takes_mapping(model.forward, set(views)):
+        return (views,), {}
+    return (), dict(views)
 
 
-@functools.lru_cache(maxsize=256)
-def _takes_mapping(forward: Callable[..., Any], names: frozenset[str]) -> bool:
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+def _takes_mapping(forward: Callable[..., Any], names: set[str]) -> bool:
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
     if any(p.kind is p.VAR_KEYWORD for p in parameters) or names <= {p.name for p in parameters}:
         return False
     return len([p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]) == 1

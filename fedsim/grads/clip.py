@@ -320,7 +320,7 @@ def _clipped(
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Return rows and coefficients, one of each a parameter, of the finite gradients, the norms of all, and
     which are finite."""
-    rows = [gradient.flatten(1) for gradient in gradients]
+    rows = [gradient.reshape(len(gradient), -1) for gradient in gradients]
     places = [0] * len(rows) if groups is None else groups
     squares: list[list[Tensor]] = [[] for _ in range(max(places) + 1)]
     for row, place in zip(rows, places, strict=True):

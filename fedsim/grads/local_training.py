@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import validate
+from fedsim.grads import batch
+from fedsim.grads.autograd import gradients_of
+from fedsim.grads.batch import Batch
 from fedsim.grads.flat import get_flat, trainable_parameters
-from fedsim.grads.microbatch import Loss, train_mode
+from fedsim.grads.microbatch import Loss, check_losses
 from fedsim.grads.per_example import cross_entropy
+from fedsim.grads.state import left_as_found
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class LocalTraining:
 
 def local_update(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Batch,
+    targets: Batch,
     how: LocalTraining,
     order: np.random.Generator,
     loss: Loss = cross_entropy,
@@ -49,8 +53,8 @@ def local_update(
 
     Args:
         model: at the step's parameters.
-        inputs: (n, ...), n >= 1, on the model's device.
-        targets: (n, ...).
+        inputs: (n, ...), or named arrays of such shapes, n >= 1, on the model's device.
+        targets: (n, ...), or named arrays of such shapes.
         how: epochs, batch size, learning rate.
         order: source of the shuffles.
 
@@ -60,15 +64,17 @@ def local_update(
     start = get_flat(model)
     parameters = list(trainable_parameters(model).values())
     total, seen = 0.0, 0
-    with train_mode(model):
-        for _ in range(how.epochs):
-            rows = torch.from_numpy(order.permutation(len(targets)))
-            for batch in rows.split(how.batch_size):
-                losses = loss(model(inputs[batch]), targets[batch])
-                gradients = torch.autograd.grad(losses.mean(), parameters, materialize_grads=True)
-                with torch.no_grad():
-                    for parameter, gradient in zip(parameters, gradients, strict=True):
-                        parameter.sub_(gradient, alpha=how.learning_rate)
-                total += float(losses.detach().double().sum())
-                seen += len(batch)
+    examples = len(batch.arrays(targets)[0])
+    for _ in range(how.epochs):
+        shuffled = torch.from_numpy(order.permutation(examples))
+        for rows in shuffled.split(how.batch_size):
+            with left_as_found(model), torch.enable_grad():
+                losses = loss(batch.call(model, batch.take(inputs, rows)), batch.take(targets, rows))
+                check_losses(losses, len(rows))
+                gradients = gradients_of(losses.mean(), parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.sub_(gradient, alpha=how.learning_rate)
+            total += float(losses.detach().double().sum())
+            seen += len(rows)
     return start - get_flat(model), total / seen

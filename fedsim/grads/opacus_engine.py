@@ -9,79 +9,76 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedsim.grads import batch
+from fedsim.grads.batch import Batch
 from fedsim.grads.clip import ClipRule, clip_and_sum
 from fedsim.grads.flat import trainable_parameters
-from fedsim.grads.microbatch import Loss, check_losses
-from fedsim.validate import InputError
+from fedsim.grads.microbatch import Answer, CannotFollow, Loss, check_losses
+from fedsim.grads.state import left_as_found
 
 
-def clipped_sum(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, clip: ClipRule
-) -> tuple[Tensor, Tensor, Tensor]:
+def clipped_sum(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, clip: ClipRule) -> Answer:
     """Clipped gradient sum of one physical batch; see `microbatch.Engine`.
 
+    All views go through the model at once: what one of them gives must not depend on the others.
+
     Raises:
+        CannotFollow: Opacus would leave out a part of the gradient.
         NotImplementedError: Opacus refuses the model (a trainable layer with buffers).
     """
-    examples, views = inputs.shape[:2]
+    examples, views = batch.sizes(inputs, targets)
     named = trainable_parameters(model)
-    parameters = list(named.values())
-    with _left_as_found(model), torch.enable_grad(), warnings.catch_warnings():
+    _check_modes(model)
+    with left_as_found(model), torch.enable_grad(), warnings.catch_warnings():
         # The first layer's inputs need no gradient; torch remarks on it at every backward pass.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        for parameter in named.values():
+            parameter.grad = None
+        positional, keywords = batch.arguments(model, batch.each(lambda array: array.flatten(0, 1), inputs))
         wrapped = _grad_sample_module()(model, loss_reduction="sum", strict=True)
         try:
-            outputs = wrapped(inputs.flatten(0, 1))
-            losses = loss(outputs, targets.repeat_interleave(views, dim=0))
+            losses = loss(wrapped(*positional, **keywords), batch.repeated(targets, views))
             check_losses(losses, examples * views)
-            losses.sum().backward()
-            gradients = [_over_views(p, examples, views) for p in parameters]
+            if losses.requires_grad:
+                losses.sum().backward()
+            gradients = [_over_views(name, p, examples, views) for name, p in named.items()]
         finally:
             wrapped.remove_hooks()
     total, norms = clip_and_sum(gradients, clip, clip.group_of(tuple(named)))
     return total, norms, losses.detach().unflatten(0, (examples, views)).mean(1)
 
 
-def _over_views(parameter: nn.Parameter, examples: int, views: int) -> Tensor:
-    """Mean over views of one parameter's gradient samples, (examples, *shape); zeros if it was not used."""
+def _check_modes(model: nn.Module) -> None:
+    """Raise CannotFollow for a trainable layer in eval mode: Opacus passes over it."""
+    for path, module in model.named_modules():
+        if not module.training and any(p.requires_grad for p in module.parameters(recurse=False)):
+            raise CannotFollow(f"Opacus passes over {type(module).__name__} '{path}', which is in eval mode")
+
+
+def _over_views(name: str, parameter: nn.Parameter, examples: int, views: int) -> Tensor:
+    """Mean over views of one parameter's gradient samples, (examples, *shape); zeros if it was not used.
+
+    Raises:
+        CannotFollow: the samples do not add up to the parameter's gradient.
+    """
     sample: Tensor | None = getattr(parameter, "grad_sample", None)
     if sample is None:
+        if parameter.grad is not None and parameter.grad.any():
+            raise CannotFollow(f"Opacus does not see where {name} is used")
         return parameter.new_zeros((examples, *parameter.shape))
-    if sample.shape[0] != examples * views:
-        raise InputError(
-            f"every layer must see one row a view, {examples * views} here, got {sample.shape[0]} rows. "
-            "Keep the batch axis first and apart in forward, or use engine.gradients=vmap."
-        )
-    return sample.unflatten(0, (examples, views)).mean(1) if views > 1 else sample
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Undo what Opacus sets on modules and parameters: hooks, new attributes, `.grad`."""
-    modules = [(m, set(vars(m)), m._is_full_backward_hook) for m in model.modules()]
-    parameters = [(p, set(vars(p)), p.grad) for p in model.parameters()]
-    for parameter, _, _ in parameters:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for handle in vars(model).get("autograd_grad_sample_hooks", ()):  # Opacus failed while hooking
-            handle.remove()
-        for module, names, full in modules:
-            for name in set(vars(module)) - names:
-                delattr(module, name)
-            module._is_full_backward_hook = full
-        for parameter, names, gradient in parameters:
-            for name in set(vars(parameter)) - names:
-                delattr(parameter, name)
-            parameter.grad = gradient
+    if not isinstance(sample, Tensor) or sample.shape[0] != examples * views:
+        rows = len(sample)
+        raise CannotFollow(f"Opacus finds {rows} rows for {examples * views} views where {name} is used")
+    whole = parameter.grad
+    rounding = 1e-3 * float(sample.detach().reshape(len(sample), -1).norm(dim=1).sum())
+    if whole is not None and float((sample.sum(0) - whole).norm()) > rounding:  # not so for nan
+        raise CannotFollow(f"Opacus sees a part only of where {name} is used")
+    return sample.detach().unflatten(0, (examples, views)).mean(1)
 
 
 @functools.cache

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim import validate
-from fedsim.grads import bookkeeping, opacus_engine, vmap
+from fedsim.grads import autograd, batch, bookkeeping, independence, opacus_engine, vmap, ways
+from fedsim.grads.batch import Batch
 from fedsim.grads.bookkeeping import Options
-from fedsim.grads.clip import ClipRule, clip_and_sum_by_owner, overall
+from fedsim.grads.clip import ClipRule, overall
 from fedsim.grads.flat import trainable_names, trainable_parameters
-from fedsim.grads.microbatch import Engine, Loss, slices, train_mode
+from fedsim.grads.microbatch import Engine, Loss, slices
 from fedsim.types import ClippedSum
-from fedsim.validate import InputError
 
+_bookkeeping: Any = bookkeeping.clipped_sum
 ENGINES: dict[str, Engine] = {
-    "bookkeeping": bookkeeping.clipped_sum,
+    "bookkeeping": _bookkeeping,
     "vmap": vmap.clipped_sum,
     "opacus": opacus_engine.clipped_sum,
 }
@@ -49,13 +51,13 @@ def engine_of(name: str, options: Options) -> Engine:
             f"bookkeeping engine, but engine.gradients is {name!r}.",
             "Leave them at float32, auto and full, or use engine.gradients=bookkeeping.",
         )
-    return functools.partial(bookkeeping.clipped_sum, options=options)
+    return functools.partial(_bookkeeping, options=options)
 
 
 def clipped_gradient_sum(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Batch,
+    targets: Batch,
     clip: ClipRule,
     *,
     loss: Loss = cross_entropy,
@@ -67,16 +69,20 @@ def clipped_gradient_sum(
 
     An example's gradient is that of the mean of its K view losses: averaged over views before clipping (De et
     al. 2022, augmentation multiplicity). `engine` and `physical_batch_size` change speed and memory, and the
-    result only by float rounding. The model runs in train mode and is left as it came: parameters, modes,
-    `.grad`, hooks and attributes, also when an exception leaves this function.
+    result only by float rounding: what an engine cannot follow is computed by vmap or, at last, by autograd
+    of one example at a time (`fedsim.grads.ways`). The model runs in the modes its modules are in and is left
+    as it came: parameters, modes, `.grad`, hooks, attributes and buffers, also when an exception leaves this
+    function.
 
     Args:
         model: one that `fedsim.models.check` accepts; gradients are of its trainable parameters.
-        inputs: (B, K, ...), K views an example; B may be 0. Moved piece by piece to the parameters' device
-            and, if floating, to their dtype.
-        targets: (B, ...), one an example.
+        inputs: (B, K, ...), K views an example, or named arrays of such shapes; B may be 0. Copied piece by
+            piece to the parameters' device and, if floating, to their dtype; ids and masks keep theirs. The
+            model is called with the K views of examples, (n, ...), named arrays as keywords or, if its
+            `forward` has one argument and not these names, as a mapping.
+        targets: (B, ...), one an example, or named arrays of such shapes.
         clip: clip rule; also the source of the sensitivity.
-        loss: (outputs (n, ...), targets (n, ...)) -> one loss a view, (n,).
+        loss: (outputs of n views, targets (n, ...)) -> one loss a view, (n,). It gets what the model returns.
         engine: key of `ENGINES`.
         physical_batch_size: views through the model at once; an example with more views goes alone.
         options: of the bookkeeping engine; None for its defaults.
@@ -88,39 +94,39 @@ def clipped_gradient_sum(
 
     Raises:
         InputError: unknown engine, options of another one, shapes that do not fit, a loss that is not per
-            view, trainable parameters of several dtypes or devices, or that the rule's groups do not fit.
+            view, trainable parameters of several dtypes or devices, or that the rule's groups do not fit; a
+            forward pass that changes buffers; a model or loss that cannot be differentiated at all, or that
+            is seen to mix examples or to be random (`fedsim.grads.independence`).
     """
-    run = engine_of(engine, Options() if options is None else options)
+    options = Options() if options is None else options
+    chain: dict[str, Engine] = {
+        engine: engine_of(engine, options),
+        "vmap": vmap.clipped_sum,
+        ways.LAST: autograd.clipped_sum,
+    }
     validate.positive(physical_batch_size, "engine.physical_batch_size")
-    if inputs.dim() < 2 or inputs.shape[1] < 1 or targets.shape[:1] != inputs.shape[:1]:
-        raise InputError(
-            "inputs must have shape (examples, views, ...) with at least one view, and targets "
-            f"(examples, ...), got {tuple(inputs.shape)} and {tuple(targets.shape)}. "
-            "Use inputs.unsqueeze(1) for one view an example."
-        )
-    first = next(iter(trainable_parameters(model).values()))
-    examples, views = inputs.shape[:2]
-    total = torch.zeros(
-        sum(p.numel() for p in trainable_parameters(model).values()), dtype=first.dtype, device=first.device
-    )
+    examples, views = batch.sizes(inputs, targets)
+    parameters = list(trainable_parameters(model).values())
+    device = parameters[0].device
+    total = parameters[0].detach().new_zeros(sum(p.numel() for p in parameters))
     groups = clip.group_of(trainable_names(model))
     shape = (examples,) if groups is None else (examples, max(groups) + 1)
-    norms = torch.zeros(shape, dtype=torch.float64, device=first.device)
-    losses = torch.zeros(examples, dtype=torch.float64, device=first.device)
-    with train_mode(model):
-        for piece in slices(examples, views, physical_batch_size):
-            part = inputs[piece].to(first.device, first.dtype if inputs.is_floating_point() else None)
-            answer = run(model, part, targets[piece].to(first.device), loss, clip)
-            total += answer[0]
-            norms[piece], losses[piece] = answer[1], answer[2]
+    norms = torch.zeros(shape, dtype=torch.float64, device=device)
+    losses = torch.zeros(examples, dtype=torch.float64, device=device)
+    independence.check(model, inputs, targets, loss)
+    for piece in slices(examples, views, physical_batch_size):
+        part = batch.take(inputs, piece), batch.take(targets, piece)
+        answer = ways.first_that_works(chain, model, *part, loss, clip)
+        total += answer[0]
+        norms[piece], losses[piece] = answer[1], answer[2]
     clipped = None if groups is None else clip.clipped(norms)
     return ClippedSum(total, examples, clip.sensitivity, overall(norms), losses, clipped)
 
 
 def clipped_gradient_sums(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Batch,
+    targets: Batch,
     clip: ClipRule,
     owners: Tensor,
     totals: Tensor,
@@ -128,23 +134,26 @@ def clipped_gradient_sums(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Add the clipped gradients of one physical batch to the sums of their owners.
 
-    By the vmap engine, which has every gradient on its own. Otherwise as `clipped_gradient_sum`.
+    By vmap, which has every gradient on its own, or one example at a time. Otherwise as
+    `clipped_gradient_sum`.
 
     Args:
         inputs, targets: (B, K, ...) and (B, ...); B may be 0.
         owners: (B,) int64, each example's row in `totals`.
-        totals: (owners, P) in the parameters' dtype and on their device, changed in place.
+        totals: (owners, P) in the parameters' dtype and on their device, changed in place; of no use after an
+            exception.
 
     Returns:
         Norms before clipping and losses, (B,) float64 each, and `ClippedSum.clipped`.
     """
     device = totals.device
     groups = clip.group_of(trainable_names(model))
-    if not len(inputs):
+    examples, _ = batch.sizes(inputs, targets)
+    if not examples:
         empty = torch.zeros(0, dtype=torch.float64, device=device)
         return empty, empty, None if groups is None else empty > 0
-    with train_mode(model):
-        part = inputs.to(device, totals.dtype if inputs.is_floating_point() else None)
-        gradients, losses = vmap.example_gradients(model, part, targets.to(device), loss)
-        norms = clip_and_sum_by_owner(gradients, clip, owners.to(device), totals, groups)
+    independence.check(model, inputs, targets, loss)
+    chain = {"vmap": vmap.clipped_sums, ways.LAST: autograd.clipped_sums}
+    rest = (clip, owners.to(device), totals)
+    norms, losses = ways.first_that_works(chain, model, inputs, targets, loss, *rest)
     return overall(norms), losses.to(torch.float64), None if groups is None else clip.clipped(norms)

@@ -1,0 +1,128 @@
+"""Per-example gradients by plain autograd, one example after the other: slow, and what every model has.
+
+Needs nothing but that the loss of one example's views can be differentiated. Hooks on parameters, activations
+and modules, checkpointing, custom functions, TorchScript, sparse gradients and control flow that depends on
+values mean here what they mean in ordinary training on that example alone. Memory: one gradient at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.grads import batch
+from fedsim.grads.batch import Batch
+from fedsim.grads.clip import ClipRule, clip_and_sum, clip_and_sum_by_owner
+from fedsim.grads.flat import trainable_parameters
+from fedsim.grads.microbatch import Answer, Loss, check_losses
+from fedsim.grads.state import left_as_found
+
+Ask = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+_accumulating = threading.Lock()  # `.backward()` goes through `.grad`, which all threads share
+
+
+def clipped_sum(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, clip: ClipRule) -> Answer:
+    """Clipped gradient sum of one physical batch; see `microbatch.Engine`."""
+    named = trainable_parameters(model)
+    groups = clip.group_of(tuple(named))
+    first = next(iter(named.values()))
+    total = first.new_zeros(sum(p.numel() for p in named.values())).detach()
+    norms, losses = [], []
+    for gradients, value in example_gradients(model, inputs, targets, loss):
+        part, norm = clip_and_sum(gradients, clip, groups)
+        total += part
+        norms.append(norm)
+        losses.append(value)
+    return total, torch.cat(norms), torch.stack(losses)
+
+
+def clipped_sums(
+    model: nn.Module,
+    inputs: Batch,
+    targets: Batch,
+    loss: Loss,
+    clip: ClipRule,
+    owners: Tensor,
+    totals: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Add the clipped gradients to the rows of `totals` (owners, P) that `owners` (n,) names.
+
+    Returns norms and losses, as `clipped_sum`. `totals` is of no use after an exception.
+    """
+    groups = clip.group_of(tuple(trainable_parameters(model)))
+    norms, losses = [], []
+    examples = example_gradients(model, inputs, targets, loss)
+    for owner, (gradients, value) in zip(owners.split(1), examples, strict=True):
+        norms.append(clip_and_sum_by_owner(gradients, clip, owner, totals, groups))
+        losses.append(value)
+    return torch.cat(norms), torch.stack(losses)
+
+
+def example_gradients(
+    model: nn.Module, inputs: Batch, targets: Batch, loss: Loss
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield for each example one gradient (1, *shape) a trainable parameter, unclipped, and its loss, ()."""
+    parameters = list(trainable_parameters(model).values())
+    examples, views = batch.sizes(inputs, targets)
+    ask: Ask = gradients_of
+    for row in range(examples):
+
+        def example_loss(row: int = row) -> Tensor:
+            device = parameters[0].device
+            own, target = (batch.placed(batch.take(given, row), device) for given in (inputs, targets))
+            losses = loss(batch.call(model, own), batch.expanded(target, views))
+            check_losses(losses, views)
+            return losses.mean()
+
+        with torch.enable_grad(), left_as_found(model):  # examples do not meet in the model's attributes
+            found, value, ask = _differentiated(example_loss, parameters, ask)
+        yield [gradient[None] for gradient in found], value
+
+
+def _differentiated(
+    function: Callable[[], Tensor], parameters: Sequence[Tensor], ask: Ask
+) -> tuple[list[Tensor], Tensor, Ask]:
+    """Return gradients and value of `function()`, and how they were had: what the next example asks first."""
+    value = function()
+    try:
+        return ask(value, parameters), value.detach(), ask
+    except RuntimeError as problem:
+        if ask is _accumulated or "checkpoint" not in str(problem):
+            raise
+    value = function()  # what was refused used up the graph
+    return _accumulated(value, parameters), value.detach(), _accumulated
+
+
+def gradients_of(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of the scalar `value` with respect to each parameter, dense, zeros if unused."""
+    if not value.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    return _dense(torch.autograd.grad(value, parameters, allow_unused=True), parameters)
+
+
+def _accumulated(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """As `gradients_of`, by `.backward()`, which alone passes through a re-entrant checkpoint."""
+    if not value.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    with _accumulating:
+        before = [p.grad for p in parameters]
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            value.backward()
+            return _dense([p.grad for p in parameters], parameters)
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+
+
+def _dense(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
+    gradients = []
+    for gradient, parameter in zip(found, parameters, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        gradients.append(gradient.detach() if gradient.layout is torch.strided else gradient.to_dense())
+    return gradients

@@ -1,0 +1,160 @@
+"""Nothing is left on a model: a block after which it is as it came."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, compress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.validate import InputError
+
+_HELD = frozenset((dict, OrderedDict, list, set))  # kinds of attributes whose content is put back too
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put back whatever the block changes on `model` but the values of its parameters.
+
+    Back come: every attribute of every module, modes, hooks, buffers and submodules among them, with the
+    content of dictionaries, lists and sets (one level deep); attributes and `.grad` of parameters; values of
+    buffers. Also when an exception leaves the block, which then goes on.
+
+    Raises:
+        InputError: the block changed the value of a buffer. Through it examples would reach one another,
+            and later batches, past clipping and noise.
+    """
+    modules = list(model.modules())
+    attributes = _Attributes(modules)
+    parameters = [(p, vars(p).copy(), p.grad) for p in _all(module._parameters for module in modules)]
+    buffers = _Buffers(modules)
+    try:
+        yield
+    except BaseException:
+        buffers.put_back()
+        attributes.put_back()
+        _put_back(parameters)
+        raise
+    changed = buffers.put_back()
+    attributes.put_back()
+    _put_back(parameters)
+    if changed:
+        names = [name for name, buffer in model.named_buffers() if id(buffer) in changed]
+        raise InputError(
+            f"the forward pass must leave the model's buffers alone, but it changes {', '.join(names)}: "
+            "through it examples would reach one another, past clipping and noise. Put layers with running "
+            "statistics into eval mode, or use ones without (GroupNorm, LayerNorm)."
+        )
+
+
+def _all(named: Iterable[Any]) -> list[Any]:
+    """Return the tensors of several dictionaries, each once."""
+    return list(
+        {
+            id(value): value for value in chain.from_iterable(d.values() for d in named) if value is not None
+        }.values()
+    )
+
+
+class _Attributes:
+    """What the `__dict__` of each module held."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._live = [vars(module) for module in modules]
+        self._saved = [live.copy() for live in self._live]
+        self._filled = [(held, held.copy()) for held in self._held() if held]
+
+    def put_back(self) -> None:
+        for live, saved in zip(self._live, self._saved, strict=True):
+            if not _same(live, saved):
+                live.update(saved)
+                for name in live.keys() - saved.keys():
+                    del live[name]
+        before = {id(held) for held, _ in self._filled}
+        for held in self._held():
+            if held and id(held) not in before:
+                held.clear()
+        for held, content in self._filled:
+            if not _same(held, content):
+                held.clear()
+                held.extend(content) if isinstance(held, list) else held.update(content)
+
+    def _held(self) -> Iterator[Any]:
+        """All dictionaries, lists and sets among the saved attributes; in C, for there are many."""
+        values = list(chain.from_iterable(map(dict.values, self._saved)))
+        return compress(values, map(_HELD.__contains__, map(type, values)))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two collections hold the same; what cannot be compared counts as different."""
+    try:
+        return bool(one == other)
+    except Exception:
+        return False
+
+
+def _put_back(parameters: list[tuple[nn.Parameter, dict[str, Any], Tensor | None]]) -> None:
+    for parameter, own, gradient in parameters:
+        if len(vars(parameter)) != len(own):
+            for name in vars(parameter).keys() - own.keys():
+                delattr(parameter, name)
+        if parameter.grad is not gradient:
+            parameter.grad = gradient
+
+
+class _Buffers:
+    """Copies of a model's buffers, those of one dtype and device in one piece: many are small."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._owners = [(module, dict(module._buffers.items())) for module in modules if len(module._buffers)]
+        self._kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in _all(own for _, own in self._owners):
+            self._kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self._copies = {kind: _joined(buffers) for kind, buffers in self._kinds.items()}
+
+    def put_back(self) -> set[int]:
+        """Give every buffer its old value; returns the ids of those that had another.
+
+        A new tensor in the place of a buffer counts by its value too; the caller puts the old one back.
+        """
+        changed: set[int] = set()
+        for module, own in self._owners:
+            present = dict(module._buffers.items())
+            for name, buffer in own.items():
+                now = present.get(name)
+                if now is not buffer and buffer is not None and not _same_value(now, buffer):
+                    changed.add(id(buffer))
+        for kind, buffers in self._kinds.items():
+            copy = self._copies[kind]
+            if _equal(_joined(buffers), copy):
+                continue
+            sizes = [buffer.numel() for buffer in buffers]
+            for buffer, old in zip(buffers, copy.split(sizes), strict=True):
+                if not _equal(buffer.detach().reshape(-1), old):
+                    changed.add(id(buffer))
+                    with torch.no_grad():
+                        buffer.copy_(old.view(buffer.shape))
+        return changed
+
+
+def _joined(buffers: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([buffer if buffer.dim() == 1 else buffer.reshape(-1) for buffer in buffers])
+
+
+def _same_value(now: Tensor | None, before: Tensor) -> bool:
+    if now is None or now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    try:
+        return _equal(now.detach().reshape(-1), before.detach().reshape(-1))
+    except RuntimeError:  # it belongs to a function transform that has ended
+        return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors (n,) are the same, bit for bit: a NaN equals itself."""
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
