@@ -33,6 +33,7 @@ ALARM = 1e-6
 STEPS, COUNT = 21, 40_000
 BANDED = BandedToeplitz(optimal_coefficients(4, STEPS))
 TREE = TreeAggregation(8)  # two whole passes and a part of a third
+RUN = 62  # steps of a run: more than anything in it repeats after
 
 
 def draw(mechanism: Mechanism, steps: int = STEPS, root: int = 3) -> Array:
@@ -144,7 +145,9 @@ def released_noise(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tup
         "model.name=linear",
         "model.dtype=float64",
         "train.expected_batch_size=100",
-        "train.steps=10",
+        f"train.steps={RUN}",
+        "train.eval_every=1000",
+        "train.checkpoint_every=1000",
         "federation.holders=7",
     )
     sums, gradients = [], []
@@ -172,17 +175,20 @@ def released_noise(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tup
 def test_the_noise_that_reaches_the_update(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sigma 1, clip 0.5, 10 steps: 4 steps a pass (3 levels), or 4 bands."""
+    """sigma 1, clip 0.5: 4 steps a pass (3 levels), or 4 bands."""
     noise, plan = released_noise(name, tmp_path, monkeypatch)
     mechanism: Mechanism = TreeAggregation(4)
     if name == "dp_mf":
-        mechanism = BandedToeplitz(optimal_coefficients(4, 10))
-    encoder, _ = mechanism.factors(10)
+        mechanism = BandedToeplitz(optimal_coefficients(4, RUN))
+    encoder, _ = mechanism.factors(RUN)
     std = 1.0 * 0.5 * float(np.linalg.norm(encoder, axis=0).max())
-    expected = std**2 * covariance(mechanism, 10)
+    expected = std**2 * covariance(mechanism, RUN)
     assert covariance_matches(noise, expected)
-    assert not covariance_matches(noise, 0.5**2 * covariance(mechanism, 10)), "sensitivity forgotten"
+    assert not covariance_matches(noise, 0.5**2 * covariance(mechanism, RUN)), "sensitivity forgotten"
     assert not covariance_matches(noise, np.diag(np.diag(expected))), "independent over steps"
+    once = noise.copy()
+    once[-2] = 0
+    assert not covariance_matches(once, expected), "left out once"
     assert plan.noise is not None
     assert expected[0, 0] == pytest.approx(plan.noise.noise_std**2), "what the plan says of the first step"
 
