@@ -163,7 +163,9 @@ def _spent(known: _Known, config: Config) -> dict[str, Tagged[EpsilonResult]]:
     spent = epsilons(plan, plan.steps, config, known.facts)
     if config.privacy.accountant == "rdp_objax":
         total = plan.total_event(plan.steps)
-        spent[f"{plan.unit}_rdp"] = Public(accountant.epsilon(total, config.privacy.delta, "rdp", plan.unit))
+        units = known.facts.examples if plan.unit == "example" else known.facts.holders
+        renyi = accountant.epsilon(total, config.privacy.delta, "rdp", plan.unit)
+        spent[f"{plan.unit}_rdp"] = Public(renyi.among(units))
     return spent
 
 

@@ -90,6 +90,8 @@ def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
     total = events.composed(events.gaussian_step(options.noise_multiplier, rate), steps)
     kinds = ["pld", "rdp"] + (["rdp_objax"] if options.accountant == "rdp_objax" else [])
     answer = {kind: accountant.epsilon(total, delta, kind, "example") for kind in kinds}
+    if options.population is not None:
+        answer = {kind: spent.among(int(options.population)) for kind, spent in answer.items()}
     if options.holder_examples:
         answer[f"holder of {options.holder_examples}"] = accountant.holder_epsilon(
             options.noise_multiplier, rate, steps, delta, options.holder_examples
@@ -146,6 +148,11 @@ def _calibrate(options: argparse.Namespace) -> Any:
     rate, steps, delta = _mechanism(options)
     family = EventFamily.gaussian(rate)
     found = accountant.noise_multiplier_for(options.target_epsilon, delta, family, steps, options.accountant)
+    if options.population is not None:
+        units = int(options.population)
+        found = dataclasses.replace(
+            found, achieved=found.achieved.among(units), verified=found.verified.among(units)
+        )
     if not options.json:
         print(f"noise multiplier {found.noise_multiplier:.6g} for q = {rate:.6g}, {steps} steps")
         print(f"reached: {show.spent(dataclasses.asdict(found.achieved))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from fedsim.privacy import accountant, budget
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.visibility import Public, Sensitive, Tagged
 from strategies.base import DataFacts, Plan, Strategy
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ def planned(strategy: Strategy[Any], facts: DataFacts) -> Plan:
         InputError: they do not, or as `Strategy.plan`.
     """
     plan = strategy.plan(facts)
+    if strategy.private:
+        delta = strategy.config.privacy.delta
+        if accountant.check_delta(delta, facts.examples) > accountant.WARNED_N_DELTA:
+            _log.warning("privacy.delta %g is above 1 / %d, the number of examples", delta, facts.examples)
     budget.check(plan.total_event(plan.steps), plan.unit, strategy.config.privacy)
     return plan
 
@@ -86,19 +93,21 @@ def epsilons(
     total, delta = plan.total_event(steps), config.privacy.delta
     chosen = config.privacy.accountant
     other = "rdp" if chosen == "pld" else "pld"
+    units = {"example": facts.examples, "holder": facts.holders}
     out: dict[str, Tagged[EpsilonResult]] = {
-        plan.unit: Public(accountant.epsilon(total, delta, chosen, plan.unit))
+        plan.unit: Public(accountant.epsilon(total, delta, chosen, plan.unit).among(units[plan.unit]))
     }
     if not whole:
         return out
-    out[f"{plan.unit}_check"] = Public(accountant.epsilon(total, delta, other, plan.unit))
+    check = accountant.epsilon(total, delta, other, plan.unit)
+    out[f"{plan.unit}_check"] = Public(check.among(units[plan.unit]))
     if plan.unit == "example" and plan.noise is not None:
 
         def of_holder(examples: int) -> EpsilonResult:
             bound = plan.total_event_for_holder(steps, examples)
-            return accountant.holder_epsilon_of_event(bound, delta, examples)
+            return accountant.holder_epsilon_of_event(bound, delta, examples).among(facts.holders)
 
         out["holder"] = facts.largest_holder.map(of_holder)
     if (event := plan.total_event_for_example(steps)) is not None:
-        out["example"] = Public(accountant.epsilon(event, delta, chosen, "example"))
+        out["example"] = Public(accountant.epsilon(event, delta, chosen, "example").among(facts.examples))
     return out

@@ -130,7 +130,7 @@ class ConsoleProgress:
     def __init__(self, total: int, title: str = "", console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._total = total
-        self._accuracy = self._epsilon = float("nan")
+        self._accuracy = self._epsilon = self._n_delta = float("nan")
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -151,17 +151,19 @@ class ConsoleProgress:
         """Show progress; also used with lines read back from metrics.jsonl."""
         fresh = "accuracy" in numbers
         self._epsilon = _number(numbers.get("epsilon", self._epsilon))
+        self._n_delta = _number(numbers.get("n_delta", self._n_delta))
         self._accuracy = _number(numbers.get("accuracy", self._accuracy))
+        epsilon = f"{self._epsilon:.3g} (N x delta {self._n_delta:.2g})"
         if self._bar is not None:
             self._bar.update(
                 self._task,
                 completed=completed,
-                epsilon=f"{self._epsilon:.3g}",
+                epsilon=epsilon,
                 accuracy=f"{100 * self._accuracy:.1f}%",
             )
         elif fresh:
             self._console.print(
-                f"step {completed}/{self._total}  epsilon {self._epsilon:.3g}  "
+                f"step {completed}/{self._total}  epsilon {epsilon}  "
                 f"test accuracy {100 * self._accuracy:.1f}%"
             )
 

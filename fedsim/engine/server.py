@@ -134,7 +134,12 @@ class Server:
         if not self.experiment.strategy.private:
             return scores
         spent = epsilons(self.plan, self.state.completed, self.config, self.experiment.facts, whole=False)
-        return {**scores, "epsilon": spent[self.plan.unit].map(lambda epsilon: epsilon.value)}
+        epsilon = spent[self.plan.unit]
+        return {
+            **scores,
+            "epsilon": epsilon.map(lambda spent: spent.value),
+            "n_delta": epsilon.map(lambda spent: spent.n_delta),
+        }
 
     def _bound_to(self) -> dict[str, Any]:
         return {"config": self.config.digest()}

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dp_accounting as dp
 import numpy as np
@@ -32,6 +32,8 @@ MAX_INTEGER_ORDER = 256
 UNITS = ("example", "holder")
 RELATION = "add/remove one"
 MEANINGLESS_ABOVE = 100.0  # e**100 protects nobody; printed with the value, which stays exact
+MOST_N_DELTA = 10.0  # N x delta units may be given away whole within (epsilon, delta); above this: refused
+WARNED_N_DELTA = 1.0
 CALIBRATION_TOLERANCE = 1e-4
 
 _ORDERS = {
@@ -56,6 +58,8 @@ class EpsilonResult:
         unit: whose presence is protected, "example" or "holder".
         amplification: what sampling the value takes credit for.
         note: empty, or why there is no value or how to read it.
+        n_delta: N x delta for the N units of the data: so many could be given away whole, on average, by a
+            mechanism of this epsilon and delta. None where N is not known.
     """
 
     value: float | None
@@ -65,6 +69,21 @@ class EpsilonResult:
     unit: str
     amplification: str
     note: str = ""
+    n_delta: float | None = None
+
+    def among(self, units: int) -> EpsilonResult:
+        """Return the same for data of `units` units: with N x delta, and a note where that is above 1.
+
+        Raises:
+            InputError: it is above 10.
+        """
+        n_delta = check_delta(self.delta, units, self.unit)
+        note = (
+            f"WARNING: N x delta is above 1, use a delta below {1 / units:.1g}"
+            if n_delta > WARNED_N_DELTA
+            else ""
+        )
+        return replace(self, n_delta=n_delta, note="; ".join(part for part in (self.note, note) if part))
 
     @property
     def finite(self) -> bool:
@@ -79,11 +98,29 @@ class EpsilonResult:
             head = "no claimable epsilon"
         else:
             head = f"epsilon {self.value:.5g}"
+        n_delta = "unknown" if self.n_delta is None else f"{self.n_delta:.2g}"
         line = (
-            f"{head} at delta {self.delta:g} per {self.unit} "
+            f"{head} at delta {self.delta:g} (N x delta {n_delta}) per {self.unit} "
             f"({self.relation}; accountant {self.accountant}; {self.amplification})"
         )
         return f"{line}: {self.note}" if self.note else line
+
+
+def check_delta(delta: float, units: int, unit: str = "example") -> float:
+    """Return N x delta.
+
+    Raises:
+        InputError: it is above MOST_N_DELTA.
+    """
+    validate.positive(units, f"number of {unit}s")
+    n_delta = units * delta
+    if n_delta > MOST_N_DELTA:
+        raise InputError(
+            f"privacy.delta must be at most {MOST_N_DELTA / units:.2g} for {units:g} {unit}s, got {delta:g}: "
+            f"N x delta is {n_delta:.3g}, and a mechanism that gives away that many {unit}s whole would keep "
+            f"to it. Use a delta below 1 / N = {1 / units:.2g}."
+        )
+    return n_delta
 
 
 @dataclass(frozen=True)

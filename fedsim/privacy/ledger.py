@@ -113,7 +113,7 @@ class LedgerView:
         """Return the epsilon of everything recorded, in the header's unit."""
         name = self.header.accountant if accountant_name is None else accountant_name
         target = self.header.delta if delta is None else delta
-        return accountant.epsilon(self.total_event(), target, name, self.header.unit)
+        return self._stated(accountant.epsilon(self.total_event(), target, name, self.header.unit))
 
     def holder_epsilon(self, examples_of_holder: int, delta: float | None = None) -> EpsilonResult:
         """Return the epsilon of a whole holder with that many examples.
@@ -126,7 +126,11 @@ class LedgerView:
         event = self.total_event()
         if examples_of_holder > 1 and self.header.holder_noise_factor != 1.0:
             event = events.with_noise(event, self.header.holder_noise_factor)
-        return accountant.holder_epsilon_of_event(event, target, examples_of_holder)
+        return self._stated(accountant.holder_epsilon_of_event(event, target, examples_of_holder))
+
+    def _stated(self, spent: EpsilonResult) -> EpsilonResult:
+        units = self.header.examples if spent.unit == "example" else self.header.holders
+        return spent if units is None else spent.among(units)
 
 
 def read(path: str | Path) -> LedgerView:

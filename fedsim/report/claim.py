@@ -12,7 +12,7 @@ NO_CLAIM_ABOVE = 1000.0
 
 def claim(spent: Mapping[str, Any]) -> str:
     """Return one line for an epsilon (the mapping of an `EpsilonResult`); never a bare number."""
-    basis = f"delta {spent['delta']:g}, {spent['relation']}, {spent['accountant']}"
+    basis = f"{delta(spent)}, {spent['relation']}, {spent['accountant']}"
     note = f"; {spent['note']}" if spent["note"] else ""
     value = _finite(spent["value"])
     if value is None:
@@ -20,6 +20,12 @@ def claim(spent: Mapping[str, Any]) -> str:
     if value > NO_CLAIM_ABOVE:
         return f"no claimable epsilon: {value:.4g} protects nobody ({basis}{note})"
     return f"{value:.4g} ({basis}{note})"
+
+
+def delta(spent: Mapping[str, Any]) -> str:
+    """Return an epsilon's delta with N x delta, the units it could give away whole on average."""
+    n_delta = spent.get("n_delta")
+    return f"delta {spent['delta']:g}, N x delta {'unknown' if n_delta is None else f'{n_delta:.2g}'}"
 
 
 def number(value: Any) -> str:

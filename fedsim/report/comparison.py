@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedsim.report.claim import delta
 from fedsim.report.plain import as_json
 
 COLUMNS = (
@@ -106,7 +107,7 @@ def page(cells: Sequence[Cell], title: str) -> str:
         for name, figure in _figures(cells)
     )
     basis = next(iter(cells[0].result["epsilon"].values()))
-    note = f"Epsilon at delta {basis['delta']:g}, {basis['relation']}. Accuracy on public test data."
+    note = f"Epsilon at {delta(basis)}, {basis['relation']}. Accuracy on public test data."
     return PAGE.format(
         title=html.escape(title), head=head, body=body, figures=figures, note=html.escape(note)
     )

@@ -156,7 +156,8 @@ def test_epsilons_are_claimed_up_to_a_thousand() -> None:
     assert number(1000.0) == "1000"
     assert number(1001.0) == "no claimable epsilon (1001)"
     assert number("inf") == number(None) == number(float("inf")) == "no claimable epsilon"
-    assert claim(SPENT) == "2.99 (delta 1e-05, add/remove one, pld)"
+    assert claim(SPENT) == "2.99 (delta 1e-05, N x delta unknown, add/remove one, pld)"
+    assert claim({**SPENT, "n_delta": 0.1}) == "2.99 (delta 1e-05, N x delta 0.1, add/remove one, pld)"
     assert claim({**SPENT, "value": 9.8e8}).startswith("no claimable epsilon: 9.8e+08 protects nobody (delta")
     assert claim({**SPENT, "value": None, "note": "too large"}) == "no claimable epsilon: too large"
 
