@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.shared import SEED, TrivialClient, interleaved, medians, settings, stepper, trivial
 from fedsim import seeds
-from fedsim.data import datasets
+from fedsim.data import examples
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.holder import setup_of
@@ -206,7 +206,7 @@ def _users(experiment: Experiment) -> list[tuple[Tensor, Tensor]]:
     """Return every holder's inputs and labels."""
     train, owner = experiment.splits.train, experiment.partition.holder_of
     rows = [np.flatnonzero(owner == holder) for holder in range(experiment.config.federation.holders)]
-    return [(datasets.normalise(train.inputs[r], train), torch.from_numpy(train.labels[r])) for r in rows]
+    return [(examples.normalise(train.inputs[r], train), torch.from_numpy(train.labels[r])) for r in rows]
 
 
 def _simulation(experiment: Experiment, **options: Any) -> Simulation:

@@ -6,6 +6,7 @@ an ordinary run in its own folder, so a comparison resumes where it stopped and 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
-from fedsim.validate import InputError
+from fedsim.validate import InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Comparison:
 
     Attributes:
         title: heading of the report.
-        recipe: configuration every cell starts from.
+        recipe: configuration every cell starts from; paths start at the comparison's own folder.
         overrides: "key=value" strings for all cells.
         seeds: one run each; spreads are over these.
         epsilons: target epsilons for the private variants; empty: what the variants say.
@@ -73,15 +74,20 @@ def load(source: str | Path) -> Comparison:
         InputError: unreadable file, unknown key, or nothing to compare.
     """
     path = configs.find(source)
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a comparison must be a YAML mapping, got {type(content).__name__}.")
+    content = OmegaConf.to_container(configs.read(path))
+    assert isinstance(content, dict)
     comparison_: Comparison = configs.parse_options(
         {str(k): v for k, v in content.items()}, Comparison, str(path)
     )
     if not comparison_.recipe or not comparison_.variants or not comparison_.seeds:
         raise InputError(f"{path}: a comparison needs recipe, variants and seeds.")
-    return comparison_
+    variants = {name: configs.located(given, path.parent) for name, given in comparison_.variants.items()}
+    return dataclasses.replace(
+        comparison_,
+        recipe=str(configs.find(comparison_.recipe, path.parent)),
+        overrides=configs.located(comparison_.overrides, path.parent),
+        variants=variants,
+    )
 
 
 def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
@@ -124,7 +130,8 @@ def run(comparison_: Comparison, overrides: list[str], out: Path, runner: Runner
     done: list[Cell] = []
     for cell, folder, result in finish(cells(comparison_, overrides), out, runner, log):
         done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, _curve(folder)))
-        comparison.write(done, comparison_.title, out)
+        with validate.failures_as(RunError, f"the report in {out} was not written", "Repeat the command."):
+            comparison.write(done, comparison_.title, out)
     return done
 
 

@@ -7,9 +7,11 @@ shows them with comments and a test keeps the two equal.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,16 +21,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsim import validate
+from fedsim import rules, validate
+from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+PATHS = (("data", "root"), ("model", "init_from"))  # settings that name files
+_ADAPTIVE = ("adam", "adamw", "lamb")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     name: str = "fashion_mnist_subset"
     root: str | None = None
+    classes: int | None = field(default=None, metadata=read_with(name=("arrays", "image_folder")))
     train_examples: int | None = None
     test_examples: int | None = None
     holdout_examples: int = 0
@@ -41,8 +47,8 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     init_from: str | None = None
-    init_sha256: str | None = None
-    reset: list[str] = field(default_factory=list)
+    init_sha256: str | None = field(default=None, metadata=read_with(init_from=SET))
+    reset: list[str] = field(default_factory=list, metadata=read_with(init_from=SET))
     freeze: list[str] = field(default_factory=list)
 
 
@@ -51,9 +57,9 @@ class FederationConfig:
     holders: int = 100
     nodes: int = 2
     partition: str = "dirichlet"
-    dirichlet_alpha: float = 0.5
-    shards_per_holder: int = 2
-    power_law_exponent: float = 1.5
+    dirichlet_alpha: float = field(default=0.5, metadata=read_with(partition=("dirichlet",)))
+    shards_per_holder: int = field(default=2, metadata=read_with(partition=("shards",)))
+    power_law_exponent: float = field(default=1.5, metadata=read_with(partition=("power_law",)))
     examples_per_holder_at_most: int | None = None
     nodes_per_wave: int | None = None
     availability: float = 1.0
@@ -76,12 +82,12 @@ class PrivacyConfig:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     noise_schedule: list[float] = field(default_factory=list)
-    stop_at_epsilon: float | None = None
+    stop_at_epsilon: float | None = field(default=None, metadata=read_with(noise_multiplier=SET))
     delta: float = 1e-5
     accountant: str = "pld"
     clip_norm: float = 1.0
     clipping: str = "flat"
-    clip_groups: dict[str, Any] = field(default_factory=dict)
+    clip_groups: dict[str, Any] = field(default_factory=dict, metadata=read_with(clipping=("grouped",)))
     noise_source: str = "seeded"
 
 
@@ -89,7 +95,7 @@ class PrivacyConfig:
 class TrainConfig:
     steps: int = 100
     expected_batch_size: float = 1024.0
-    augment_multiplicity: int = 1
+    augment_multiplicity: int = field(default=1, metadata=read_with(augmentations=SET))
     augmentations: list[str] = field(default_factory=list)
     ema_decay: float = 0.0
     eval_every: int = 10
@@ -101,15 +107,15 @@ class OptimizerConfig:
     name: str = "sgd"
     learning_rate: float = 1.0
     scale_with_batch: float | None = None
-    momentum: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    momentum: float = field(default=0.0, metadata=read_with(name=("momentum", "nesterov")))
+    beta1: float = field(default=0.9, metadata=read_with(name=_ADAPTIVE))
+    beta2: float = field(default=0.999, metadata=read_with(name=_ADAPTIVE))
+    epsilon: float = field(default=1e-8, metadata=read_with(name=_ADAPTIVE))
     weight_decay: float = 0.0
     schedule: str = "constant"
     warmup_steps: int = 0
     warmup_epochs: float | None = None
-    final_fraction: float = 0.0
+    final_fraction: float = field(default=0.0, metadata=read_with(schedule=("linear", "cosine")))
 
 
 @dataclass(frozen=True)
@@ -144,10 +150,12 @@ class EngineConfig:
 
     gradients: str = "bookkeeping"
     physical_batch_size: int | str = 256
-    memory_limit: int | float | str | None = None
-    gradient_memory: int | str = "full"
-    precision: str = "float32"
-    channels_last: bool | str = "auto"
+    memory_limit: int | float | str | None = field(
+        default=None, metadata=read_with(physical_batch_size=("auto",))
+    )
+    gradient_memory: int | str = field(default="full", metadata=read_with(gradients=("bookkeeping",)))
+    precision: str = field(default="float32", metadata=read_with(gradients=("bookkeeping",)))
+    channels_last: bool | str = field(default="auto", metadata=read_with(gradients=("bookkeeping",)))
     device: str = "auto"
     threads: int | None = None
     cpus_per_node: int = 1
@@ -191,24 +199,66 @@ class Config:
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None = Path()) -> Config:
     """Load a configuration.
 
     Args:
         source: path of a YAML file, or a name under configs/ such as "quickstart" or "smoke/central_dpsgd".
         overrides: "key.path=value" strings, YAML values, applied last.
+        folder: where relative paths in `overrides` start; None refuses them. Paths in a file (`extends`,
+            data.root, model.init_from) start at that file's own folder.
 
     Raises:
         InputError: unknown key (with the nearest valid one), wrong type, value out of range, settings that
-            exclude each other, missing or unreadable file.
+            exclude each other or that nothing reads, missing or unreadable file.
     """
     merged = _schema()
     for path in reversed(_chain(find(source))):
-        merged = _merge(merged, _read(path), str(path))
-    merged = _merge(merged, _dotlist(overrides), "command line")
-    if merged.model.init_from is not None:  # nodes run in other folders
-        merged.model.init_from = str(Path(merged.model.init_from).expanduser().absolute())
-    return _freeze(merged)
+        content = read(path)
+        merged = _located(_merge(merged, content, str(path)), content, path.parent)
+    given = _dotlist(overrides)
+    return _freeze(_located(_merge(merged, given, "command line"), given, folder))
+
+
+def located(overrides: Sequence[str], folder: Path) -> list[str]:
+    """Return the overrides of a file in `folder` with their relative paths made absolute.
+
+    Raises:
+        InputError: an override that is not "key.path=value".
+    """
+    out = list(overrides)
+    for section, name in PATHS:
+        for item in overrides:
+            given = OmegaConf.select(_dotlist([item]), f"{section}.{name}")
+            if given is not None:
+                out.append(f"{section}.{name}={json.dumps(str(_absolute(str(given), folder)))}")
+    return out
+
+
+def _located(merged: DictConfig, written: DictConfig, folder: Path | None) -> DictConfig:
+    """Make the paths that `written` sets absolute: processes of a run work in other folders."""
+    for section, name in PATHS:
+        if (OmegaConf.to_container(written).get(section) or {}).get(name) is None:  # type: ignore[union-attr]
+            continue
+        value = merged[section][name]
+        if folder is None and not _expanded(value).is_absolute():
+            raise InputError(
+                f"{section}.{name} must be an absolute path here (the runtime changes folders), "
+                f"got {value!r}."
+            )
+        merged[section][name] = str(_absolute(value, folder or Path()))
+    return merged
+
+
+def _absolute(path: str, folder: Path) -> Path:
+    return Path(os.path.abspath(folder / _expanded(path)))
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise InputError(f"{str(path)!r} must be a path: {error}") from error
 
 
 def from_json(text: str) -> Config:
@@ -225,11 +275,13 @@ def parse_options(options: dict[str, Any], schema: type[Any], where: str) -> Any
     """Return `schema(**options)` for a frozen dataclass of options, with typed conversion.
 
     Raises:
-        InputError: unknown option (with the nearest valid one) or wrong type.
+        InputError: unknown option (with the nearest valid one), wrong type, or one that nothing reads.
     """
     typed = OmegaConf.structured(schema)
     OmegaConf.set_readonly(typed, False)
-    return _to_dataclass(_merge(typed, OmegaConf.create(options), where), schema)
+    parsed = _to_dataclass(_merge(typed, OmegaConf.create(options), where), schema)
+    rules.refuse_unread(parsed, where)
+    return parsed
 
 
 def clip_groups(privacy: PrivacyConfig) -> dict[str, ClipGroupConfig]:
@@ -264,19 +316,20 @@ def _thaw(node: DictConfig) -> DictConfig:
     return node
 
 
-def find(source: str | Path) -> Path:
-    """Return the file that a path or a name under configs/ means.
+def find(source: str | Path, folder: Path = Path()) -> Path:
+    """Return the file that a path, relative ones from `folder` on, or a name under configs/ means.
 
     Raises:
         InputError: there is none; suggests the nearest name.
     """
-    named = CONFIG_DIR / f"{source}.yaml"
-    for path in (Path(source), named):
-        if path.is_file():
-            return path
+    for path in (folder / _expanded(source), CONFIG_DIR / f"{source}.yaml"):
+        with contextlib.suppress(OSError, ValueError):  # too long, or with a null byte: no such file
+            if path.is_file():
+                return path
     known = sorted(str(p.relative_to(CONFIG_DIR))[:-5] for p in CONFIG_DIR.rglob("*.yaml"))
     raise InputError(
-        f"config must be a YAML file or a name under {CONFIG_DIR.name}/, got {str(source)!r}. "
+        f"config must be a YAML file{f' (from {folder} on)' if folder != Path() else ''} or a name under "
+        f"{CONFIG_DIR.name}/, got {str(source)!r}. "
         + (validate.did_you_mean(str(source), known) or f"Known names: {', '.join(known)}.")
     )
 
@@ -289,12 +342,13 @@ def _chain(path: Path) -> list[Path]:
         if current.resolve() in [p.resolve() for p in paths]:
             raise InputError(f"{path}: 'extends' must not form a circle, got {[str(p) for p in paths]}.")
         paths.append(current)
-        parent = _read(current).get("extends")
-        current = None if parent is None else find(parent)
+        parent = read(current).get("extends")
+        current = None if parent is None else find(str(parent), current.parent)
     return paths
 
 
-def _read(path: Path) -> DictConfig:
+def read(path: Path) -> DictConfig:
+    """Return the mapping that a YAML file holds; raises InputError where it is none."""
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:
@@ -374,90 +428,6 @@ def _to_dataclass(node: Any, schema: type[Any]) -> Any:
 
 def _freeze(merged: DictConfig) -> Config:
     config: Config = _to_dataclass(merged, Config)
-    _check(config)
+    clip_groups(config.privacy)  # refuses groups that are malformed
+    rules.check(config)
     return config
-
-
-def _check(c: Config) -> None:
-    """Ranges and conflicts that need nothing but the configuration itself."""
-    p, t, f, o, e = c.privacy, c.train, c.federation, c.optimizer, c.engine
-    validate.in_range(c.seed, 0, 2**63 - 1, "seed")
-    validate.one_of(c.model.dtype, ("float32", "float64"), "model.dtype")
-    for value, name in (
-        (t.steps, "train.steps"),
-        (t.expected_batch_size, "train.expected_batch_size"),
-        (t.augment_multiplicity, "train.augment_multiplicity"),
-        (t.eval_every, "train.eval_every"),
-        (t.checkpoint_every, "train.checkpoint_every"),
-        (f.holders, "federation.holders"),
-        (f.nodes, "federation.nodes"),
-        (f.shards_per_holder, "federation.shards_per_holder"),
-        (f.dirichlet_alpha, "federation.dirichlet_alpha"),
-        (f.power_law_exponent, "federation.power_law_exponent"),
-        (f.availability, "federation.availability"),
-        (p.clip_norm, "privacy.clip_norm"),
-        (p.delta, "privacy.delta"),
-        (o.learning_rate, "optimizer.learning_rate"),
-        (e.cpus_per_node, "engine.cpus_per_node"),
-    ):
-        validate.positive(value, name)
-    if isinstance(e.physical_batch_size, int):
-        validate.positive(e.physical_batch_size, "engine.physical_batch_size")
-        if e.memory_limit is not None:
-            validate.conflicts(
-                f"engine.memory_limit ({e.memory_limit}) is for engine.physical_batch_size=auto, "
-                f"which is {e.physical_batch_size}.",
-                "Set engine.memory_limit=null, or engine.physical_batch_size=auto.",
-            )
-    else:
-        validate.one_of(e.physical_batch_size, ("auto",), "engine.physical_batch_size")
-    for optional, name in (
-        (p.target_epsilon, "privacy.target_epsilon"),
-        (p.noise_multiplier, "privacy.noise_multiplier"),
-        (p.stop_at_epsilon, "privacy.stop_at_epsilon"),
-        (c.data.train_examples, "data.train_examples"),
-        (c.data.test_examples, "data.test_examples"),
-        (f.examples_per_holder_at_most, "federation.examples_per_holder_at_most"),
-        (f.nodes_per_wave, "federation.nodes_per_wave"),
-        (o.scale_with_batch, "optimizer.scale_with_batch"),
-        (o.warmup_epochs, "optimizer.warmup_epochs"),
-        (e.threads, "engine.threads"),
-    ):
-        if optional is not None:
-            validate.positive(optional, name)
-    for factor in p.noise_schedule:
-        validate.positive(factor, "every entry of privacy.noise_schedule")
-    validate.in_range(p.delta, 0.0, 0.5, "privacy.delta", "Use at most 1 / number of examples.")
-    validate.in_range(f.availability, 0.0, 1.0, "federation.availability")
-    validate.in_range(t.ema_decay, 0.0, 1.0 - 1e-12, "train.ema_decay")
-    validate.in_range(o.momentum, 0.0, 1.0 - 1e-12, "optimizer.momentum")
-    validate.in_range(o.final_fraction, 0.0, 1.0, "optimizer.final_fraction")
-    validate.in_range(c.data.holdout_examples, 0, 2**62, "data.holdout_examples")
-    validate.one_of(p.accountant, ("pld", "rdp", "rdp_objax"), "privacy.accountant")
-    validate.one_of(p.clipping, ("flat", "normalised", "per_layer", "grouped"), "privacy.clipping")
-    if (p.clipping == "grouped") != bool(clip_groups(p)):
-        validate.conflicts(
-            f"privacy.clipping is {p.clipping}, but privacy.clip_groups has {len(p.clip_groups)} groups.",
-            "Groups go with privacy.clipping=grouped, and only with it.",
-        )
-    validate.one_of(p.noise_source, ("seeded", "secure"), "privacy.noise_source")
-    if (c.model.reset or c.model.init_sha256) and c.model.init_from is None:
-        validate.conflicts(
-            "model.reset or model.init_sha256 is set, but model.init_from is not.",
-            "They say something of the weights that model.init_from names.",
-        )
-    if o.warmup_steps and o.warmup_epochs is not None:
-        validate.conflicts(
-            f"optimizer.warmup_steps is {o.warmup_steps} and optimizer.warmup_epochs is {o.warmup_epochs:g}.",
-            "Give one of them.",
-        )
-    if f.nodes > f.holders:
-        validate.conflicts(
-            f"federation.nodes ({f.nodes}) is above federation.holders ({f.holders}).",
-            "A node hosts at least one holder: lower nodes or raise holders.",
-        )
-    if p.target_epsilon is not None and p.stop_at_epsilon is not None:
-        validate.conflicts(
-            "privacy.target_epsilon and privacy.stop_at_epsilon are both set.",
-            "target_epsilon calibrates the noise for all steps; stop_at_epsilon ends a run of given noise.",
-        )

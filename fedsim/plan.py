@@ -178,6 +178,8 @@ def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
     views = plan.steps * plan.sampling_rate * facts.examples * train.augment_multiplicity
     operations = views * one.training
     holder_bytes, messages = known.strategy.traffic(facts, itemsize)
+    hosted = -(-facts.holders // config.federation.nodes)
+    to_node, from_node = known.strategy.node_traffic(facts.parameters, np.dtype(config.model.dtype), hosted)
     return {
         "parameters": facts.parameters,
         "frozen_parameters": one.parameters - facts.parameters,
@@ -190,8 +192,8 @@ def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
         "flops_per_second": rate,
         "gpu_hours": operations / rate / 3600.0,
         "gradient_evaluations": views,
-        "bytes_to_each_node_per_step": vector,
-        "bytes_from_each_node_per_step": vector,
+        "bytes_to_largest_node_per_step": to_node,
+        "bytes_from_largest_node_per_step": from_node,
         "bytes_of_a_holder_of_its_own_per_step": holder_bytes,
         "messages_per_step": messages,
         "physical_batch_size": config.engine.physical_batch_size,

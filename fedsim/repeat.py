@@ -27,13 +27,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedsim import compare
+from fedsim import compare, validate
 from fedsim import config as configs
 from fedsim.compare import Planned, Runner
 from fedsim.config import Config
+from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.report.plain import as_json, plain
-from fedsim.validate import InputError
+from fedsim.validate import InputError, RunError
 
 _OF_RUN = (
     "accuracy",
@@ -84,13 +85,18 @@ def run(
     for seed in seeds:
         config = configs.load(source, [*overrides, f"seed={seed}"])
         planned.append(Planned(config.title or "run", config.privacy.target_epsilon, seed, config))
+    if results is not None:
+        places.writable(results.absolute().parent, "the folder of --results", "Choose another file")
+        if results.is_dir():
+            raise InputError(f"--results must be a file, got the folder {results}.")
     root = out or Path("runs") / "repeat" / (planned[0].config.title or "run")
     done = [(cell.seed, result) for cell, _, result in compare.finish(planned, root, runner, log)]
     about = {"config": source, "overrides": list(overrides), "engine": engine, "command": command}
     answer = summary(planned[0].config, done, about)
     if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(results.absolute(), (as_json(answer, indent=1) + "\n").encode())
+        with validate.failures_as(RunError, f"{results} was not written", "Repeat the command."):
+            results.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(results.absolute(), (as_json(answer, indent=1) + "\n").encode())
     return answer
 
 

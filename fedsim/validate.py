@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -28,6 +29,20 @@ class RunError(FedsimError, RuntimeError):
     """A run that had started could not go on; what it wrote is intact and can be resumed."""
 
     exit_code = 3
+
+
+@contextmanager
+def failures_as(kind: type[FedsimError], what: str, remedy: str) -> Iterator[None]:
+    """Turn what the machine refuses within the block (disk, permissions, ports, memory) into `kind`.
+
+    The message says `what` happened, the machine's own words, and the `remedy`; our own errors pass.
+    """
+    try:
+        yield
+    except FedsimError:
+        raise
+    except (OSError, MemoryError) as error:
+        raise kind(f"{what}: {error or type(error).__name__}. {remedy}") from error
 
 
 def _fail(expected: str, name: str, value: Any, remedy: str) -> None:

@@ -8,6 +8,7 @@ adding a file here.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -160,6 +161,10 @@ Ask = Callable[[str, Mapping[str, NDArray[Any]]], list[HolderReply]]
 """(stage, arrays to send along) -> one checked reply from every node, sorted by node."""
 
 
+ENGINE_SETTINGS = ("engine.gradients", "engine.gradient_memory", "engine.precision", "engine.channels_last")
+"""What only `NodeView.clipped_sum` reads."""
+
+
 class Strategy(ABC, Generic[OptionsT]):
     """Base of all trust models. Class attributes are what the comparison tables say about it."""
 
@@ -169,6 +174,7 @@ class Strategy(ABC, Generic[OptionsT]):
     sent: ClassVar[str]
     noise_added: ClassVar[str]
     dropout_policy: ClassVar[str]
+    stages: ClassVar[tuple[str, ...]] = ("",)  # of a step, in order: what `collect` asks
     sums_by_holder: ClassVar[bool] = False  # whether `answer` takes `NodeView.clipped_sums`: more memory
 
     def __init__(self, config: Config, options: OptionsT) -> None:
@@ -183,6 +189,11 @@ class Strategy(ABC, Generic[OptionsT]):
         """Return the clip rule, known from the configuration alone, so that nodes need no plan."""
         privacy = self.config.privacy
         return CLIP_RULES[privacy.clipping](privacy)
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the settings that this strategy does not read; set to anything but their default, they are
+        refused."""
+        return ()
 
     def keys(self, root: Root, step: int) -> dict[str, bytes]:
         """Return the keys nodes need for a step, by purpose."""
@@ -228,7 +239,7 @@ class Strategy(ABC, Generic[OptionsT]):
 
     def noiseless_form(self) -> list[str]:
         """Return the overrides that make `nonprivate` what this strategy is without clipping and noise."""
-        return []
+        return ["privacy.clip_norm=1.0", "privacy.clipping=flat", "privacy.clip_groups={}"]
 
     def traffic(self, facts: DataFacts, itemsize: int) -> tuple[float, int]:
         """Return (bytes a holder of its own would send and receive in a step, messages of a step).
@@ -237,6 +248,19 @@ class Strategy(ABC, Generic[OptionsT]):
         for each node.
         """
         return 2.0 * facts.parameters * itemsize, 2 * self.config.federation.nodes
+
+    def node_traffic(self, parameters: int, dtype: np.dtype[Any], holders: int) -> tuple[int, int]:
+        """Return the bytes of arrays that a node of so many holders receives and sends in a step.
+
+        Every stage sends the parameters with its task; the answers are what `reply_arrays` demands.
+        """
+        received = len(self.stages) * parameters * dtype.itemsize
+        return received, sum(self._reply_bytes(stage, parameters, dtype, holders) for stage in self.stages)
+
+    def _reply_bytes(self, stage: str, parameters: int, dtype: np.dtype[Any], holders: int) -> int:
+        reply = HolderReply(0, 0, 0, np.arange(holders), "", {}, 0, {}, {}, stage)
+        arrays = self.reply_arrays(reply, parameters, dtype).values()
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in arrays)
 
     def survivors_needed(self) -> str:
         """Return how many holders must stay to the end of a step for its privacy statement to hold."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,11 @@ from fedsim.grads.local_training import LocalTraining
 from fedsim.noise.gaussian import GaussianNoise, standard_normal
 from fedsim.privacy.budget import within_budget
 from fedsim.privacy.family import EventFamily
+from fedsim.rules import SET, read_with
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
-from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy, sum_of_updates
+from strategies.base import ENGINE_SETTINGS, Ask, DataFacts, NodeView, Plan, Strategy, sum_of_updates
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class FedAvgOptions:
     local_batch_size: int = 32
     local_learning_rate: float = 0.1
     target_quantile: float | None = None
-    quantile_learning_rate: float = 0.2
+    quantile_learning_rate: float = field(default=0.2, metadata=read_with(target_quantile=SET))
     count_noise: float | None = None
     weighting: str = "equal"
 
@@ -85,6 +86,9 @@ class DPFedAvg(Strategy[FedAvgOptions]):
         self.local = LocalTraining(
             options.local_epochs, options.local_batch_size, options.local_learning_rate
         )
+
+    def unread(self) -> tuple[str, ...]:
+        return ENGINE_SETTINGS
 
     def clip_rule(self) -> clips.ClipRule:
         return clips.FlatClip(self._clip_norm)
@@ -206,7 +210,7 @@ class DPFedAvg(Strategy[FedAvgOptions]):
         options = {"algorithm": "fedavg"} | {
             f"local_{name}": value for name, value in dataclasses.asdict(self.local).items()
         }
-        return [f"strategy.options.{name}={value}" for name, value in options.items()]
+        return [*super().noiseless_form(), *(f"strategy.options.{k}={v}" for k, v in options.items())]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"clip_norm": torch.tensor([self._clip_norm], dtype=torch.float64)}

@@ -10,7 +10,7 @@ FedSGD and FedAvg, with Poisson-sampled examples or holders and without weightin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from fedsim.config import Config
 from fedsim.grads import clip as clips
 from fedsim.grads.local_training import LocalTraining
 from fedsim.privacy.budget import without_privacy
+from fedsim.rules import read_with
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root
 from fedsim.types import ClippedSum, StepTask
-from strategies.base import DataFacts, NodeView, Plan, Strategy, sum_of_updates
+from strategies.base import ENGINE_SETTINGS, DataFacts, NodeView, Plan, Strategy, sum_of_updates
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class BaselineOptions:
     """
 
     algorithm: str = "fedsgd"
-    local_epochs: int = 1
-    local_batch_size: int = 32
-    local_learning_rate: float = 0.1
+    local_epochs: int = field(default=1, metadata=read_with(algorithm=("fedavg",)))
+    local_batch_size: int = field(default=32, metadata=read_with(algorithm=("fedavg",)))
+    local_learning_rate: float = field(default=0.1, metadata=read_with(algorithm=("fedavg",)))
 
 
 class NonPrivate(Strategy[BaselineOptions]):
@@ -47,6 +48,12 @@ class NonPrivate(Strategy[BaselineOptions]):
     sent = "sum of per-example gradients"
     noise_added = "none"
     dropout_policy = "ask once more with the same keys, then stop"
+
+    def unread(self) -> tuple[str, ...]:
+        clipping = ("privacy.clip_norm", "privacy.clipping", "privacy.clip_groups")
+        if self.options.algorithm == "fedsgd":
+            return clipping
+        return *clipping, *ENGINE_SETTINGS, "train.augment_multiplicity", "train.augmentations"
 
     def clip_rule(self) -> clips.ClipRule:
         return clips.NoClip()

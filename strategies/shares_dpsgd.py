@@ -55,7 +55,7 @@ from fedsim.secure_sum.protocol import SEALED_BYTES, graph_of
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import InputError
-from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy
+from strategies.base import ENGINE_SETTINGS, Ask, DataFacts, NodeView, Plan, Strategy
 
 STAGES = ("advertise", "share", "", "unmask")
 _WANTED = 0.995  # effective / real noise multiplier at which a finer scale is no longer worth its bits
@@ -118,6 +118,7 @@ class SharesDPSGD(Strategy[SharesOptions]):
     trusted = "server to follow the protocol (sees only the noisy sum), most holders not to work with it"
     sent = "masked, rounded sum of clipped per-example gradients with a share of the noise, a holder"
     noise_added = "every holder, a share of it, as integers"
+    stages = STAGES
     sums_by_holder = True
     dropout_policy = "below min_survivors: refuse the step, or top up the noise; below the threshold: refuse"
 
@@ -409,6 +410,15 @@ class SharesDPSGD(Strategy[SharesOptions]):
             "unmask": {"shares": ((rows, width, shamir.LIMBS), np.dtype(np.uint32))},
         }
         return {"here": ((rows,), np.dtype(np.bool_)), **body[reply.stage]}
+
+    def node_traffic(self, parameters: int, dtype: np.dtype[Any], holders: int) -> tuple[int, int]:
+        received, sent = super().node_traffic(parameters, dtype, holders)
+        everyone = self.config.federation.holders  # whose adverts and sealed shares pass through the server
+        adverts, sealed = (self._reply_bytes(s, parameters, dtype, everyone) for s in ("advertise", "share"))
+        return received + 3 * adverts + sealed, sent
+
+    def unread(self) -> tuple[str, ...]:
+        return ENGINE_SETTINGS
 
     def traffic(self, facts: DataFacts, itemsize: int) -> tuple[float, int]:
         assert self._setup is not None

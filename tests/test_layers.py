@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["fedsim.validate", "fedsim.visibility"],
     ["fedsim.types", "fedsim.seeds", "fedsim.provenance", "fedsim"],
-    ["fedsim.config"],
+    ["fedsim.config", "fedsim.rules"],
     ["fedsim.data", "fedsim.models"],
     ["fedsim.sampling", "fedsim.grads", "fedsim.noise", "fedsim.secure_sum"],
     ["fedsim.privacy"],

@@ -7,6 +7,7 @@ stopped with a cause and can be resumed; 130 interrupted (resumable too).
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from fedsim import __version__
 from fedsim.cli import many, planning, privacy, results, training
 from fedsim.report.plain import as_json
-from fedsim.validate import FedsimError
+from fedsim.validate import FedsimError, InputError
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -30,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedsimError as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read the answer has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, MemoryError) as error:  # a run turns these into RunError
+        print(f"fedsim: {error or type(error).__name__}. Nothing was started.", file=sys.stderr)
+        return InputError.exit_code
     except KeyboardInterrupt:
         print("fedsim: interrupted; continue with --resume and the same --out.", file=sys.stderr)
         return 130

@@ -11,7 +11,7 @@ from torch import nn
 import strategies
 from fedsim import models, seeds
 from fedsim.config import Config
-from fedsim.data import augment, datasets, partition
+from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, optim
 from fedsim.grads.flat import get_flat, spec, trainable_names
 from fedsim.privacy import accountant, budget
@@ -27,7 +27,7 @@ class Experiment:
     """A checked configuration with its data, holders, model and mechanism."""
 
     config: Config
-    splits: datasets.Splits
+    splits: examples.Splits
     partition: partition.Partition
     model: nn.Module
     strategy: Strategy[Any]
@@ -78,7 +78,7 @@ def facts_of(config: Config, holders: partition.Partition, parameters: int) -> D
     return DataFacts(holders.examples, config.federation.holders, largest, parameters)
 
 
-def build_model(config: Config, train: datasets.ArrayDataset, seed: seeds.Root) -> nn.Module:
+def build_model(config: Config, train: examples.ArrayDataset, seed: seeds.Root) -> nn.Module:
     """Return the configuration's model for this data, with its initial parameters."""
     return models.build(config.model, train.example_shape, train.num_classes, seed)
 

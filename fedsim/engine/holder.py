@@ -22,7 +22,7 @@ import strategies
 from fedsim import config as configs
 from fedsim import provenance, seeds
 from fedsim.config import Config
-from fedsim.data import augment, datasets, partition
+from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine.device import options_of, pick_device, set_threads
 from fedsim.engine.experiment import build_model
 from fedsim.grads.clip import ClipRule
@@ -103,7 +103,7 @@ class Node:
         The order of the examples is keyed by (step, holder); the model is left at the task's parameters.
         """
         ids = self.ids[self.partition.holder_of[self.ids] == holder]
-        inputs = datasets.normalise(self.train.inputs[ids], self.train, self.dtype, self.device)
+        inputs = examples.normalise(self.train.inputs[ids], self.train, self.dtype, self.device)
         targets = torch.from_numpy(self.train.labels[ids]).to(self.device)
         start = get_flat(self.model)
         order = stream(task.keys["augment"], "order", holder)
@@ -184,7 +184,7 @@ class Node:
                 task.keys["augment"],
                 train.augmentations,
             )
-            inputs = datasets.normalise(raw, self.train, self.dtype, self.device)
+            inputs = examples.normalise(raw, self.train, self.dtype, self.device)
             yield piece, inputs, torch.from_numpy(self.train.labels[part])
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsim import validate
+from fedsim import rules, validate
 from fedsim.config import OptimizerConfig, TrainConfig
 from fedsim.grads.flat import FlatSpec
 from fedsim.validate import InputError
@@ -285,17 +285,8 @@ def check(config: OptimizerConfig) -> None:
     validate.in_range(config.momentum, 0.0, 1.0 - 1e-12, "optimizer.momentum")
     validate.in_range(config.weight_decay, 0.0, 1e6, "optimizer.weight_decay")
     validate.in_range(config.final_fraction, 0.0, 1.0, "optimizer.final_fraction")
-    if config.momentum and config.name not in ("momentum", "nesterov"):
-        validate.conflicts(
-            f"optimizer.momentum is {config.momentum:g}, but {config.name} does not use it.",
-            "Set optimizer.name to momentum or nesterov, or optimizer.momentum to 0.",
-        )
     if not config.momentum and config.name in ("momentum", "nesterov"):
         validate.conflicts(
             f"optimizer.name is {config.name}, but optimizer.momentum is 0.", "Set it, to 0.9 for example."
         )
-    if config.final_fraction and config.schedule == "constant":
-        validate.conflicts(
-            f"optimizer.final_fraction is {config.final_fraction:g}, but the schedule is constant.",
-            "Set optimizer.schedule to linear or cosine, or optimizer.final_fraction to 0.",
-        )
+    rules.refuse_unread(config, "optimizer")

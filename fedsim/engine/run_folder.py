@@ -8,6 +8,7 @@ from typing import Any
 
 from fedsim import config as configs
 from fedsim.config import Config
+from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.report.plain import as_json
 from fedsim.validate import InputError
@@ -33,6 +34,8 @@ class RunFolder:
         Raises:
             InputError: says what the folder holds and how to go on.
         """
+        if not self.result.exists():
+            places.check(config, self.root)
         if not self.config.exists():
             if self.root.is_dir() and any(self.ledger.parent.glob("*.jsonl")):
                 raise InputError(f"{self.root} holds run files but no config.yaml. Choose another --out.")
@@ -62,7 +65,12 @@ class RunFolder:
         """Return the result of a finished run, or None."""
         if not self.result.exists():
             return None
-        result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        try:
+            result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"{self.result} is damaged: {error}. Delete it; with --resume the run writes it again."
+            ) from error
         return result
 
     def write_result(self, result: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim.data import datasets
+from fedsim.data import examples
 from fedsim.data.partition import Partition
 from fedsim.engine import evaluate
 from fedsim.visibility import Numbers, Public, Sensitive
@@ -16,7 +16,7 @@ from fedsim.visibility import Numbers, Public, Sensitive
 EVALUATION_BATCH = 500
 
 
-def scores_of(model: nn.Module, splits: datasets.Splits, dtype: torch.dtype, *, held_out: bool) -> Numbers:
+def scores_of(model: nn.Module, splits: examples.Splits, dtype: torch.dtype, *, held_out: bool) -> Numbers:
     """Return "accuracy" and "loss" of the model on the evaluation split: public on test data, sensitive where
     the split was `held_out` of the training examples."""
     measured = evaluate.evaluate(model, _batches(splits.test, dtype))
@@ -25,7 +25,7 @@ def scores_of(model: nn.Module, splits: datasets.Splits, dtype: torch.dtype, *, 
 
 
 def holder_accuracy(
-    model: nn.Module, splits: datasets.Splits, partition: Partition, dtype: torch.dtype
+    model: nn.Module, splits: examples.Splits, partition: Partition, dtype: torch.dtype
 ) -> Sensitive[dict[str, float]]:
     """Return the spread over holders of the test accuracy at each holder's own mix of labels.
 
@@ -44,7 +44,7 @@ def holder_accuracy(
     return Sensitive({f"{q}%": float(np.percentile(mine, q)) for q in (5, 50, 95)})
 
 
-def _batches(data: datasets.ArrayDataset, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(data: examples.ArrayDataset, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(data), EVALUATION_BATCH):
         rows = slice(start, start + EVALUATION_BATCH)
-        yield datasets.normalise(data.inputs[rows], data, dtype), torch.from_numpy(data.labels[rows].copy())
+        yield examples.normalise(data.inputs[rows], data, dtype), torch.from_numpy(data.labels[rows].copy())

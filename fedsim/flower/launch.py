@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,7 +29,7 @@ from typing import Any
 import psutil
 
 from fedsim import config as configs
-from fedsim import provenance
+from fedsim import provenance, validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine.metrics import ConsoleProgress, numbers_of, read_steps
@@ -37,7 +38,16 @@ from fedsim.validate import RunError
 
 POLL_SECONDS = 0.5
 SUPERLINK_SECONDS = 60.0
+ANSWER_SECONDS = 300.0
+PREFIX = "fedsim-"
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+LONGEST_BASE = 35  # bytes: Ray appends /ray/session_..., 68 of the 103 a socket's path may have (macOS)
 ADOPTED = "FEDSIM_LAUNCH"  # marks every process of one launch, also those that left the process tree
+
+# The message of an exception at the end of a traceback, with its name in front.
+ERROR = re.compile(
+    r"((?:[A-Za-z_][\w.]*\.)?[A-Za-z_]\w*(?:Error|Exception|Failure|Interrupt)(?:\([^)]*\))?: .+)$", re.M
+)
 
 PYPROJECT = """\
 [project]
@@ -70,8 +80,17 @@ def simulate(
     Raises:
         RunError: Flower could not start, or the run failed; says the cause and where the log is.
     """
+    remedy = f"Mend that, then continue with --resume --out {folder.root}."
+    with validate.failures_as(RunError, "Flower's simulation could not go on", remedy):
+        return _simulate(config, folder, resume, progress)
+
+
+def _simulate(
+    config: Config, folder: RunFolder, resume: bool, progress: ConsoleProgress | None
+) -> dict[str, Any]:
     folder.root.mkdir(parents=True, exist_ok=True)
     with _workspace() as base, open(folder.flower_log, "ab") as log:
+        logged = log.tell()
         environment = _environment(base, config)
         app = _stage(base, config)
         with _superlink(base, environment, log) as port:
@@ -80,7 +99,10 @@ def simulate(
             status = _follow(run_id, folder, environment, base, progress)
             result = folder.finished()
             if status != "finished:completed" or result is None:
-                cause = _cause(run_id, environment, base)
+                run_log = _flwr(["log", run_id, "--show"], environment, base)
+                log.write(run_log.encode())
+                log.flush()
+                cause = _cause(run_log) or _cause(_tail(folder.flower_log, logged))
                 raise RunError(
                     f"{cause or f'Flower reports {status}'}\nLog: {folder.flower_log}. "
                     f"Resume with --resume --out {folder.root}."
@@ -90,21 +112,42 @@ def simulate(
 
 @contextmanager
 def _workspace() -> Iterator[Path]:
-    base = Path(tempfile.mkdtemp(prefix="fedsim-flower-"))
+    base = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_short_folder()))
     try:
         yield base
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
 
+def _short_folder() -> Path:
+    """Return a folder for temporary files whose path leaves room for the names of Ray's sockets.
+
+    Raises:
+        RunError: there is none.
+    """
+    folders = [Path(tempfile.gettempdir()), *map(Path, SHORT_FOLDERS)]
+    for folder in folders:
+        if len(os.fsencode(folder)) + len(PREFIX) + 9 <= LONGEST_BASE and os.access(
+            folder, os.W_OK | os.X_OK
+        ):
+            return folder
+    raise RunError(
+        "Flower's simulation needs a writable folder for temporary files whose path has at most "
+        f"{LONGEST_BASE - len(PREFIX) - 9} bytes, because sockets lie in it, got "
+        f"{', '.join(map(str, folders))}. Set TMPDIR to one; nothing was started."
+    )
+
+
 def _environment(base: Path, config: Config) -> dict[str, str]:
-    for name in ("home", "cwd"):
+    for name in ("home", "cwd", "tmp"):
         (base / name).mkdir()
     data_root = datasets.resolve(config.data).root
     return {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "FLWR_HOME": str(base / "home"),
+        "TMPDIR": str(base / "tmp"),
+        "RAY_TMPDIR": str(base),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -133,7 +176,7 @@ def _stage(base: Path, config: Config) -> Path:
 @contextmanager
 def _superlink(base: Path, environment: dict[str, str], log: Any) -> Iterator[int]:
     """Run a SuperLink for the duration of the block; afterwards end it and everything it started."""
-    port = _free_port()
+    port, logged = _free_port(), log.tell()
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     started = subprocess.Popen(
@@ -147,7 +190,7 @@ def _superlink(base: Path, environment: dict[str, str], log: Any) -> Iterator[in
     )
     previous = signal.signal(signal.SIGTERM, _raise_exit)
     try:
-        _wait_healthy(started, port)
+        _wait_healthy(started, port, Path(log.name), logged)
         yield port
     finally:
         _end_all(started.pid, environment[ADOPTED])
@@ -165,11 +208,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_healthy(started: subprocess.Popen[bytes], port: int) -> None:
+def _wait_healthy(started: subprocess.Popen[bytes], port: int, log: Path, logged: int) -> None:
     deadline = time.monotonic() + SUPERLINK_SECONDS
     while time.monotonic() < deadline:
         if started.poll() is not None:
-            raise RunError(f"Flower's SuperLink ended at once with exit code {started.returncode}.")
+            raise RunError(
+                f"Flower's SuperLink ended at once with exit code {started.returncode}: "
+                f"{_cause(_tail(log, logged)) or 'it said nothing'}\nLog: {log}."
+            )
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
                 if answer.status == 200:
@@ -188,14 +234,18 @@ def _connection(base: Path, port: int) -> None:
 
 
 def _flwr(arguments: list[str], environment: dict[str, str], base: Path) -> str:
-    done = subprocess.run(
-        ["flwr", *arguments],
-        cwd=base / "cwd",
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        done = subprocess.run(
+            ["flwr", *arguments],
+            cwd=base / "cwd",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"flwr {arguments[0]} did not answer within {ANSWER_SECONDS:.0f} s.") from error
     if done.returncode != 0:
         raise RunError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
@@ -213,14 +263,17 @@ def _submit(
         # shares; without it Ray counts the machine's cores. Actors beyond Flower's own threads stay idle.
         "init-args-num-cpus": max(min(nodes, _flower_threads()) * engine.cpus_per_node, 1),
     }
-    settings = f'out="{folder.root}" resume={str(resume).lower()}'
+    # As a file: what stands on the command line is cut at quotes and spaces. JSON strings are TOML strings.
+    settings = base / "run.toml"
+    out = json.dumps(str(folder.root), ensure_ascii=False).replace("\x7f", "\\u007f")
+    settings.write_text(f"out = {out}\nresume = {str(resume).lower()}\n", encoding="utf-8")
     answer = _flwr(
         [
             "run",
             str(app),
             "fedsim",
             "--run-config",
-            settings,
+            str(settings),
             "--federation-config",
             " ".join(f"{k}={v}" for k, v in federation.items()),
             "--format",
@@ -262,11 +315,18 @@ def _listed(run_id: str, environment: dict[str, str], base: Path) -> dict[str, A
     return run
 
 
-def _cause(run_id: str, environment: dict[str, str], base: Path) -> str:
-    """Return the last error line of the run's log, which Flower wraps in a traceback."""
-    log = _flwr(["log", run_id, "--show"], environment, base)
-    marked = [line for line in log.splitlines() if "fedsim.validate." in line]
-    return marked[-1].split("fedsim.validate.", 1)[1].split(": ", 1)[-1].strip() if marked else ""
+def _cause(log: str) -> str:
+    """Return what the last error in a log says: one of ours if there is any, else the last one raised."""
+    found = [line for line in ERROR.findall(log) if line]
+    ours = [line for line in found if line.startswith("fedsim.validate.")]
+    return ours[-1].split(": ", 1)[-1].strip() if ours else (found or [""])[-1].strip()
+
+
+def _tail(path: Path, start: int) -> str:
+    """Return what stands in a log from byte `start` on, at most its last megabyte."""
+    with open(path, "rb") as handle:
+        handle.seek(max(start, path.stat().st_size - 2**20))
+        return handle.read().decode("utf-8", "replace")
 
 
 def _json(text: str) -> Any:

@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsim import config as configs
+from fedsim import validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import probe
@@ -21,7 +22,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
 from fedsim.flower.transport import GridTransport
 from fedsim.models import weights
-from fedsim.validate import InputError
+from fedsim.validate import InputError, RunError
 
 app = ServerApp()
 
@@ -30,7 +31,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run `config` with `overrides` into `out` (keys of [tool.flwr.app.config])."""
     wanted = context.run_config
-    config = configs.load(str(wanted["config"]), shlex.split(str(wanted["overrides"])))
+    config = configs.load(str(wanted["config"]), _words(str(wanted["overrides"])), folder=None)
     out = Path(str(wanted["out"]) or default_out(config))
     if not out.is_absolute():
         raise InputError(f"out must be an absolute path (the runtime changes folders), got {str(out)!r}.")
@@ -39,6 +40,13 @@ def main(grid: Grid, context: Context) -> None:
     result = train(grid, prepare(config), folder, resume)
     accuracy = f"accuracy {result['accuracy']:.4f}, " if "accuracy" in result else ""
     print(f"fedsim: {accuracy}results in {out}", flush=True)
+
+
+def _words(overrides: str) -> list[str]:
+    try:
+        return shlex.split(overrides)
+    except ValueError as error:
+        raise InputError(f"overrides must be words as for a shell, got {overrides!r}: {error}.") from error
 
 
 def default_out(config: Config) -> Path:
@@ -53,7 +61,19 @@ def train(
     resume: bool,
     progress: ConsoleProgress | None = None,
 ) -> dict[str, Any]:
-    """Run a prepared experiment over a Grid and return its result."""
+    """Run a prepared experiment over a Grid and return its result.
+
+    Raises:
+        RunError: a node or the machine failed; what is in `folder` can be resumed.
+    """
+    remedy = f"Mend that, then continue with --resume --out {folder.root}."
+    with validate.failures_as(RunError, f"the run in {folder.root} stopped", remedy):
+        return _train(grid, experiment, folder, resume, progress)
+
+
+def _train(
+    grid: Grid, experiment: Experiment, folder: RunFolder, resume: bool, progress: ConsoleProgress | None
+) -> dict[str, Any]:
     experiment = probe.settle(experiment, folder, parallel=getattr(grid, "parallel", True))
     config = experiment.config
     located = dataclasses.replace(

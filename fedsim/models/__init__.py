@@ -11,7 +11,7 @@ from torch import nn
 
 from fedsim import seeds, validate
 from fedsim.config import ModelConfig, parse_options
-from fedsim.data.datasets import ArrayDataset
+from fedsim.data.examples import ArrayDataset
 from fedsim.models import weights
 from fedsim.models.check import check, examples_are_independent
 from fedsim.models.cnn import CifarCnn, CifarCnnOptions, SmallCnn, SmallCnnOptions

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from fedsim import validate
 from fedsim.models.layers import CONVOLUTIONS, NORMALISATIONS, normalisation
 from fedsim.models.linear import ACTIVATIONS
+from fedsim.rules import read_with
 from fedsim.validate import InputError
 
 
@@ -26,7 +27,7 @@ class SmallCnnOptions:
     activation: str = "tanh"
     convolution: str = "plain"
     normalisation: str = "none"
-    groups: int = 8
+    groups: int = field(default=8, metadata=read_with(normalisation=("group",)))
 
 
 class SmallCnn(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fedsim.models.cnn import image_shape
 from fedsim.models.initialise import fan_in_truncated_normal_
 from fedsim.models.layers import CONVOLUTIONS, NORMALISATIONS, Convolution, WSConv2d, normalisation
 from fedsim.models.linear import ACTIVATIONS
+from fedsim.rules import read_with
 from fedsim.validate import InputError
 
 __all__ = ["WSConv2d", "WideResNet", "WideResNetOptions"]
@@ -32,7 +33,7 @@ class WideResNetOptions:
 
     depth: int = 16
     width: int = 4
-    groups: int = 16
+    groups: int = field(default=16, metadata=read_with(normalisation=("group",)))
     convolution: str = "weight_standardised"
     normalisation: str = "group"
     activation: str = "relu"

@@ -263,10 +263,11 @@ def max_steps(
 ) -> int:
     """Return the largest number of steps, at most `limit`, whose epsilon does not exceed the target.
 
-    0 where a single step exceeds it. Steps whose epsilon cannot be computed count as exceeding it.
+    0 where a single step exceeds it.
 
     Raises:
-        InputError: the epsilon of a single step cannot be computed; the message says why.
+        InputError: the epsilon of a single step, or of the first that would be too many, cannot be computed;
+            the message says why.
     """
     validate.positive(target_epsilon, "target_epsilon")
     _check(delta, accountant, "example")
@@ -279,9 +280,22 @@ def max_steps(
             f"{first.accountant} accountant: {first.note}. Use privacy.accountant=rdp, or another delta."
         )
 
-    def value(steps: int) -> float:
-        found = epsilon(family.event(noise_multiplier, steps), delta, accountant).value
+    def result(steps: int) -> EpsilonResult:
+        return epsilon(family.event(noise_multiplier, steps), delta, accountant)
+
+    def value(steps: int) -> float:  # what cannot be computed is taken for too much; `decided` looks again
+        found = result(steps).value
         return math.inf if found is None else found
+
+    def decided(steps: int) -> int:
+        over = None if steps == limit else result(steps + 1)
+        if over is not None and over.value is None:
+            raise InputError(
+                f"the steps within epsilon {target_epsilon:g} at delta {delta:g} cannot be counted by the "
+                f"{accountant} accountant: {over.note} (step {steps + 1}). Use privacy.accountant=rdp, or a "
+                "larger delta."
+            )
+        return steps
 
     if value(1) > target_epsilon:
         return 0
@@ -302,7 +316,7 @@ def max_steps(
             low = middle
         else:
             high = middle
-    return low
+    return decided(low)
 
 
 def _check(delta: float, accountant: str, unit: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedsim import seeds
 from fedsim.config import Config, OptimizerConfig
-from fedsim.data import datasets
+from fedsim.data import datasets, examples
 from fedsim.engine import optim
 from fedsim.engine.experiment import build_model
 from fedsim.noise.gaussian import standard_normal
@@ -84,7 +84,7 @@ def centralized(config: Config, monkeypatch: pytest.MonkeyPatch, noise_times: fl
     """Train all examples in one place with Opacus and return what is released, sorted by name."""
     data = datasets.load(config.data).train
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
-    inputs = datasets.normalise(data.inputs, data, dtype)
+    inputs = examples.normalise(data.inputs, data, dtype)
     labels = torch.from_numpy(data.labels.copy())
     model = build_model(config, data, config.seed)
     wrapped = GradSampleModule(model, batch_first=True, loss_reduction="mean")

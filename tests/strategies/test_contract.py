@@ -38,7 +38,7 @@ FORMS = {
 def of(name: str, *overrides: str) -> Config:
     """The small configuration under a strategy, or under a form of one."""
     strategy, form = name.split(",")[0], [FORMS[name]] if name in FORMS else []
-    noise = [] if strategy in PRIVATE else ["privacy.noise_multiplier=null"]
+    noise = [] if strategy in PRIVATE else ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"]
     return small(f"strategy.name={strategy}", *form, *noise, *overrides)
 
 

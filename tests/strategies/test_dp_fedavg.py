@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dp_accounting import pld, rdp
 
 import strategies
-from fedsim.data import datasets
+from fedsim.data import examples
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
@@ -51,7 +51,7 @@ def test_one_step_equals_clipped_local_training_written_out(tmp_path: Path) -> N
     total, clipped = torch.zeros_like(start), 0
     for holder in range(10):  # q = 1: everyone takes part
         ids = np.flatnonzero(experiment.partition.holder_of == holder)
-        inputs = datasets.normalise(data.inputs[ids], data, torch.float64)
+        inputs = examples.normalise(data.inputs[ids], data, torch.float64)
         labels = torch.from_numpy(data.labels[ids])
         set_flat(model, start)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -13,7 +13,7 @@ import torch
 from dp_accounting import rdp
 
 from fedsim.config import Config
-from fedsim.data import datasets
+from fedsim.data import examples
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.engine.holder import Node
 from fedsim.grads.flat import get_flat, set_flat
@@ -69,7 +69,7 @@ def written_out(config: Config, clip_norm: float, noise_std: float) -> torch.Ten
             set_flat(model, local)
             total = torch.zeros_like(start)
             for i in ids:
-                inputs = datasets.normalise(data.inputs[i : i + 1], data, torch.float64)
+                inputs = examples.normalise(data.inputs[i : i + 1], data, torch.float64)
                 loss = torch.nn.functional.cross_entropy(model(inputs), torch.tensor([int(data.labels[i])]))
                 gradient = torch.cat(
                     [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]

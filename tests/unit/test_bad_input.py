@@ -42,11 +42,11 @@ CASES = {
     "unknown option": (["model.options={hiden: 3}", "model.name=mlp"], "hid"),
     "unknown engine": (["engine.gradients=ghost"], "engine.gradients"),
     "unknown strategy": (["strategy.name=central"], "central_dpsgd"),
-    "unknown optimizer": (["optimizer.name=sdg"], "sgd"),
+    "unknown optimizer": (["optimizer.name=sdg", "optimizer.momentum=0"], "sgd"),
     "delta": (["privacy.delta=1.5"], "privacy.delta"),
     "negative clip": (["privacy.clip_norm=-1"], "privacy.clip_norm"),
     "no such device": (["engine.device=cuda:99"], "engine.device"),
-    "noise for nonprivate": (["strategy.name=nonprivate"], "noise_multiplier"),
+    "noise for nonprivate": (["strategy.name=nonprivate", "privacy.clip_norm=1.0"], "noise_multiplier"),
     "override without value": (["train.steps"], "key.path=value"),
     "extends as an override": (["extends=quickstart"], "extends must stand in a configuration file"),
 }

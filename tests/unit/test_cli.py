@@ -80,7 +80,7 @@ def test_check_trains_nothing_and_shows_the_plan(tmp_path: Path, capsys: pytest.
     assert plan["epsilon"]["example"]["value"] == pytest.approx(3.0, rel=1e-3)
     assert plan["epsilon"]["example_check"]["accountant"] == "rdp"
     assert plan["noise_multiplier"] > 0
-    assert plan["bytes_to_each_node_per_step"] == 4 * plan["parameters"]
+    assert plan["bytes_to_largest_node_per_step"] == 4 * plan["parameters"]
     assert plan["memory_bytes_without_data_and_libraries"]["node"] > 0
     assert command(["check", "quickstart"]) == 0
     assert "noise multiplier" in capsys.readouterr().out

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+import strategies
 from fedsim import config as configs
+from fedsim import models
+from fedsim.config import Config
 from fedsim.validate import InputError
 
 
@@ -80,3 +84,126 @@ def test_unreadable_files_are_refused(text: str, tmp_path: Path) -> None:
 def test_unknown_name_lists_the_nearest() -> None:
     with pytest.raises(InputError, match="quickstart"):
         configs.load("quickstrat")
+
+
+# --- paths ----------------------------------------------------------------------------------------------
+
+
+def test_a_path_in_a_file_starts_at_the_files_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both folders have a sibling.yaml, a data folder and weights; the working folder's are not meant."""
+    for name, seed in (("mine", 1), ("other", 2)):
+        (tmp_path / name).mkdir()
+        paths = "data: {root: data}\nmodel: {init_from: ../w.safetensors}\n"
+        write(tmp_path / name / "sibling.yaml", f"seed: {seed}\n{paths}")
+    child = write(tmp_path / "mine" / "child.yaml", "extends: sibling.yaml\ntitle: child\n")
+    monkeypatch.chdir(tmp_path / "other")
+    config = configs.load(child)
+    assert config.seed == 1
+    assert config.data.root == str(tmp_path / "mine" / "data")
+    assert config.model.init_from == str(tmp_path / "w.safetensors")
+    assert configs.load("../mine/child.yaml") == config
+    written = configs.load(child, ["data.root=here", "model.init_from=~/w.safetensors"])
+    assert written.data.root == str(tmp_path / "other" / "here")
+    assert written.model.init_from == str(Path.home() / "w.safetensors")
+
+
+def test_a_path_that_an_interpolation_makes_starts_there_too(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "parent.yaml", "title: images\n")
+    child = write(tmp_path / "inner" / "c.yaml", "extends: ../parent.yaml\ndata: {root: '${title}'}\n")
+    assert configs.load(child).data.root == str(tmp_path / "inner" / "images")
+
+
+def test_relative_overrides_are_refused_where_the_folder_is_not_the_users() -> None:
+    assert configs.load("base", ["data.root=/data"], folder=None).data.root == "/data"
+    for override in ("data.root=data", "model.init_from=w.safetensors"):
+        with pytest.raises(InputError, match="must be an absolute path here"):
+            configs.load("base", [override], folder=None)
+
+
+@pytest.mark.parametrize(
+    "name", ['a "b" c', "a: b # c", "back\\slash", "ü 衣", "new\nline", "it's", "[1, 2]", "null"]
+)
+def test_overrides_of_a_comparison_start_at_its_folder_whatever_its_name(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    given = configs.located(["seed=3", "data.root=data"], folder)
+    config = configs.load("base", given)
+    assert config.data.root == str(folder / "data")
+    assert config.seed == 3
+
+
+# --- settings that nothing reads ------------------------------------------------------------------------
+
+UNREAD = [
+    ("optimizer.beta1=0.8", "optimizer.name=sgd", "optimizer.name=adam"),
+    ("optimizer.beta2=0.8", "optimizer.name=momentum", "optimizer.name=lamb"),
+    ("optimizer.epsilon=1e-3", "optimizer.name=nesterov", "optimizer.name=adamw"),
+    ("optimizer.momentum=0.5", "optimizer.name=adam", "optimizer.name=nesterov"),
+    ("optimizer.final_fraction=0.5", "optimizer.schedule=constant", "optimizer.schedule=cosine"),
+    ("federation.dirichlet_alpha=0.1", "federation.partition=iid", "federation.partition=dirichlet"),
+    ("federation.shards_per_holder=3", "federation.partition=iid", "federation.partition=shards"),
+    ("federation.power_law_exponent=2", "federation.partition=shards", "federation.partition=power_law"),
+    ("train.augment_multiplicity=4", "train.augmentations=[]", "train.augmentations=[flip]"),
+    ("data.classes=3", "data.name=mnist", "data.name=arrays"),
+    ("model.init_sha256=abc", "model.init_from=null", "model.init_from=w"),
+    ("model.reset=[head.*]", "model.init_from=null", "model.init_from=w"),
+    ("privacy.stop_at_epsilon=3", "privacy.noise_multiplier=null", "privacy.noise_multiplier=1"),
+    ("privacy.clip_groups={a: {parameters: [x]}}", "privacy.clipping=flat", "privacy.clipping=grouped"),
+    ("engine.memory_limit=8GB", "engine.physical_batch_size=64", "engine.physical_batch_size=auto"),
+    ("engine.precision=bfloat16", "engine.gradients=vmap", "engine.gradients=bookkeeping"),
+    ("engine.gradient_memory=low", "engine.gradients=opacus", "engine.gradients=bookkeeping"),
+    ("engine.channels_last=on", "engine.gradients=vmap", "engine.gradients=bookkeeping"),
+]
+
+
+@pytest.mark.parametrize(("setting", "beside", "reader"), UNREAD)
+def test_a_setting_that_nothing_reads_is_refused(setting: str, beside: str, reader: str) -> None:
+    name, choice = setting.split("=")[0], beside.split("=")[0]
+    with pytest.raises(InputError, match=f"{name} is .*nothing reads it while {choice} is"):
+        configs.load("base", [beside, setting])
+    configs.load("base", [reader, setting])
+    configs.load("base", [beside])
+
+
+def test_every_conditional_setting_is_among_these() -> None:
+    """Whoever declares another one tests it."""
+    declared = {
+        f"{section.name}.{entry.name}"
+        for section in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(section.default_factory)
+        for entry in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+        if "read_with" in entry.metadata
+    }
+    assert declared == {setting.split("=")[0] for setting, _, _ in UNREAD}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        ("nonprivate", ["privacy.clip_norm=0.5"]),
+        ("nonprivate", ["privacy.clipping=normalised"]),
+        ("nonprivate", ["strategy.options.local_epochs=2"]),
+        ("nonprivate", ["strategy.options.algorithm=fedavg", "engine.gradients=vmap"]),
+        ("nonprivate", ["strategy.options.algorithm=fedavg", "train.augmentations=[flip]"]),
+        ("dp_fedavg", ["engine.precision=bfloat16"]),
+        ("dp_fedavg", ["strategy.options.quantile_learning_rate=0.1"]),
+        ("shares_dpsgd", ["engine.gradients=opacus"]),
+    ],
+)
+def test_a_setting_that_the_strategy_does_not_read_is_refused(strategy: str, settings: list[str]) -> None:
+    config = configs.load("base", [f"strategy.name={strategy}", *settings])
+    name = settings[-1].split("=")[0]
+    with pytest.raises(InputError, match=f"{name} is .*(does not read it|nothing reads it)"):
+        strategies.load(config)
+    strategies.load(configs.load("base", [f"strategy.name={strategy}", *settings[:-1]]))
+
+
+@pytest.mark.parametrize("family", ["small_cnn", "wide_resnet"])
+def test_options_of_a_model_that_nothing_reads_are_refused(family: str) -> None:
+    model = configs.load(
+        "base", [f"model.name={family}", "model.options={groups: 4, normalisation: none}"]
+    ).model
+    with pytest.raises(InputError, match=r"model.options.groups is 4, but nothing reads it"):
+        models.skeleton(model, (1, 28, 28), 10)

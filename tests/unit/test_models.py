@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedsim import models, seeds
 from fedsim.config import ModelConfig
-from fedsim.data.datasets import ArrayDataset
+from fedsim.data.examples import ArrayDataset
 from fedsim.models.initialise import fan_in_truncated_normal_, initialise
 from fedsim.models.wide_resnet import WSConv2d
 from fedsim.validate import InputError

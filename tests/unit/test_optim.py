@@ -220,9 +220,9 @@ def test_ema_warm_up() -> None:
     [
         (OptimizerConfig("adma"), "Did you mean 'adam'"),
         (OptimizerConfig(schedule="cosin"), "Did you mean 'cosine'"),
-        (OptimizerConfig("sgd", momentum=0.9), "does not use it"),
+        (OptimizerConfig("sgd", momentum=0.9), "momentum is 0.9, but nothing reads it while optimizer.name"),
         (OptimizerConfig("nesterov"), "momentum is 0"),
-        (OptimizerConfig(final_fraction=0.1), "schedule is constant"),
+        (OptimizerConfig(final_fraction=0.1), "nothing reads it while optimizer.schedule is"),
         (OptimizerConfig("adam", beta2=1.0), "optimizer.beta2"),
         (OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay"),
         (OptimizerConfig(warmup_steps=100), "below train.steps"),

@@ -85,7 +85,7 @@ def test_average_warms_up_as_de_et_al() -> None:
         (["optimizer.scale_with_batch=0"], "scale_with_batch"),
         (["optimizer.warmup_epochs=-1"], "warmup_epochs"),
         (["privacy.noise_schedule=[1.0,0.0]"], "every entry of privacy.noise_schedule"),
-        (["model.reset=[head.*]"], "model.init_from is not"),
+        (["model.reset=[head.*]"], "model.init_from is None"),
     ],
 )
 def test_wrong_switches_are_refused_when_loading(overrides: list[str], message: str) -> None:
@@ -227,8 +227,12 @@ def test_equal_levels_are_a_constant_run(tmp_path: Path) -> None:
 )
 def test_strategies_of_constant_noise_refuse_levels(name: str) -> None:
     noise = "null" if name == "nonprivate" else "1.0"
+    unclipped = ["privacy.clip_norm=1.0"] if name == "nonprivate" else []
     config = small(
-        f"strategy.name={name}", "privacy.noise_schedule=[2.0,1.0]", f"privacy.noise_multiplier={noise}"
+        f"strategy.name={name}",
+        "privacy.noise_schedule=[2.0,1.0]",
+        f"privacy.noise_multiplier={noise}",
+        *unclipped,
     )
     with pytest.raises(InputError, match="noise_schedule"):
         prepare(config)
@@ -241,7 +245,16 @@ def test_strategies_of_constant_noise_refuse_levels(name: str) -> None:
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a non-private run, as any run leaves them."""
     out = tmp_path_factory.mktemp("public") / "run"
-    train(small("strategy.name=nonprivate", "privacy.noise_multiplier=null", "train.steps=20", "seed=9"), out)
+    train(
+        small(
+            "strategy.name=nonprivate",
+            "privacy.noise_multiplier=null",
+            "privacy.clip_norm=1.0",
+            "train.steps=20",
+            "seed=9",
+        ),
+        out,
+    )
     return out / "final.safetensors"
 
 

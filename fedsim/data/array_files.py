@@ -1,0 +1,123 @@
+"""The data set `arrays`: numpy arrays from an .npz file or a folder of .npy files.
+
+Four axes mean images, channels last, whatever the dtype: (N, H, W, C). Bytes stay bytes and are normalised
+like other images; floats are taken as they are, their channels moved to the front as models expect them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.validate import InputError
+
+NEEDED = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+NAMES = (*NEEDED, "train_groups")
+CHANNELS = 4  # at most, in an axis that is taken for one of channels
+BLOCK = 2**24  # values looked at in one go: 128 MiB in float64
+
+
+def load(root: Path, classes: int | None) -> Splits:
+    """Read the arrays at `root`.
+
+    Args:
+        root: an .npz file, or a folder of .npy files, which are memory-mapped.
+        classes: number of labels as declared in data.classes.
+
+    Raises:
+        InputError: no declaration, arrays that are missing, unreadable, of a wrong shape or dtype or not
+            finite, or labels outside the declared classes; names the array.
+    """
+    arrays = _read(root)
+    missing = [name for name in NEEDED if name not in arrays]
+    if missing:
+        raise InputError(
+            f"arrays: data.root must be an .npz file or a folder of .npy files with {', '.join(NEEDED)} "
+            f"(and train_groups where examples have owners), got {root} without {', '.join(missing)}."
+        )
+    if classes is None:
+        raise InputError(
+            "data.classes must be declared for arrays, the number of labels 0, 1, ... there can be: what the "
+            "labels hold is private, and the model's shape is not. Set data.classes."
+        )
+    try:
+        return Splits(*(_split(name, arrays, classes) for name in ("train", "test")))
+    except InputError as error:
+        raise InputError(f"{error} Read from {root}.") from error
+
+
+def _split(name: str, arrays: Mapping[str, NDArray[Any]], classes: int) -> ArrayDataset:
+    inputs, labels = _native(arrays[f"{name}_inputs"]), arrays[f"{name}_labels"]
+    if not inputs.ndim:
+        raise InputError(f"{name}_inputs must have an axis of examples, got a single {inputs.dtype}.")
+    if inputs.ndim == 4:
+        _check_channels_last(f"{name}_inputs", inputs.shape)
+    half: tuple[float, ...] = ()
+    if inputs.dtype == np.uint8:
+        half = (0.5,) * inputs.shape[-1] if inputs.ndim == 4 else ()
+    elif np.issubdtype(inputs.dtype, np.floating):
+        finite(inputs, f"{name}_inputs")
+        inputs = np.moveaxis(inputs, -1, 1) if inputs.ndim == 4 else inputs
+    try:
+        return ArrayDataset("arrays", inputs, labels, arrays.get(f"{name}_groups"), classes, half, half)
+    except InputError as error:
+        raise InputError(f"The {name} split of {error}") from error
+
+
+def _check_channels_last(what: str, shape: tuple[int, ...]) -> None:
+    height, width, channels = shape[1:]
+    if height <= CHANNELS < channels or width == channels != height:
+        raise InputError(
+            f"{what} must have the channels of its images in the last axis, (N, H, W, C), got shape {shape}, "
+            f"whose axis 1 of length {height} looks like the channels. Save numpy.moveaxis(x, 1, -1)."
+        )
+
+
+def finite(values: NDArray[Any], what: str) -> None:
+    """Refuse floats that are NaN or infinite, a block of rows at a time.
+
+    Raises:
+        InputError: names `what` and the first row (example) that has one.
+    """
+    rows = max(1, BLOCK // max(1, math.prod(values.shape[1:])))
+    for start in range(0, len(values), rows):
+        block = np.isfinite(values[start : start + rows]).reshape(len(values[start : start + rows]), -1)
+        if not block.all():
+            row = start + int(np.argmin(block.all(axis=1)))
+            raise InputError(
+                f"{what} must be finite, but row {row} holds NaN or infinity. Mend or leave out "
+                "such examples."
+            )
+
+
+def _read(root: Path) -> Mapping[str, NDArray[Any]]:
+    """Read an .npz into memory, or map the .npy files of a folder (an .npz cannot be memory-mapped)."""
+    try:
+        if root.is_file():
+            archive = np.load(root, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("It is a single array; save it into a folder of .npy files.")
+            with archive:
+                return {name: archive[name] for name in NAMES if name in archive}
+        paths = {name: root / f"{name}.npy" for name in NAMES}
+        return {
+            name: np.load(path, mmap_mode="r", allow_pickle=False)
+            for name, path in paths.items()
+            if path.exists()
+        }
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for damaged files
+        raise InputError(
+            f"arrays: {root} must hold plain numeric numpy arrays (no object arrays). "
+            f"{error or type(error).__name__}"
+        ) from error
+
+
+def _native(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the values in this machine's byte order, which torch needs."""
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
