@@ -103,7 +103,8 @@ def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any]
     found = {s.accountant: s.value for name, s in spent.items() if name in own and s.value is not None}
     tolerance = float(reference.get("tolerance", AGREEMENT))
     main = spent[unit].value
-    keys = ("paper", "table", "row", "accuracy", "accuracy_status", "epsilon", "delta", "status", "note")
+    row = ("paper", "table", "row", "accuracy", "accuracy_status")
+    keys = (*row, "epsilon", "delta", "accountant", "status", "note")
     return {
         **{key: reference[key] for key in keys if reference.get(key) is not None},
         "difference": {name: value / stated - 1.0 for name, value in found.items()},

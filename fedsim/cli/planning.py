@@ -73,7 +73,8 @@ def _published(published: dict[str, Any]) -> list[tuple[str, str]]:
         ("published in", where),
         (
             "published epsilon",
-            f"{published['epsilon']:.4g} at delta {published.get('delta', '?')} ({status})",
+            f"{published['epsilon']:.4g} at delta {published.get('delta', '?')} by "
+            f"{published.get('accountant', 'an unknown accountant')} ({status})",
         ),
         ("accounted here", f"{off}; {verdict} within {published['tolerance']:.0%}"),
     ]

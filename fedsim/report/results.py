@@ -45,12 +45,19 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class Claim:
-    """An accuracy (%) that somebody published for a budget; None where it is not known."""
+    """An accuracy (%) that somebody published for a budget; None where it is not known.
+
+    Attributes:
+        accountant: what the budget was accounted with: one epsilon is more noise by a looser one.
+        status, accountant_status: how far the numbers, and the accountant, are confirmed.
+    """
 
     accuracy: float | None
     epsilon: float | None
     source: str
     status: str
+    accountant: str
+    accountant_status: str
 
 
 def read(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -91,7 +98,9 @@ def claims(reference: dict[str, Any]) -> list[Claim]:
             accuracy=entry.get("accuracy"),
             epsilon=entry.get("epsilon"),
             source=str(entry.get("source") or reference.get("paper") or ""),
-            status=str(entry.get("accuracy_status") or entry.get("status") or "unknown"),
+            status=(status := str(entry.get("accuracy_status") or entry.get("status") or "unknown")),
+            accountant=str(entry.get("accountant") or "unknown accountant"),
+            accountant_status=str(entry.get("accountant_status") or status),
         )
         for entry in [*given, *reference.get("claims", [])]
     ]
@@ -209,7 +218,9 @@ def _claimed(held: dict[str, Any]) -> str:
     claim = claim_for(held)
     if claim is None:
         return "-"
-    return f"{claim.accuracy:g} at {claim.epsilon:g} ({claim.source}, {claim.status})"
+    by = f"{claim.accuracy:g} at {claim.epsilon:g} by {claim.accountant}"
+    doubt = "" if claim.accountant_status == claim.status else f"; accountant {claim.accountant_status}"
+    return f"{by} ({claim.source}, {claim.status}{doubt})"
 
 
 def _value(held: dict[str, Any], unit: str) -> str:

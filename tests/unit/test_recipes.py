@@ -81,6 +81,30 @@ def test_settings_are_those_of_the_golden_table(path: Path) -> None:
     assert found, "no such row"
 
 
+ANCHORS = {
+    # (source, epsilon) -> accuracy on Fashion-MNIST without public data, as their own pages state it
+    ("DPSUR", 1): 88.38,
+    ("DPSUR", 2): 89.34,
+    ("DPSUR", 3): 89.71,
+    ("DPSUR", 4): 90.18,
+    ("Tramer and Boneh 2021", 2.7): 89.5,
+    ("Tramer and Boneh 2021", 3): 89.7,
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_anchors_are_what_their_sources_say_and_name_their_accountant(path: Path) -> None:
+    config = configs.load(path)
+    assert config.reference["accountant"] in accountant.ACCOUNTANTS
+    claims = config.reference.get("claims", [])
+    for claim in claims:
+        assert claim["accountant"] in accountant.ACCOUNTANTS
+        assert {claim["status"], claim.get("accountant_status", claim["status"])} <= STATUSES
+        assert claim["accuracy"] == ANCHORS[claim["source"], claim["epsilon"]]
+        assert config.data.name == "fashion_mnist"
+    assert len(claims) in (0, len(ANCHORS)), "all of them or none: the best at a budget is found among them"
+
+
 def test_every_row_of_the_tables_has_a_recipe() -> None:
     names = {path.stem for path in ROWS}
     for model in ("wrn_16_4", "wrn_40_4"):

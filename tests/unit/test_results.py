@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedsim import config as configs
 from fedsim.report import markers, results
 from fedsim.report.claim import claim, number
 from fedsim.validate import InputError
@@ -26,7 +27,7 @@ def result(**more: Any) -> dict[str, Any]:
             "paper": "A paper",
             "claims": [
                 {"source": "B", "epsilon": 1, "accuracy": 50.0, "status": "verified"},
-                {"source": "C", "epsilon": 3, "accuracy": 60.0, "status": "recalled"},
+                {"source": "C", "epsilon": 3, "accuracy": 60.0, "accountant": "rdp", "status": "recalled"},
                 {"source": "D", "epsilon": 2.7, "accuracy": 59.0, "status": "recalled"},
             ],
         },
@@ -77,7 +78,7 @@ def test_tables_hold_what_the_files_hold(project: Path, capsys: pytest.CaptureFi
     for text in (readme, page):
         assert text.startswith("before\n<!-- recipe-results -->\n")
         assert text.endswith("<!-- end recipe-results -->\nafter\n")
-        assert "60 at 3 (C, recalled)" in text, "the claim at this budget, not another"
+        assert "60 at 3 by rdp (C, recalled)" in text, "the claim at this budget, not another"
         assert "90.50 ± 0.71" in text
         assert "12.3" in text
         assert "engine.threads" not in text
@@ -108,11 +109,25 @@ def test_claims_of_a_row_of_a_paper() -> None:
         "accuracy_status": "secondary",
     }
     found = results.claim_for(result(reference=reference, target_epsilon=8.0))
-    assert found == results.Claim(79.5, 8, "P", "secondary")
+    assert found == results.Claim(79.5, 8, "P", "secondary", "unknown accountant", "secondary")
     assert results.claim_for(result(reference=reference, target_epsilon=1.0)) is None
     assert results.claim_for(result(reference={})) is None
     by_noise = result(reference=reference, target_epsilon=None, epsilon={"example": {**SPENT, "value": 7.93}})
     assert results.claim_for(by_noise) == found
+
+
+def test_a_claim_says_who_accounted_and_how_sure_that_is(project: Path) -> None:
+    claim = {"source": "C", "epsilon": 3, "accuracy": 60.0, "accountant": "rdp", "status": "verified"}
+    reference = {"paper": "P", "claims": [{**claim, "accountant_status": "recalled"}]}
+    (project / "results" / "one.json").write_text(json.dumps(result(reference=reference)))
+    assert fedsim_results(project) == 0
+    assert "60 at 3 by rdp (C, verified; accountant recalled)" in (project / "README.md").read_text()
+
+
+def test_what_results_hold_of_their_configurations_is_what_these_say() -> None:
+    """A corrected anchor is corrected in every table: what a paper claims is no measurement."""
+    for name, held in results.read(Path(__file__).resolve().parents[2] / "results"):
+        assert held["reference"] == configs.load(held["config"], held["overrides"]).reference, name
 
 
 def test_what_repeat_writes_is_what_results_reads(project: Path) -> None:
