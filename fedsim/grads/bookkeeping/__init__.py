@@ -1,17 +1,17 @@
 """Clipped gradient sums at nearly the price of ordinary training: one forward and one backward pass.
 
 engine      one call from start to end
+level       which tensors carry examples
 mode        watching the forward pass, without touching the model
 tape        what a call records
-linear, conv, conv_rule, norm, embedding, elementwise, attention
+linear, conv, conv_rule, norm, embedding, attention, recurrent
             per-example norms and weighted sums, layer kind by layer kind
+repeat      operations without a rule
 geometry, gather
             where a kernel meets its input; gradients as products with gathered patches
 standardise weight-standardised kernels in closed form
 joint       weights used more than once, or computed from parameters
-fallback    operations without a rule
 choose      which way is cheapest, under a byte guard
-verify      the engine's check of itself
 """
 
 from fedsim.grads.bookkeeping.engine import clipped_sum

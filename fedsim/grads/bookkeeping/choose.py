@@ -71,19 +71,25 @@ def convolution(
     tape: Tape,
     kernel: tuple[int, int, int, int],
     inputs: Tensor,
-    outputs: Pair,
     geometry: Geometry,
     standardised: bool,
 ) -> tuple[str, bool]:
-    """Choose for a convolution: the way ("loop", "grouped", "patches", ...) and whether to keep G."""
+    """Choose for a convolution: the way ("loop", "grouped", "patches", ...) and whether to keep G.
+
+    Args:
+        kernel: (out, in / groups, height, width).
+        inputs: (B, images an example, channels, height, width).
+    """
     out, channels, _, width = kernel
     entries = math.prod(kernel)
-    places = tape.views * outputs[0] * outputs[1]
-    pixels = tape.views * math.prod(inputs.shape[2:])
+    views, inputs = inputs.shape[1], inputs.flatten(0, 1)
+    outputs = geometry.outputs((inputs.shape[2], inputs.shape[3]), (kernel[2], kernel[3]))
+    places = views * outputs[0] * outputs[1]
+    pixels = views * math.prod(inputs.shape[2:])
     size = inputs.element_size()
     native = 2 * places * entries * FLOP
     last = inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
-    image = tape.views * math.prod(inputs.shape[1:])
+    image = views * math.prod(inputs.shape[1:])
     # Below this size torch takes its slow kernel for one image, which wants the other layout.
     call = 4 * LOOP_CALL if last and image <= 20480 else LOOP_CALL
     reorder = REORDER_ENTRY * (image + places * out)
@@ -97,7 +103,7 @@ def convolution(
         "slices": product + (SLICE_ENTRY + SLICE_RUN / outputs[1]) * patch,
     }
     if channels > 32:
-        cost["grouped"] = 1.05 * native + 1.6 * entries + (reorder if tape.views > 1 else 0.0)
+        cost["grouped"] = 1.05 * native + 1.6 * entries + (reorder if views > 1 else 0.0)
     if last:
         cost["grouped"] += 2 * LAYOUT_ENTRY * (image + places * out)
         cost["slices"] += LAYOUT_ENTRY * image
@@ -114,7 +120,7 @@ def convolution(
         cost["gram"] = (
             native
             + 2 * (pixels**2 * channels + places**2 * out) * GRAM_FLOP
-            + (_shifted(tape.views, geometry, kernel, inputs, outputs) + pixels**2 + 3 * places**2)
+            + (_shifted(views, geometry, kernel, inputs, outputs) + pixels**2 + 3 * places**2)
             * GRAM_ENTRY
             + (places * out * PLACE_ENTRY if standardised else 0.0)
             + GRAM_CALLS * CALL / tape.examples

@@ -34,7 +34,11 @@ _CACHE = 2**22  # bytes to work on at a time on a CPU, where nothing has to stay
 
 
 class ConvUse(Use):
-    """Use of a kernel (out, in / groups, height, width), of one axis less in one dimension."""
+    """Use of a kernel (out, in / groups, height, width), of one axis less in one dimension.
+
+    Args:
+        inputs: all examples' images, (B, images an example, channels, height, width).
+    """
 
     def __init__(
         self,
@@ -42,17 +46,17 @@ class ConvUse(Use):
         weight: Tensor,
         geometry: Geometry,
         inputs: Tensor,
-        outputs: tuple[int, int],
         origin: Origin | None,
     ) -> None:
         super().__init__(tape, weight)
         self._geometry = geometry
+        self._views = inputs.shape[1]
         self.origin = origin
         self.closed = origin is not None
         self._standard: Standardisation | None = None
         height = weight.shape[2] if weight.dim() == 4 else 1
         self.shape = (weight.shape[0], weight.shape[1], height, weight.shape[-1])
-        self.plan, self.keep = choose.convolution(tape, self.shape, inputs, outputs, geometry, self.closed)
+        self.plan, self.keep = choose.convolution(tape, self.shape, inputs, geometry, self.closed)
         self._output: tuple[Tensor, int, Tensor | None] | None = None
         self._kept: Tensor | None = None
 
@@ -60,7 +64,7 @@ class ConvUse(Use):
         """Take the convolution's output, if `squares` is cheaper with it at hand."""
         if self.origin is None:
             return
-        places = self.tape.views * math.prod(output.shape[1:])
+        places = self._views * math.prod(output.shape[1:])
         if self.plan == "gram" or (self.keep and 2 * places < self.weight.numel()):
             alias = output.detach()
             self._output = alias, alias._version, bias
@@ -108,7 +112,7 @@ class ConvUse(Use):
         if self._kept is not None:
             total = coefficients.to(self._kept.dtype) @ self._kept
             return self._ordered(total[None])[0]
-        factors = coefficients.repeat_interleave(self.tape.views).view(-1, 1, 1, 1)
+        factors = coefficients.repeat_interleave(self._views).view(-1, 1, 1, 1)
         gradient = widen(self._gradient)
         gradient = gradient * factors.to(gradient.dtype)
         blank = gradient.new_empty(self.shape)
@@ -168,12 +172,12 @@ class ConvUse(Use):
         if self._gathers:
             images = self.shape[1] * math.prod(self._geometry.padded(self._size))
             images += math.prod(self._gradient.shape[1:])  # it may have to be copied too
-            return max(1, (scratch if self.keep else cached) // (size * (entries + self.tape.views * images)))
+            return max(1, (scratch if self.keep else cached) // (size * (entries + self._views * images)))
         return max(1, cached // (size * entries))
 
     def _form(self, low: int, high: int, out: Tensor | None = None) -> Tensor:
         """Per-example gradients (n, out * entries), in the order of the plan; in `out`, if it is given."""
-        count, views = high - low, self.tape.views
+        count, views = high - low, self._views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
         if self.plan == "grouped":
@@ -194,7 +198,7 @@ class ConvUse(Use):
 
     def _form_grouped(self, inputs: Tensor, gradient: Tensor, count: int) -> Tensor:
         """All examples at once: example and channel make one channel axis, with a group for each example."""
-        views = self.tape.views
+        views = self._views
 
         def fold(tensor: Tensor) -> Tensor:
             split = tensor.reshape(count, views, *tensor.shape[1:]).transpose(0, 1)
@@ -234,11 +238,11 @@ class ConvUse(Use):
         return found.clamp_(min=0.0)
 
     def _gram_bytes(self) -> int:
-        pixels, places = (self.tape.views * math.prod(t.shape[2:]) for t in (self._inputs, self._gradient))
+        pixels, places = (self._views * math.prod(t.shape[2:]) for t in (self._inputs, self._gradient))
         return 4 * (pixels**2 + 3 * places**2)
 
     def _squares_by_gram(self, low: int, high: int) -> Tensor:
-        count, views = high - low, self.tape.views
+        count, views = high - low, self._views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
         patches = self._patch_gram(inputs, count, (gradient.shape[2], gradient.shape[3]))
@@ -266,7 +270,7 @@ class ConvUse(Use):
 
     def _along(self, low: int, high: int) -> Tensor:
         """G.direction (n, out): sum over places of g times what the convolution with it gives there."""
-        own = slice(low * self.tape.views, high * self.tape.views)
+        own = slice(low * self._views, high * self._views)
         standard, geometry = self._standard, self._geometry
         assert standard is not None
         convolved, bias = self._convolved or (None, None)
@@ -280,11 +284,11 @@ class ConvUse(Use):
         if bias is not None:
             convolved = convolved - bias.view(-1, 1, 1)
         products = (convolved * widen(self._gradient[own])).sum((2, 3))
-        return products.unflatten(0, (high - low, self.tape.views)).sum(1)
+        return products.unflatten(0, (high - low, self._views)).sum(1)
 
     def _patch_gram(self, inputs: Tensor, count: int, outputs: Pair) -> Tensor:
         """Gram matrix (n, places, places) of the patches, from that of the pixels."""
-        views, size = self.tape.views, inputs.shape[2:]
+        views, size = self._views, inputs.shape[2:]
         pixels = _by_place(inputs, count)
         gram = batch_product(pixels, pixels.transpose(1, 2)).view(count, views, *size, views, *size)
         total = gram.new_zeros((count, views, *outputs, views, *outputs))

@@ -13,7 +13,7 @@ from fedsim.grads.bookkeeping.conv import ConvUse
 from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import widen
-from fedsim.grads.bookkeeping.tape import Rows, Unsupported
+from fedsim.grads.bookkeeping.tape import Rows
 
 Size = int | Sequence[int]
 
@@ -29,14 +29,16 @@ class _Conv(torch.autograd.Function):
         geometry: Geometry,
         uses: tuple[ConvUse | None, Rows | None],
     ) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        ctx.geometry, ctx.uses = geometry, uses
+        images = inputs.flatten(0, 1)
+        ctx.save_for_backward(images, weight)
+        ctx.geometry, ctx.uses, ctx.shape = geometry, uses, inputs.shape
         result = F.conv2d(
-            inputs, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+            images, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
         if uses[0] is not None:
             uses[0].remember(result, bias)
-        return result
+        # A plain view would forbid the model to work on the result in place.
+        return torch.ops.aten._unsafe_view(result, (*inputs.shape[:2], *result.shape[1:]))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,17 +48,17 @@ class _Conv(torch.autograd.Function):
         layout = torch.contiguous_format
         if not inputs.is_contiguous() and inputs.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
-        gradient = gradient.contiguous(memory_format=layout)
+        gradient = gradient.flatten(0, 1).contiguous(memory_format=layout)
         before = None
         if ctx.needs_input_grad[0]:
             typed = inputs.to(gradient.dtype), weight.to(gradient.dtype)
-            before = geometry.backward(gradient, *typed, (True, False, False))[0]
+            before = geometry.backward(gradient, *typed, (True, False, False))[0].view(ctx.shape)
         if weight_use is not None:
             weight_use.fill(inputs, gradient)
         if bias_use is not None:
-            bias_use.fill(
-                widen(gradient).flatten(2).sum(2) if gradient.is_contiguous() else widen(gradient).sum((2, 3))
-            )
+            wide = widen(gradient)
+            sums = wide.flatten(2).sum(2) if gradient.is_contiguous() else wide.sum((2, 3))
+            bias_use.fill(sums.unflatten(0, ctx.shape[:2]))
         return before, None, None, None, None, None
 
 
@@ -71,7 +73,9 @@ def conv2d(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Rule of `F.conv2d`."""
+    """Rule of `F.conv2d`, on (rows, channels, height, width) or one image without rows."""
+    if input.dim() != 4 or not _natural(watch, input, weight, bias):
+        return watch.fallback(func, input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
     sizes = _pair(stride), _pair(dilation)
     return _apply(watch, input, weight, bias, sizes[0], _padding(padding, 2), sizes[1], groups)
 
@@ -87,13 +91,17 @@ def conv1d(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Rule of `F.conv1d`."""
-    if input.dim() != 3:
-        raise Unsupported("a convolution without a batch axis")
-    lifted = input.unsqueeze(2)
-    watch.mark_rows(lifted)
+    """Rule of `F.conv1d`, on (rows, channels, length)."""
+    if input.dim() != 3 or not _natural(watch, input, weight, bias):
+        return watch.fallback(func, input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
     sizes = _line(stride), _line(dilation)
+    lifted = input.unsqueeze(2)
     return _apply(watch, lifted, weight, bias, sizes[0], _padding(padding, 1), sizes[1], groups).squeeze(2)
+
+
+def _natural(watch: Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether examples meet a kernel that is the same for all of them."""
+    return watch.is_rows(inputs) and not watch.is_rows(weight) and not watch.is_rows(bias)
 
 
 def _apply(
@@ -106,30 +114,28 @@ def _apply(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    tape = watch.tape
-    if watch.is_rows(weight) or watch.is_rows(bias) or not watch.is_rows(inputs):
-        raise Unsupported("a convolution takes a kernel computed from examples")
-    if inputs.dim() != 4 or inputs.shape[0] != tape.batch:
-        raise Unsupported(f"a convolution gets shape {tuple(inputs.shape)}, without one row a view")
-    kernel = weight.detach()
-    kernel = kernel.unsqueeze(2) if kernel.dim() == 3 else kernel
+    tape, level = watch.tape, watch.level
     if isinstance(padding, str):
-        inputs, padding = _pad_to_same(inputs, kernel, dilation)
+        inputs, padding = _pad_to_same(inputs, weight, dilation)
     geometry = Geometry(stride, padding, dilation, groups)
     weight_use = bias_use = None
-    if watch.is_weight(weight):
-        outputs = geometry.outputs((inputs.shape[2], inputs.shape[3]), (kernel.shape[2], kernel.shape[3]))
-        origin = watch.origin(weight)
-        weight_use = tape.use(ConvUse(tape, weight, geometry, inputs, outputs, origin))
-    if bias is not None and watch.is_weight(bias):
-        bias_use = tape.use(Rows(tape, bias))
-    offset = None if bias is None else bias.detach()
-    return _Conv.apply(inputs, tape.anchor, kernel, offset, geometry, (weight_use, bias_use))
+    with level:
+        rows = level.lower(inputs)
+        kernel = weight.detach()
+        kernel = kernel.unsqueeze(2) if kernel.dim() == 3 else kernel
+        if watch.is_weight(weight):
+            weight_use = tape.use(ConvUse(tape, weight, geometry, rows, watch.origin(weight)))
+        if bias is not None and watch.is_weight(bias):
+            bias_use = tape.use(Rows(tape, bias))
+        offset = None if bias is None else bias.detach()
+        result = _Conv.apply(rows, tape.anchor, kernel, offset, geometry, (weight_use, bias_use))
+    return level.lift(result)
 
 
 def _pad_to_same(inputs: Tensor, kernel: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
     """Pad as padding='same' does: the odd pixel at the end."""
-    rows, columns = (gap * (size - 1) for gap, size in zip(dilation, kernel.shape[2:], strict=True))
+    sizes = (1, *kernel.shape[2:])[-2:]
+    rows, columns = (gap * (size - 1) for gap, size in zip(dilation, sizes, strict=True))
     if rows % 2 == 0 and columns % 2 == 0:
         return inputs, (rows // 2, columns // 2)
     return F.pad(inputs, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)), (0, 0)

@@ -14,7 +14,7 @@ from fedsim.grads.bookkeeping.tape import Tape, Unsupported, Use, squared_norms
 
 
 class EmbeddingUse(Use):
-    """Use of a table (V, d) with ids (B * m, ...): one compact row for each (example, id) that occurs."""
+    """Use of a table (V, d) with ids (B, ...): one compact row for each (example, id) that occurs."""
 
     def __init__(self, tape: Tape, weight: Tensor, ids: Tensor, padding: int | None) -> None:
         super().__init__(tape, weight)
@@ -22,7 +22,7 @@ class EmbeddingUse(Use):
         self._padding = padding
 
     def fill(self, gradient: Tensor) -> None:
-        """Take the output gradient (B * m, ..., d)."""
+        """Take the output gradient (B, ..., d)."""
         count, size = self.tape.examples, self.weight.shape[0]
         ids = self._ids.reshape(count, -1)
         keys = ids + size * torch.arange(count, device=ids.device).unsqueeze(1)
@@ -77,17 +77,30 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """Rule of `F.embedding`."""
-    tape = watch.tape
-    if max_norm is not None or scale_grad_by_freq or not watch.is_weight(weight):
-        raise Unsupported(
-            "an embedding with max_norm or scale_grad_by_freq, or with a table made of examples"
-        )
-    if input.dim() < 1 or input.shape[0] % tape.batch:
-        raise Unsupported("an embedding gets ids without examples on the first axis")
+    if max_norm is not None or scale_grad_by_freq:
+        raise Unsupported("an embedding with max_norm or scale_grad_by_freq")
     if padding_idx is not None:
         padding_idx %= weight.shape[0]
-    use = tape.use(EmbeddingUse(tape, weight, input, padding_idx))
-    return _Embedding.apply(tape.anchor, input, use)
+    return _looked_up(watch, input, weight, padding_idx)
 
 
-RULES: dict[Any, Rule] = {F.embedding: embedding}
+def getitem(watch: Watch, func: Any, weight: Tensor, index: Any) -> Tensor:
+    """Rule of `table[ids]`; other indexing goes to the fallback."""
+    if isinstance(index, Tensor) and index.dtype == torch.int64 and watch.is_rows(index):
+        if watch.is_weight(weight) and weight.dim() == 2:
+            # Negative ids count from the end, which a table's rule does not know.
+            return _looked_up(watch, torch.where(index < 0, index + len(weight), index), weight, None)
+    return watch.fallback(func, weight, index)  # type: ignore[no-any-return]
+
+
+def _looked_up(watch: Watch, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
+    if not watch.is_rows(ids):
+        raise Unsupported("an embedding takes a table computed from examples")
+    tape, level = watch.tape, watch.level
+    with level:
+        rows = level.lower(ids)
+        result = _Embedding.apply(tape.anchor, rows, tape.use(EmbeddingUse(tape, weight, rows, padding)))
+    return level.lift(result)
+
+
+RULES: dict[Any, Rule] = {F.embedding: embedding, Tensor.__getitem__: getitem}

@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
-from fedsim.grads import vmap
-from fedsim.grads.bookkeeping import (
-    attention,
-    conv_rule,
-    elementwise,
-    embedding,
-    joint,
-    linear,
-    norm,
-    standardise,
-)
-from fedsim.grads.bookkeeping.fallback import generic, tell_once
+from fedsim.grads.batch import Batch, call, each, expanded, sizes, take
+from fedsim.grads.bookkeeping import attention, conv_rule, embedding, joint, linear, norm, recurrent, standardise
+from fedsim.grads.bookkeeping.level import Level
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.options import Options
+from fedsim.grads.bookkeeping.repeat import generic
 from fedsim.grads.bookkeeping.tape import Pulled, Rows, Tape, Unsupported, Use, squared_norms
-from fedsim.grads.bookkeeping.verify import agrees
 from fedsim.grads.clip import ClipRule, overall
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
 
 RULES: dict[Any, Rule] = {
-    **elementwise.RULES,
     **linear.RULES,
     **conv_rule.RULES,
     **norm.RULES,
     **embedding.RULES,
     **attention.RULES,
+    **recurrent.RULES,
 }
+SHORTCUTS: dict[Any, Rule] = {**attention.SHORTCUTS}
 DEFAULT = Options()
 Answer = tuple[Tensor, Tensor, Tensor]
 
 
 def clipped_sum(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Batch,
+    targets: Batch,
     loss: Loss,
     clip: ClipRule,
     options: Options = DEFAULT,
@@ -53,52 +45,25 @@ def clipped_sum(
 
     One forward pass and one backward pass of output gradients; each layer's exact per-example norms from
     its input and output gradient; one weighted contraction a layer (Bu et al. 2023, "book-keeping", and the
-    layer rules named in the modules of this package). A model the engine cannot follow, or whose result
-    does not agree with plain autograd (`Options.verify`), is left to the vmap engine, with one log line.
+    layer rules named in the modules of this package). The model runs under one level of vmap, so that no
+    operation can mix examples.
 
     Args:
-        options: memory, layout, precision, self-check; see `Options`.
+        options: memory, layout, precision; see `Options`.
 
     Raises:
         InputError: a loss that is not per view, or a precision the device does not have.
+        Unsupported: a trainable parameter reaches the loss in a way that cannot be seen.
+        Exception: whatever vmap, or the model under it, raises.
     """
-
-    exact = replace(options, precision="float32")
-
-    def run(copied: nn.Module, few: Tensor, their_targets: Tensor, rule: ClipRule) -> Answer:
-        return taped(copied, few, their_targets, loss, rule, exact)
-
-    try:
-        if not options.verify or agrees(model, inputs, targets, loss, run):
-            return taped(model, inputs, targets, loss, clip, options)
-        reason = "its gradients disagree with those of one example at a time"
-    except Unsupported as problem:
-        reason = str(problem)
-    tell_once(f"{type(model).__name__} is left to the vmap engine:", f"{reason}.")
-    return vmap.clipped_sum(model, inputs, targets, loss, clip)
-
-
-def taped(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    loss: Loss,
-    clip: ClipRule,
-    options: Options = DEFAULT,
-) -> Answer:
-    """As `clipped_sum`, without self-check and without leaving the model to another engine.
-
-    Raises:
-        Unsupported: the model cannot be followed.
-    """
-    examples, views = inputs.shape[:2]
+    examples, views = sizes(inputs, targets)
     named = trainable_parameters(model)
     device = next(iter(named.values())).device
     clip_groups = clip.group_of(tuple(named))
     budget, scratch = options.budget_on(device), options.scratch_on(device)
-    tape = Tape(model, named, examples, views, budget, scratch, clip_groups)
+    tape = Tape(model, named, examples, budget, scratch, clip_groups)
     with options.arithmetic(device), tape:
-        groups, losses = _forward_and_backward(model, inputs, targets, loss, options, tape)
+        groups, losses = _forward_and_backward(model, inputs, targets, views, loss, options, tape)
         with torch.no_grad():
             for group in groups:
                 joint.add_squares(group, tape)
@@ -109,39 +74,55 @@ def taped(
             finite = torch.isfinite(overall(norms))
             if finite.all():
                 total = _weighted(tape, small, clip.coefficients(norms))
-    mean_losses = losses.unflatten(0, (examples, views)).mean(1)
     if not finite.all():  # 0 * nan is nan: the others go again, alone
         total = torch.zeros_like(tape.anchor).expand(sum(p.numel() for p in tape.parameters.values())).clone()
         if finite.any():
-            total, _, _ = taped(model, inputs[finite], targets[finite], loss, clip, options)
-    return total.detach(), norms, mean_losses
+            rest = take(inputs, finite), take(targets, finite)
+            total, _, _ = clipped_sum(model, *rest, loss, clip, options)
+    return total.detach(), norms, losses
 
 
 def _forward_and_backward(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, options: Options, tape: Tape
+    model: nn.Module, inputs: Batch, targets: Batch, views: int, loss: Loss, options: Options, tape: Tape
 ) -> tuple[list[joint.Group], Tensor]:
-    """Record the call on `tape` and fill every use; returns the losses (B * K,) too."""
-    examples, views = inputs.shape[:2]
-    rows = inputs.detach().flatten(0, 1)
-    if rows.dim() == 4 and options.wants_channels_last(model, rows):
-        rows = rows.contiguous(memory_format=torch.channels_last)
-    watch = Watch(tape, rows, RULES, generic, standardise.DERIVATIONS)
+    """Record the call on `tape` and fill every use; returns the losses (B,) too."""
     bfloat16 = options.precision == "bfloat16"
+
+    def example_loss(own: Batch, target: Batch) -> Tensor:
+        watch = Watch(tape, Level(), RULES, generic, standardise.DERIVATIONS, SHORTCUTS)
+        with watch:
+            with torch.autocast("cuda", torch.bfloat16) if bfloat16 else nullcontext():
+                outputs = call(model, own)
+            if bfloat16 and isinstance(outputs, Tensor):
+                outputs = outputs.float()
+            losses = loss(outputs, expanded(target, views))
+        check_losses(losses, views)
+        return losses
+
+    rows = each(lambda array: _laid_out(array.detach(), model, options), inputs)
     with torch.enable_grad():
-        with torch.autocast("cuda", torch.bfloat16) if bfloat16 else nullcontext(), watch:
-            outputs = model(rows)
-        if bfloat16 and isinstance(outputs, Tensor):
-            outputs = outputs.float()
-        losses = loss(outputs, targets.repeat_interleave(views, dim=0))
-        check_losses(losses, examples * views)
+        losses = vmap(example_loss, randomness="error")(rows, targets)
         hidden = tape.parameters_of(losses)
         if hidden:
             names = ", ".join(tape.names[id(p)] for p in hidden)
             raise Unsupported(f"{names} reach the loss in a way that cannot be seen")
-        groups = joint.groups(watch)
+        groups = joint.groups(tape)
         if losses.requires_grad:
             torch.autograd.backward(losses, torch.full_like(losses, 1.0 / views))
-    return groups, losses.detach()
+            with torch.no_grad():
+                for fill in tape.after_backward:
+                    fill()
+    return groups, losses.detach().mean(1)
+
+
+def _laid_out(array: Tensor, model: nn.Module, options: Options) -> Tensor:
+    """Images (B, K, channels, height, width) in the layout that suits the model, other arrays as they are."""
+    if array.dim() != 5 or not array.is_floating_point():
+        return array
+    images = array.flatten(0, 1)
+    if options.wants_channels_last(model, images):
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images.unflatten(0, array.shape[:2])
 
 
 class _Small:

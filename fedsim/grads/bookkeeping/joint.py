@@ -13,8 +13,8 @@ from itertools import combinations
 from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping import conv
-from fedsim.grads.bookkeeping.mode import Watch
-from fedsim.grads.bookkeeping.tape import Tape, Use, squared_norms
+from fedsim.grads.bookkeeping.mode import is_selection
+from fedsim.grads.bookkeeping.tape import Tape, Unsupported, Use, squared_norms
 
 
 class Group:
@@ -25,19 +25,24 @@ class Group:
         self.parameters: dict[int, nn.Parameter] = {}
 
 
-def groups(watch: Watch) -> list[Group]:
+def groups(tape: Tape) -> list[Group]:
     """Sort the recorded uses, after the forward pass.
 
     Sets their `clip_groups` and `alone`, and returns the groups of those that do not stand alone.
+
+    Raises:
+        Unsupported: a weight was changed in place after it was used, so that its graph is of other values.
     """
-    uses = watch.tape.uses
+    uses = tape.uses
     by_parameter: dict[int, list[int]] = {}
     conv.settle(uses)
     for index, use in enumerate(uses):
+        if use.weight._version != use.version:
+            raise Unsupported(f"a weight {tuple(use.weight.shape)} is changed in place after it was used")
         for parameter in use.leaves:
             by_parameter.setdefault(id(parameter), []).append(index)
-        use.clip_groups = tuple(sorted({watch.tape.clip_groups[id(p)] for p in use.leaves}))
-        use.alone = (use.closed or watch.is_selection(use.weight)) and len(use.clip_groups) == 1
+        use.clip_groups = tuple(sorted({tape.clip_groups[id(p)] for p in use.leaves}))
+        use.alone = (use.closed or is_selection(use.weight)) and len(use.clip_groups) == 1
     for indices in by_parameter.values():
         if len(indices) > 1 and any(
             not _apart(uses[a].weight, uses[b].weight) for a, b in combinations(indices, 2)

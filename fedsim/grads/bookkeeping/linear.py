@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsim.grads.bookkeeping import choose
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import affine, batch_product, product
-from fedsim.grads.bookkeeping.tape import Rows, Tape, Unsupported, Use, squared_norms
+from fedsim.grads.bookkeeping.tape import Rows, Tape, Use, squared_norms
 
 _STRIP = 32  # rows of Gram matrices that are formed at a time
 
@@ -160,40 +160,40 @@ class _Linear(torch.autograd.Function):
 
 def linear(watch: Watch, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Rule of `F.linear`."""
+    if not watch.is_rows(input) or any(watch.is_rows(t) for t in (weight, bias)) or weight.dim() != 2:
+        return watch.fallback(func, input, weight, bias)  # type: ignore[no-any-return]
     return _apply(watch, input, weight, bias, transposed=False)
 
 
 def matmul(watch: Watch, func: Any, input: Tensor, other: Tensor) -> Tensor:
     """Rule of `rows @ weight` for a weight matrix; other products go to the fallback."""
     if not watch.is_rows(input) or not watch.is_weight(other) or other.dim() != 2:
-        return watch.fallback(func, input, other)
+        return watch.fallback(func, input, other)  # type: ignore[no-any-return]
     return _apply(watch, input, other, None, transposed=True)
 
 
 def addmm(watch: Watch, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: float) -> Tensor:
     """Rule of `bias + rows @ weight`."""
-    if scales or not watch.is_rows(mat1) or not watch.is_weight(mat2) or input.dim() != 1:
-        return watch.fallback(func, input, mat1, mat2, **scales)
+    fits = watch.is_rows(mat1) and watch.is_weight(mat2) and not watch.is_rows(input)
+    if scales or not fits or input.dim() != 1:
+        return watch.fallback(func, input, mat1, mat2, **scales)  # type: ignore[no-any-return]
     return _apply(watch, mat1, mat2, input, transposed=True)
 
 
 def _apply(watch: Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    tape = watch.tape
-    if watch.is_rows(weight) or watch.is_rows(bias) or not watch.is_rows(inputs):
-        raise Unsupported("a linear layer takes a weight computed from examples")
-    if inputs.dim() < 2 or inputs.shape[0] % tape.batch:
-        raise Unsupported(
-            f"a linear layer gets shape {tuple(inputs.shape)}, without examples on the first axis"
-        )
+    tape, level = watch.tape, watch.level
     weight_use = bias_use = None
-    if watch.is_weight(weight):
-        positions = math.prod(inputs.shape[:-1]) // tape.examples
-        weight_use = tape.use(LinearUse(tape, weight, positions, transposed))
-    if bias is not None and watch.is_weight(bias):
-        bias_use = tape.use(Rows(tape, bias))
-    matrix = weight.detach().t() if transposed else weight.detach()
-    offset = None if bias is None else bias.detach()
-    return _Linear.apply(inputs, tape.anchor, matrix, offset, weight_use, bias_use)
+    with level:
+        rows = level.lower(inputs)
+        if watch.is_weight(weight):
+            positions = math.prod(rows.shape[1:-1])
+            weight_use = tape.use(LinearUse(tape, weight, positions, transposed))
+        if bias is not None and watch.is_weight(bias):
+            bias_use = tape.use(Rows(tape, bias))
+        matrix = weight.detach().t() if transposed else weight.detach()
+        offset = None if bias is None else bias.detach()
+        result = _Linear.apply(rows, tape.anchor, matrix, offset, weight_use, bias_use)
+    return level.lift(result)
 
 
 RULES: dict[Any, Rule] = {

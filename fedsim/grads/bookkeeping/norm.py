@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedsim.grads.bookkeeping.elementwise import as_rows
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import widen
-from fedsim.grads.bookkeeping.tape import Rows, Unsupported
+from fedsim.grads.bookkeeping.repeat import repeated
+from fedsim.grads.bookkeeping.tape import Rows
 
 _backward = torch.ops.aten.native_group_norm_backward
 
@@ -34,18 +34,19 @@ class _GroupNorm(torch.autograd.Function):
         eps: float,
         uses: tuple[Rows | None, Rows | None],
     ) -> Tensor:
-        rows, channels = inputs.shape[:2]
-        size = math.prod(inputs.shape[2:])
-        result, mean, rstd = torch.native_group_norm(inputs, weight, bias, rows, channels, size, groups, eps)
+        rows, channels = math.prod(inputs.shape[:2]), inputs.shape[2]
+        size = math.prod(inputs.shape[3:])
+        images = inputs.flatten(0, 1)
+        result, mean, rstd = torch.native_group_norm(images, weight, bias, rows, channels, size, groups, eps)
         ctx.save_for_backward(inputs, mean, rstd, weight)
         ctx.groups, ctx.uses = groups, uses
-        return result
+        return torch.ops.aten._unsafe_view(result, inputs.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, mean, rstd, weight = ctx.saved_tensors
-        rows, channels = inputs.shape[:2]
-        size = math.prod(inputs.shape[2:])
+        rows, channels = math.prod(inputs.shape[:2]), inputs.shape[2]
+        size = math.prod(inputs.shape[3:])
         if weight is None:
             weight = mean.new_ones(channels)
         wanted = ctx.needs_input_grad[0]
@@ -63,7 +64,7 @@ class _GroupNorm(torch.autograd.Function):
         )
         for use, rows_of in zip(ctx.uses, (gain, offset), strict=True):
             if use is not None:
-                use.fill(widen(rows_of).view(rows, channels))
+                use.fill(widen(rows_of).view(*inputs.shape[:2], channels))
         return before.view(inputs.shape) if wanted else None, None, None, None, None, None, None
 
 
@@ -78,16 +79,16 @@ class _LayerNorm(torch.autograd.Function):
         shape: list[int],
         eps: float,
         uses: tuple[Rows | None, Rows | None],
-        examples: int,
     ) -> Tensor:
         result, mean, rstd = torch.native_layer_norm(inputs, shape, weight, bias, eps)
         ctx.save_for_backward(inputs, mean, rstd, weight, bias)
-        ctx.shape, ctx.uses, ctx.examples = shape, uses, examples
+        ctx.shape, ctx.uses = shape, uses
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, mean, rstd, weight, bias = ctx.saved_tensors
+        examples = len(inputs)
         weight_use, bias_use = ctx.uses
         gradient = gradient.contiguous()
         before = None
@@ -96,13 +97,13 @@ class _LayerNorm(torch.autograd.Function):
                 gradient, inputs, ctx.shape, mean, rstd, weight, bias, (True, False, False)
             )[0]
         if weight_use is not None:
-            centred = (inputs - mean).mul_(gradient).reshape(ctx.examples, mean.numel() // ctx.examples, -1)
-            factors = rstd.to(centred.dtype).reshape(ctx.examples, 1, -1)
+            centred = (inputs - mean).mul_(gradient).reshape(examples, mean.numel() // examples, -1)
+            factors = rstd.to(centred.dtype).reshape(examples, 1, -1)
             weight_use.fill(widen(torch.bmm(factors, centred)))
         if bias_use is not None:
             width = bias_use.weight.numel()
-            bias_use.fill(widen(gradient).reshape(ctx.examples, -1, width))
-        return before, None, None, None, None, None, None, None
+            bias_use.fill(widen(gradient).reshape(examples, -1, width))
+        return before, None, None, None, None, None, None
 
 
 def group_norm(
@@ -114,15 +115,17 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Rule of `F.group_norm`."""
-    tape = watch.tape
-    if not watch.is_rows(input) or input.shape[0] % tape.batch:
-        raise Unsupported("group norm gets a tensor without examples on the first axis")
-    uses = _uses(watch, weight, bias)
-    weight, bias = _plain(weight), _plain(bias)
-    # torch's channels-last kernel for the CPU is not used: it loses three digits of float32 (mean of squares
-    # minus square of mean).
-    return _GroupNorm.apply(widen(input).contiguous(), tape.anchor, weight, bias, num_groups, eps, uses)
+    """Rule of `F.group_norm` on (rows, channels, ...)."""
+    if not _natural(watch, input, weight, bias) or input.dim() < 2:
+        return watch.fallback(func, input, num_groups, weight, bias, eps)  # type: ignore[no-any-return]
+    tape, level = watch.tape, watch.level
+    with level:
+        uses = _uses(watch, weight, bias)
+        # torch's channels-last kernel for the CPU is not used: it loses three digits of float32 (mean of squares
+        # minus square of mean).
+        rows = widen(level.lower(input)).contiguous()
+        result = _GroupNorm.apply(rows, tape.anchor, _plain(weight), _plain(bias), num_groups, eps, uses)
+    return level.lift(result)
 
 
 def instance_norm(
@@ -139,8 +142,10 @@ def instance_norm(
 ) -> Tensor:
     """Rule of `F.instance_norm`: group norm with one channel a group."""
     if not use_input_stats or running_mean is not None or input.dim() < 3:
-        raise Unsupported("instance norm with running statistics, or without a batch axis")
-    return group_norm(watch, func, input, input.shape[1], weight, bias, eps)
+        return watch.fallback(  # type: ignore[no-any-return]
+            func, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    return group_norm(watch, F.group_norm, input, input.shape[1], weight, bias, eps)
 
 
 def layer_norm(
@@ -153,14 +158,14 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Rule of `F.layer_norm`."""
-    tape = watch.tape
-    dims = len(normalized_shape)
-    if not watch.is_rows(input) or input.dim() <= dims or input.shape[0] % tape.batch:
-        raise Unsupported("layer norm gets a tensor without examples on the first axis")
-    uses = _uses(watch, weight, bias)
-    weight, bias = _plain(weight), _plain(bias)
-    shape = list(normalized_shape)
-    return _LayerNorm.apply(input.contiguous(), tape.anchor, weight, bias, shape, eps, uses, tape.examples)
+    if not _natural(watch, input, weight, bias):
+        return watch.fallback(func, input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
+    tape, level = watch.tape, watch.level
+    with level:
+        uses = _uses(watch, weight, bias)
+        rows, shape = level.lower(input).contiguous(), list(normalized_shape)
+        result = _LayerNorm.apply(rows, tape.anchor, _plain(weight), _plain(bias), shape, eps, uses)
+    return level.lift(result)
 
 
 def rms_norm(
@@ -171,21 +176,21 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """Rule of `F.rms_norm`: the norm, then a gain by broadcasting."""
-    if weight is None or not watch.is_rows(input):
-        raise Unsupported("root-mean-square norm of something else than examples")
-    if input.dim() <= len(normalized_shape):
-        raise Unsupported("root-mean-square norm without examples on the first axis")
-    gain = as_rows(watch, weight, input.shape[0], input.dim())
-    return F.rms_norm(input, list(normalized_shape), None, eps) * gain
+    """Rule of `F.rms_norm`: the norm, then a gain for every example."""
+    if weight is None or not _natural(watch, input, weight, None):
+        return watch.fallback(func, input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+    return F.rms_norm(input, list(normalized_shape), None, eps) * repeated(watch, weight)
+
+
+def _natural(watch: Watch, inputs: Tensor, *weights: Tensor | None) -> bool:
+    """Whether examples meet gains and offsets that are the same for all of them."""
+    return watch.is_rows(inputs) and not any(watch.is_rows(weight) for weight in weights)
 
 
 def _uses(watch: Watch, weight: Tensor | None, bias: Tensor | None) -> tuple[Rows | None, Rows | None]:
-    if watch.is_rows(weight) or watch.is_rows(bias):
-        raise Unsupported("a norm layer takes a gain or bias computed from examples")
     tape = watch.tape
-    first = tape.use(Rows(tape, weight)) if weight is not None and watch.is_weight(weight) else None
-    second = tape.use(Rows(tape, bias)) if bias is not None and watch.is_weight(bias) else None
+    first = tape.use(Rows(tape, weight)) if watch.is_weight(weight) else None  # type: ignore[arg-type]
+    second = tape.use(Rows(tape, bias)) if watch.is_weight(bias) else None  # type: ignore[arg-type]
     return first, second
 
 

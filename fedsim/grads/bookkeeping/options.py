@@ -37,16 +37,12 @@ class Options:
             what CUDA wants in bfloat16.
         precision: "float32"; "tf32" and "bfloat16" (autocast) are for CUDA, and make forward and backward
             faster and less exact. Norms and sums are accumulated in float32 or wider in all of them.
-        verify: compare the first call of a model and input shape, on up to three of its examples and in
-            float64, with plain autograd of one example at a time; on a mismatch log it and leave the model
-            to the vmap engine.
     """
 
     memory_budget: int | None = None
     scratch: int | None = None
     channels_last: bool | None = None
     precision: str = "float32"
-    verify: bool = True
 
     def __post_init__(self) -> None:
         validate.one_of(self.precision, PRECISIONS, "engine.precision")

@@ -21,7 +21,7 @@ BLOCK = 4096  # squares added in the gradients' own dtype before going on in flo
 
 
 class Unsupported(Exception):
-    """The model does something the tape cannot follow; the call falls back to another engine."""
+    """The model does something the tape cannot follow: per-example gradients must be found another way."""
 
 
 class Use(ABC):
@@ -39,6 +39,7 @@ class Use(ABC):
         closed: norms over the parameters `weight` was computed from are known in closed form.
         filled: the backward pass reached the operation.
         leaves: the parameters it reaches.
+        version: of `weight`, to tell whether it was changed in place after the use.
         clip_groups: the clip groups of the parameters it reaches; one group if it stands alone.
     """
 
@@ -49,6 +50,7 @@ class Use(ABC):
         self.filled = False
         self.closed = False
         self.leaves = tape.parameters_of(weight)
+        self.version = weight._version
         self.clip_groups: tuple[int, ...] = (0,)
 
     @abstractmethod
@@ -95,7 +97,7 @@ class Rows(Use):
     gradients: Tensor
 
     def fill(self, gradients: Tensor) -> None:
-        """Take gradients (B * m, *weight.shape), example after example; m rows of one example are added."""
+        """Take gradients (B, m, *weight.shape); m parts of one example are added. m may have no axis."""
         count = self.tape.examples
         flat = gradients.reshape(count, -1, self.weight.numel())
         self.gradients = flat[:, 0] if flat.shape[1] == 1 else flat.sum(1)
@@ -122,7 +124,6 @@ class Tape:
 
     Attributes:
         examples: B.
-        views: K; the model sees B * K rows, the views of an example next to each other.
         parameters: trainable parameters by id, in the order of `named_parameters`.
         names: their names by id.
         clip_groups: the clip group of each, by id; 0 where all are clipped together.
@@ -132,6 +133,7 @@ class Tape:
         anchor: an input of every recorded operation, so that autograd visits it.
         total: for each clip group, squared norms (B,) of the gradients' parts in it; one without groups.
         uses: in the order of the forward pass.
+        after_backward: what fills uses that several operations share.
         blocks: memory for what stays until the end of the call.
     """
 
@@ -140,13 +142,11 @@ class Tape:
         model: nn.Module,
         named: dict[str, nn.Parameter],
         examples: int,
-        views: int,
         budget: int,
         scratch: int,
         clip_groups: Sequence[int] | None = None,
     ) -> None:
         self.examples = examples
-        self.views = views
         self.budget = budget
         self.scratch = scratch
         self.parameters = {id(parameter): parameter for parameter in named.values()}
@@ -159,6 +159,7 @@ class Tape:
             torch.zeros(examples, dtype=torch.float64, device=first.device) for _ in range(max(groups) + 1)
         ]
         self.uses: list[Use] = []
+        self.after_backward: list[Callable[[], None]] = []
         self.blocks = Blocks(budget)
         self._model = model
 
@@ -168,12 +169,8 @@ class Tape:
     def __exit__(self, *problem: object) -> None:
         # Uses and tape refer to each other: without this, their memory waits for the cycle collector.
         self.uses.clear()
+        self.after_backward.clear()
         self.blocks.leave()
-
-    @property
-    def batch(self) -> int:
-        """B * K, the rows the model sees."""
-        return self.examples * self.views
 
     @cached_property
     def owners(self) -> dict[int, nn.Module]:
@@ -218,7 +215,7 @@ class Tape:
             self.total[use.clip_groups[0]] += use.squares()
 
     def positions(self, tensor: Tensor) -> Tensor:
-        """Reshape (B * m, ..., d) to (B, positions, d): all views and places of an example on one axis."""
+        """Reshape (B, ..., d) to (B, positions, d): all views and places of an example on one axis."""
         return tensor.reshape(self.examples, -1, tensor.shape[-1])
 
     def reserve(self, kept: int, held: int) -> bool:

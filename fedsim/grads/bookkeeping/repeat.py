@@ -1,0 +1,77 @@
+"""Operations without a rule: the weight is repeated for every example.
+
+The operation gets a copy of the weight that carries examples (without memory of its own), so that vmap does with
+it what it does with the inputs, and autograd leaves the gradient of every example's copy. Right for any
+operation that vmap can do. It takes one gradient an example in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fedsim.grads.bookkeeping.mode import Watch
+from fedsim.grads.bookkeeping.tape import Rows, Unsupported
+
+_log = logging.getLogger(__name__)
+_told: set[tuple[str, ...]] = set()
+
+# Broadcasting and joining, where a copy is what any rule would take: nothing to tell.
+_PLAIN = set(
+    "add sub mul div true_divide subtract multiply divide pow maximum minimum where lerp addcmul addcdiv "
+    "radd rsub rmul rtruediv rpow iadd isub imul itruediv truediv "
+    "eq ne lt le gt ge cat concat concatenate stack expand_as type_as setitem".split()
+)
+
+
+def tell_once(*parts: str) -> None:
+    """Log a line of `parts`, once a process."""
+    if parts not in _told:
+        _told.add(parts)
+        _log.warning("%s", " ".join(parts))
+
+
+class _Repeat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, use: Rows, examples: int) -> Tensor:
+        ctx.use = use
+        return use.weight.detach().expand(examples, *use.weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        ctx.use.fill(gradient)
+        return None, None, None
+
+
+def repeated(watch: Watch, weight: Tensor) -> Tensor:
+    """Return `weight` as a tensor of its shape that carries examples, and record that use."""
+    tape = watch.tape
+    if weight.is_complex():
+        raise Unsupported(f"a weight computed in complex numbers, {tuple(weight.shape)}, meets examples")
+    use = tape.use(Rows(tape, weight))
+    with watch.level:
+        copies = _Repeat.apply(tape.anchor, use, tape.examples)
+    return watch.level.lift(copies)
+
+
+def generic(watch: Watch, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Rule of every operation that has no other."""
+    flat, layout = pytree.tree_flatten((args, kwargs))
+    weights = [index for index, value in enumerate(flat) if watch.is_weight(value)]
+    name = getattr(func, "__name__", str(func))
+    if name.strip("_") not in _PLAIN:
+        names = sorted({watch.tape.names[id(p)] for i in weights for p in watch.tape.parameters_of(flat[i])})
+        owner = watch.tape.owners[id(watch.tape.parameters_of(flat[weights[0]])[0])]
+        tell_once(
+            f"per-example gradients of {', '.join(names)} are formed one by one:",
+            f"operation {name} of {type(owner).__name__}",
+            "has no rule of its own.",
+        )
+    for index in weights:
+        flat[index] = repeated(watch, flat[index])
+    positional, named = pytree.tree_unflatten(flat, layout)
+    return func(*positional, **named)
