@@ -22,9 +22,8 @@ from torch import Tensor
 from fedsim import config as configs
 from fedsim import validate
 from fedsim.config import PrivacyConfig
+from fedsim.grads.norms import squared_norms
 from fedsim.validate import InputError
-
-_BLOCK = 1024  # entries whose squares are added in the gradient's own dtype before going on in float64
 
 
 class ClipRule(Protocol):
@@ -324,7 +323,7 @@ def _clipped(
     places = [0] * len(rows) if groups is None else groups
     squares: list[list[Tensor]] = [[] for _ in range(max(places) + 1)]
     for row, place in zip(rows, places, strict=True):
-        squares[place].append(_squared_norms(row))
+        squares[place].append(squared_norms(row))
     parts = [torch.stack(own).sum(0).sqrt() for own in squares]
     norms = parts[0] if groups is None else torch.stack(parts, dim=1)
     coefficients = clip.coefficients(norms)
@@ -334,23 +333,6 @@ def _clipped(
         coefficients = coefficients[finite]
     factors = [coefficients] if groups is None else coefficients.t().contiguous().unbind()
     return rows, [factors[place] for place in places], norms, finite
-
-
-def _squared_norms(rows: Tensor) -> Tensor:
-    """Squared norms (n,) in float64 of rows (n, d).
-
-    Blocks keep the float32 rounding near 1e-8, where one long float32 reduction of 600,000 entries comes out
-    4e-6 too small (so that clipped gradients exceed the bound), at the same speed.
-    """
-    count, width = rows.shape
-    whole = width - width % _BLOCK
-    squares = torch.zeros(count, dtype=torch.float64, device=rows.device)
-    if whole:
-        blocks = rows[:, :whole].unflatten(1, (-1, _BLOCK))
-        squares += torch.linalg.vector_norm(blocks, dim=2).double().square().sum(1)
-    if whole < width:
-        squares += torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
-    return squares
 
 
 def _zero_unless_finite(coefficients: Tensor, norms: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def scaled_dot_product_attention(
     options = {"is_causal": is_causal, "scale": scale}
     if dropout_p or enable_gqa or query.dim() < 2 or not query.dim() == key.dim() == value.dim():
         named = {"dropout_p": dropout_p, **options, "enable_gqa": enable_gqa}
-        return func(query, key, value, attn_mask, **named)  # type: ignore[no-any-return]
+        return func(query, key, value, attn_mask, **named)
     tensors = query, key, value
     lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
     with level:

@@ -120,8 +120,7 @@ def convolution(
         cost["gram"] = (
             native
             + 2 * (pixels**2 * channels + places**2 * out) * GRAM_FLOP
-            + (_shifted(views, geometry, kernel, inputs, outputs) + pixels**2 + 3 * places**2)
-            * GRAM_ENTRY
+            + (_shifted(views, geometry, kernel, inputs, outputs) + pixels**2 + 3 * places**2) * GRAM_ENTRY
             + (places * out * PLACE_ENTRY if standardised else 0.0)
             + GRAM_CALLS * CALL / tape.examples
         )

@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.grads.bookkeeping import choose, gather
+from fedsim.grads.bookkeeping import choose, gather, gram
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
-from fedsim.grads.bookkeeping.precision import batch_product, widen
+from fedsim.grads.bookkeeping.precision import batch_product, of_sum, widen
 from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
-from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use, squared_norms
+from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use
+from fedsim.grads.norms import squared_norms
 
 _CACHE = 2**22  # bytes to work on at a time on a CPU, where nothing has to stay
 
@@ -89,7 +90,7 @@ class ConvUse(Use):
         # A grouped convolution that gives all at once has its own memory, and a copy would cost time.
         if self.keep and not (self.plan == "grouped" and pieces == 1):
             self._kept = self.tape.blocks.take(count, self.weight.numel(), widen(self._inputs[:0]))
-        parts: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor | None]] = []
         for low in range(0, count, step):
             high = min(low + step, count)
             if self.plan == "gram":
@@ -97,14 +98,33 @@ class ConvUse(Use):
                 continue
             formed = self._form(low, high, None if self._kept is None else self._kept[low:high])
             parts.append(self._squares_of(formed, low, high, vectors))
+        squares, doubts = zip(*parts, strict=True)
+        found = torch.cat(squares)
+        if doubts[0] is not None:
+            self.doubt = torch.cat(doubts)
         if self.keep:
             self._kept = formed if self._kept is None else self._kept
             del self._inputs, self._gradient
+        elif self.plan != "gram":
+            added = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self._lengths()
+            self.doubt = added if self.doubt is None else self.doubt + added
         self._output = None
-        return torch.cat(parts)
+        return found
+
+    def _lengths(self) -> Tensor:
+        """Bound (B,) on the lengths of an example's terms of the gradient, place by place, added up."""
+        count = self.tape.examples
+        sizes = (
+            squared_norms(self._inputs.reshape(count, -1)),
+            squared_norms(self._gradient.reshape(count, -1)),
+        )
+        scale = 1.0 if self._standard is None else float(self._standard.counts[: self.shape[0]].max().sqrt())
+        return (sizes[0] * sizes[1] * math.prod(self.shape[2:])).sqrt_() * scale
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
+        if self._kept is not None:
+            return self._ordered(self._kept[low:high])
         return self._ordered(self._form(low, high))
 
     def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
@@ -221,45 +241,55 @@ class ConvUse(Use):
             direction = direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
         return torch.stack([torch.ones_like(direction), direction], dim=1)
 
-    def _squares_of(self, formed: Tensor, low: int, high: int, vectors: Tensor | None) -> Tensor:
-        """Squared norms (n,) of formed gradients."""
+    def _squares_of(
+        self, formed: Tensor, low: int, high: int, vectors: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Squared norms (n,) of formed gradients, and their rounding where there is some."""
         standard = self._standard
         if standard is None:
-            return squared_norms(formed)
+            return squared_norms(formed), None
         by_row = self._by_row(formed)
         lengths = torch.linalg.vector_norm(by_row, dim=2)
         if vectors is None:
-            found = standard.squares(lengths, by_row.sum(2), self._along(low, high))
+            sums, along = by_row.sum(2), self._along(low, high)
         elif by_row.is_cuda:  # where products may be in TF32
-            found = standard.squares(lengths, *((by_row * own).sum(2) for own in vectors.unbind(1)))
+            sums, along = ((by_row * own).sum(2) for own in vectors.unbind(1))
         else:
-            sums, along = torch.bmm(vectors.to(formed.dtype), by_row.permute(1, 2, 0)).unbind(1)
-            found = standard.squares(lengths, sums.t(), along.t())
-        return found.clamp_(min=0.0)
+            sums, along = (
+                t.t() for t in torch.bmm(vectors.to(formed.dtype), by_row.permute(1, 2, 0)).unbind(1)
+            )
+        found, doubt = standard.squares(lengths, sums, along, whole=True)
+        return found.clamp_(min=0.0), doubt
 
     def _gram_bytes(self) -> int:
         pixels, places = (self._views * math.prod(t.shape[2:]) for t in (self._inputs, self._gradient))
         return 4 * (pixels**2 + 3 * places**2)
 
-    def _squares_by_gram(self, low: int, high: int) -> Tensor:
+    def _squares_by_gram(self, low: int, high: int) -> tuple[Tensor, Tensor]:
         count, views = high - low, self._views
         inputs = widen(self._inputs[low * views : high * views])
         gradient = widen(self._gradient[low * views : high * views])
         patches = self._patch_gram(inputs, count, (gradient.shape[2], gradient.shape[3]))
         places = _by_place(gradient, count)
         standard = self._standard
+        weighted = places
+        if standard is not None:
+            weighted = places * standard.counts[: places.shape[2]].sqrt().to(places.dtype)
+            own = torch.linalg.vector_norm(places, dim=1)
+            bounds = own * patches.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_(min=0.0).sqrt_()
+        gram_of = batch_product(weighted, weighted.transpose(1, 2))
+        # An entry of a patch's product is a sum over the kernel's places of products over channels.
+        widths = self.shape[0], self.shape[1] + 8 * math.prod(self.shape[2:])
+        found, doubt = gram.inner([(gram_of, patches)], widths)
         if standard is None:
-            gram = batch_product(places, places.transpose(1, 2))
-            return _inner(gram, patches).clamp(min=0.0)
-        weighted = places * standard.counts[: places.shape[2]].sqrt().to(places.dtype)
-        gram = batch_product(weighted, weighted.transpose(1, 2))
+            return found, doubt
         box = inputs.sum(1, keepdim=True)
         kernel = box.new_ones((1, 1, *self.shape[2:]))
         geometry = self._geometry
         ones = F.conv2d(box, kernel, None, geometry.stride, geometry.padding, geometry.dilation)
         sums = batch_product(ones.reshape(count, 1, -1), places)[:, 0]
-        found = _inner(gram, patches) + standard.squares(sums, self._along(low, high))
-        return found.clamp_(min=0.0)
+        taken, more = standard.squares(bounds, sums, self._along(low, high), whole=False)
+        return (found + taken).clamp_(min=0.0), doubt + more
 
     @property
     def _convolved(self) -> tuple[Tensor, Tensor | None] | None:
@@ -290,14 +320,14 @@ class ConvUse(Use):
         """Gram matrix (n, places, places) of the patches, from that of the pixels."""
         views, size = self._views, inputs.shape[2:]
         pixels = _by_place(inputs, count)
-        gram = batch_product(pixels, pixels.transpose(1, 2)).view(count, views, *size, views, *size)
-        total = gram.new_zeros((count, views, *outputs, views, *outputs))
+        of_pixels = batch_product(pixels, pixels.transpose(1, 2)).view(count, views, *size, views, *size)
+        total = of_pixels.new_zeros((count, views, *outputs, views, *outputs))
         meeting = self._geometry.meeting
         for i in range(self.shape[2]):
             rows, own_rows = meeting(0, i, size[0], outputs[0])
             for j in range(self.shape[3]):
                 columns, own_columns = meeting(1, j, size[1], outputs[1])
-                shifted = gram[:, :, own_rows, own_columns, :, own_rows, own_columns]
+                shifted = of_pixels[:, :, own_rows, own_columns, :, own_rows, own_columns]
                 total[:, :, rows, columns, :, rows, columns].add_(shifted)
         places = views * math.prod(outputs)
         return total.view(count, places, places)
@@ -306,11 +336,6 @@ class ConvUse(Use):
 def _by_place(images: Tensor, count: int) -> Tensor:
     """Bring images (n * views, channels, height, width) to (n, views * height * width, channels)."""
     return images.permute(0, 2, 3, 1).reshape(count, -1, images.shape[1])
-
-
-def _inner(first: Tensor, second: Tensor) -> Tensor:
-    """Inner products (n,) in float64 of matrices (n, a, b), the first of which is overwritten."""
-    return first.mul_(second).sum(2).double().sum(1)
 
 
 def settle(uses: Sequence[Use]) -> None:

@@ -75,7 +75,7 @@ def conv2d(
 ) -> Tensor:
     """Rule of `F.conv2d`, on (rows, channels, height, width) or one image without rows."""
     if input.dim() != 4 or not _natural(watch, input, weight, bias):
-        return watch.fallback(func, input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        return watch.fallback(func, input, weight, bias, stride, padding, dilation, groups)
     sizes = _pair(stride), _pair(dilation)
     return _apply(watch, input, weight, bias, sizes[0], _padding(padding, 2), sizes[1], groups)
 
@@ -93,7 +93,7 @@ def conv1d(
 ) -> Tensor:
     """Rule of `F.conv1d`, on (rows, channels, length)."""
     if input.dim() != 3 or not _natural(watch, input, weight, bias):
-        return watch.fallback(func, input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        return watch.fallback(func, input, weight, bias, stride, padding, dilation, groups)
     sizes = _line(stride), _line(dilation)
     lifted = input.unsqueeze(2)
     return _apply(watch, lifted, weight, bias, sizes[0], _padding(padding, 1), sizes[1], groups).squeeze(2)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import widen
-from fedsim.grads.bookkeeping.tape import Tape, Unsupported, Use, squared_norms
+from fedsim.grads.bookkeeping.tape import Tape, Unsupported, Use
+from fedsim.grads.norms import squared_norms
 
 
 class EmbeddingUse(Use):
@@ -86,11 +87,11 @@ def embedding(
 
 def getitem(watch: Watch, func: Any, weight: Tensor, index: Any) -> Tensor:
     """Rule of `table[ids]`; other indexing goes to the fallback."""
-    if isinstance(index, Tensor) and index.dtype == torch.int64 and watch.is_rows(index):
-        if watch.is_weight(weight) and weight.dim() == 2:
-            # Negative ids count from the end, which a table's rule does not know.
-            return _looked_up(watch, torch.where(index < 0, index + len(weight), index), weight, None)
-    return watch.fallback(func, weight, index)  # type: ignore[no-any-return]
+    by_ids = isinstance(index, Tensor) and index.dtype == torch.int64 and watch.is_rows(index)
+    if by_ids and watch.is_weight(weight) and weight.dim() == 2:
+        # Negative ids count from the end, which a table's rule does not know.
+        return _looked_up(watch, torch.where(index < 0, index + len(weight), index), weight, None)
+    return watch.fallback(func, weight, index)
 
 
 def _looked_up(watch: Watch, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,15 +11,25 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedsim.grads.batch import Batch, call, each, expanded, sizes, take
-from fedsim.grads.bookkeeping import attention, conv_rule, embedding, joint, linear, norm, recurrent, standardise
+from fedsim.grads.bookkeeping import (
+    attention,
+    conv_rule,
+    embedding,
+    joint,
+    linear,
+    norm,
+    recurrent,
+    standardise,
+)
 from fedsim.grads.bookkeeping.level import Level
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.options import Options
 from fedsim.grads.bookkeeping.repeat import generic
-from fedsim.grads.bookkeeping.tape import Pulled, Rows, Tape, Unsupported, Use, squared_norms
+from fedsim.grads.bookkeeping.tape import Pulled, Rows, Tape, Unsupported, Use
 from fedsim.grads.clip import ClipRule, overall
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
+from fedsim.grads.norms import squared_norms
 
 RULES: dict[Any, Rule] = {
     **linear.RULES,
@@ -30,6 +41,7 @@ RULES: dict[Any, Rule] = {
 }
 SHORTCUTS: dict[Any, Rule] = {**attention.SHORTCUTS}
 DEFAULT = Options()
+TOLERATED = 1e-5
 Answer = tuple[Tensor, Tensor, Tensor]
 
 
@@ -70,16 +82,61 @@ def clipped_sum(
             small = [_Small(tape, group) for group in range(len(tape.total))]
             for kept in small:
                 kept.add_squares()
-            norms = (tape.total[0] if clip_groups is None else torch.stack(tape.total, dim=1)).sqrt()
+            norms = _one_or_all(tape, [(t + d).sqrt_() for t, d in zip(tape.total, tape.doubt, strict=True)])
             finite = torch.isfinite(overall(norms))
             if finite.all():
-                total = _weighted(tape, small, clip.coefficients(norms))
+                coefficients = clip.coefficients(norms)
+                alone = _too_short(tape, clip, coefficients)
+                apart = None if not alone.any() else _formed(tape, clip, norms, coefficients, alone)
+                total = _weighted(tape, small, coefficients * options.margin)
+                if apart is not None:
+                    total += apart * options.margin
     if not finite.all():  # 0 * nan is nan: the others go again, alone
         total = torch.zeros_like(tape.anchor).expand(sum(p.numel() for p in tape.parameters.values())).clone()
         if finite.any():
             rest = take(inputs, finite), take(targets, finite)
-            total, _, _ = clipped_sum(model, *rest, loss, clip, options)
+            total, norms[finite], _ = clipped_sum(model, *rest, loss, clip, options)
     return total.detach(), norms, losses
+
+
+def _one_or_all(tape: Tape, by_group: list[Tensor]) -> Tensor:
+    """Return (B,) of whole gradients, or (B, G) of clip groups."""
+    return by_group[0] if len(by_group) == 1 and not tape.grouped else torch.stack(by_group, dim=1)
+
+
+def _too_short(tape: Tape, clip: ClipRule, coefficients: Tensor) -> Tensor:
+    """Which examples (B,) would be scaled down by more than `TOLERATED` for the rounding of their norms."""
+    least = clip.coefficients(_one_or_all(tape, [total.sqrt() for total in tape.total]))
+    short = least - coefficients > TOLERATED * least
+    return short if short.dim() == 1 else short.any(1)
+
+
+def _formed(tape: Tape, clip: ClipRule, norms: Tensor, coefficients: Tensor, chosen: Tensor) -> Tensor:
+    """Sum (P,) of the clipped gradients of the chosen examples, formed one by one.
+
+    Corrects their `norms`, and takes them out of the rest's sum by `coefficients` of zero; both in place.
+    """
+    parameters = list(tape.parameters.values())
+    places = dict(zip(tape.parameters, accumulate((p.numel() for p in parameters), initial=0), strict=False))
+    total = tape.anchor.detach().new_zeros(sum(p.numel() for p in parameters))
+    for example in chosen.nonzero()[:, 0].tolist():
+        gradient = torch.zeros_like(total)
+        for use in tape.uses:
+            if use.filled:
+                for parameter, part in use.pull_back(use.rows(example, example + 1), use.leaves):
+                    place = places[id(parameter)]
+                    gradient[place : place + parameter.numel()] += part.flatten()
+        squares = [torch.zeros_like(tape.total[0][:1]) for _ in tape.total]
+        segments = [gradient[places[key] : places[key] + p.numel()] for key, p in tape.parameters.items()]
+        for parameter, segment in zip(parameters, segments, strict=True):
+            squares[tape.clip_groups[id(parameter)]] += squared_norms(segment[None])
+        norm = _one_or_all(tape, [square.sqrt() for square in squares])
+        factors = clip.coefficients(norm).reshape(-1).tolist()
+        for parameter, segment in zip(parameters, segments, strict=True):
+            segment *= factors[tape.clip_groups[id(parameter)]]
+        total += gradient
+        norms[example], coefficients[example] = norm[0], 0.0
+    return total
 
 
 def _forward_and_backward(

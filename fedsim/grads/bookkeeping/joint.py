@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping import conv
 from fedsim.grads.bookkeeping.mode import is_selection
-from fedsim.grads.bookkeeping.tape import Tape, Unsupported, Use, squared_norms
+from fedsim.grads.bookkeeping.tape import Tape, Unsupported, Use
+from fedsim.grads.norms import squared_norms
 
 
 class Group:

@@ -1,8 +1,8 @@
 """Which tensors carry examples, by construction: the model runs under one level of `torch.func.vmap`.
 
-What the level has seen of the inputs is batched there, whatever operations came between; everything else is the
-same for all examples and cannot have come from one. No operation can mix examples, because none sees the axis.
-The rules of this package look below the level, at the tensor of all examples with their axis first.
+What the level has seen of the inputs is batched there, whatever operations came between; everything else is
+the same for all examples and cannot have come from one. No operation can mix examples, because none sees the
+axis. The rules of this package look below the level, at the tensor of all examples with their axis first.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedsim.grads.bookkeeping import choose
+from fedsim.grads.bookkeeping import choose, gram
 from fedsim.grads.bookkeeping.mode import Rule, Watch
-from fedsim.grads.bookkeeping.precision import affine, batch_product, product
-from fedsim.grads.bookkeeping.tape import Rows, Tape, Use, squared_norms
-
-_STRIP = 32  # rows of Gram matrices that are formed at a time
+from fedsim.grads.bookkeeping.precision import affine, batch_product, of_sum, product, widen
+from fedsim.grads.bookkeeping.tape import Rows, Tape, Use
+from fedsim.grads.norms import squared_norms
 
 
 class LinearUse(Use):
@@ -36,20 +35,20 @@ class LinearUse(Use):
         self._early = self.plan == "gram" and 3 * positions <= width_in and 8 * entries <= tape.scratch
         self._early = self._early and tape.reserve(entries * weight.element_size(), 0)
         self._lengths: Tensor | None = None
-        self._gram: _Gram | None = None
+        self._kept: Tensor | None = None
+        self._gram: list[Tensor] | None = None
 
     def see(self, rows: Tensor) -> None:
         """Take what the norms need of the input rows (B * positions, in), where that is little."""
         if self.plan == "closed":
             self._lengths = squared_norms(rows)
         elif self._early:
-            self._gram = _Gram(rows.unflatten(0, (-1, self.positions)))
+            self._gram = gram.strips(rows.unflatten(0, (-1, self.positions)))
 
     def fill(self, inputs: Tensor, gradient: Tensor) -> None:
         """Take the operation's input (n, ..., in) and output gradient (n, ..., out)."""
         self._left = self.tape.positions(inputs if self._transposed else gradient)
         self._right = self.tape.positions(gradient if self._transposed else inputs)
-        self._kept: Tensor | None = None
         self.tape.arrived(self)
 
     def squares(self) -> Tensor:
@@ -68,15 +67,32 @@ class LinearUse(Use):
         if self.plan == "drop":
             step = max(1, self.tape.scratch // (self.weight.numel() * 4))
             lows = range(0, count, step)
-            return torch.cat([squared_norms(self.rows(low, min(low + step, count))) for low in lows])
+            found = torch.cat([squared_norms(self.rows(low, min(low + step, count))) for low in lows])
+            self.doubt = 2.0 * found.sqrt() * self._added(0, count)
+            return found
+        widths = inputs.shape[2], gradient.shape[2]
         if self._gram is not None:
-            return self._gram.inner(_Gram(gradient)).clamp(min=0.0)
+            pairs = zip(self._gram, gram.strips(gradient), strict=True)
+            found, self.doubt = gram.inner(pairs, widths)
+            return found
         step = max(1, self.tape.scratch // (self.positions**2 * 8))
-        pairs = zip(inputs.split(step), gradient.split(step), strict=True)
-        return torch.cat([_Gram(ours).inner(_Gram(theirs)) for ours, theirs in pairs]).clamp(min=0.0)
+        parts = [
+            gram.inner(zip(gram.strips(ours), gram.strips(theirs), strict=True), widths)
+            for ours, theirs in zip(inputs.split(step), gradient.split(step), strict=True)
+        ]
+        found, self.doubt = (torch.cat(part) for part in zip(*parts, strict=True))
+        return found
+
+    def _added(self, low: int, high: int) -> Tensor:
+        """Rounding (n,) of what an example adds to `weighted`."""
+        left, right = (widen(t[low:high]) for t in (self._left, self._right))
+        lengths = torch.linalg.vector_norm(left, dim=2) * torch.linalg.vector_norm(right, dim=2)
+        return of_sum(lengths.dtype) * lengths.double().sum(1)
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
+        if self._kept is not None:
+            return self._kept[low:high]
         return batch_product(self._left[low:high].transpose(1, 2), self._right[low:high])
 
     def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
@@ -88,38 +104,12 @@ class LinearUse(Use):
         left, right = self._left, self._right
         factors = coefficients.view(-1, 1, 1)
         if left.shape[2] <= right.shape[2]:
+            left = widen(left)
             left = left * factors.to(left.dtype)
         else:
+            right = widen(right)
             right = right * factors.to(right.dtype)
         return product(left.flatten(0, 1).t(), right.flatten(0, 1), out)
-
-
-class _Gram:
-    """Inner products of the rows (n, positions, width) of each example with each other.
-
-    The matrices are symmetric: on a CPU they are formed in strips of rows, each from its diagonal on.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        positions = rows.shape[1]
-        starts = [0]
-        if positions >= 2 * _STRIP and not rows.is_cuda:
-            # The first takes the odd rows: widths that are no multiple of vector registers are slow.
-            starts += range(_STRIP + positions % _STRIP, positions, _STRIP)
-        self._strips = []
-        for low, high in zip(starts, (*starts[1:], positions), strict=True):
-            strip = rows[:, low:high]
-            rest = strip if high == positions else rows[:, low:]
-            self._strips.append(batch_product(strip, rest.transpose(1, 2)))
-
-    def inner(self, other: _Gram) -> Tensor:
-        """Inner products (n,) in float64 of these matrices with the others; both are overwritten."""
-        parts = []
-        for own, theirs in zip(self._strips, other._strips, strict=True):
-            if own.shape[2] > own.shape[1]:
-                own[:, :, own.shape[1] :].mul_(2.0)  # also what lies below the diagonal
-            parts.append(theirs.mul_(own).sum((1, 2)))
-        return torch.stack(parts).double().sum(0)
 
 
 class _Linear(torch.autograd.Function):
@@ -161,14 +151,14 @@ class _Linear(torch.autograd.Function):
 def linear(watch: Watch, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Rule of `F.linear`."""
     if not watch.is_rows(input) or any(watch.is_rows(t) for t in (weight, bias)) or weight.dim() != 2:
-        return watch.fallback(func, input, weight, bias)  # type: ignore[no-any-return]
+        return watch.fallback(func, input, weight, bias)
     return _apply(watch, input, weight, bias, transposed=False)
 
 
 def matmul(watch: Watch, func: Any, input: Tensor, other: Tensor) -> Tensor:
     """Rule of `rows @ weight` for a weight matrix; other products go to the fallback."""
     if not watch.is_rows(input) or not watch.is_weight(other) or other.dim() != 2:
-        return watch.fallback(func, input, other)  # type: ignore[no-any-return]
+        return watch.fallback(func, input, other)
     return _apply(watch, input, other, None, transposed=True)
 
 
@@ -176,7 +166,7 @@ def addmm(watch: Watch, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **
     """Rule of `bias + rows @ weight`."""
     fits = watch.is_rows(mat1) and watch.is_weight(mat2) and not watch.is_rows(input)
     if scales or not fits or input.dim() != 1:
-        return watch.fallback(func, input, mat1, mat2, **scales)  # type: ignore[no-any-return]
+        return watch.fallback(func, input, mat1, mat2, **scales)
     return _apply(watch, mat1, mat2, input, transposed=True)
 
 

@@ -1,10 +1,10 @@
 """Watching the forward pass: every torch function that brings a trainable weight together with examples.
 
-A `TorchFunctionMode` is local to the thread and to the `with` block; the model is not touched. Of a tensor it is
-enough to know two things, neither of which is guessed: whether it carries examples (`Level.carries`) and whether
-its autograd graph leads to trainable parameters, which makes it a weight. An operation on both is the place
-where per-example gradients arise. It is handed to the rule of its kind, or else gets a copy of the weight for
-every example (`repeat`), of which autograd then forms the gradients.
+A `TorchFunctionMode` is local to the thread and to the `with` block; the model is not touched. Of a tensor it
+is enough to know two things, neither of which is guessed: whether it carries examples (`Level.carries`) and
+whether its autograd graph leads to trainable parameters, which makes it a weight. An operation on both is the
+place where per-example gradients arise. It is handed to the rule of its kind, or else gets a copy of the
+weight for every example (`repeat`), of which autograd then forms the gradients.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Rule = Callable[..., Any]
 """(watch, func, *args, **kwargs of the torch function) -> its result, recorded on the tape."""
 
 # Nodes of autograd whose every entry is another entry of the one tensor they were made from.
-_SELECTING = {
-    f"{name}Backward0"
-    for name in "Alias Clone Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose Unbind "
-    "Unsqueeze UnsafeSplit UnsafeView View".split()
-}
+_NAMES = (
+    "Alias Clone Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose Unbind Unsqueeze "
+    "UnsafeSplit UnsafeView View"
+)
+_SELECTING = {f"{name}Backward0" for name in _NAMES.split()}
 
 
 class Watch(TorchFunctionMode):

@@ -117,12 +117,12 @@ def group_norm(
 ) -> Tensor:
     """Rule of `F.group_norm` on (rows, channels, ...)."""
     if not _natural(watch, input, weight, bias) or input.dim() < 2:
-        return watch.fallback(func, input, num_groups, weight, bias, eps)  # type: ignore[no-any-return]
+        return watch.fallback(func, input, num_groups, weight, bias, eps)
     tape, level = watch.tape, watch.level
     with level:
         uses = _uses(watch, weight, bias)
-        # torch's channels-last kernel for the CPU is not used: it loses three digits of float32 (mean of squares
-        # minus square of mean).
+        # torch's channels-last kernel for the CPU is not used: it loses three digits of float32 (mean of
+        # squares minus square of mean).
         rows = widen(level.lower(input)).contiguous()
         result = _GroupNorm.apply(rows, tape.anchor, _plain(weight), _plain(bias), num_groups, eps, uses)
     return level.lift(result)
@@ -142,7 +142,7 @@ def instance_norm(
 ) -> Tensor:
     """Rule of `F.instance_norm`: group norm with one channel a group."""
     if not use_input_stats or running_mean is not None or input.dim() < 3:
-        return watch.fallback(  # type: ignore[no-any-return]
+        return watch.fallback(
             func, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )
     return group_norm(watch, F.group_norm, input, input.shape[1], weight, bias, eps)
@@ -159,7 +159,7 @@ def layer_norm(
 ) -> Tensor:
     """Rule of `F.layer_norm`."""
     if not _natural(watch, input, weight, bias):
-        return watch.fallback(func, input, normalized_shape, weight, bias, eps)  # type: ignore[no-any-return]
+        return watch.fallback(func, input, normalized_shape, weight, bias, eps)
     tape, level = watch.tape, watch.level
     with level:
         uses = _uses(watch, weight, bias)
@@ -178,7 +178,7 @@ def rms_norm(
 ) -> Tensor:
     """Rule of `F.rms_norm`: the norm, then a gain for every example."""
     if weight is None or not _natural(watch, input, weight, None):
-        return watch.fallback(func, input, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+        return watch.fallback(func, input, normalized_shape, weight, eps)
     return F.rms_norm(input, list(normalized_shape), None, eps) * repeated(watch, weight)
 
 

@@ -54,6 +54,17 @@ class Options:
         if self.scratch is not None:
             validate.positive(self.scratch, "scratch")
 
+    @property
+    def margin(self) -> float:
+        """Factor on every contribution for what the rounding of factors of its products may add to it.
+
+        TF32 and bfloat16 keep 10 and 7 bits after the first of the factors: a product of two is longer by at
+        most 2 ** -10 and 2 ** -7, which the next power of two covers with all that follows in float32.
+        """
+        return {"float32": 1.0, "tf32": 1.0 / (1.0 + 2.0**-9), "bfloat16": 1.0 / (1.0 + 2.0**-6)}[
+            self.precision
+        ]
+
     def budget_on(self, device: torch.device) -> int:
         """Bytes for kept per-example gradients on `device`; the same in every run on the same hardware."""
         if self.memory_budget is not None:

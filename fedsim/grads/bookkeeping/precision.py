@@ -41,6 +41,31 @@ def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left.to(dtype), right.to(dtype)
 
 
+def unit(dtype: torch.dtype) -> float:
+    """Relative error of one rounding in `dtype`."""
+    return torch.finfo(dtype).eps / 2.0
+
+
+def of_product(length: int, dtype: torch.dtype) -> float:
+    """Error of an inner product of `length` in `dtype`, relative to that of the absolute values.
+
+    Twice the largest seen of products of equal entries, which round all to one side (1 / 16 of a unit an
+    entry); products of mixed signs come out within a few units. Worst-case analysis (Higham 2002, section
+    3.1) gives one unit an entry.
+    """
+    return unit(dtype) * (4.0 + length / 8.0)
+
+
+def of_entries(dtype: torch.dtype) -> float:
+    """Error of the inner product of vectors of mixed signs in `dtype`, relative to their lengths."""
+    return 2.0 * unit(dtype)
+
+
+def of_sum(dtype: torch.dtype) -> float:
+    """Error of what one example's terms add to a sum in `dtype`, relative to the sum of their lengths."""
+    return unit(dtype)
+
+
 def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of rows (n, in), by oneDNN where `for_onednn` says so."""
     if _onednn is None or not for_onednn(rows, weight):

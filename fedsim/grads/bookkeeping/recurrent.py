@@ -1,7 +1,7 @@
 """Recurrent layers and cells: linear layers, of which the one on the state is used at every step.
 
-The steps of a layer share one use of the state's weight: an example's gradient is the sum over steps of output
-gradient times state, as over the positions of any linear layer.
+The steps of a layer share one use of the state's weight: an example's gradient is the sum over steps of
+output gradient times state, as over the positions of any linear layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedsim.grads.bookkeeping.tape import Rows, Unsupported
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]
-"""(the input's part (rows, gates), the state's part (rows, gates), state) -> new state; its first is the output."""
+"""(input part (rows, gates), state part, state) -> new state, the first of which is the output."""
 
 
 def _lstm(ahead: Tensor, back: Tensor, state: State) -> State:
@@ -194,6 +194,6 @@ def _cell(cell: Cell) -> Rule:
 
 _CELLS = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
 RULES: dict[Any, Rule] = {
-    **{getattr(torch._VF, name): _layer(cell) for name, cell in _CELLS.items()},  # type: ignore[attr-defined]
-    **{getattr(torch._VF, f"{name}_cell"): _cell(cell) for name, cell in _CELLS.items()},  # type: ignore[attr-defined]
+    **{getattr(torch._VF, name): _layer(cell) for name, cell in _CELLS.items()},
+    **{getattr(torch._VF, f"{name}_cell"): _cell(cell) for name, cell in _CELLS.items()},
 }

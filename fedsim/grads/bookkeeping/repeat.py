@@ -1,7 +1,7 @@
 """Operations without a rule: the weight is repeated for every example.
 
-The operation gets a copy of the weight that carries examples (without memory of its own), so that vmap does with
-it what it does with the inputs, and autograd leaves the gradient of every example's copy. Right for any
+The operation gets a copy of the weight that carries examples (without memory of its own), so that vmap does
+with it what it does with the inputs, and autograd leaves the gradient of every example's copy. Right for any
 operation that vmap can do. It takes one gradient an example in memory.
 """
 
@@ -21,11 +21,12 @@ _log = logging.getLogger(__name__)
 _told: set[tuple[str, ...]] = set()
 
 # Broadcasting and joining, where a copy is what any rule would take: nothing to tell.
-_PLAIN = set(
+_NAMES = (
     "add sub mul div true_divide subtract multiply divide pow maximum minimum where lerp addcmul addcdiv "
-    "radd rsub rmul rtruediv rpow iadd isub imul itruediv truediv "
-    "eq ne lt le gt ge cat concat concatenate stack expand_as type_as setitem".split()
+    "radd rsub rmul rtruediv rpow iadd isub imul itruediv truediv eq ne lt le gt ge cat concat concatenate stack "
+    "setitem"
 )
+_PLAIN = set(_NAMES.split())
 
 
 def tell_once(*parts: str) -> None:

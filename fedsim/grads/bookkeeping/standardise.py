@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedsim.grads.bookkeeping.mode import Rule, Watch
+from fedsim.grads.bookkeeping.precision import of_entries, of_product, of_sum, unit
 from fedsim.models import layers
 
 
@@ -58,10 +59,22 @@ class Standardisation:
     share: Tensor
     unit: Tensor
 
-    def squares(self, *measured: Tensor) -> Tensor:
-        """What |G|, G.1 and G.direction, each (n, p), or the last of them, add to squared norms (n,)."""
-        joined = torch.cat(measured, dim=1).double()
-        return joined.square_() @ self.counts[-joined.shape[1] :]
+    def squares(self, lengths: Tensor, sums: Tensor, along: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+        """Squared norms (n,) in float64 by |G|, G.1 and G.direction, (n, p) each, and their rounding.
+
+        Args:
+            whole: False where |G| is only an upper bound: the squares are then without those of |G|.
+        """
+        parts = torch.stack([lengths, sums, along]).double().square_() * self.counts.view(3, 1, -1)
+        own, less, other = parts
+        found = (parts if whole else parts[1:]).sum((0, 2))
+        dtype, width = lengths.dtype, self.direction.shape[1]
+        taken = less.abs() + other.abs()
+        mixed = (own * taken).abs_().sqrt_().sum(1)
+        doubt = 2.0 * of_product(width, dtype) * taken.sum(1) + 3.0 * of_entries(dtype) * mixed
+        if whole:
+            doubt += 8.0 * unit(dtype) * taken.sum(1)
+        return found, doubt + 2.0 * of_sum(dtype) * (own.sum(1) * found.clamp(min=0.0)).sqrt()
 
     def pull_back(self, gradient: Tensor, out: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """Turn gradients (..., *kernel's shape) into those of weight and gain, as far as they are trainable.

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping.memory import Blocks
+from fedsim.grads.bookkeeping.precision import widen
+from fedsim.grads.norms import squared_norms
 
 Place = Callable[[Tensor], Tensor | None]
 Pulled = list[tuple[nn.Parameter, Tensor]]
-BLOCK = 4096  # squares added in the gradients' own dtype before going on in float64
 
 
 class Unsupported(Exception):
@@ -39,6 +40,7 @@ class Use(ABC):
         closed: norms over the parameters `weight` was computed from are known in closed form.
         filled: the backward pass reached the operation.
         leaves: the parameters it reaches.
+        doubt: with `squares`, how much more (B,) they may be by rounding; None where that is below 1e-6.
         version: of `weight`, to tell whether it was changed in place after the use.
         clip_groups: the clip groups of the parameters it reaches; one group if it stands alone.
     """
@@ -51,6 +53,7 @@ class Use(ABC):
         self.closed = False
         self.leaves = tape.parameters_of(weight)
         self.version = weight._version
+        self.doubt: Tensor | None = None
         self.clip_groups: tuple[int, ...] = (0,)
 
     @abstractmethod
@@ -99,7 +102,7 @@ class Rows(Use):
     def fill(self, gradients: Tensor) -> None:
         """Take gradients (B, m, *weight.shape); m parts of one example are added. m may have no axis."""
         count = self.tape.examples
-        flat = gradients.reshape(count, -1, self.weight.numel())
+        flat = widen(gradients).reshape(count, -1, self.weight.numel())
         self.gradients = flat[:, 0] if flat.shape[1] == 1 else flat.sum(1)
         self.tape.arrived(self)
 
@@ -126,12 +129,14 @@ class Tape:
         examples: B.
         parameters: trainable parameters by id, in the order of `named_parameters`.
         names: their names by id.
+        grouped: whether norms are asked for by clip group.
         clip_groups: the clip group of each, by id; 0 where all are clipped together.
         budget: bytes that per-example gradients kept until the end may take, beyond what holding output
             gradients instead would take.
         scratch: bytes one temporary may take.
         anchor: an input of every recorded operation, so that autograd visits it.
         total: for each clip group, squared norms (B,) of the gradients' parts in it; one without groups.
+        doubt: how much more each of `total` may be by rounding.
         uses: in the order of the forward pass.
         after_backward: what fills uses that several operations share.
         blocks: memory for what stays until the end of the call.
@@ -149,6 +154,7 @@ class Tape:
         self.examples = examples
         self.budget = budget
         self.scratch = scratch
+        self.grouped = clip_groups is not None
         self.parameters = {id(parameter): parameter for parameter in named.values()}
         self.names = {id(parameter): name for name, parameter in named.items()}
         first = next(iter(named.values()))
@@ -158,6 +164,7 @@ class Tape:
         self.total = [
             torch.zeros(examples, dtype=torch.float64, device=first.device) for _ in range(max(groups) + 1)
         ]
+        self.doubt = [torch.zeros_like(total) for total in self.total]
         self.uses: list[Use] = []
         self.after_backward: list[Callable[[], None]] = []
         self.blocks = Blocks(budget)
@@ -212,7 +219,11 @@ class Tape:
         """Take note that the backward pass filled `use`, and add its squared norms if it stands alone."""
         use.filled = True
         if use.alone and not isinstance(use, Rows):
-            self.total[use.clip_groups[0]] += use.squares()
+            group = use.clip_groups[0]
+            self.total[group] += use.squares()
+            if use.doubt is not None:
+                self.doubt[group] += use.doubt
+                use.doubt = None
 
     def positions(self, tensor: Tensor) -> Tensor:
         """Reshape (B, ..., d) to (B, positions, d): all views and places of an example on one axis."""
@@ -225,24 +236,3 @@ class Tape:
             return False
         self.budget -= extra
         return True
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    """Squared norms (n,) in float64 of `rows` (n, ...).
-
-    Squares are added in blocks of at most `BLOCK` in the rows' own dtype (at least float32) and the blocks in
-    float64: one long float32 reduction loses up to 4e-6 on 600,000 entries.
-    """
-    flat = rows.flatten(1)
-    width = flat.shape[1]
-    if width <= BLOCK:
-        return torch.linalg.vector_norm(flat, dim=1).double().square()
-    fewest = -(-width // BLOCK)
-    count = next((count for count in range(fewest, 8 * fewest) if width % count == 0), 0)
-    size = width // count if count else BLOCK
-    whole = width - width % size
-    blocks = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, size)), dim=2)
-    squares = blocks.double().square().sum(1)
-    if whole < width:
-        squares += torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square()
-    return squares
