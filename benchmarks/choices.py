@@ -25,7 +25,7 @@ from benchmarks.models import CASES, Case
 from benchmarks.peers import ours
 from fedsim.grads.bookkeeping import Options, choose
 from fedsim.grads.bookkeeping.conv import ConvUse
-from fedsim.grads.bookkeeping.geometry import Geometry, Pair
+from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.linear import LinearUse
 from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
@@ -83,15 +83,16 @@ def _forced(convolution: str, linear: str) -> Iterator[None]:
     choices = choose.convolution, choose.linear
 
     def of_convolution(
-        tape: Any, kernel: Any, inputs: Tensor, outputs: Pair, geometry: Geometry, standardised: bool
+        tape: Any, kernel: Any, inputs: Tensor, geometry: Geometry, standardised: bool
     ) -> tuple[str, bool]:
-        places = tape.views * outputs[0] * outputs[1]
+        outputs = geometry.outputs((inputs.shape[3], inputs.shape[4]), (kernel[2], kernel[3]))
+        places = inputs.shape[1] * outputs[0] * outputs[1]
         groups = geometry.groups
         if convolution == "gram" and groups == 1 and places <= LARGEST_GRAM:
             return convolution, False
         if convolution in FORMING[: 2 if groups > 1 else None]:
             return convolution, True
-        return choices[0](tape, kernel, inputs, outputs, geometry, standardised)
+        return choices[0](tape, kernel, inputs, geometry, standardised)
 
     def of_linear(tape: Any, positions: int, *sizes: int) -> str:
         return linear if linear and positions > 1 else choices[1](tape, positions, *sizes)

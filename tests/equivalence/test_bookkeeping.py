@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsim.grads import vmap
-from fedsim.grads.bookkeeping import Options, choose
-from fedsim.grads.bookkeeping.engine import clipped_sum as taped
+from fedsim.grads.bookkeeping import Options, choose, clipped_sum
 from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.tape import Tape
 from fedsim.grads.clip import FlatClip
@@ -41,7 +40,7 @@ def assert_agrees(model: nn.Module, inputs: Tensor, dtype: torch.dtype, options:
     _, norms, _ = vmap.clipped_sum(twin, inputs, targets, loss, FlatClip(1.0))
     clip = FlatClip(float(norms.median()) * 0.9 + 1e-12)
     expected = vmap.clipped_sum(copy.deepcopy(model), inputs, targets, loss, clip)
-    found = taped(model, inputs, targets, loss, clip, options)
+    found = clipped_sum(model, inputs, targets, loss, clip, options)
     tolerance = TOLERANCE[dtype]
     assert found[0].dtype == dtype
     assert found[1].dtype == torch.float64

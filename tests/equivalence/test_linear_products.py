@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.grads.bookkeeping import Options, choose, linear, precision
+from fedsim.grads.bookkeeping import Options, choose, gram, precision
 from fedsim.grads.bookkeeping.linear import LinearUse
 from tests.equivalence.test_bookkeeping import CASES, assert_agrees, make
 
@@ -123,8 +123,9 @@ def test_parts_add_up_to_the_whole_matrix(positions: int) -> None:
     generator = torch.Generator().manual_seed(4)
     first, second = (torch.randn(4, positions, width, generator=generator).double() for width in (9, 5))
     expected = (first @ first.mT * (second @ second.mT)).sum((1, 2))
-    found = linear._Gram(first).inner(linear._Gram(second))
+    found, doubt = gram.inner(zip(gram.strips(first), gram.strips(second), strict=True), (9, 5))
     torch.testing.assert_close(found, expected)
+    assert (doubt < 1e-12 * (first.norm(dim=2) * second.norm(dim=2)).sum(1).square()).all()
 
 
 def test_early_matrices_stay_within_scratch_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def test_the_low_memory_mode_leaves_nothing() -> None:
 def test_a_measured_call_pays_for_its_blocks() -> None:
     """What an earlier call left is not free to the probe of the physical batch size."""
     model = net()
-    probe = measure(lambda n: call(model, 1, n, verify=False), torch.device("cpu"))
+    probe = measure(lambda n: call(model, 1, n), torch.device("cpu"))
     fresh = probe(16, 2**40)
     call(model, 1, 16)
     after = probe(16, 2**40)

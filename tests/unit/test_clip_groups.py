@@ -242,8 +242,8 @@ def test_examples_that_are_not_finite_do_not_count_as_clipped() -> None:
 def test_the_tape_knows_the_group_of_a_parameter_by_its_order() -> None:
     model = small_cnn()
     names = [name for name, _ in model.named_parameters()]
-    tape = Tape(model, dict(model.named_parameters()), 3, 1, 0, 1, PerLayerClip(1.0).group_of(names))
+    tape = Tape(model, dict(model.named_parameters()), 3, 0, 1, PerLayerClip(1.0).group_of(names))
     found: dict[str, int] = {name: tape.clip_groups[id(p)] for name, p in model.named_parameters()}
     assert list(found.values()) == list(PerLayerClip(1.0).group_of(names))
     assert [total.shape for total in tape.total] == [(3,)] * (max(found.values()) + 1)
-    assert len(Tape(model, dict(model.named_parameters()), 3, 1, 0, 1).total) == 1
+    assert len(Tape(model, dict(model.named_parameters()), 3, 0, 1).total) == 1

@@ -23,8 +23,8 @@ _told: set[tuple[str, ...]] = set()
 # Broadcasting and joining, where a copy is what any rule would take: nothing to tell.
 _NAMES = (
     "add sub mul div true_divide subtract multiply divide pow maximum minimum where lerp addcmul addcdiv "
-    "radd rsub rmul rtruediv rpow iadd isub imul itruediv truediv eq ne lt le gt ge cat concat concatenate stack "
-    "setitem"
+    "radd rsub rmul rtruediv rpow iadd isub imul itruediv truediv eq ne lt le gt ge cat concat concatenate "
+    "stack setitem"
 )
 _PLAIN = set(_NAMES.split())
 
