@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsim.grads import FlatClip, NoClip, vmap
+from fedsim.grads import FlatClip, NoClip, clipped_gradient_sum, vmap
 from fedsim.grads.bookkeeping import Options, clipped_sum
 from fedsim.grads.bookkeeping.repeat import _told
 from fedsim.grads.bookkeeping.tape import Unsupported
@@ -89,6 +89,18 @@ class UsesHidden(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return Hidden.apply(self.linear(inputs), self.gain)
+
+
+class Scripted(nn.Module):
+    """Uses a weight in compiled code, which no torch function of Python's is seen to run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gain = nn.Linear(4, 5), nn.Parameter(torch.ones(5))
+        self.scale = torch.jit.trace(torch.mul, (torch.ones(1, 5), torch.ones(5)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.scale(self.linear(inputs), self.gain)
 
 
 class OnceOnly(nn.Module):
@@ -208,9 +220,38 @@ def test_an_example_is_never_seen_by_another(model: nn.Module) -> None:
     torch.testing.assert_close(total, CLIP.coefficients(norms).float() @ gradients)
 
 
+def test_a_parameter_used_by_a_custom_function_is_followed() -> None:
+    model, inputs, targets = UsesHidden(), torch.randn(3, 1, 4), torch.arange(3)
+    gradients = one_at_a_time(model, inputs, targets)
+    total, norms, _ = clipped_sum(model, inputs, targets, cross_entropy, CLIP)
+    torch.testing.assert_close(norms, gradients.double().norm(dim=1), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(total, CLIP.coefficients(norms).float() @ gradients)
+
+
 def test_a_parameter_used_out_of_sight_is_found() -> None:
     with pytest.raises(Unsupported, match="gain reach the loss"):
-        clipped_sum(UsesHidden(), torch.randn(3, 1, 4), torch.arange(3), cross_entropy, CLIP)
+        clipped_sum(Scripted(), torch.randn(3, 1, 4), torch.arange(3), cross_entropy, CLIP)
+
+
+class Reversed(nn.Module):
+    """Turns gradients around on the way back, where it is told that there will be some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.linear(inputs)
+        if outputs.requires_grad:
+            outputs.register_hook(torch.neg)
+        return outputs
+
+
+def test_a_hook_on_what_a_layer_gives_is_called() -> None:
+    model, inputs, targets = Reversed(), torch.randn(3, 1, 4), torch.arange(3)
+    expected = one_at_a_time(model, inputs, targets).sum(0)
+    found = clipped_gradient_sum(model, inputs, targets, NoClip(), engine="bookkeeping").sum
+    torch.testing.assert_close(found, expected)
 
 
 class Calls(nn.Module):
@@ -274,7 +315,8 @@ def _read_through_a_view(weight: Tensor, inputs: Tensor) -> Tensor:
 def test_writing_in_place_is_followed(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     model, inputs, targets = Calls(function), torch.randn(3, 1, 4, 5), torch.arange(3)
     gradients = one_at_a_time(model, inputs, targets)
-    total, norms, _ = clipped_sum(model, inputs, targets, cross_entropy, CLIP)
+    found = clipped_gradient_sum(model, inputs, targets, CLIP, engine="bookkeeping")
+    total, norms = found.sum, found.norms
     torch.testing.assert_close(norms, gradients.double().norm(dim=1), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(total, CLIP.coefficients(norms).float() @ gradients)
 

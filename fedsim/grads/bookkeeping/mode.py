@@ -30,6 +30,14 @@ _NAMES = (
 _SELECTING = {f"{name}Backward0" for name in _NAMES.split()}
 
 
+# What a tensor with examples says of itself is not what holds below: a model must not be misled by it.
+_TOLD: dict[Any, Callable[[Tensor], Any]] = {
+    Tensor.requires_grad.__get__: lambda tensor: tensor.requires_grad,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__: lambda tensor: tensor.grad_fn,  # type: ignore[attr-defined]
+    Tensor.is_leaf.__get__: lambda tensor: tensor.is_leaf,  # type: ignore[attr-defined]
+}
+
+
 class Watch(TorchFunctionMode):
     """Records on `tape` while it is entered; see the module.
 
@@ -94,6 +102,8 @@ class Watch(TorchFunctionMode):
                 rows = True
             elif value.requires_grad and not weights:
                 weights = self.is_weight(value)
+        if rows and func in _TOLD:
+            return _TOLD[func](self.level.lower(args[0]))
         if not torch.is_grad_enabled() or not self.level.innermost:
             return func(*args, **kwargs)
         if rows and weights:
