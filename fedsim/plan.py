@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import strategies
@@ -18,8 +19,8 @@ from fedsim.config import Config
 from fedsim.data import augment, datasets, partition, sizes
 from fedsim.engine import optim
 from fedsim.engine.experiment import Experiment, epsilons, facts_of, planned, prepare
+from fedsim.grads.cost import Cost, cost
 from fedsim.grads.flat import spec, trainable_names
-from fedsim.models.cost import Cost, cost
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.published import AGREEMENT
@@ -173,7 +174,7 @@ def _spent(known: _Known, config: Config) -> dict[str, Tagged[EpsilonResult]]:
 def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
     """Operations of the run, hours at a rate, bytes of a step and memory of its processes."""
     train, facts, plan = config.train, known.facts, known.plan
-    one = cost(models.skeleton(config.model, known.shape, known.classes), known.shape)
+    one = cost(models.skeleton(config.model, known.shape, known.classes), torch.empty(1, *known.shape))
     itemsize = 8 if config.model.dtype == "float64" else 4
     vector = facts.parameters * itemsize
     views = plan.steps * plan.sampling_rate * facts.examples * train.augment_multiplicity

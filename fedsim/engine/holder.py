@@ -22,7 +22,7 @@ import strategies
 from fedsim import config as configs
 from fedsim import provenance, seeds
 from fedsim.config import Config
-from fedsim.data import augment, datasets, examples, partition
+from fedsim.data import batches, datasets, partition
 from fedsim.engine.device import options_of, pick_device, set_threads
 from fedsim.engine.experiment import build_model
 from fedsim.grads.clip import ClipRule
@@ -103,8 +103,7 @@ class Node:
         The order of the examples is keyed by (step, holder); the model is left at the task's parameters.
         """
         ids = self.ids[self.partition.holder_of[self.ids] == holder]
-        inputs = examples.normalise(self.train.inputs[ids], self.train, self.dtype, self.device)
-        targets = torch.from_numpy(self.train.labels[ids]).to(self.device)
+        inputs, targets = batches.plain(self.train, ids, self.dtype, self.device)
         start = get_flat(self.model)
         order = stream(task.keys["augment"], "order", holder)
         update = local_update(self.model, inputs, targets, how, order)
@@ -170,22 +169,13 @@ class Node:
 
     def _pieces(
         self, ids: NDArray[np.int64], task: StepTask
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[slice, batches.Batch, batches.Batch]]:
         """Yield (place in ids, inputs, targets) of one physical batch after the other; one at least."""
-        train = self.config.train
+        train, key = self.config.train, task.keys["augment"]
         chunk = max(1, self.physical_batch_size // train.augment_multiplicity)
         for start in range(0, max(1, len(ids)), chunk):
             piece = slice(start, start + chunk)
-            part = ids[piece]
-            raw = augment.views(
-                self.train.inputs[part],
-                part,
-                train.augment_multiplicity,
-                task.keys["augment"],
-                train.augmentations,
-            )
-            inputs = examples.normalise(raw, self.train, self.dtype, self.device)
-            yield piece, inputs, torch.from_numpy(self.train.labels[part])
+            yield piece, *batches.views(self.train, ids[piece], train, key, self.dtype, self.device)
 
 
 def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -21,9 +21,11 @@ from torch import Tensor
 from fedsim import config as configs
 from fedsim import seeds
 from fedsim.config import Config, EngineConfig
+from fedsim.data import batches
 from fedsim.engine import device as devices
 from fedsim.engine.experiment import Experiment
 from fedsim.engine.run_folder import RunFolder
+from fedsim.grads import batch
 from fedsim.grads.batch_size import Choice, choose, measure
 from fedsim.grads.flat import get_flat
 from fedsim.grads.per_example import clipped_gradient_sum, clipped_gradient_sums
@@ -94,16 +96,15 @@ class _Call:
         self._by_holder = experiment.strategy.sums_by_holder
         self._clip = experiment.strategy.clip_rule()
         self._model = copy.deepcopy(experiment.model).to(device)
-        flat = get_flat(self._model)
-        self._parameters = flat.numel()
-        shape = (1, config.train.augment_multiplicity, *experiment.splits.train.example_shape)
-        values = seeds.stream(config.seed, "physical batch size").standard_normal(shape)
-        self._example = torch.from_numpy(values).to(device, flat.dtype)
+        self._flat = get_flat(self._model)
+        values = seeds.stream(config.seed, "physical batch size")
+        self._example = batches.placeholder(
+            experiment.splits.train, config.train.augment_multiplicity, values, self._flat.dtype, device
+        )
 
     def __call__(self, examples: int) -> Tensor:
-        example, config = self._example, self._config
-        inputs = example.repeat(examples, *[1] * (example.dim() - 1))
-        targets = torch.zeros(examples, dtype=torch.int64, device=example.device)
+        config = self._config
+        inputs, targets = (batch.take(part, [0] * examples) for part in self._example)
         if not self._by_holder:
             return clipped_gradient_sum(
                 self._model,
@@ -111,12 +112,12 @@ class _Call:
                 targets,
                 self._clip,
                 engine=config.engine.gradients,
-                physical_batch_size=inputs.shape[0] * inputs.shape[1],
+                physical_batch_size=examples * config.train.augment_multiplicity,
                 options=devices.options_of(config.engine),
             ).sum
         holders = math.ceil(config.federation.holders / config.federation.nodes)
         owners = torch.arange(examples) % holders
-        totals = example.new_zeros((holders, self._parameters))
+        totals = self._flat.new_zeros((holders, len(self._flat)))
         clipped_gradient_sums(self._model, inputs, targets, self._clip, owners, totals)
         return totals
 

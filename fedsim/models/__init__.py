@@ -13,7 +13,7 @@ from fedsim import seeds, validate
 from fedsim.config import ModelConfig, parse_options
 from fedsim.data.examples import ArrayDataset
 from fedsim.models import weights
-from fedsim.models.check import check, examples_are_independent
+from fedsim.models.check import check, examples_are_independent, for_training
 from fedsim.models.cnn import CifarCnn, CifarCnnOptions, SmallCnn, SmallCnnOptions
 from fedsim.models.initialise import initialise
 from fedsim.models.linear import Linear, LinearOptions, Mlp, MlpOptions
@@ -30,6 +30,7 @@ __all__ = [
     "check",
     "examples_are_independent",
     "for_dataset",
+    "for_training",
     "skeleton",
     "weights",
 ]
@@ -60,7 +61,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, seed: seeds.Root) -> nn.Module:
-    """Build the model `config` names, on the CPU, in train mode.
+    """Build the model `config` names, on the CPU, in train mode (`for_training`).
 
     The values depend on (config, input_shape, num_classes, seed) alone. Constructors run on the meta device,
     so no global generator is read or advanced. Values are drawn in `config.dtype`: float32 and float64
@@ -82,7 +83,7 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
     with torch.no_grad():
         initialise(model, seeds.torch_stream(seed, "model"))
     weights.load(model, config)
-    return model
+    return for_training(model)
 
 
 def skeleton(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

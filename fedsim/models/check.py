@@ -15,10 +15,12 @@ _POWER_ITERATION = {"weight_u", "weight_v", "_u", "_v", "_u0", "_v0"}
 def check(model: nn.Module) -> None:
     """Refuse layers for which per-example gradients are undefined or would depend on the engine.
 
-    Refused: BatchNorm in all forms, InstanceNorm and others with running statistics, spectral normalisation,
-    dropout and other random layers with a rate above zero, Embedding with `max_norm`, in-place activations,
-    and a model without trainable parameters. What the layer list cannot show (a parameter the forward pass
-    never reads, examples mixed by hand) is left to `examples_are_independent` and to the engines.
+    Layers are judged in the mode they are in: what is frozen in eval mode is served as it then is. Refused:
+    BatchNorm in all forms in train mode, or in eval mode without running statistics; InstanceNorm and others
+    with running statistics, spectral normalisation, dropout and other random layers with a rate above zero in
+    train mode; Embedding with `max_norm`, in-place activations, and a model without trainable parameters.
+    What the layer list cannot show (a parameter the forward pass never reads, examples mixed by hand) is left
+    to `examples_are_independent` and to the engines.
 
     Raises:
         InputError: names the layer, its path in the model, the reason and the replacement.
@@ -37,9 +39,10 @@ def check(model: nn.Module) -> None:
 def examples_are_independent(model: nn.Module, input_shape: tuple[int, ...]) -> bool:
     """Return whether one example's output stays the same when its neighbours in the batch change.
 
-    Runs two batches of three in train mode that share their middle example, and compares its output within
-    1e-4 relative (1e-10 for float64). A buffer that the forward pass changes also gives False, because its
-    value carries examples from one batch to the next. The model itself is not changed.
+    Runs two batches of three, in the modes the model's modules are in, that share their middle example, and
+    compares its output within 1e-4 relative (1e-10 for float64). A buffer that the forward pass changes also
+    gives False, because its value carries examples from one batch to the next. The model itself is not
+    changed.
 
     Args:
         model: takes (n, *input_shape) of its parameters' dtype.
@@ -52,14 +55,8 @@ def examples_are_independent(model: nn.Module, input_shape: tuple[int, ...]) -> 
     second[[0, 2]] = 3.0 * second[[0, 2]] + 1.0  # other scale and place: statistics of the batch must move
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     before = {name: value.clone() for name, value in buffers.items()}
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.train()
-        with torch.no_grad():
-            a, b = (functional_call(model, buffers, (batch.to(parameter),))[1] for batch in (first, second))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad():
+        a, b = (functional_call(model, buffers, (batch.to(parameter),))[1] for batch in (first, second))
     if any(not torch.equal(before[name], buffers[name]) for name in before):
         return False
     return _close(a, b)
@@ -70,12 +67,49 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= tolerance * (a.norm() + torch.finfo(a.dtype).tiny))
 
 
+def for_training(model: nn.Module) -> nn.Module:
+    """Put a model into train mode, but for layers that are frozen in eval mode; returns the model.
+
+    A model in train mode is left alone: layers it has in eval mode are frozen on purpose. One that is in eval
+    mode as a whole, as loaders of public weights return it, trains, but for layers with running statistics.
+    """
+    if model.training:
+        return model
+    frozen = [m for m in model.modules() if not m.training and _has_statistics(m)]
+    model.train()
+    for module in frozen:
+        module.eval()
+    return model
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return bool(_RUNNING & {name for name, _ in module.named_buffers(recurse=False)})
+
+
 def _problem(module: nn.Module) -> str | None:
-    """Reason and remedy if this one layer is not allowed."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "it mixes examples, so per-example gradients are not defined; use GroupNorm."
+    """Reason and remedy if this one layer is not allowed, in the mode it is in."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not (
+        _has_statistics(module) and not module.training
+    ):
+        return (
+            "it mixes examples, so per-example gradients are not defined; use GroupNorm, or freeze it with "
+            "its running statistics in eval mode."
+        )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return "max_norm rewrites the weights during the forward pass, outside clipping and noise; remove it."
+    if isinstance(module, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+        return "it draws from a global generator; use MaxPool."
+    if getattr(module, "inplace", False):
+        return "it overwrites its input, which not every gradient engine can follow; set inplace=False."
+    return _problem_in_training(module) if module.training else None
+
+
+def _problem_in_training(module: nn.Module) -> str | None:
     if getattr(module, "track_running_stats", False):
-        return "its running statistics carry examples from batch to batch; set track_running_stats=False."
+        return (
+            "its running statistics carry examples from batch to batch; set track_running_stats=False, or "
+            "freeze it in eval mode."
+        )
     names = {name for name, _ in module.named_buffers(recurse=False)}
     if names & (_RUNNING | _POWER_ITERATION):
         return "its buffers change during training, outside clipping and noise; use weight standardisation."
@@ -84,10 +118,6 @@ def _problem(module: nn.Module) -> str | None:
         rate = module.dropout
     if rate:
         return f"its masks (p = {rate:g}) would need randomness keyed by example and step; set p = 0."
-    if isinstance(module, nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
-        return "it draws from a global generator; use ReLU, LeakyReLU or MaxPool."
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-        return "max_norm rewrites the weights during the forward pass, outside clipping and noise; remove it."
-    if getattr(module, "inplace", False):
-        return "it overwrites its input, which not every gradient engine can follow; set inplace=False."
+    if isinstance(module, nn.RReLU):
+        return "it draws from a global generator; use ReLU or LeakyReLU."
     return None

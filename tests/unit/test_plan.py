@@ -12,7 +12,7 @@ from fedsim import config as configs
 from fedsim import models, plan
 from fedsim.config import ModelConfig
 from fedsim.data import datasets, sizes
-from fedsim.models.cost import cost
+from fedsim.grads.cost import cost
 from fedsim.validate import InputError
 from tests.conftest import command, small
 
@@ -20,7 +20,7 @@ from tests.conftest import command, small
 def test_operations_are_those_counted_by_hand() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
-    found = cost(model, (3, 4, 4))
+    found = cost(model, torch.empty(1, 3, 4, 4))
     conv, linear = 2 * 8 * 3 * 9 * 16, 2 * 128 * 10
     assert found.forward == conv + linear
     assert found.backward == conv + 2 * linear, "the input of the first layer needs no gradient"
@@ -31,9 +31,9 @@ def test_operations_are_those_counted_by_hand() -> None:
 def test_a_frozen_prefix_costs_no_backward_pass() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4))
-    whole = cost(model, (16,))
+    whole = cost(model, torch.empty(1, 16))
     model[0].requires_grad_(False)
-    frozen = cost(model, (16,))
+    frozen = cost(model, torch.empty(1, 16))
     assert frozen.forward == whole.forward
     assert frozen.backward == 2 * 32 * 4
     assert frozen.trainable == 32 * 4 + 4 < frozen.parameters == whole.parameters
@@ -44,7 +44,7 @@ def test_saved_bytes_are_those_autograd_keeps() -> None:
     """On real tensors: what saved_tensors_hooks see for 8 views less what they see for 7."""
     shape = (1, 12, 12)
     config = ModelConfig("wide_resnet", {"depth": 10, "width": 1})
-    found = cost(models.skeleton(config, shape, 10), shape)
+    found = cost(models.skeleton(config, shape, 10), torch.empty(1, *shape))
     model = models.build(config, shape, 10, 0)
     own = {p.data_ptr() for p in model.parameters()}
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from fedsim.grads import batch
+from fedsim.grads.batch import Batch
+from fedsim.grads.microbatch import Loss
+from fedsim.grads.per_example import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,22 @@ class Cost:
         return self.forward + self.backward
 
 
-def cost(skeleton: nn.Module, shape: tuple[int, ...]) -> Cost:
-    """Return what one view of `shape` costs a model on the meta device (`fedsim.models.skeleton`)."""
+def cost(skeleton: nn.Module, view: Batch, target: Batch | None = None, loss: Loss = cross_entropy) -> Cost:
+    """Return what one view costs a model on the meta device (`fedsim.models.skeleton`).
+
+    Args:
+        skeleton: the model.
+        view: inputs (1, ...) of one view, a tensor or named arrays, on any device; values do not matter.
+        target: its target (1, ...), likewise; None for a label.
+        loss: one loss a view.
+    """
+    run = _Run(skeleton, view, torch.zeros(1, dtype=torch.long) if target is None else target, loss)
     with FlopCounterMode(display=False) as ahead:
-        _loss(skeleton, shape, 1)
+        run.loss(1)
     with FlopCounterMode(display=False) as both:
-        _loss(skeleton, shape, 1).backward()
+        run.loss(1).backward()
     skeleton.zero_grad(set_to_none=True)
-    one, two = _kept(skeleton, shape, 1), _kept(skeleton, shape, 2)
+    one, two = _kept(run, 1), _kept(run, 2)
     parameters = list(skeleton.parameters())
     return Cost(
         parameters=sum(p.numel() for p in parameters),
@@ -60,17 +73,24 @@ def cost(skeleton: nn.Module, shape: tuple[int, ...]) -> Cost:
     )
 
 
-def _loss(model: nn.Module, shape: tuple[int, ...], views: int) -> Tensor:
-    dtype = next(model.parameters()).dtype
-    inputs = torch.empty(views, *shape, dtype=dtype, device="meta")
-    outputs = model(inputs)
-    targets = torch.zeros(views, dtype=torch.long, device="meta")
-    return F.cross_entropy(outputs, targets)
+@dataclass(frozen=True)
+class _Run:
+    model: nn.Module
+    view: Batch
+    target: Batch
+    function: Loss
+
+    def loss(self, views: int) -> Tensor:
+        """Mean loss of so many views, on the meta device."""
+        meta, dtype = torch.device("meta"), next(self.model.parameters()).dtype
+        inputs, targets = (batch.take(part, [0] * views) for part in (self.view, self.target))
+        outputs = batch.call(self.model, batch.placed(inputs, meta, dtype))
+        return self.function(outputs, batch.placed(targets, meta)).mean()
 
 
-def _kept(model: nn.Module, shape: tuple[int, ...], views: int) -> tuple[int, int]:
+def _kept(run: _Run, views: int) -> tuple[int, int]:
     """Return (bytes saved for the backward pass but for parameters, bytes of outputs of trainable layers)."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    own = {p.untyped_storage()._cdata for p in run.model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
     outputs = 0
 
@@ -80,15 +100,15 @@ def _kept(model: nn.Module, shape: tuple[int, ...], views: int) -> tuple[int, in
             saved[storage._cdata] = storage  # held, so that its address is not used again
         return tensor
 
-    def count(module: nn.Module, _: object, output: Tensor) -> None:
+    def count(module: nn.Module, _: object, output: object) -> None:
         nonlocal outputs
-        outputs += output.numel() * output.element_size()
+        outputs += sum(x.numel() * x.element_size() for x in tree_leaves(output) if isinstance(x, Tensor))
 
-    trained = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    trained = [m for m in run.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
     hooks = [module.register_forward_hook(count) for module in trained]
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            _loss(model, shape, views)
+            run.loss(views)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,63 @@
+"""From a data set's examples to what a model takes: tensors, or tensors by name.
+
+The only place that knows which arrays a data set has. Nodes pass on what comes from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.config import TrainConfig
+from fedsim.data import augment
+from fedsim.data.examples import ArrayDataset, normalise
+
+Batch = Tensor | Mapping[str, Tensor]
+
+
+def plain(
+    dataset: ArrayDataset, ids: NDArray[np.int64], dtype: torch.dtype, device: torch.device
+) -> tuple[Batch, Batch]:
+    """Return inputs and targets (n, ...) of these examples, as they are, on `device`."""
+    inputs = normalise(dataset.inputs[ids], dataset, dtype, device)
+    return inputs, torch.from_numpy(dataset.labels[ids]).to(device)
+
+
+def views(
+    dataset: ArrayDataset,
+    ids: NDArray[np.int64],
+    train: TrainConfig,
+    key: bytes,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Batch, Batch]:
+    """Return inputs (n, K, ...), K augmented views an example, and targets (n, ...), on `device`.
+
+    Args:
+        dataset: where the examples come from.
+        ids: (n,) global ids.
+        train: how many views, and by which augmentations.
+        key: 32 bytes, the step's augment key.
+        dtype: of floating inputs.
+        device: where the result lives.
+    """
+    raw = augment.views(dataset.inputs[ids], ids, train.augment_multiplicity, key, train.augmentations)
+    inputs = normalise(raw, dataset, dtype, device)
+    return inputs, torch.from_numpy(dataset.labels[ids]).to(device)
+
+
+def placeholder(
+    dataset: ArrayDataset,
+    multiplicity: int,
+    values: np.random.Generator,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Batch, Batch]:
+    """Return inputs (1, K, ...) and a target (1,) of an example that is in no data set, of the right form."""
+    shape = (1, multiplicity, *dataset.example_shape)
+    inputs = torch.from_numpy(values.standard_normal(shape)).to(device, dtype)
+    return inputs, torch.zeros(1, dtype=torch.int64, device=device)
