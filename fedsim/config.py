@@ -342,7 +342,8 @@ def _chain(path: Path) -> list[Path]:
         if current.resolve() in [p.resolve() for p in paths]:
             raise InputError(f"{path}: 'extends' must not form a circle, got {[str(p) for p in paths]}.")
         paths.append(current)
-        parent = read(current).get("extends")
+        parent = read(current)._get_node("extends")
+        parent = None if parent is None else parent._value()  # as written: nothing is merged yet
         current = None if parent is None else find(str(parent), current.parent)
     return paths
 

@@ -24,6 +24,7 @@ from fedsim.grads.flat import spec, trainable_names
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.published import AGREEMENT
+from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, Tagged, shown
 from strategies.base import DataFacts, Plan, Strategy
 
@@ -98,6 +99,10 @@ def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any]
     reference = config.reference
     if reference.get("epsilon") is None:
         return None
+    for name in ("epsilon", "tolerance"):
+        if isinstance(reference.get(name, 1.0), bool | str | list | dict):
+            raise InputError(f"reference.{name} must be a number, got {reference[name]!r}.")
+    validate.positive(reference["epsilon"], "reference.epsilon")
     stated = float(reference["epsilon"])
     unit = next(iter(spent))
     own = {unit, f"{unit}_check", f"{unit}_rdp"}

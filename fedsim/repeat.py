@@ -33,6 +33,7 @@ from fedsim.compare import Planned, Runner
 from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
+from fedsim.engine.run_folder import file_name
 from fedsim.report.plain import as_json, plain
 from fedsim.validate import InputError, RunError
 
@@ -89,7 +90,7 @@ def run(
         places.writable(results.absolute().parent, "the folder of --results", "Choose another file")
         if results.is_dir():
             raise InputError(f"--results must be a file, got the folder {results}.")
-    root = out or Path("runs") / "repeat" / (planned[0].config.title or "run")
+    root = out or Path("runs") / "repeat" / file_name(planned[0].config.title, "run")
     done = [(cell.seed, result) for cell, _, result in compare.finish(planned, root, runner, log)]
     about = {"config": source, "overrides": list(overrides), "engine": engine, "command": command}
     answer = summary(planned[0].config, done, about)

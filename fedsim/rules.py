@@ -19,6 +19,11 @@ SET: tuple[Any, ...] = ()
 """Condition of `read_with`: whatever the other setting is, as long as it is not null, 0, false or empty."""
 
 
+REAL = (1e-50, 1e50)
+"""Range of a positive number whose squares and ratios shall not leave double precision."""
+MOST = 10**9  # of whatever is counted and kept in a machine's integers
+
+
 def read_with(**conditions: tuple[Any, ...]) -> dict[str, Any]:
     """Return the metadata of a field that is read only beside some values of another field.
 
@@ -130,8 +135,22 @@ def check(c: Config) -> None:
     ):
         if optional is not None:
             validate.positive(optional, name)
-    for factor in p.noise_schedule:
-        validate.positive(factor, "every entry of privacy.noise_schedule")
+    for size, name in (
+        (p.target_epsilon, "privacy.target_epsilon"),
+        (p.noise_multiplier, "privacy.noise_multiplier"),
+        (p.clip_norm, "privacy.clip_norm"),
+        *((factor, "every entry of privacy.noise_schedule") for factor in p.noise_schedule),
+    ):
+        if size is not None:
+            validate.in_range(size, *REAL, name)
+    for count, name in (
+        (t.steps, "train.steps"),
+        (e.threads, "engine.threads"),
+        (e.cpus_per_node, "engine.cpus_per_node"),
+    ):
+        if count is not None:
+            validate.in_range(count, 1, MOST, name)
+    validate.in_range(e.gpus_per_node, 0.0, MOST, "engine.gpus_per_node")
     validate.in_range(p.delta, 0.0, 0.5, "privacy.delta", "Use at most 1 / number of examples.")
     validate.in_range(f.availability, 0.0, 1.0, "federation.availability")
     validate.in_range(t.ema_decay, 0.0, 1.0 - 1e-12, "train.ema_decay")

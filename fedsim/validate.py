@@ -42,7 +42,7 @@ def failures_as(kind: type[FedsimError], what: str, remedy: str) -> Iterator[Non
     except FedsimError:
         raise
     except (OSError, MemoryError) as error:
-        raise kind(f"{what}: {error or type(error).__name__}. {remedy}") from error
+        raise kind(f"{what}: {str(error) or type(error).__name__}. {remedy}") from error
 
 
 def _fail(expected: str, name: str, value: Any, remedy: str) -> None:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         answer = options.handler(options)
         if options.json:
-            print(as_json(answer, indent=2))
+            print(as_json(answer, indent=2), flush=True)
         return 0
     except FedsimError as error:
         print(f"fedsim: {error}", file=sys.stderr)
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, MemoryError) as error:  # a run turns these into RunError
-        print(f"fedsim: {error or type(error).__name__}. Nothing was started.", file=sys.stderr)
+        print(f"fedsim: {str(error) or type(error).__name__}. Nothing was started.", file=sys.stderr)
         return InputError.exit_code
     except KeyboardInterrupt:
         print("fedsim: interrupted; continue with --resume and the same --out.", file=sys.stderr)

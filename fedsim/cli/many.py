@@ -55,10 +55,11 @@ def _compare(options: argparse.Namespace) -> Any:
     from rich.console import Console
 
     from fedsim import compare
+    from fedsim.engine.run_folder import file_name
     from fedsim.report import comparison
 
     wanted = compare.load(options.config)
-    out = options.out or Path("runs") / "compare" / (wanted.title or "comparison")
+    out = options.out or Path("runs") / "compare" / file_name(wanted.title, "comparison")
     done = compare.run(wanted, options.overrides, out, _runner("local"), sys.stderr)
     if not options.json:
         rows = comparison.table(done)

@@ -77,7 +77,7 @@ def _ledger_epsilon(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
-    from fedsim import validate
+    from fedsim import rules, validate
     from fedsim.privacy import accountant, events
 
     if options.noise_multiplier is None or options.steps is None:
@@ -85,7 +85,9 @@ def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
             "epsilon needs a run folder or ledger, --published, or --noise-multiplier with --steps and "
             "--sampling-rate (or --population and --batch)."
         )
-    validate.positive(options.noise_multiplier, "--noise-multiplier")
+    validate.in_range(options.noise_multiplier, *rules.REAL, "--noise-multiplier")
+    if options.holder_examples is not None:
+        validate.in_range(options.holder_examples, 1, rules.MOST, "--holder-examples")
     rate, steps, delta = _mechanism(options)
     total = events.composed(events.gaussian_step(options.noise_multiplier, rate), steps)
     kinds = ["pld", "rdp"] + (["rdp_objax"] if options.accountant == "rdp_objax" else [])
@@ -101,14 +103,17 @@ def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
 
 def _mechanism(options: argparse.Namespace) -> tuple[float, int, float]:
     """Return (sampling rate, steps, delta) from the command line."""
-    from fedsim import validate
+    from fedsim import rules, validate
     from fedsim.sampling import sampling_rate
 
     if (options.sampling_rate is None) == (options.population is None or options.batch is None):
         raise InputError("give either --sampling-rate, or --population together with --batch.")
     if options.steps is None:
         raise InputError("give --steps, the number of server updates.")
-    validate.positive(options.steps, "--steps")
+    validate.in_range(options.steps, 1, rules.MOST, "--steps")
+    for size, name in ((options.population, "--population"), (options.batch, "--batch")):
+        if size is not None:
+            validate.positive(size, name)
     delta = 1e-5 if options.delta is None else options.delta
     validate.in_range(delta, 1e-300, 0.5, "--delta")
     if options.sampling_rate is not None:
@@ -140,11 +145,11 @@ def _published(options: argparse.Namespace) -> Any:
 
 
 def _calibrate(options: argparse.Namespace) -> Any:
-    from fedsim import validate
+    from fedsim import rules, validate
     from fedsim.privacy import accountant
     from fedsim.privacy.family import EventFamily
 
-    validate.positive(options.target_epsilon, "--target-epsilon")
+    validate.in_range(options.target_epsilon, *rules.REAL, "--target-epsilon")
     rate, steps, delta = _mechanism(options)
     family = EventFamily.gaussian(rate)
     found = accountant.noise_multiplier_for(options.target_epsilon, delta, family, steps, options.accountant)

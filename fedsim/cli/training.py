@@ -79,9 +79,9 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _folder(out: Path | None, config: Config) -> RunFolder:
-    from fedsim.engine.run_folder import RunFolder
+    from fedsim.engine.run_folder import RunFolder, default_name
 
-    return RunFolder(out or Path("runs") / f"{config.title or 'run'}-{config.digest()[:8]}")
+    return RunFolder(out or Path("runs") / default_name(config))
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
@@ -89,6 +89,8 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from rich.console import Console
     from safetensors.torch import load_file
+
+    from fedsim.engine.run_folder import default_name
 
     config = load(options)
     if config.federation.examples_per_holder_at_most is not None or config.monitor.public_only:
@@ -102,7 +104,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
         title=f"{config.title}-centralized",
         federation=dataclasses.replace(config.federation, holders=1, nodes=1, partition="iid"),
     )
-    base = options.out or Path("runs") / f"{config.title or 'run'}-{config.digest()[:8]}"
+    base = options.out or Path("runs") / default_name(config)
     rows: dict[str, tuple[dict[str, Any], RunFolder]] = {}
     for name, which, engine in (("federated", config, options.engine), ("centralized", central, "local")):
         folder = _folder(base / name, which)

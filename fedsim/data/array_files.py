@@ -114,7 +114,7 @@ def _read(root: Path) -> Mapping[str, NDArray[Any]]:
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for damaged files
         raise InputError(
             f"arrays: {root} must hold plain numeric numpy arrays (no object arrays). "
-            f"{error or type(error).__name__}"
+            f"{str(error) or type(error).__name__}"
         ) from error
 
 

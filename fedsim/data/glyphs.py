@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import string
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim import seeds
+from fedsim import seeds, validate
 from fedsim.data import cache
 from fedsim.validate import InputError
 
@@ -56,7 +58,10 @@ def load(name: str, root: Path) -> Arrays:
     Raises:
         InputError: fewer than two usable fonts, or a cache that cannot be written.
     """
-    fonts = _fonts(root)
+    with validate.failures_as(
+        InputError, f"{name}: the fonts in {root} cannot be read", "Mend or remove them."
+    ):
+        fonts = _fonts(root)
     path = cache.folder() / f"{name}-{_digest(fonts, CHARACTERS[name])}.npz"
     try:
         with cache.locked(path):
@@ -67,6 +72,10 @@ def load(name: str, root: Path) -> Arrays:
                     np.savez_compressed(handle, allow_pickle=False, **arrays)
         with np.load(path, allow_pickle=False) as held:
             return dict(held)
+    except InputError:
+        raise
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is damaged: {error}. Delete it; it is made again.") from error
     except OSError as error:
         raise InputError(
             f"{path}: the cache of rendered fonts must be writable: {error}. Set {cache.FOLDER_VARIABLE} to "

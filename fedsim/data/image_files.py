@@ -138,8 +138,8 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # a decoder of a damaged file may raise anything
         raise InputError(
-            f"image_folder: {path} must be a readable image. {error or type(error).__name__}. Mend or remove "
-            "it; files whose name starts with a dot are not looked at."
+            f"image_folder: {path} must be a readable image. {str(error) or type(error).__name__}. "
+            "Mend or remove it; files whose name starts with a dot are not looked at."
         ) from error
 
 

@@ -81,8 +81,9 @@ def _torchvision(
             raise
         except Exception as error:  # torchvision says what is wrong with a file in a dozen ways
             raise InputError(
-                f"{name}: expected {layout} under data.root, got {root}: {error or type(error).__name__}. "
-                f"{remedy}, or set data.root (or FEDSIM_DATA) to the folder that has it."
+                f"{name}: expected {layout} under data.root, got {root}: "
+                f"{str(error) or type(error).__name__}. {remedy}, "
+                "or set data.root (or FEDSIM_DATA) to the folder that has it."
             ) from error
 
     return loader

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,16 @@ from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.report.plain import as_json
 from fedsim.validate import InputError
+
+
+def default_name(config: Config) -> str:
+    """Return the name of a folder for a run that was told none: its title as a file name, and its hash."""
+    return f"{file_name(config.title, 'run')}-{config.digest()[:8]}"
+
+
+def file_name(title: str, otherwise: str) -> str:
+    """Return a title as one part of a path; `otherwise` where it is empty."""
+    return re.sub(r"[^\w.-]+", "_", title).lstrip(".")[:100] or otherwise
 
 
 class RunFolder:
@@ -34,7 +46,7 @@ class RunFolder:
         Raises:
             InputError: says what the folder holds and how to go on.
         """
-        if not self.result.exists():
+        if not os.path.isfile(self.result):  # a finished run writes nothing more
             places.check(config, self.root)
         if not self.config.exists():
             if self.root.is_dir() and any(self.ledger.parent.glob("*.jsonl")):

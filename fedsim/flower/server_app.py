@@ -18,7 +18,7 @@ from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.holder import setup_of
 from fedsim.engine.metrics import ConsoleProgress
-from fedsim.engine.run_folder import RunFolder
+from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.engine.server import Server
 from fedsim.flower.transport import GridTransport
 from fedsim.models import weights
@@ -51,7 +51,7 @@ def _words(overrides: str) -> list[str]:
 
 def default_out(config: Config) -> Path:
     """Return where a run goes that names no folder: ~/fedsim-runs/TITLE-HASH."""
-    return Path.home() / "fedsim-runs" / f"{config.title or 'run'}-{config.digest()[:8]}"
+    return Path.home() / "fedsim-runs" / default_name(config)
 
 
 def train(

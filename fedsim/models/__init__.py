@@ -22,6 +22,7 @@ from fedsim.models.resnet_v2 import ResNet18V2, ResNet18V2Options
 from fedsim.models.scatter import ScatterCnn, ScatterCnnOptions, ScatterLinear, ScatterLinearOptions
 from fedsim.models.vit import VisionTransformer, VisionTransformerOptions
 from fedsim.models.wide_resnet import WideResNet, WideResNetOptions
+from fedsim.validate import InputError
 
 __all__ = [
     "FAMILIES",
@@ -79,7 +80,14 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
             input shape the family cannot take, or a layer that `check` refuses.
     """
     model = skeleton(config, input_shape, num_classes)
-    model = model.to_empty(device="cpu")
+    try:
+        model = model.to_empty(device="cpu")
+    except RuntimeError as error:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        raise InputError(
+            f"model {config.name} takes {size / 2**30:.1f} GiB, more than this machine can give: {error}. "
+            "Use smaller model.options."
+        ) from error
     with torch.no_grad():
         initialise(model, seeds.torch_stream(seed, "model"))
     weights.load(model, config)
