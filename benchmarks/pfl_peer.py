@@ -231,11 +231,12 @@ def _collector(experiment: Experiment, client: Any) -> Callable[[], NDArray[Any]
     """Return a call that collects the sum over the holders of one node from `client`."""
     transport = GridTransport(LocalGrid(client, 1), setup_of(experiment.config), 1)
     transport.connect()
-    collector = Collector(experiment, transport, seeds.derive(SEED, "run"), "")
+    collector = Collector(experiment, transport, "")
     parameters = get_flat(experiment.model).numpy()
 
     def collect() -> NDArray[Any]:
-        collector.begin(0, parameters)
+        keys = experiment.strategy.keys(seeds.derive(SEED, "run"), 0)
+        collector.begin(0, keys, parameters)
         return experiment.strategy.collect(experiment.plan, collector.ask)[0]
 
     return collect

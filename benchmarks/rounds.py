@@ -68,7 +68,7 @@ def hosted_holders(steps: int) -> dict[str, Any]:
 
             transport = GridTransport(LocalGrid(node, 1), "{}", 1)
             transport.connect()
-            collector = Collector(experiment, transport, seeds.derive(SEED, "run"), "")
+            collector = Collector(experiment, transport, "")
             parameters = get_flat(experiment.model).numpy()
 
             def federated(
@@ -76,7 +76,8 @@ def hosted_holders(steps: int) -> dict[str, Any]:
                 parameters: NDArray[Any] = parameters,
                 experiment: Experiment = experiment,
             ) -> None:
-                collector.begin(0, parameters)
+                keys = experiment.strategy.keys(seeds.derive(SEED, "run"), 0)
+                collector.begin(0, keys, parameters)
                 experiment.strategy.collect(experiment.plan, collector.ask)
 
             def plain(parameters: NDArray[Any] = parameters, holders: int = holders) -> None:

@@ -29,6 +29,20 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 PATHS = (("data", "root"), ("model", "init_from"))  # settings that name files
 _ADAPTIVE = ("adam", "adamw", "lamb")
 
+FREE = (
+    "extends",
+    "title",
+    "reference",
+    "engine",
+    "monitor",
+    "data.root",
+    "federation.nodes",
+    "federation.nodes_per_wave",
+    "train.eval_every",
+    "train.checkpoint_every",
+)
+"""Settings and sections that do not define a run's result: they may change when it is resumed."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -171,7 +185,7 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines a run. `engine` and `monitor` never change its result."""
+    """Everything that defines a run, and the settings in FREE, which never change its result."""
 
     extends: str | None = None
     title: str = ""
@@ -191,12 +205,20 @@ class Config:
         """Return the configuration as canonical JSON (sorted keys)."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
-    def digest(self) -> str:
-        """Return a hash of what defines the result: not speed, logging or naming."""
+    def defining(self) -> dict[str, Any]:
+        """Return what defines the result, as nested mappings: all but FREE."""
         body = dataclasses.asdict(self)
-        for key in ("engine", "monitor", "title", "reference", "extends"):
-            del body[key]
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+        for path in FREE:
+            *sections, key = path.split(".")
+            node = body
+            for section in sections:
+                node = node[section]
+            del node[key]
+        return body
+
+    def digest(self) -> str:
+        """Return a hash of what defines the result."""
+        return hashlib.sha256(json.dumps(self.defining(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None = Path()) -> Config:

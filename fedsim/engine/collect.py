@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from fedsim import provenance
 from fedsim.engine.experiment import Experiment
 from fedsim.engine.replies import Expectation, judge
-from fedsim.seeds import Root
 from fedsim.types import HolderReply, StepTask, Transport
 from fedsim.validate import RunError
 
@@ -25,24 +24,21 @@ class Collector:
     Args:
         experiment: whose strategy says what a valid reply is.
         transport: how nodes are reached.
-        root: what the step keys derive from.
         out: the run's folder, for the message that says how to resume.
     """
 
-    def __init__(self, experiment: Experiment, transport: Transport, root: Root, out: str) -> None:
+    def __init__(self, experiment: Experiment, transport: Transport, out: str) -> None:
         self._experiment = experiment
         self._transport = transport
-        self._root = root
         self._out = out
         self._step = 0
         self._parameters: NDArray[Any] = np.zeros(0)
         self._keys: dict[str, bytes] = {}
         self.timing: dict[str, float] = {}
 
-    def begin(self, step: int, parameters: NDArray[Any]) -> None:
+    def begin(self, step: int, keys: dict[str, bytes], parameters: NDArray[Any]) -> None:
         """Start a step: its keys, the parameters nodes work at (P,), and the clock at zero."""
-        self._step, self._parameters = step, parameters
-        self._keys = self._experiment.strategy.keys(self._root, step)
+        self._step, self._keys, self._parameters = step, keys, parameters
         self.timing = {"ask": 0.0, "wait": 0.0, "transfer": 0.0, "compute": 0.0}
 
     def ask(self, stage: str, arrays: Mapping[str, NDArray[Any]]) -> list[HolderReply]:

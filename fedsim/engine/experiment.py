@@ -16,6 +16,7 @@ from fedsim.engine import device, optim
 from fedsim.grads.flat import get_flat, spec, trainable_names
 from fedsim.privacy import accountant, budget
 from fedsim.privacy.accountant import EpsilonResult
+from fedsim.privacy.ledger_view import LedgerHeader, LedgerRecord, LedgerView
 from fedsim.visibility import Public, Sensitive, Tagged
 from strategies.base import DataFacts, Plan, Strategy
 
@@ -83,31 +84,48 @@ def build_model(config: Config, train: examples.ArrayDataset, seed: seeds.Root) 
     return models.build(config.model, train.example_shape, train.num_classes, seed)
 
 
-def epsilons(
-    plan: Plan, steps: int, config: Config, facts: DataFacts, *, whole: bool = True
-) -> dict[str, Tagged[EpsilonResult]]:
-    """Return epsilon of `steps` updates by unit: the plan's own under its name and, when `whole`, the same by
-    the other accountant ("_check") and that of the other unit (seconds of computing).
+def header_of(
+    plan: Plan, config: Config, facts: DataFacts, run: str = "", secret: str = "", data: tuple[str, ...] = ()
+) -> LedgerHeader:
+    """Return the header of the ledger of a run; `run`, `secret` and `data` as in `LedgerHeader`."""
+    privacy = config.privacy
+    return LedgerHeader(
+        config_hash=config.digest(),
+        delta=privacy.delta,
+        unit=plan.unit,
+        accountant=privacy.accountant,
+        target_epsilon=privacy.target_epsilon,
+        stop_at_epsilon=privacy.stop_at_epsilon,
+        examples=facts.examples,
+        holders=facts.holders,
+        examples_per_holder_at_most=config.federation.examples_per_holder_at_most,
+        holder_noise_factor=plan.holder_noise_factor,
+        example_noise_factor=plan.example_noise_factor,
+        run=run,
+        secret=secret,
+        data=data,
+    )
+
+
+def spent(book: LedgerView, facts: DataFacts) -> dict[str, Tagged[EpsilonResult]]:
+    """Return every epsilon of what a ledger records: in its unit under its name, the same by the other
+    accountant under "UNIT_check", and that of the other unit (seconds of computing).
 
     That of a whole holder is as public as the size of the largest one."""
-    total, delta = plan.total_event(steps), config.privacy.delta
-    chosen = config.privacy.accountant
-    other = "rdp" if chosen == "pld" else "pld"
-    units = {"example": facts.examples, "holder": facts.holders}
+    unit = book.header.unit
+    other = "rdp" if book.header.accountant == "pld" else "pld"
     out: dict[str, Tagged[EpsilonResult]] = {
-        plan.unit: Public(accountant.epsilon(total, delta, chosen, plan.unit).among(units[plan.unit]))
+        unit: Public(book.epsilon()),
+        f"{unit}_check": Public(book.epsilon(other)),
     }
-    if not whole:
-        return out
-    check = accountant.epsilon(total, delta, other, plan.unit)
-    out[f"{plan.unit}_check"] = Public(check.among(units[plan.unit]))
-    if plan.unit == "example" and plan.noise is not None:
-
-        def of_holder(examples: int) -> EpsilonResult:
-            bound = plan.total_event_for_holder(steps, examples)
-            return accountant.holder_epsilon_of_event(bound, delta, examples).among(facts.holders)
-
-        out["holder"] = facts.largest_holder.map(of_holder)
-    if (event := plan.total_event_for_example(steps)) is not None:
-        out["example"] = Public(accountant.epsilon(event, delta, chosen, "example").among(facts.examples))
+    if unit == "example" and book.private:
+        out["holder"] = facts.largest_holder.map(book.holder_epsilon)
+    if (of_example := book.example_epsilon()) is not None:
+        out["example"] = Public(of_example)
     return out
+
+
+def epsilons(plan: Plan, steps: int, config: Config, facts: DataFacts) -> dict[str, Tagged[EpsilonResult]]:
+    """Return what `steps` updates will spend: `spent` of the ledger they would write."""
+    records = (LedgerRecord.of(step, plan.event_at(step)) for step in range(steps))
+    return spent(LedgerView(header_of(plan, config, facts), tuple(records)), facts)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedsim import provenance
 from fedsim.engine import checkpoint, scoring
 from fedsim.engine.experiment import Experiment
+from fedsim.engine.state import State
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.report.plain import plain
 from fedsim.visibility import Numbers, Public, Sensitive, Tagged, sensitive_names, shown
@@ -23,8 +24,7 @@ ASSUMED_PUBLIC = ("the number of training examples, after federation.examples_pe
 
 def result_of(
     experiment: Experiment,
-    steps: int,
-    released: Tensor,
+    state: State,
     scores: Numbers,
     spent: Mapping[str, Tagged[EpsilonResult]],
     seconds: Mapping[str, float],
@@ -33,20 +33,20 @@ def result_of(
 
     Args:
         experiment: what was run; its model holds the released parameters.
-        steps: completed updates.
-        released: (P,) the released parameters.
+        state: after the last step.
         scores: accuracy and loss of the released model.
         spent: epsilon by unit, from the ledger.
         seconds: of this process's part of the run, by part; "run" is all of it.
     """
-    config, plan = experiment.config, experiment.plan
+    config, plan, released = experiment.config, experiment.plan, state.released()
     public_only = bool(config.monitor.public_only)
     stated = {
         "title": config.title,
         "strategy": config.strategy.name,
         "noise_multiplier": None if plan.noise is None else plan.noise.noise_multiplier,
         "noise_source": config.privacy.noise_source,
-        "steps": steps,
+        "steps": state.completed,
+        "steps_repeated_to_rounding": state.differing,
         "stopped_by_budget": plan.stopped_by_budget,
         "parameters_sha256": checkpoint.parameters_sha256(released),
         "parameters": released.numel(),

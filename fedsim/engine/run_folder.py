@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from fedsim import config as configs
 from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
+from fedsim.privacy import ledger, secret
 from fedsim.report.plain import as_json
-from fedsim.validate import InputError
+from fedsim.validate import InputError, RunError
 
 
 def default_name(config: Config) -> str:
@@ -27,10 +29,13 @@ def file_name(title: str, otherwise: str) -> str:
 
 
 class RunFolder:
-    """Paths of a run: configuration, ledger, metrics, checkpoints, event files, weights and result."""
+    """Paths of a run: configuration, ledger, metrics, checkpoints, event files, weights and result.
+
+    Links are followed once, here: a link that is turned elsewhere while a run goes on does not move it.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+        self.root = root.resolve()
         self.config = self.root / "config.yaml"
         self.ledger = self.root / "ledger.jsonl"
         self.metrics = self.root / "metrics.jsonl"
@@ -39,6 +44,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.tensorboard = self.root / "tensorboard"
         self.flower_log = self.root / "flower.log"
+        self.lock = self.root / "lock"
 
     def check(self, config: Config, resume: bool) -> None:
         """Refuse a folder of another configuration, or of a run that should be resumed; write nothing.
@@ -66,17 +72,37 @@ class RunFolder:
                 f"{self.root} holds {state} of this configuration. Use --resume or another --out."
             )
 
-    def claim(self, config: Config, resume: bool) -> None:
-        """Check the folder and make it this run's."""
-        self.check(config, resume)
+    def claim(self, config: Config, resume: bool) -> FolderLock:
+        """Make the folder this process's, check it, and return the lock that keeps others out.
+
+        Raises:
+            InputError: as `check`, or another process has it.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        if not self.config.exists():
-            write_atomic(self.config, configs.to_yaml(config).encode())
+        lock = FolderLock(self)
+        try:
+            self.check(config, resume)
+            if not self.config.exists():
+                self.write_config(config)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml, unless it says the same already."""
+        content = configs.to_yaml(config).encode()
+        if not self.config.exists() or self.config.read_bytes() != content:
+            write_atomic(self.config, content)
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the result of a finished run, or None."""
+        """Return the result of a finished run, or None. A finished run has no secret: one that was put back
+        is destroyed."""
         if not self.result.exists():
             return None
+        header = ledger.read_header(self.ledger)
+        if header is not None and header.run:
+            secret.destroy(header.run)
         try:
             result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -90,14 +116,52 @@ class RunFolder:
         write_atomic(self.result, (as_json(result, indent=2) + "\n").encode())
 
 
+class FolderLock:
+    """Keeps a second process out of a run's folder until it is closed, or the process is gone."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """
+        Raises:
+            InputError: another process has the folder.
+        """
+        self._folder = folder
+        self._descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.check()
+        except (OSError, RunError) as error:
+            self.close()
+            raise InputError(
+                f"{folder.root} is in use by another process. Wait for that run, or stop it. ({error})"
+            ) from error
+
+    def check(self) -> None:
+        """Raise RunError where the folder was removed or replaced since the lock was taken: what is there
+        now is no longer this run's to write to."""
+        try:
+            there = os.path.samestat(os.stat(self._folder.lock), os.fstat(self._descriptor))
+        except OSError:
+            there = False
+        if not there:
+            raise RunError(
+                f"{self._folder.root} was removed, renamed or replaced while its run went on. Nothing more "
+                "is written; start a new run, or resume this one where it is now."
+            )
+
+    def close(self) -> None:
+        """Let others in."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
 def _difference(held: Config, wanted: Config) -> str:
     """Name the first settings in which two configurations differ."""
-    a, b = _flat(json.loads(held.to_json())), _flat(json.loads(wanted.to_json()))
-    ignored = ("engine.", "monitor.", "reference", "title", "extends")
+    a, b = _flat(held.defining()), _flat(wanted.defining())
     found = [
         f"{key} is {a.get(key)!r} there and {b.get(key)!r} here"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and not key.startswith(ignored)
+        if a.get(key) != b.get(key)
     ]
     return "; ".join(found[:3])
 

@@ -7,26 +7,28 @@ the same noise: the ledger keeps one entry and nothing is released twice.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fedsim import seeds
 from fedsim.engine import checkpoint, outcome, scoring
 from fedsim.engine.collect import Collector
-from fedsim.engine.experiment import Experiment, epsilons
+from fedsim.engine.experiment import Experiment, spent
 from fedsim.engine.metrics import ConsoleProgress, JsonLines, Metrics, TensorBoard, Writer
+from fedsim.engine.opening import open_run
 from fedsim.engine.record import step_record
 from fedsim.engine.run_folder import RunFolder
-from fedsim.engine.state import State
 from fedsim.grads.flat import set_flat
-from fedsim.privacy import secret
-from fedsim.privacy.ledger import Ledger, LedgerHeader
 from fedsim.types import StepRecord, Transport
-from fedsim.validate import InputError
+from fedsim.validate import RunError
 from fedsim.visibility import Numbers, Public, Sensitive
+
+_log = logging.getLogger(__name__)
 
 
 class Server:
@@ -38,28 +40,25 @@ class Server:
         self.plan = experiment.plan
         self.folder = folder
         self.transport = transport
-        folder.claim(self.config, resume)
-        self.ledger = self._open_ledger()
-        self.root = self._open_root()
-        self.state = State(experiment)
-        self._restore()
+        self.run = open_run(experiment, folder, resume)
+        self.state = self.run.state
         self._seconds: dict[str, float] = {}
-        self._collector = Collector(experiment, transport, self.root, str(folder.root))
+        self._collector = Collector(experiment, transport, str(folder.root))
 
     def train(self, progress: ConsoleProgress | None = None) -> dict[str, Any]:
         """Run to the end, or to the budget, and return the content of result.json.
 
         Raises:
-            RunError: a node failed twice, or its process died; the run can be resumed.
+            RunError: a node failed twice, or its process died; the run can be resumed. Or a step cannot be
+                released: its parameters are not finite, or it repeats a released one with other bits.
         """
-        with self.ledger:
+        with contextlib.closing(self.run):
             return self._train(progress)
 
     def _train(self, progress: ConsoleProgress | None) -> dict[str, Any]:
-        if (done := self.folder.finished()) is not None:
-            return done
         began = time.perf_counter()
         self.transport.connect()
+        self._keep_config()
         completed = self.state.completed
         writers: list[Writer] = [JsonLines(self.folder.metrics, completed)]
         board = None
@@ -93,37 +92,84 @@ class Server:
         """Make the next server update; return its record, and the evaluation where one was due."""
         clock = time.perf_counter
         began = clock()
-        state, strategy, step = self.state, self.experiment.strategy, self.state.completed
-        self._collector.begin(step, state.parameters.numpy())
+        state, strategy, step, root = (
+            self.state,
+            self.experiment.strategy,
+            self.state.completed,
+            self.run.root,
+        )
+        assert root is not None, "a run without its secret has no step left"
+        self._collector.begin(step, strategy.keys(root, step), state.parameters.numpy())
         total, replies = strategy.collect(self.plan, self._collector.ask)
         timing = self._collector.timing
         combined = clock()
-        noise = strategy.noise(self.plan, self.root, step, total.size)
+        noise = strategy.noise(self.plan, root, step, total.size)
         noised = clock()
-        self.ledger.append(step, self.plan.event_at(step), strategy.step_facts())
-        recorded = clock()
         signal = float(np.linalg.norm(total))
         if noise is not None:
             total += noise
         total /= self.plan.divisor
         gradient = torch.from_numpy(total).to(state.parameters.dtype)
-        state.parameters = state.optimizer.step(state.parameters, gradient, step)
-        state.completed = step + 1
+        parameters = state.optimizer.step(state.parameters, gradient, step)
         updated = clock()
+        self._record(step, parameters)
+        recorded = clock()
+        state.parameters, state.completed = parameters, step + 1
         due = state.completed % self.config.train.eval_every == 0 or state.completed == self.plan.steps
         evaluated = self._evaluate() if due else {}
         timing |= {
             "combine": combined - began - timing.pop("ask"),
             "noise": noised - combined,
-            "ledger": recorded - noised,
-            "update": updated - recorded,
-            "evaluate": clock() - updated,
+            "update": updated - noised,
+            "ledger": recorded - updated,
+            "evaluate": clock() - recorded,
             "total": clock() - began,
         }
         for name, value in timing.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
         known = {"learning_rate": Public(state.optimizer.learning_rate(step)), **evaluated}
         return step_record(self.experiment, step, replies, signal, known, timing), evaluated
+
+    def _record(self, step: int, parameters: Tensor) -> None:
+        """Put the step into the ledger, before anybody sees what it releases.
+
+        Raises:
+            RunError: the parameters are not finite, or the step was released before with other bits under
+                noise that is to stay secret.
+        """
+        book, strategy = self.run.ledger, self.experiment.strategy
+        digest = checkpoint.parameters_sha256(parameters)
+        fresh = book.append(
+            step,
+            self.plan.event_at(step),
+            strategy.step_facts(),
+            parameters=digest,
+        )
+        if not fresh and book.record(step).parameters != digest:
+            self._differs(step)
+        # That a run stops here follows from the released parameters, so it tells no more than they do.
+        for name, values in (("parameters", parameters), ("average", self.state.optimizer.average())):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise RunError(
+                    f"step {step}: the {name} after the update must be finite numbers and are not. The "
+                    f"learning rate was {self.state.optimizer.learning_rate(step):g}, the largest parameter "
+                    f"before the update {float(self.state.parameters.abs().max()):.3g}: lower "
+                    "optimizer.learning_rate and start a new run. This step is in the ledger."
+                )
+
+    def _differs(self, step: int) -> None:
+        """Say that a repeated step gave other bits than when it was first released."""
+        why = (
+            f"step {step} was released before the run was interrupted, and repeated it has other bits: "
+            "nodes, engine settings, fedsim or the machine changed"
+        )
+        if self.config.privacy.noise_source == "secure":
+            raise RunError(
+                f"{why}. The two would differ by sums of private data without noise, so it is not released. "
+                f"Resume with what the run had ({self.folder.config}); it may change after a checkpoint."
+            )
+        _log.warning("%s. It equals the first to rounding; result.json lists it.", why)
+        self.state.differing.append(step)
 
     def _evaluate(self) -> Numbers:
         """Return accuracy and loss (of the averaged parameters when EMA is on) and epsilon so far."""
@@ -133,53 +179,17 @@ class Server:
         scores = scoring.scores_of(self.experiment.model, splits, dtype, held_out=held_out)
         if not self.experiment.strategy.private:
             return scores
-        spent = epsilons(self.plan, self.state.completed, self.config, self.experiment.facts, whole=False)
-        epsilon = spent[self.plan.unit]
-        return {
-            **scores,
-            "epsilon": epsilon.map(lambda spent: spent.value),
-            "n_delta": epsilon.map(lambda spent: spent.n_delta),
-        }
-
-    def _bound_to(self) -> dict[str, Any]:
-        return {"config": self.config.digest()}
+        epsilon = self.run.ledger.view().until(self.state.completed).epsilon()
+        return {**scores, "epsilon": Public(epsilon.value), "n_delta": Public(epsilon.n_delta)}
 
     def _save(self) -> None:
-        self.state.save(self.folder, self._bound_to())
+        self.run.save()
+        self._keep_config()
 
-    def _restore(self) -> None:
-        self.state.restore(self.folder, self._bound_to())
-        if self.ledger.steps < self.state.completed:
-            raise InputError(
-                f"ledger {self.folder.ledger} has {self.ledger.steps} steps, the newest checkpoint "
-                f"{self.state.completed}: the ledger was cut. Restore it, or start anew in another --out."
-            )
-
-    def _open_ledger(self) -> Ledger:
-        if self.folder.ledger.exists():
-            return Ledger.open_for_resume(self.folder.ledger, self.config.digest())
-        privacy = self.config.privacy
-        header = LedgerHeader(
-            config_hash=self.config.digest(),
-            delta=privacy.delta,
-            unit=self.plan.unit,
-            accountant=privacy.accountant,
-            target_epsilon=privacy.target_epsilon,
-            stop_at_epsilon=privacy.stop_at_epsilon,
-            examples=self.experiment.facts.examples,
-            holders=self.config.federation.holders,
-            examples_per_holder_at_most=self.config.federation.examples_per_holder_at_most,
-            holder_noise_factor=self.plan.holder_noise_factor,
-        )
-        return Ledger.create(self.folder.ledger, header)
-
-    def _open_root(self) -> seeds.Root:
-        """Return what draws and noise derive from: the seed, or the run's secret."""
-        if self.config.privacy.noise_source == "seeded":
-            return seeds.derive(self.config.seed, "run")
-        if self.ledger.steps == 0 and not secret.secret_path(self.folder.root).exists():
-            return secret.create(self.folder.root)
-        return secret.load(self.folder.root)
+    def _keep_config(self) -> None:
+        """Write what was changed at resume, as soon as no step is left that was released without it."""
+        if self.run.ledger.steps == self.state.completed:
+            self.folder.write_config(self.config)
 
     def _draw_partition(self, board: TensorBoard) -> None:
         from fedsim.report import partition_picture  # imports matplotlib: only where a picture is drawn
@@ -192,14 +202,14 @@ class Server:
         board.image("labels_by_holder", Sensitive(picture))
 
     def _finish(self, final: Numbers, seconds: float) -> dict[str, Any]:
-        released, completed = self.state.released(), self.state.completed
-        set_flat(self.experiment.model, released)
+        """Write the model, destroy the secret, and only then write the result: a finished run has none."""
+        set_flat(self.experiment.model, self.state.released())
+        self.run.lock.check()
         checkpoint.save_model(self.folder.final, self.experiment.model)
-        spent = epsilons(self.plan, completed, self.config, self.experiment.facts)
         scores = {name: final[name] for name in ("accuracy", "loss")}
         seconds_of = {**self._seconds, "run": seconds}
-        result = outcome.result_of(self.experiment, completed, released, scores, spent, seconds_of)
+        so_far = spent(self.run.ledger.view(), self.experiment.facts)
+        result = outcome.result_of(self.experiment, self.state, scores, so_far, seconds_of)
+        self.run.destroy_secret()
         self.folder.write_result(result)
-        if self.config.privacy.noise_source == "secure":
-            secret.destroy(self.folder.root)
         return result

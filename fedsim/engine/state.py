@@ -16,15 +16,20 @@ from fedsim.validate import InputError
 
 
 class State:
-    """The state after `completed` updates; `parameters` are (P,) in the model's dtype.
+    """The state after `completed` updates. A new one is that of the experiment's initial model.
 
-    A new one is that of the experiment's initial model.
+    Attributes:
+        completed: updates made.
+        parameters: (P,) in the model's dtype.
+        optimizer: with its own state.
+        differing: steps that were repeated on the way here and gave other bits than at first.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         config = experiment.config
         self._strategy = experiment.strategy
         self.completed = 0
+        self.differing: list[int] = []
         self.parameters = get_flat(experiment.model).clone()
         rule = optim.resolved(config.optimizer, config.train, experiment.facts.examples)
         self.optimizer = ServerOptimizer(rule, config.train, spec(experiment.model))
@@ -41,7 +46,8 @@ class State:
         state, numbers = self.optimizer.state_dict()
         tensors |= {f"optimizer.{name}": value for name, value in state.items()}
         tensors |= {f"strategy.{name}": v for name, v in self._strategy.state_dict().items()}
-        checkpoint.save(folder.checkpoints, self.completed, tensors, {**bound_to, "optimizer": numbers})
+        meta = {**bound_to, "optimizer": numbers, "differing": self.differing}
+        checkpoint.save(folder.checkpoints, self.completed, tensors, meta)
 
     def restore(self, folder: RunFolder, bound_to: Mapping[str, Any]) -> None:
         """Go to the newest checkpoint of the folder; without one, stay at the start.
@@ -62,4 +68,5 @@ class State:
             parts[part][key] = value
         self.optimizer.load_state_dict(parts["optimizer"], state["optimizer"])
         self._strategy.load_state_dict(parts["strategy"])
+        self.differing = list(state["differing"])
         self.completed = step

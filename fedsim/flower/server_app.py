@@ -61,11 +61,13 @@ def train(
     resume: bool,
     progress: ConsoleProgress | None = None,
 ) -> dict[str, Any]:
-    """Run a prepared experiment over a Grid and return its result.
+    """Run a prepared experiment over a Grid and return its result; that of a finished run as it is.
 
     Raises:
         RunError: a node or the machine failed; what is in `folder` can be resumed.
     """
+    if (done := folder.finished()) is not None:
+        return done
     remedy = f"Mend that, then continue with --resume --out {folder.root}."
     with validate.failures_as(RunError, f"the run in {folder.root} stopped", remedy):
         return _train(grid, experiment, folder, resume, progress)

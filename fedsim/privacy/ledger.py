@@ -17,120 +17,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dp_accounting as dp
 
-from fedsim import validate
-from fedsim.privacy import accountant, events
+from fedsim.privacy import events
 from fedsim.privacy.accountant import EpsilonResult
+from fedsim.privacy.ledger_view import RESERVED, LedgerHeader, LedgerRecord, LedgerView
 from fedsim.validate import InputError, RunError
-
-VERSION = 1
-_RESERVED = ("step", "event", "noise_multiplier", "sampling_rate", "chain")
-
-
-@dataclass(frozen=True)
-class LedgerHeader:
-    """What the whole run states before its first step.
-
-    Attributes:
-        config_hash: `Config.digest()` of the run.
-        delta: the delta its epsilon is stated for.
-        unit: unit of the events, "example" or "holder".
-        relation: neighbouring relation of the events.
-        accountant: the accountant of the run's own reports.
-        target_epsilon, stop_at_epsilon: the budget, if one was given.
-        examples: number N of training examples used; treated as public.
-        holders: number of holders.
-        examples_per_holder_at_most: the declared cap, for the epsilon of a whole holder; None: there is none,
-            and the size of the largest holder, being sensitive, is not written.
-        holder_noise_factor: factor on the noise multipliers for a holder of several examples, where events
-            bound single examples only.
-        version: format of the file.
-    """
-
-    config_hash: str
-    delta: float
-    unit: str = "example"
-    relation: str = accountant.RELATION
-    accountant: str = "pld"
-    target_epsilon: float | None = None
-    stop_at_epsilon: float | None = None
-    examples: int | None = None
-    holders: int | None = None
-    examples_per_holder_at_most: int | None = None
-    holder_noise_factor: float = 1.0
-    version: int = VERSION
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.delta < 1.0:
-            raise InputError(f"delta must be above 0 and below 1, got {self.delta!r}.")
-        validate.one_of(self.unit, accountant.UNITS, "unit")
-        validate.one_of(self.relation, (accountant.RELATION,), "relation")
-        validate.one_of(self.accountant, accountant.ACCOUNTANTS, "accountant")
-        for name in ("examples", "holders", "examples_per_holder_at_most"):
-            if (number := getattr(self, name)) is not None:
-                validate.positive(number, name)
-        validate.in_range(self.holder_noise_factor, 1e-6, 1.0, "holder_noise_factor")
-        validate.one_of(self.version, (VERSION,), "ledger version")
-
-
-@dataclass(frozen=True)
-class LedgerRecord:
-    """One step: its event, the two numbers of the event a reader looks for, and further public facts.
-
-    `noise_multiplier` and `sampling_rate` are None where the event is not a single Gaussian release.
-    """
-
-    step: int
-    event: dp.DpEvent
-    noise_multiplier: float | None
-    sampling_rate: float | None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LedgerView:
-    """A checked ledger in memory."""
-
-    header: LedgerHeader
-    records: tuple[LedgerRecord, ...]
-
-    @property
-    def steps(self) -> int:
-        """Return the number of recorded steps; the next step has this number."""
-        return len(self.records)
-
-    def total_event(self) -> dp.DpEvent:
-        """Return the composition of all steps; equal consecutive events are counted, not repeated."""
-        return events.sequence(record.event for record in self.records)
-
-    def epsilon(self, accountant_name: str | None = None, delta: float | None = None) -> EpsilonResult:
-        """Return the epsilon of everything recorded, in the header's unit."""
-        name = self.header.accountant if accountant_name is None else accountant_name
-        target = self.header.delta if delta is None else delta
-        return self._stated(accountant.epsilon(self.total_event(), target, name, self.header.unit))
-
-    def holder_epsilon(self, examples_of_holder: int, delta: float | None = None) -> EpsilonResult:
-        """Return the epsilon of a whole holder with that many examples.
-
-        Under holder-level events the number of examples does not matter and the result is `epsilon`'s.
-        """
-        target = self.header.delta if delta is None else delta
-        if self.header.unit == "holder":
-            return self.epsilon("pld", target)
-        event = self.total_event()
-        if examples_of_holder > 1 and self.header.holder_noise_factor != 1.0:
-            event = events.with_noise(event, self.header.holder_noise_factor)
-        return self._stated(accountant.holder_epsilon_of_event(event, target, examples_of_holder))
-
-    def _stated(self, spent: EpsilonResult) -> EpsilonResult:
-        units = self.header.examples if spent.unit == "example" else self.header.holders
-        return spent if units is None else spent.among(units)
 
 
 def read(path: str | Path) -> LedgerView:
@@ -148,6 +45,30 @@ def read(path: str | Path) -> LedgerView:
     return _parse(Path(path), content)[0]
 
 
+def digest_of(header: LedgerHeader) -> bytes:
+    """Return the SHA-256 of a header, 32 bytes: what secret and checkpoints of the run carry of it."""
+    return hashlib.sha256(_canonical(asdict(header)).encode()).digest()
+
+
+def read_header(path: str | Path) -> LedgerHeader | None:
+    """Return the header of a ledger, or None where there is none or its line is not whole.
+
+    Raises:
+        InputError: the line is damaged.
+    """
+    try:
+        with open(path, "rb") as handle:
+            line = handle.readline()
+    except FileNotFoundError:
+        return None
+    return _parse(Path(path), line)[0].header if line.endswith(b"\n") else None
+
+
+def draft_path(path: str | Path) -> Path:
+    """Return where the header of a ledger lies before the ledger is there."""
+    return Path(path).with_name(f"{Path(path).name}.new")
+
+
 class Ledger:
     """The ledger of a running process: open for appending, locked against a second process."""
 
@@ -160,8 +81,15 @@ class Ledger:
         self._descriptor = descriptor
 
     @classmethod
-    def create(cls, path: str | Path, header: LedgerHeader) -> Ledger:
+    def create(
+        cls, path: str | Path, header: LedgerHeader, seal: Callable[[bytes], None] | None = None
+    ) -> Ledger:
         """Start the ledger of a new run; the file and its header are on disk on return.
+
+        Args:
+            seal: called with `digest_of(header)` once the header is on disk as a draft, and before it becomes
+                the ledger: makes what the header commits to. Where the process dies in between, the
+                header is found at `draft_path`.
 
         Raises:
             InputError: the file exists already.
@@ -169,18 +97,23 @@ class Ledger:
         target = Path(path)
         body = asdict(header)
         chain = _link("", body)
-        draft = target.with_name(f"{target.name}.{os.getpid()}.new")
+        draft = draft_path(target)
         descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         try:
             _write_all(descriptor, _line({**body, "chain": chain}))
             os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        _sync_folder(target.parent)
+        if seal is not None:
+            seal(digest_of(header))
+        try:
             os.link(draft, target)  # unlike rename, fails if a ledger is there; never leaves half a header
         except FileExistsError as error:
             raise InputError(
                 f"{target}: a ledger must not be there yet. Resume that run, or choose another output folder."
             ) from error
         finally:
-            os.close(descriptor)
             os.unlink(draft)
         _sync_folder(target.parent)
         return cls(target, LedgerView(header, ()), chain, _open_locked(target))
@@ -217,9 +150,9 @@ class Ledger:
         return cls(target, view, chain, descriptor)
 
     @property
-    def path(self) -> Path:
-        """Return the file."""
-        return self._path
+    def header(self) -> LedgerHeader:
+        """Return the header."""
+        return self._header
 
     @property
     def steps(self) -> int:
@@ -230,7 +163,17 @@ class Ledger:
         """Return what is recorded so far."""
         return LedgerView(self._header, tuple(self._records))
 
-    def append(self, step: int, event: dp.DpEvent, facts: Mapping[str, Any] | None = None) -> bool:
+    def record(self, step: int) -> LedgerRecord:
+        """Return what is recorded of a step."""
+        return self._records[step]
+
+    def append(
+        self,
+        step: int,
+        event: dp.DpEvent,
+        facts: Mapping[str, Any] | None = None,
+        parameters: str | None = None,
+    ) -> bool:
         """Record the event of `step` and return True once it is on disk; only then release the step.
 
         A step that is already recorded (it was, when a resumed run repeats it) must carry an equal event;
@@ -238,6 +181,7 @@ class Ledger:
 
         Args:
             facts: further public numbers or strings of the step; JSON values.
+            parameters: see `LedgerRecord`.
 
         Raises:
             RunError: a gap, a different event for a recorded step, or the line could not be written; the
@@ -256,7 +200,7 @@ class Ledger:
             raise RunError(
                 f"{self._path}: the next step must be {self.steps}, got {step}; none may be left out."
             )
-        record = _record(step, event, dict(facts or {}))
+        record = LedgerRecord.of(step, event, facts, parameters)
         body = _body(record)
         chain = _link(self._chain, body)
         size = os.fstat(self._descriptor).st_size
@@ -290,22 +234,13 @@ class Ledger:
         self.close()
 
 
-def _record(step: int, event: dp.DpEvent, facts: dict[str, Any]) -> LedgerRecord:
-    taken = sorted(set(facts) & set(_RESERVED))
-    if taken:
-        raise InputError(f"facts of a step must not be named {', '.join(taken)}: the event says that.")
-    found = events.releases(event)
-    if len(found) == 1 and found[0].times == 1 and found[0].noise_multiplier > 0.0:
-        return LedgerRecord(step, event, found[0].noise_multiplier, found[0].sampling_rate, facts)
-    return LedgerRecord(step, event, None, None, facts)
-
-
 def _body(record: LedgerRecord) -> dict[str, Any]:
     return {
         "step": record.step,
         "event": events.to_json(record.event),
         "noise_multiplier": record.noise_multiplier,
         "sampling_rate": record.sampling_rate,
+        "parameters": record.parameters,
         **record.facts,
     }
 
@@ -393,9 +328,13 @@ def _check_line(path: Path, number: int, line: bytes, previous: str) -> tuple[di
 def _to_record(body: dict[str, Any], expected_step: int) -> LedgerRecord:
     if body["step"] != expected_step:
         raise InputError(f"step must be {expected_step}, got {body['step']!r}.")
-    facts = {key: value for key, value in body.items() if key not in _RESERVED}
     return LedgerRecord(
-        body["step"], events.from_json(body["event"]), body["noise_multiplier"], body["sampling_rate"], facts
+        body["step"],
+        events.from_json(body["event"]),
+        body["noise_multiplier"],
+        body["sampling_rate"],
+        {key: value for key, value in body.items() if key not in RESERVED},
+        body["parameters"],
     )
 
 

@@ -47,41 +47,47 @@ def stop_at(step: int) -> Callable[..., Any]:
     return client
 
 
+def secrets() -> list[Path]:
+    """Files of the folder of secrets."""
+    folder = secret.secrets_folder()
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
 def test_secure_noise_differs_between_runs_and_not_within_one(tmp_path: Path) -> None:
     config = small("privacy.noise_source=secure")
     with pytest.raises(RunError):
         train(config, tmp_path / "a", client=stop_at(3))
-    held = secret.secret_path(tmp_path / "a")
+    (held,) = secrets()
     assert stat.S_IMODE(os.stat(held).st_mode) == 0o600
     assert not held.is_relative_to(tmp_path / "a"), "the secret must not lie among the run's outputs"
-    content = held.read_bytes()
     train(config, tmp_path / "a", resume=True)
-    assert not held.exists(), "destroyed at the end"
-    for path in (tmp_path / "a").rglob("*"):
-        assert path.is_dir() or content not in path.read_bytes()
+    assert secrets() == [], "destroyed at the end"
     train(config, tmp_path / "b")
     assert not torch.equal(final(tmp_path / "a"), final(tmp_path / "b"))
 
 
-def test_secure_run_repeats_an_interrupted_step_with_the_same_noise(tmp_path: Path) -> None:
+def test_secure_run_repeats_an_interrupted_step_with_the_same_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = secret.new()
+    monkeypatch.setattr(secret, "new", lambda: made)  # the same secret for both
     config = small("privacy.noise_source=secure", "train.checkpoint_every=100")
     with pytest.raises(RunError):
         train(config, tmp_path / "a", client=stop_at(4))
-    root = secret.load(tmp_path / "a")
     train(config, tmp_path / "a", resume=True)
-    # The same secret from the start: what the run would have been without the interruption.
-    (tmp_path / "b").mkdir()
-    secret.create(tmp_path / "b")
-    secret.secret_path(tmp_path / "b").write_bytes(root)
     train(config, tmp_path / "b")
     assert torch.equal(final(tmp_path / "a"), final(tmp_path / "b"))
+    first, second = ((tmp_path / name / "ledger.jsonl").read_bytes() for name in "ab")
+    assert first == second
 
 
 def test_secure_run_without_its_secret_cannot_resume(tmp_path: Path) -> None:
     config = small("privacy.noise_source=secure")
     with pytest.raises(RunError):
         train(config, tmp_path / "a", client=stop_at(3))
-    secret.destroy(tmp_path / "a")
+    header = ledger.read_header(tmp_path / "a" / "ledger.jsonl")
+    assert header is not None
+    secret.destroy(header.run)
     with pytest.raises(InputError, match="secret"):
         train(config, tmp_path / "a", resume=True)
 

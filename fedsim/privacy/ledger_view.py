@@ -1,0 +1,173 @@
+"""What a ledger says: whose it is, what each step released, and the epsilons that follow.
+
+The header says whose ledger it is: the run's name, a commitment to its secret, and a keyed digest of each
+holder's examples. A run's result takes its epsilon from here and from nowhere else; a plan's is that of the
+ledger the run would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import dp_accounting as dp
+
+from fedsim import validate
+from fedsim.privacy import accountant, events
+from fedsim.privacy.accountant import EpsilonResult
+from fedsim.validate import InputError
+
+VERSION = 2
+RESERVED = ("step", "event", "noise_multiplier", "sampling_rate", "parameters", "chain")
+
+
+@dataclass(frozen=True)
+class LedgerHeader:
+    """What the whole run states before its first step.
+
+    Attributes:
+        config_hash: `Config.digest()` of the run.
+        delta: the delta its epsilon is stated for.
+        unit: unit of the events, "example" or "holder".
+        relation: neighbouring relation of the events.
+        accountant: the accountant of the run's own reports.
+        target_epsilon, stop_at_epsilon: the budget, if one was given.
+        examples: number N of training examples used; treated as public.
+        holders: number of holders.
+        examples_per_holder_at_most: the declared cap, for the epsilon of a whole holder; None: there is none,
+            and the size of the largest holder, being sensitive, is not written.
+        holder_noise_factor: factor on the noise multipliers for a holder of several examples, where events
+            bound single examples only.
+        example_noise_factor: the same for an example, where the unit is the holder; None: not bounded apart.
+        run: random name of a run under secure noise; empty under seeded noise.
+        secret: commitment to its secret (`fedsim.privacy.secret`), or empty.
+        data: keyed digest of each holder's examples (`fedsim.privacy.binding`), in holder order.
+        version: format of the file.
+    """
+
+    config_hash: str
+    delta: float
+    unit: str = "example"
+    relation: str = accountant.RELATION
+    accountant: str = "pld"
+    target_epsilon: float | None = None
+    stop_at_epsilon: float | None = None
+    examples: int | None = None
+    holders: int | None = None
+    examples_per_holder_at_most: int | None = None
+    holder_noise_factor: float = 1.0
+    example_noise_factor: float | None = None
+    run: str = ""
+    secret: str = ""
+    data: tuple[str, ...] = ()
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(self.data))
+        if not 0.0 < self.delta < 1.0:
+            raise InputError(f"delta must be above 0 and below 1, got {self.delta!r}.")
+        validate.one_of(self.unit, accountant.UNITS, "unit")
+        validate.one_of(self.relation, (accountant.RELATION,), "relation")
+        validate.one_of(self.accountant, accountant.ACCOUNTANTS, "accountant")
+        for name in ("examples", "holders", "examples_per_holder_at_most"):
+            if (number := getattr(self, name)) is not None:
+                validate.positive(number, name)
+        validate.in_range(self.holder_noise_factor, 1e-6, 1.0, "holder_noise_factor")
+        if self.example_noise_factor is not None:
+            validate.in_range(self.example_noise_factor, 1e-6, 1.0, "example_noise_factor")
+        validate.one_of(self.version, (VERSION,), "ledger version")
+
+
+@dataclass(frozen=True)
+class LedgerRecord:
+    """One step: its event, the two numbers of the event a reader looks for, and further public facts.
+
+    `noise_multiplier` and `sampling_rate` are None where the event is not a single Gaussian release.
+    `parameters` is the SHA-256 of the parameters it released.
+    """
+
+    step: int
+    event: dp.DpEvent
+    noise_multiplier: float | None
+    sampling_rate: float | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    parameters: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        event: dp.DpEvent,
+        facts: Mapping[str, Any] | None = None,
+        parameters: str | None = None,
+    ) -> LedgerRecord:
+        """Return the record of a step.
+
+        Raises:
+            InputError: an event of an unknown kind or a reserved fact.
+        """
+        taken = sorted(set(facts or {}) & set(RESERVED))
+        if taken:
+            raise InputError(f"facts of a step must not be named {', '.join(taken)}: the event says that.")
+        found = events.releases(event)
+        one = len(found) == 1 and found[0].times == 1 and found[0].noise_multiplier > 0.0
+        sigma, rate = (found[0].noise_multiplier, found[0].sampling_rate) if one else (None, None)
+        return cls(step, event, sigma, rate, dict(facts or {}), parameters)
+
+
+@dataclass(frozen=True)
+class LedgerView:
+    """A checked ledger in memory."""
+
+    header: LedgerHeader
+    records: tuple[LedgerRecord, ...]
+
+    @property
+    def steps(self) -> int:
+        """Return the number of recorded steps; the next step has this number."""
+        return len(self.records)
+
+    def until(self, steps: int) -> LedgerView:
+        """Return the ledger as it was after so many steps."""
+        return LedgerView(self.header, self.records[:steps])
+
+    def total_event(self) -> dp.DpEvent:
+        """Return the composition of all steps; equal consecutive events are counted, not repeated."""
+        return events.sequence(record.event for record in self.records)
+
+    @property
+    def private(self) -> bool:
+        """Return whether everything recorded had noise."""
+        return all(release.noise_multiplier > 0.0 for release in events.releases(self.total_event()))
+
+    def epsilon(self, accountant_name: str | None = None, delta: float | None = None) -> EpsilonResult:
+        """Return the epsilon of everything recorded, in the header's unit."""
+        name = self.header.accountant if accountant_name is None else accountant_name
+        target = self.header.delta if delta is None else delta
+        return self._stated(accountant.epsilon(self.total_event(), target, name, self.header.unit))
+
+    def example_epsilon(self) -> EpsilonResult | None:
+        """Return the epsilon of one example where the unit is the holder, or None where none is bounded."""
+        header = self.header
+        if header.example_noise_factor is None:
+            return None
+        event = events.with_noise(self.total_event(), header.example_noise_factor)
+        return self._stated(accountant.epsilon(event, header.delta, header.accountant, "example"))
+
+    def holder_epsilon(self, examples_of_holder: int, delta: float | None = None) -> EpsilonResult:
+        """Return the epsilon of a whole holder with that many examples.
+
+        Under holder-level events the number of examples does not matter and the result is `epsilon`'s.
+        """
+        target = self.header.delta if delta is None else delta
+        if self.header.unit == "holder":
+            return self.epsilon("pld", target)
+        event = self.total_event()
+        if examples_of_holder > 1 and self.header.holder_noise_factor != 1.0:
+            event = events.with_noise(event, self.header.holder_noise_factor)
+        return self._stated(accountant.holder_epsilon_of_event(event, target, examples_of_holder))
+
+    def _stated(self, spent: EpsilonResult) -> EpsilonResult:
+        units = self.header.examples if spent.unit == "example" else self.header.holders
+        return spent if units is None else spent.among(units)
