@@ -1,10 +1,11 @@
-"""Squared norms of rows, exact to a part in 4e-7 whatever is in them."""
+"""Squared norms of rows, exact to a part in a million whatever is in them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+_SMALL = 1e-30
 BLOCK = 512  # squares added in float32 before going on in float64
 
 
@@ -15,7 +16,16 @@ def squared_norms(rows: Tensor) -> Tensor:
     float64. One float32 reduction of 4,096 equal entries comes out 7e-6 too small, of 512 at most 1e-6, so
     that a norm is off by less than 5e-7.
     """
-    flat = rows.reshape(len(rows), -1)
+    squares = _in_blocks(rows.reshape(len(rows), -1))
+    # Squares of entries below 1e-19 vanish in float32, and those above 2e19 overflow.
+    odd = ~((squares > _SMALL) & torch.isfinite(squares))
+    if odd.any():
+        for row in odd.nonzero()[:, 0].tolist():  # one at a time: they may be all, and long
+            squares[row] = rows[row].double().square().sum()
+    return squares
+
+
+def _in_blocks(flat: Tensor) -> Tensor:
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
     width = flat.shape[1]

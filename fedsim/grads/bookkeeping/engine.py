@@ -78,7 +78,7 @@ def clipped_sum(
         groups, losses = _forward_and_backward(model, inputs, targets, views, loss, options, tape)
         with torch.no_grad():
             for group in groups:
-                joint.add_squares(group, tape)
+                group.add_squares(tape)
             small = [_Small(tape, group) for group in range(len(tape.total))]
             for kept in small:
                 kept.add_squares()
@@ -88,7 +88,7 @@ def clipped_sum(
                 coefficients = clip.coefficients(norms)
                 alone = _too_short(tape, clip, coefficients)
                 apart = None if not alone.any() else _formed(tape, clip, norms, coefficients, alone)
-                total = _weighted(tape, small, coefficients * options.margin)
+                total = _weighted(tape, small, groups, coefficients * options.margin)
                 if apart is not None:
                     total += apart * options.margin
     if not finite.all():  # 0 * nan is nan: the others go again, alone
@@ -209,11 +209,12 @@ class _Small:
         return list(zip(self.uses, parts, strict=True))
 
 
-def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
+def _weighted(tape: Tape, small: list[_Small], groups: list[joint.Group], coefficients: Tensor) -> Tensor:
     """Sum of coefficient * gradient over examples as a flat vector, pulled back to the parameters.
 
     Args:
         small: by clip group.
+        groups: of uses that are measured together.
         coefficients: (B,), or (B, G) for each clip group.
     """
     factors = [coefficients] if coefficients.dim() == 1 else coefficients.t().contiguous().unbind()
@@ -225,14 +226,14 @@ def _weighted(tape: Tape, small: list[_Small], coefficients: Tensor) -> Tensor:
                 total.add([(use.weight, part)])
             else:
                 total.add(use.pull_back(part.view(use.weight.shape), use.leaves))
-    rest = [use for use in tape.uses if use.filled and id(use) not in together]
+    rest = [use for use in tape.uses if use.filled and use.alone and id(use) not in together]
     tape.uses.clear()
+    for group in groups:
+        total.add(group.weighted(tape, factors))
     while rest:
         use = rest.pop()  # its tensors can go as soon as they are summed
-        for group in use.clip_groups:
-            own = [p for p in use.leaves if tape.clip_groups[id(p)] == group]
-            sums = use.weighted(factors[group], total.place(use.weight))
-            total.add(use.pull_back(sums, own, total.place))
+        sums = use.weighted(factors[use.clip_groups[0]], total.place(use.weight))
+        total.add(use.pull_back(sums, use.leaves, total.place))
     return total.finished()
 
 

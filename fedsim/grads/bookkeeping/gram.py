@@ -64,4 +64,6 @@ def inner(pairs: Iterable[tuple[Tensor, Tensor]], widths: tuple[int, int]) -> tu
     doubt = (of_product(widths[0], dtype) + of_product(widths[1], dtype)) * absolute
     # Of the second matrix each entry beside the diagonal was counted once.
     doubt += of_entries(dtype) * (own_trace * other_size * math.sqrt(2.0) + other_trace * own_size)
+    # What vanishes below the smallest number of the dtype.
+    doubt += torch.finfo(dtype).tiny * (found[0].shape[1] + own_size + other_size)
     return products, doubt + 2.0 * of_sum(dtype) * products.sqrt() * lengths

@@ -8,22 +8,74 @@ formed, pulled back to the parameters and added before the norm, for as many exa
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping import conv
 from fedsim.grads.bookkeeping.mode import is_selection
-from fedsim.grads.bookkeeping.tape import Tape, Unsupported, Use
+from fedsim.grads.bookkeeping.tape import Pulled, Tape, Unsupported, Use
 from fedsim.grads.norms import squared_norms
 
 
 class Group:
-    """Uses that must be measured together, and the parameters they reach."""
+    """Uses that must be measured together, and the parameters they reach.
+
+    Norms and sum come from the same formed gradients, kept where the budget allows and formed again where
+    not: whatever cancels between the uses, or on the way back to the parameters, an example adds what was
+    measured.
+    """
 
     def __init__(self) -> None:
         self.uses: list[Use] = []
         self.parameters: dict[int, nn.Parameter] = {}
+        self._kept: list[_Piece] | None = None
+
+    def add_squares(self, tape: Tape) -> None:
+        """Add the squared norms to the tape's total, after the backward pass."""
+        size = sum(p.numel() for p in self.parameters.values()) * tape.examples * tape.anchor.element_size()
+        keep = tape.reserve(size, 0)
+        pieces = []
+        for piece in self._pieces(tape):
+            for key, gradients in piece.gradients.items():
+                tape.total[tape.clip_groups[key]][piece.low : piece.high] += squared_norms(gradients)
+            if keep:
+                pieces.append(piece)
+        self._kept = pieces if keep else None
+
+    def weighted(self, tape: Tape, factors: Sequence[Tensor]) -> Pulled:
+        """Sums over examples of factor * gradient; one vector (B,) of factors a clip group."""
+        sums: dict[int, Tensor] = {}
+        for piece in self._pieces(tape) if self._kept is None else self._kept:
+            for key, gradients in piece.gradients.items():
+                own = factors[tape.clip_groups[key]][piece.low : piece.high].to(gradients.dtype)
+                part = own @ gradients.reshape(len(own), -1)
+                sums[key] = sums[key] + part if key in sums else part
+        return [(self.parameters[key], part) for key, part in sums.items()]
+
+    def _pieces(self, tape: Tape) -> Iterator[_Piece]:
+        """Gradients of a few examples at a time, pulled back to the parameters and added over the uses."""
+        uses = [use for use in self.uses if use.filled]
+        entries = sum(p.numel() for p in self.parameters.values()) + sum(use.weight.numel() for use in uses)
+        step = max(1, tape.scratch // (entries * tape.anchor.element_size()))
+        for low in range(0, tape.examples if uses else 0, step):
+            piece = _Piece(low, min(low + step, tape.examples), {})
+            for use in uses:
+                for parameter, part in use.pull_back(use.rows(low, piece.high), use.leaves):
+                    present = piece.gradients.get(id(parameter))
+                    piece.gradients[id(parameter)] = part if present is None else present + part
+            yield piece
+
+
+@dataclass
+class _Piece:
+    """Gradients (high - low, ...) of the examples low .. high - 1, by parameter."""
+
+    low: int
+    high: int
+    gradients: dict[int, Tensor]
 
 
 def groups(tape: Tape) -> list[Group]:
@@ -73,20 +125,3 @@ def _apart(first: Tensor, second: Tensor) -> bool:
         return False
     low, high = sorted((first, second), key=lambda tensor: int(tensor.storage_offset()))
     return int(low.storage_offset()) + low.numel() <= int(high.storage_offset())
-
-
-def add_squares(group: Group, tape: Tape) -> None:
-    """Add the squared norms of a group to the tape's total, after the backward pass."""
-    uses = [use for use in group.uses if use.filled]
-    parameters = list(group.parameters.values())
-    entries = sum(p.numel() for p in parameters) + sum(use.weight.numel() for use in uses)
-    step = max(1, tape.scratch // (entries * tape.anchor.element_size()))
-    for low in range(0, tape.examples if uses else 0, step):
-        high = min(low + step, tape.examples)
-        sums: dict[int, Tensor] = {}
-        for use in uses:
-            for parameter, part in use.pull_back(use.rows(low, high), use.leaves):
-                present = sums.get(id(parameter))
-                sums[id(parameter)] = part if present is None else present + part
-        for key, total in sums.items():
-            tape.total[tape.clip_groups[key]][low:high] += squared_norms(total)

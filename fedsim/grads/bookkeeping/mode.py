@@ -31,10 +31,11 @@ _SELECTING = {f"{name}Backward0" for name in _NAMES.split()}
 
 
 # What a tensor with examples says of itself is not what holds below: a model must not be misled by it.
+_tensor: Any = Tensor
 _TOLD: dict[Any, Callable[[Tensor], Any]] = {
-    Tensor.requires_grad.__get__: lambda tensor: tensor.requires_grad,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__: lambda tensor: tensor.grad_fn,  # type: ignore[attr-defined]
-    Tensor.is_leaf.__get__: lambda tensor: tensor.is_leaf,  # type: ignore[attr-defined]
+    _tensor.requires_grad.__get__: lambda tensor: tensor.requires_grad,
+    _tensor.grad_fn.__get__: lambda tensor: tensor.grad_fn,
+    _tensor.is_leaf.__get__: lambda tensor: tensor.is_leaf,
 }
 
 

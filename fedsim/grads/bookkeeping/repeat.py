@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fedsim.grads.bookkeeping.mode import Watch
 from fedsim.grads.bookkeeping.tape import Rows, Unsupported
 
 _log = logging.getLogger(__name__)
-_told: set[tuple[str, ...]] = set()
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 # Broadcasting and joining, where a copy is what any rule would take: nothing to tell.
 _NAMES = (
@@ -29,11 +30,12 @@ _NAMES = (
 _PLAIN = set(_NAMES.split())
 
 
-def tell_once(*parts: str) -> None:
-    """Log a line of `parts`, once a process."""
-    if parts not in _told:
-        _told.add(parts)
-        _log.warning("%s", " ".join(parts))
+def tell_once(model: nn.Module, line: str) -> None:
+    """Log a line, once a model."""
+    told = _told.setdefault(model, set())
+    if line not in told:
+        told.add(line)
+        _log.warning("%s", line)
 
 
 class _Repeat(torch.autograd.Function):
@@ -68,9 +70,9 @@ def generic(watch: Watch, func: Any, *args: Any, **kwargs: Any) -> Any:
         names = sorted({watch.tape.names[id(p)] for i in weights for p in watch.tape.parameters_of(flat[i])})
         owner = watch.tape.owners[id(watch.tape.parameters_of(flat[weights[0]])[0])]
         tell_once(
-            f"per-example gradients of {', '.join(names)} are formed one by one:",
-            f"operation {name} of {type(owner).__name__}",
-            "has no rule of its own.",
+            watch.tape.model,
+            f"per-example gradients of {', '.join(names)} come from vmap: operation {name} of "
+            f"{type(owner).__name__} has no rule of its own.",
         )
     for index in weights:
         flat[index] = repeated(watch, flat[index])

@@ -30,7 +30,7 @@ class Use(ABC):
 
     `weight` is a trainable parameter, or a tensor computed from trainable parameters alone (a standardised
     kernel, a slice). An operation with a bias makes two uses. The backward pass fills a use; `squares` may
-    then be asked once, `weighted` once for each of its clip groups, and `rows` any number of times.
+    then be asked once, `weighted` once, and `rows` any number of times.
 
     Attributes:
         tape: where the use belongs.
@@ -126,6 +126,7 @@ class Tape:
     """What one call has recorded.
 
     Attributes:
+        model: whose parameters they are.
         examples: B.
         parameters: trainable parameters by id, in the order of `named_parameters`.
         names: their names by id.
@@ -168,7 +169,7 @@ class Tape:
         self.uses: list[Use] = []
         self.after_backward: list[Callable[[], None]] = []
         self.blocks = Blocks(budget)
-        self._model = model
+        self.model = model
 
     def __enter__(self) -> Tape:
         return self
@@ -183,7 +184,7 @@ class Tape:
     def owners(self) -> dict[int, nn.Module]:
         """The module each parameter is registered in, by id."""
         found: dict[int, nn.Module] = {}
-        for module in self._model.modules():
+        for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
                 found.setdefault(id(parameter), module)
         return found
