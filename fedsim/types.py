@@ -90,11 +90,19 @@ class HolderReply:
 
 @dataclass(frozen=True)
 class NodeFailure:
-    """A node that answered with an error, or not at all (`fatal`: its process is gone)."""
+    """A node that answered with an error, or not at all.
+
+    Attributes:
+        node: its index.
+        reason: what is wrong, in full; may hold numbers of the reply and words of the node: sensitive.
+        fatal: whether its process is gone.
+        kind: what may be said of it in public.
+    """
 
     node: int
     reason: str
     fatal: bool
+    kind: str = "its reply was refused"
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ class Strategy(ABC, Generic[OptionsT]):
     noise_added: ClassVar[str]
     dropout_policy: ClassVar[str]
     stages: ClassVar[tuple[str, ...]] = ("",)  # of a step, in order: what `collect` asks
+    simulates_secrets: ClassVar[bool] = False  # whether keys of holders come from the server: simulation only
     sums_by_holder: ClassVar[bool] = False  # whether `answer` takes `NodeView.clipped_sums`: more memory
 
     def __init__(self, config: Config, options: OptionsT) -> None:

@@ -71,6 +71,7 @@ class LocalDPSGD(Strategy[LocalOptions]):
     private = True
     trusted = "nobody"
     sent = "noised sum of clipped per-example gradients of each holder, or its model's change by such steps"
+    simulates_secrets = True
     noise_added = "every holder, in full, on its own sum"
     dropout_policy = "ask once more with the same keys, then stop"
 

@@ -119,6 +119,7 @@ class SharesDPSGD(Strategy[SharesOptions]):
     sent = "masked, rounded sum of clipped per-example gradients with a share of the noise, a holder"
     noise_added = "every holder, a share of it, as integers"
     stages = STAGES
+    simulates_secrets = True
     sums_by_holder = True
     dropout_policy = "below min_survivors: refuse the step, or top up the noise; below the threshold: refuse"
 

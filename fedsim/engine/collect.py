@@ -62,8 +62,10 @@ class Collector:
             for node, failure in sorted(verdict.rejected.items()):
                 if failure.fatal or node in retried:
                     again = "" if failure.fatal else " (asked twice)"
+                    public_only = self._experiment.config.monitor.public_only
                     raise RunError(
-                        f"step {self._step}: node {node} failed{again}: {failure.reason}. The run stopped "
+                        f"step {self._step}: node {node} failed{again}: "
+                        f"{failure.kind if public_only else failure.reason}. The run stopped "
                         f"before this step was released; resume it with --resume --out {self._out}."
                     )
                 retried.add(node)

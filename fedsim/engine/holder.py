@@ -196,6 +196,11 @@ def setup_of(config: Config) -> str:
     return json.dumps({"config": body, "keys": keys}, sort_keys=True)
 
 
+def public_only(setup: str) -> bool:
+    """Say whether nothing sensitive may be written, from what `setup_of` says."""
+    return bool(json.loads(setup)["config"]["monitor"]["public_only"])
+
+
 @functools.lru_cache(maxsize=8)
 def node_for(setup: str, index: int) -> Node:
     """Return the node for what `setup_of` says, built once per process."""

@@ -109,16 +109,11 @@ class TensorBoard:
         self._writer.add_image(f"{_PREFIX[type(image)]}/{name}", image.value, 0, self._walltime)
 
     def hparams(self, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
-        """Add the run to the HParams tab with its final metrics."""
-        from torch.utils.tensorboard.summary import hparams
-
+        """Add the run to the HParams tab with its final metrics; not if timeless, for it says when it ended."""
+        if self._timeless:
+            return
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-        metrics = {f"final/{k}": float(v) for k, v in final.items()}
-        files = self._writer._get_file_writer()  # SummaryWriter.add_hparams takes no time but the clock's
-        for summary in hparams(plain, metrics):
-            files.add_summary(summary, None, self._walltime)
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, self._step, self._walltime)
+        self._writer.add_hparams(plain, {f"final/{k}": float(v) for k, v in final.items()}, run_name=".")
 
     def close(self) -> None:
         self._writer.close()

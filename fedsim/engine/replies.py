@@ -62,7 +62,7 @@ def judge(
             accepted[answer.node] = answer
     for node in asked:
         if node not in accepted and node not in rejected:
-            rejected[node] = NodeFailure(node, "no reply", False)
+            rejected[node] = NodeFailure(node, "no reply", False, "no reply")
     return Judgement(accepted, rejected)
 
 

@@ -66,6 +66,11 @@ class RunFolder:
                 f"{self.root} belongs to another configuration: {_difference(held, config)}. "
                 "Choose another --out, or run with the configuration in its config.yaml."
             )
+        if config.monitor.public_only and not held.monitor.public_only:
+            raise InputError(
+                f"{self.root} holds a run that wrote sensitive numbers. Resume it with "
+                "monitor.public_only=false, or choose another --out."
+            )
         if not resume:
             state = "a finished run" if self.result.exists() else "an unfinished run"
             raise InputError(

@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim import provenance
+from fedsim.validate import RunError
 
 app = ClientApp()
 
@@ -32,9 +33,15 @@ def train(message: Message, context: Context) -> Message:
 
     retain_freed_memory()
     began = time.perf_counter()
-    task, parameters, config_json = wire.unpack_task(message.content)
+    task, parameters, setup = wire.unpack_task(message.content)
     unpacked = time.perf_counter() - began
-    node = holder.node_for(config_json, int(context.node_config["partition-id"]))
-    reply = holder.answer(node, task, parameters)
+    try:
+        node = holder.node_for(setup, int(context.node_config["partition-id"]))
+        reply = holder.answer(node, task, parameters)
+    except Exception as error:
+        if not holder.public_only(setup):
+            raise
+        # Flower sends and logs what an exception says, which may be of the data.
+        raise RunError(f"{type(error).__name__} (monitor.public_only withholds what it says)") from None
     reply = dataclasses.replace(reply, seconds={**reply.seconds, "transfer": unpacked})
     return Message(wire.pack_reply(reply), reply_to=message)

@@ -20,6 +20,7 @@ from fedsim.engine.holder import setup_of
 from fedsim.engine.metrics import ConsoleProgress
 from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.engine.server import Server
+from fedsim.flower import deployment
 from fedsim.flower.transport import GridTransport
 from fedsim.models import weights
 from fedsim.validate import InputError, RunError
@@ -35,6 +36,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(wanted["out"]) or default_out(config))
     if not out.is_absolute():
         raise InputError(f"out must be an absolute path (the runtime changes folders), got {str(out)!r}.")
+    config = deployment.settled(config, deployment.backend_of(grid))
     folder, resume = RunFolder(out), bool(wanted["resume"])
     folder.check(config, resume)
     result = train(grid, prepare(config), folder, resume)
@@ -64,10 +66,13 @@ def train(
     """Run a prepared experiment over a Grid and return its result; that of a finished run as it is.
 
     Raises:
+        InputError: settings that the grid's backend refuses (fedsim.flower.deployment); nothing is started.
         RunError: a node or the machine failed; what is in `folder` can be resumed.
     """
     if (done := folder.finished()) is not None:
         return done
+    config = deployment.settled(experiment.config, deployment.backend_of(grid))
+    experiment = dataclasses.replace(experiment, config=config)
     remedy = f"Mend that, then continue with --resume --out {folder.root}."
     with validate.failures_as(RunError, f"the run in {folder.root} stopped", remedy):
         return _train(grid, experiment, folder, resume, progress)

@@ -97,7 +97,12 @@ class GridTransport:
             if answer.has_error():
                 code, reason = answer.error.code, answer.error.reason or "no reason given"
                 out.append(
-                    NodeFailure(index, f"{reason.strip()} (Flower error {code})", code in PROCESS_DIED)
+                    NodeFailure(
+                        index,
+                        f"{reason.strip()} (Flower error {code})",
+                        code in PROCESS_DIED,
+                        f"Flower error {code}",
+                    )
                 )
                 continue
             try:
