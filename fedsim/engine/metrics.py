@@ -109,7 +109,7 @@ class TensorBoard:
         self._writer.add_image(f"{_PREFIX[type(image)]}/{name}", image.value, 0, self._walltime)
 
     def hparams(self, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
-        """Add the run to the HParams tab with its final metrics; not if timeless, for it says when it ended."""
+        """Add the run to the HParams tab with its final metrics; not if timeless: it says when it ended."""
         if self._timeless:
             return
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}

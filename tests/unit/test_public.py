@@ -25,6 +25,7 @@ from tests.unit.test_visibility import strict
 
 QUIET = (
     "data.name=arrays",
+    "data.classes=3",
     "data.train_examples=null",
     "data.test_examples=null",
     "model.name=linear",
@@ -197,7 +198,7 @@ def test_the_numbers_of_a_refused_reply_stay_unsaid(public_only: bool, tmp_path:
     "overrides",
     [
         ("train.expected_batch_size=1e-6",),
-        ("strategy.name=nonprivate", "privacy.noise_multiplier=null"),
+        ("strategy.name=nonprivate", "privacy.noise_multiplier=null", "privacy.clip_norm=1.0"),
         ("strategy.name=shares_dpsgd",),
     ],
 )
