@@ -19,7 +19,10 @@ from fedsim.privacy.accountant import EpsilonResult
 from fedsim.report.plain import plain
 from fedsim.visibility import Numbers, Public, Sensitive, Tagged, sensitive_names, shown
 
-ASSUMED_PUBLIC = ("the number of training examples, after federation.examples_per_holder_at_most",)
+ASSUMED_PUBLIC = (
+    "the number of training examples that are used, and of holders",
+    "which of its example slots a holder above federation.examples_per_holder_at_most uses",
+)
 
 
 def result_of(

@@ -135,6 +135,12 @@ def test_without_a_cap_epsilon_per_holder_is_the_largest_ones_and_sensitive(tmp_
     assert ledger.read(tmp_path / "ledger.jsonl").header.examples_per_holder_at_most is None
 
 
+def test_the_cap_stands_for_the_largest_holder_whatever_its_size() -> None:
+    facts = prepare(small(*UNEVEN, "federation.examples_per_holder_at_most=1000")).facts
+    assert facts.largest_holder == Public(1000)
+    assert facts.examples == 400
+
+
 def test_what_shares_send_does_not_depend_on_the_largest_holder() -> None:
     """Without a cap the ring holds what one holder of everything would send."""
     plans = [

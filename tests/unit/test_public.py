@@ -90,7 +90,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int, *override
 def test_public_files_are_the_same_whatever_the_private_data(
     evaluated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Digests of the data under a key of the run: random to whoever lacks the key, which a secure run destroys.
+    # Digests of the data under a key of the run: random to whoever lacks it, and a secure run destroys it.
     monkeypatch.setattr(binding, "holder_digests", lambda root, of, holders, arrays: ("0" * 32,) * holders)
     held_out = [] if evaluated == "test data" else ["data.holdout_examples=60"]
     first, second = (run(tmp_path, capsys, seed, "monitor.public_only=true", *held_out) for seed in (1, 2))
