@@ -7,7 +7,6 @@ values mean here what they mean in ordinary training on that example alone. Memo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -21,7 +20,6 @@ from fedsim.grads.microbatch import Answer, Loss, check_losses
 from fedsim.grads.state import left_as_found
 
 Ask = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
-_accumulating = threading.Lock()  # `.backward()` goes through `.grad`, which all threads share
 
 
 def clipped_sum(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, clip: ClipRule) -> Answer:
@@ -104,19 +102,16 @@ def gradients_of(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _accumulated(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """As `gradients_of`, by `.backward()`, which alone passes through a re-entrant checkpoint."""
+    """As `gradients_of`, by `.backward()`, which alone passes through a re-entrant checkpoint.
+
+    Within `left_as_found`, which keeps other threads out and puts every `.grad` back.
+    """
     if not value.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
-    with _accumulating:
-        before = [p.grad for p in parameters]
-        try:
-            for parameter in parameters:
-                parameter.grad = None
-            value.backward()
-            return _dense([p.grad for p in parameters], parameters)
-        finally:
-            for parameter, gradient in zip(parameters, before, strict=True):
-                parameter.grad = gradient
+    for parameter in parameters:
+        parameter.grad = None
+    value.backward()
+    return _dense([p.grad for p in parameters], parameters)
 
 
 def _dense(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:

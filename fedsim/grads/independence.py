@@ -57,7 +57,7 @@ def check(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss) -> None:
     """Refuse a model or loss that is seen to mix examples or to be random; in calls number 1, 2, 4, 8, ... .
 
     Compares, without gradients, the losses of the first three examples run together with those run one at a
-    time, and those of one example with themselves. Differences above 1e-3 of the loss (float64: 1e-6) count
+    time, and those with themselves in a second run. Differences above 1e-3 of the loss (float64: 1e-6) count
     if float64 shows them too. Losses that are not finite say nothing, nor does a model that does not run.
 
     Args:
@@ -110,23 +110,23 @@ class _Runs:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Batch, targets: Batch, loss: Loss) -> _Runs | None:
-        """Run the examples one at a time, the first twice, and together; None if one alone does not run."""
+        """Run the examples one at a time, twice, and together; None if one alone does not run."""
         examples, views = batch.sizes(inputs, targets)
         rows = [batch.take(inputs, row) for row in range(examples)]
         repeated = [batch.expanded(batch.take(targets, row), views) for row in range(examples)]
-        alone = [_losses(model, *pair, loss) for pair in zip(rows, repeated, strict=True)]
-        again = _losses(model, rows[0], repeated[0], loss)
-        known = [losses for losses in alone if losses is not None]
-        if len(known) < examples or again is None:
+        found = [_losses(model, *pair, loss) for pair in 2 * list(zip(rows, repeated, strict=True))]
+        known = [losses for losses in found if losses is not None]
+        if len(known) < 2 * examples:
             return None
+        alone, again = torch.stack(known).unflatten(0, (2, examples))
         joint = batch.each(lambda array: array.flatten(0, 1), inputs)
         together = _losses(model, joint, batch.repeated(targets, views), loss)
         shaped = None if together is None else together.view(examples, views)
-        return cls(type(model).__name__, torch.stack(known), again, shaped)
+        return cls(type(model).__name__, alone, again, shaped)
 
     def problem(self, tolerance: _Tolerance) -> str:
         """What the losses say, for a message; "" if nothing."""
-        if not tolerance.within(self.alone[0], self.again):
+        if not tolerance.within(self.alone, self.again):
             return (
                 f"the forward pass must not be random, but two runs of {self.name} on one example give "
                 "different losses. Set the rates of dropout and other random layers to 0: masks would need "

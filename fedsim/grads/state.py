@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, compress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from fedsim.validate import InputError
 
 _HELD = frozenset((dict, OrderedDict, list, set))  # kinds of attributes whose content is put back too
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -22,26 +26,30 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
     Back come: every attribute of every module, modes, hooks, buffers and submodules among them, with the
     content of dictionaries, lists and sets (one level deep); attributes and `.grad` of parameters; values of
-    buffers. Also when an exception leaves the block, which then goes on.
+    buffers. Also when an exception leaves the block, which then goes on. One thread at a time is in a block
+    of one model: it would put back for good what another left half done.
 
     Raises:
         InputError: the block changed the value of a buffer. Through it examples would reach one another,
             and later batches, past clipping and noise.
     """
-    modules = list(model.modules())
-    attributes = _Attributes(modules)
-    parameters = [(p, vars(p).copy(), p.grad) for p in _all(module._parameters for module in modules)]
-    buffers = _Buffers(modules)
-    try:
-        yield
-    except BaseException:
-        buffers.put_back()
+    with _lock:
+        own = _locks.setdefault(model, threading.RLock())
+    with own:
+        modules = list(model.modules())
+        attributes = _Attributes(modules)
+        parameters = [(p, vars(p).copy(), p.grad) for p in _all(module._parameters for module in modules)]
+        buffers = _Buffers(modules)
+        try:
+            yield
+        except BaseException:
+            buffers.put_back()
+            attributes.put_back()
+            _put_back(parameters)
+            raise
+        changed = buffers.put_back()
         attributes.put_back()
         _put_back(parameters)
-        raise
-    changed = buffers.put_back()
-    attributes.put_back()
-    _put_back(parameters)
     if changed:
         names = [name for name, buffer in model.named_buffers() if id(buffer) in changed]
         raise InputError(

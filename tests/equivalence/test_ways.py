@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedsim.grads import ENGINES, FlatClip, clipped_gradient_sum
-from fedsim.grads.batch import Batch
+from fedsim.grads.batch import Batch, take
+from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.microbatch import Loss
 
 B, K, C = 6, 2, 0.05
@@ -350,6 +352,7 @@ CASES = {
     "parameter hook": Case(hooked_parameter, IDS, LABELS, cross_entropy),
     "activation hook": Case(hooked_activation, VECTORS, LABELS, cross_entropy),
     "frozen batch norm": Case(frozen_norm, VECTORS, LABELS, cross_entropy),
+    "writes into its input": Case(Writes, VECTORS, LABELS, cross_entropy),
     "loss writes into targets": Case(Net, VECTORS, LABELS, writing_loss),
     "TorchScript": Case(lambda: torch.jit.script(Scripted()), VECTORS, LABELS, cross_entropy),
     "traced": Case(lambda: torch.jit.trace(Scripted(), torch.ones(2, 5)), VECTORS, LABELS, cross_entropy),
@@ -402,3 +405,88 @@ def test_every_engine_ends_in_the_right_sum(name: str, engine: str) -> None:
             torch.testing.assert_close(found.norms.float(), norms, rtol=1e-4, atol=1e-6)
             assert same(inputs, case.inputs), "the caller's data"
             assert same(targets, case.targets), "the caller's data"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_sums_by_owner_are_right(name: str) -> None:
+    case = CASES[name]
+    gradients = rows_by_autograd(built(case, torch.float64), case.run, case)
+    owners = torch.tensor([2, 0, 2, 2, 0, 0])
+    model = built(case, torch.float64)
+    length = sum(p.numel() for p in model.parameters())
+    totals = torch.ones(3, length, dtype=torch.float64)
+    norms, losses, _ = clipped_gradient_sums(
+        model, copied(case.inputs), copied(case.targets), FlatClip(C), owners, totals, case.loss
+    )
+    for owner in range(3):
+        own = [parts for parts, place in zip(gradients, owners, strict=True) if place == owner]
+        wanted = clipped(own, C) if own else torch.zeros(length)
+        torch.testing.assert_close(totals[owner], wanted + 1.0, rtol=1e-9, atol=1e-11)
+    assert norms.shape == losses.shape == (B,)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize("name", ["boolean mask", "custom function", "re-entrant checkpoint", "named arrays"])
+def test_clipping_by_layer_on_every_way(name: str, engine: str) -> None:
+    case = CASES[name]
+    model = built(case, torch.float64)
+    gradients = rows_by_autograd(built(case, torch.float64), case.run, case)
+    layers = [n.rpartition(".")[0] for n, _ in model.named_parameters()]
+    kinds = sorted(set(layers))
+    bound = C / math.sqrt(len(kinds))
+    parts = {
+        layer: [[g for g, own in zip(row, layers, strict=True) if own == layer] for row in gradients]
+        for layer in kinds
+    }
+    found = clipped_gradient_sum(
+        model, case.inputs, case.targets, PerLayerClip(C), loss=case.loss, engine=engine
+    )
+    sizes = [p.numel() for p in model.parameters()]
+    for layer in kinds:
+        own = torch.cat([g for g, n in zip(found.sum.split(sizes), layers, strict=True) if n == layer])
+        torch.testing.assert_close(own, clipped(parts[layer], bound), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize(
+    "name", ["custom function", "re-entrant checkpoint", "complex numbers", "writes into its input"]
+)
+def test_an_example_that_is_not_finite_adds_nothing_on_every_way(name: str, engine: str) -> None:
+    case = CASES[name]
+    inputs = VECTORS.clone()
+    inputs[2, 1, 3] = math.nan
+    gradients = rows_by_autograd(built(case, torch.float64), case.run, case)
+    wanted = clipped(gradients[:2] + gradients[3:], C)
+    model = built(case, torch.float64)
+    found = clipped_gradient_sum(model, inputs, LABELS, FlatClip(C), loss=case.loss, engine=engine)
+    assert torch.isfinite(found.norms).tolist() == [True, True, False, True, True, True]
+    torch.testing.assert_close(found.sum, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["named arrays", "mapping as one argument", "sparse embedding", "frozen batch norm"]
+)
+def test_local_training_takes_batches_of_any_form(name: str) -> None:
+    """Against SGD written out: two passes of two batches, in the order that is given."""
+    case = CASES[name]
+    first = take(case.inputs, (slice(None), 0))
+    how, order = LocalTraining(epochs=2, batch_size=4, learning_rate=0.3), np.random.default_rng(5)
+    model = built(case, torch.float64)
+    update, _ = local_update(model, first, case.targets, how, order, case.loss)
+    wanted, shuffles = built(case, torch.float64), np.random.default_rng(5)
+    start = torch.cat([p.detach().clone().reshape(-1) for p in wanted.parameters()])
+    for _ in range(2):
+        shuffled = torch.from_numpy(shuffles.permutation(B))
+        for rows in (shuffled[:4], shuffled[4:]):
+            wanted.zero_grad()
+            case.loss(case.run(wanted, take(first, rows)), take(case.targets, rows)).mean().backward()
+            with torch.no_grad():
+                for p in wanted.parameters():
+                    p -= 0.3 * (p.grad.to_dense() if p.grad.is_sparse else p.grad)
+    end = torch.cat([p.detach().reshape(-1) for p in wanted.parameters()])
+    torch.testing.assert_close(update, start - end, rtol=1e-9, atol=1e-12)
+    assert update.any()
