@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,8 @@ from fedsim.grads.flat import trainable_names, trainable_parameters
 from fedsim.grads.microbatch import Engine, Loss, slices
 from fedsim.types import ClippedSum
 
-_bookkeeping: Any = bookkeeping.clipped_sum
 ENGINES: dict[str, Engine] = {
-    "bookkeeping": _bookkeeping,
+    "bookkeeping": bookkeeping.clipped_sum,
     "vmap": vmap.clipped_sum,
     "opacus": opacus_engine.clipped_sum,
 }
@@ -51,7 +49,7 @@ def engine_of(name: str, options: Options) -> Engine:
             f"bookkeeping engine, but engine.gradients is {name!r}.",
             "Leave them at float32, auto and full, or use engine.gradients=bookkeeping.",
         )
-    return functools.partial(_bookkeeping, options=options)
+    return functools.partial(bookkeeping.clipped_sum, options=options)
 
 
 def clipped_gradient_sum(

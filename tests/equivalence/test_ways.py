@@ -19,8 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fedsim.grads import ENGINES, FlatClip, clipped_gradient_sum
 from fedsim.grads.batch import Batch, take
+from fedsim.grads.clip import PerLayerClip
 from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.microbatch import Loss
+from fedsim.grads.per_example import clipped_gradient_sums
 
 B, K, C = 6, 2, 0.05
 
@@ -421,7 +423,7 @@ def test_sums_by_owner_are_right(name: str) -> None:
     )
     for owner in range(3):
         own = [parts for parts, place in zip(gradients, owners, strict=True) if place == owner]
-        wanted = clipped(own, C) if own else torch.zeros(length)
+        wanted = clipped(own, C) if own else torch.zeros(length, dtype=torch.float64)
         torch.testing.assert_close(totals[owner], wanted + 1.0, rtol=1e-9, atol=1e-11)
     assert norms.shape == losses.shape == (B,)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedsim.grads.batch import Batch, call, each, expanded, sizes, take
+from fedsim.grads.batch import Batch, arrays, call, each, expanded, sizes, take
 from fedsim.grads.bookkeeping import (
     attention,
     conv_rule,
@@ -74,6 +74,7 @@ def clipped_sum(
     clip_groups = clip.group_of(tuple(named))
     budget, scratch = options.budget_on(device), options.scratch_on(device)
     tape = Tape(model, named, examples, budget, scratch, clip_groups)
+    given = [(array, array._version) for array in (*arrays(inputs), *arrays(targets))]
     with options.arithmetic(device), tape:
         groups, losses = _forward_and_backward(model, inputs, targets, views, loss, options, tape)
         with torch.no_grad():
@@ -92,6 +93,8 @@ def clipped_sum(
                 if apart is not None:
                     total += apart * options.margin
     if not finite.all():  # 0 * nan is nan: the others go again, alone
+        if any(array._version != version for array, version in given):
+            raise Unsupported("an example is not finite, and the forward pass has written into the others")
         total = torch.zeros_like(tape.anchor).expand(sum(p.numel() for p in tape.parameters.values())).clone()
         if finite.any():
             rest = take(inputs, finite), take(targets, finite)
