@@ -2,54 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.secure_sum import shamir
-from fedsim.secure_sum.protocol import SEALED_BYTES, Advert, Reveal
+from fedsim.secure_sum.protocol import Advert, Reveal
 
 Bytes = NDArray[np.uint8]
 Ids = NDArray[np.int64]
 
 
 def pack_adverts(adverts: Mapping[int, Advert], rows: Sequence[int]) -> Bytes:
-    """Return (rows, 2, 32) uint8; zeros for holders that are silent."""
-    out = np.zeros((len(rows), 2, 32), dtype=np.uint8)
+    """Return (rows, 3, 32) uint8; zeros for holders that are silent."""
+    out = np.zeros((len(rows), 3, 32), dtype=np.uint8)
     for row, holder in enumerate(rows):
         if holder in adverts:
-            keys = adverts[holder].channel + adverts[holder].mask
-            out[row] = np.frombuffer(keys, dtype=np.uint8).reshape(2, 32)
+            said = adverts[holder]
+            text = said.channel + said.mask + said.seed
+            out[row] = np.frombuffer(text, dtype=np.uint8).reshape(3, 32)
     return out
 
 
 def unpack_adverts(packed: Bytes, here: NDArray[np.bool_], rows: Ids) -> dict[int, Advert]:
     """Return the adverts of the holders `rows` that are `here`."""
     return {
-        int(rows[i]): Advert(packed[i, 0].tobytes(), packed[i, 1].tobytes()) for i in np.flatnonzero(here)
+        int(rows[i]): Advert(*(packed[i, part].tobytes() for part in range(3))) for i in np.flatnonzero(here)
     }
 
 
-def pack_sealed(
-    sealed: Mapping[int, Mapping[int, bytes]], neighbours: Mapping[int, Ids], rows: Sequence[int], width: int
+def pack_pairs(
+    sent: Mapping[int, Mapping[int, bytes]],
+    neighbours: Mapping[int, Ids],
+    rows: Sequence[int],
+    width: int,
+    size: int,
 ) -> Bytes:
-    """Return (rows, width, SEALED_BYTES) uint8, a column a neighbour in ascending order; zeros elsewhere."""
-    out = np.zeros((len(rows), width, SEALED_BYTES), dtype=np.uint8)
+    """Return what holders say to single neighbours, `size` bytes each, as (rows, width, size) uint8: a column
+    a neighbour in ascending order, zeros where nothing is said."""
+    out = np.zeros((len(rows), width, size), dtype=np.uint8)
     for row, holder in enumerate(rows):
-        for column, other in enumerate(neighbours[holder].tolist() if holder in sealed else ()):
-            out[row, column] = np.frombuffer(sealed[holder][other], dtype=np.uint8)
+        said = sent.get(holder, {})
+        for column, other in enumerate(neighbours[holder].tolist() if said else ()):
+            if other in said:
+                out[row, column] = np.frombuffer(said[other], dtype=np.uint8)
     return out
 
 
-def unpack_sealed(
-    packed: Bytes, here: NDArray[np.bool_], rows: Ids, neighbours: Mapping[int, Ids]
+def unpack_pairs(
+    packed: Bytes,
+    here: NDArray[np.bool_],
+    rows: Ids,
+    neighbours: Mapping[int, Ids],
+    to: Collection[int] | None = None,
 ) -> dict[int, dict[int, bytes]]:
-    """Return sender -> receiver -> message of the holders `rows` that are `here`."""
+    """Return sender -> receiver -> message of the holders `rows` that are `here`, to all neighbours or to
+    those among `to`."""
     return {
         int(rows[i]): {
             other: packed[i, column].tobytes()
             for column, other in enumerate(neighbours[int(rows[i])].tolist())
+            if to is None or other in to
         }
         for i in np.flatnonzero(here)
     }

@@ -24,8 +24,7 @@ class SafeGraph:
 
     Attributes:
         degree: neighbours of a holder; all others when it is `holders - 1`.
-        threshold: shares that rebuild a secret; more than any holder's corrupt neighbours, at most the
-            surviving ones.
+        threshold: shares that rebuild a secret; at least `least_threshold`, at most the surviving neighbours.
     """
 
     degree: int
@@ -50,15 +49,56 @@ def neighbourhoods(present: NDArray[np.int64], degree: int, key: bytes) -> dict[
     return {int(holder): around[place] for place, holder in enumerate(order)}
 
 
+def width(holders: int, degree: int) -> int:
+    """Return how many neighbours a holder has when everybody is there."""
+    return min(2 * -(-degree // 2), holders - 1)
+
+
+def least_threshold(neighbours: int, corrupt: int) -> int:
+    """Return the smallest threshold t at which no two secrets of one holder can be rebuilt, 2 t > m + c.
+
+    The server may tell some neighbours that a holder's vector arrived and others that it did not. An honest
+    neighbour then gives a share of one secret, a corrupt one of both: together m + c, less than 2 t.
+    """
+    return (neighbours + corrupt) // 2 + 1
+
+
+def corrupt_neighbours(holders: int, degree: int, corrupt: float, privacy_bits: int = 40) -> int:
+    """Return what no holder's number of corrupt neighbours exceeds, except with probability
+    2^-(privacy_bits + 1) over the graph; at full degree for certain."""
+    others, bad = holders - 1, math.floor(corrupt * holders)
+    if (near := width(holders, degree)) == others:
+        return min(bad, others)
+    tail = holders * stats.hypergeom.sf(np.arange(near + 1), others, bad, near)  # c: more than c are corrupt
+    return int(np.argmax(tail <= 2.0 ** -(privacy_bits + 1)))
+
+
+def check_threshold(holders: int, graph: SafeGraph, corrupt: float) -> None:
+    """Refuse a threshold that lets the server and a share of corrupt holders rebuild two secrets of a holder.
+
+    Raises:
+        InputError: the threshold is below `least_threshold`.
+    """
+    near, bad = width(holders, graph.degree), corrupt_neighbours(holders, graph.degree, corrupt)
+    if graph.threshold < (least := least_threshold(near, bad)):
+        raise InputError(
+            f"the share threshold must be at least {least}, more than half of a holder's {near} neighbours "
+            f"and the {bad} of them that may be corrupt, got {graph.threshold}: with fewer a server that "
+            "tells different stories of who dropped rebuilds both secrets of a holder, and its vector. Raise "
+            "the threshold, or lower the share of corrupt holders."
+        )
+
+
 def safe_graph(
     holders: int, corrupt: float, dropped: float, privacy_bits: int = 40, failure_bits: int = 20
 ) -> SafeGraph:
     """Return the smallest degree, with a threshold, at which the sum is private and survives dropouts.
 
     Union bounds over all holders and over corrupt and dropped sets chosen before the order is drawn (Bell
-    et al. 2020, Definition 3.3): except with probability 2^-privacy_bits no holder has `threshold` or more
-    corrupt neighbours and the honest survivors stay connected; except with probability 2^-failure_bits every
-    holder keeps `threshold` neighbours. At full degree the counts are certain.
+    et al. 2020, Definition 3.3): except with probability 2^-privacy_bits every threshold is at least
+    `least_threshold` of its holder's corrupt neighbours and the honest survivors stay connected; except with
+    probability 2^-failure_bits every holder keeps `threshold` neighbours. At full degree the counts are
+    certain.
 
     Args:
         holders: n, at least 2.
@@ -66,7 +106,8 @@ def safe_graph(
         dropped: share of holders that may drop out, 0 <= dropped < 1.
 
     Raises:
-        InputError: no degree does, because too many are corrupt or dropped together.
+        InputError: no degree does, because too many are corrupt or dropped together: about
+            corrupt + 2 dropped must be below 1.
     """
     remedy = "The sum of one holder is its vector."
     validate.in_range(holders, 2, 2**30, "holders of a secure sum", remedy)
@@ -78,16 +119,18 @@ def safe_graph(
     for degree in range(2, others, 2):
         # A cut of the circle needs degree / 2 holders in a row that are all corrupt or gone.
         cut = holders * ((bad + gone) / others) ** (degree // 2)
-        tail = holders * stats.hypergeom.sf(np.arange(degree + 1) - 1, others, bad, degree)
-        low = int(np.searchsorted(-tail, -leak))  # smallest t with P(t or more are corrupt) small
+        low = least_threshold(degree, corrupt_neighbours(holders, degree, corrupt, privacy_bits))
         lost = holders * stats.hypergeom.sf(degree - np.arange(degree + 1), others, gone, degree)
         high = int(np.sum(lost <= fail)) - 1  # largest t that the survivors reach
-        if cut <= leak and max(low, 1) <= high:
-            return SafeGraph(degree, max((low + high + 1) // 2, 1))
-    low, high = bad + 1, others - gone
+        if cut <= leak and low <= high:
+            return SafeGraph(degree, (low + high + 1) // 2)
+    low, high = least_threshold(others, min(bad, others)), others - gone
     if low > high:
         raise InputError(
             f"a secure sum of {holders} holders cannot stand {bad} corrupt and {gone} dropped ones: the "
-            f"threshold must be above {bad} and at most {high}. Lower one of the two shares."
+            f"share threshold must be at least {low}, more than half of a holder's {others} neighbours and "
+            "the corrupt ones, so that a server that tells different stories of who dropped learns nothing; "
+            f"and at most {high}, the neighbours that stay. Lower one of the two shares: corrupt and twice "
+            "the dropped ones must be below 1 together."
         )
     return SafeGraph(others, (low + high + 1) // 2)

@@ -22,11 +22,11 @@ from fedsim import seeds
 from fedsim.secure_sum import Holder, Reveal, Ring, Server, Settings, neighbourhoods, safe_graph, shamir
 from fedsim.secure_sum import arrays as messages
 from fedsim.secure_sum import keys as secure_keys
-from fedsim.secure_sum.protocol import graph_of, pair_key
+from fedsim.secure_sum.protocol import DEALT_BYTES, TAG_BYTES, graph_of, pair_key
 from fedsim.validate import InputError, RunError
 
 ALARM = 1e-6
-STAGES = 4
+STAGES = 5
 
 
 def agreed(holders: int, length: int = 7, degree: int | None = None, **changes: Any) -> Settings:
@@ -34,7 +34,7 @@ def agreed(holders: int, length: int = 7, degree: int | None = None, **changes: 
     body: dict[str, Any] = {
         "holders": holders,
         "degree": degree,
-        "threshold": max(1, -(-degree // 2)),
+        "threshold": degree // 2 + 1,
         "least_inputs": 2,
         "bound": 10**6,
         "ring": Ring(32),
@@ -52,7 +52,7 @@ def run(
     values: NDArray[np.int64],
     last_stage: dict[int, int] | None = None,
 ) -> tuple[NDArray[np.int64], Server]:
-    """Run the protocol; holder h answers only stages below last_stage[h] (default: all four)."""
+    """Run the protocol; holder h answers only stages below last_stage[h] (default: all five)."""
     gone = last_stage or {}
     holders = speakers(common)
 
@@ -63,11 +63,34 @@ def run(
     server.take_adverts({h.index: h.advertise() for h in here(0)})
     server.take_shares({h.index: h.share(server.adverts) for h in here(1)})
     server.take_masked({h.index: h.mask(values[h.index], server.adverts, server.sealed) for h in here(2)})
-    reveals = {
-        h.index: h.unmask(server.adverts, server.sealed, server.masked, server.inbound(h.index))
-        for h in here(3)
-    }
-    return server.total(reveals), server
+    server.take_confirmations(
+        {h.index: h.confirm(server.adverts, server.sealed, server.masked) for h in here(3)}
+    )
+    return server.total({h.index: reveal(h, server) for h in here(4)}), server
+
+
+def reveal(holder: Holder, server: Server, arrived: Iterable[int] | None = None) -> Reveal:
+    """What a holder reveals, told the truth or another story of whose vectors arrived."""
+    return holder.unmask(
+        server.adverts,
+        server.sealed,
+        server.masked if arrived is None else list(arrived),
+        server.inbound(holder.index),
+        server.confirmations(holder.index),
+    )
+
+
+def before_reveal(common: Settings, values: NDArray[np.int64], silent: Iterable[int] = ()) -> Server:
+    """A server that has everything but the reveals; `silent` holders stop after sharing."""
+    holders, server = speakers(common), Server(common)
+    here = [h for h in holders if h.index not in set(silent)]
+    server.take_adverts({h.index: h.advertise() for h in holders})
+    server.take_shares({h.index: h.share(server.adverts) for h in holders})
+    server.take_masked({h.index: h.mask(values[h.index], server.adverts, server.sealed) for h in here})
+    server.take_confirmations(
+        {h.index: h.confirm(server.adverts, server.sealed, server.masked) for h in here}
+    )
+    return server
 
 
 def draw_values(common: Settings, seed: int = 0) -> NDArray[np.int64]:
@@ -78,7 +101,8 @@ def draw_values(common: Settings, seed: int = 0) -> NDArray[np.int64]:
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(holders=st.integers(2, 100), data=st.data())
 def test_sum_is_exact_with_up_to_two_fifths_dropping_at_any_stage(holders: int, data: st.DataObject) -> None:
-    dropped = data.draw(st.integers(0, int(0.4 * holders)))
+    most = holders - 1 - agreed(holders).threshold  # neighbours that can go
+    dropped = data.draw(st.integers(0, min(most, int(0.4 * holders))))
     who = data.draw(st.permutations(range(holders)))[:dropped]
     gone = {h: data.draw(st.integers(0, STAGES - 1)) for h in who}
     common = agreed(holders, ring=Ring(data.draw(st.sampled_from([32, 64]))))
@@ -94,7 +118,7 @@ def test_sum_is_exact_on_a_sparse_graph(stage: int) -> None:
     graph = safe_graph(1000, corrupt=0.05, dropped=0.2)
     assert graph.degree < 300
     holders = 300
-    common = agreed(holders, degree=40, threshold=18)
+    common = agreed(holders, degree=40, threshold=21)
     values = draw_values(common)
     total, server = run(common, values, dict.fromkeys(range(0, holders, 5), stage))
     assert all(len(n) == 40 for n in server.neighbours.values())
@@ -116,8 +140,9 @@ def test_values_at_the_bound_come_back_and_beyond_it_are_refused() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(InputError, match="at least 2 holders"):
         agreed(1, degree=1)
-    with pytest.raises(InputError, match="share threshold must be between 1 and 4"):
-        agreed(5, threshold=5)
+    for threshold in (2, 5):  # half of the neighbours, and more than all
+        with pytest.raises(InputError, match="share threshold must be between 3 and 4, more than half"):
+            agreed(5, threshold=threshold)
     with pytest.raises(InputError, match="cannot stand"):
         safe_graph(10, corrupt=0.5, dropped=0.5)
     with pytest.raises(InputError, match="must have length 7"):
@@ -127,39 +152,26 @@ def test_wrong_settings_are_refused() -> None:
 def test_too_few_survivors_are_refused_by_both_roles() -> None:
     common = agreed(10, threshold=6, least_inputs=5)
     values = draw_values(common)
-    for stage in range(3):
+    for stage in range(4):
         with pytest.raises(RunError, match="refused"):
             run(common, values, dict.fromkeys(range(6), stage))
-    with pytest.raises(RunError, match=r"shares of holder .* are needed"):
-        run(common, values, dict.fromkeys(range(5), 3))
+    with pytest.raises(RunError, match=r"shares of holder .* are needed. Too many holders dropped out"):
+        run(common, values, dict.fromkeys(range(5), 4))
     holder = speakers(common)[0]
     adverts = {h.index: h.advertise() for h in speakers(common)}
-    with pytest.raises(RunError, match="4 holders are left, at least 5"):
-        holder.unmask(adverts, range(10), range(4), {})
-    with pytest.raises(RunError, match="impossible set"):
-        holder.unmask(adverts, range(5), range(10), {})
-
-
-def test_a_changed_share_is_noticed() -> None:
-    common = agreed(4)
-    holders = speakers(common)
-    adverts = {h.index: h.advertise() for h in holders}
-    sealed = {h.index: h.share(adverts) for h in holders}
-    inbound = {s: sealed[s][0] for s in (1, 2, 3)}
-    inbound[2] = inbound[2][:-1] + bytes([inbound[2][-1] ^ 1])
-    with pytest.raises(RunError, match="changed on its way"):
-        holders[0].unmask(adverts, range(4), range(4), inbound)
-    swapped = {1: sealed[2][0], 2: sealed[1][0], 3: sealed[3][0]}
-    with pytest.raises(RunError, match="changed on its way"):
-        holders[0].unmask(adverts, range(4), range(4), swapped)
+    for ask in (holder.confirm, lambda *told: holder.unmask(*told, {}, {})):
+        with pytest.raises(RunError, match="4 holders are left, at least 5"):
+            ask(adverts, range(10), range(4))
+        with pytest.raises(RunError, match="impossible set"):
+            ask(adverts, range(5), range(10))
+        with pytest.raises(RunError, match="impossible set"):
+            ask(adverts, range(10), range(1, 10))
 
 
 def test_a_holder_reveals_one_kind_of_share_a_neighbour() -> None:
-    common = agreed(6)
-    holders = speakers(common)
-    adverts = {h.index: h.advertise() for h in holders}
-    sealed = {h.index: h.share(adverts) for h in holders}
-    told = holders[0].unmask(adverts, range(6), [0, 1, 2, 3], {s: sealed[s][0] for s in range(1, 6)})
+    common = agreed(6, threshold=3)
+    server = before_reveal(common, draw_values(common), silent=(4, 5))
+    told = reveal(speakers(common)[0], server)
     assert set(told.seeds) == {1, 2, 3}
     assert set(told.keys) == {4, 5}
 
@@ -178,13 +190,8 @@ def below_threshold(length: int = 20_000) -> tuple[Settings, NDArray[np.int64], 
     """Everything a server sees, with one share fewer than the threshold of every secret."""
     common = agreed(6, length=length, threshold=3)
     values = np.full((6, length), 1234)
-    holders = speakers(common)
-    server = Server(common)
-    server.take_adverts({h.index: h.advertise() for h in holders})
-    server.take_shares({h.index: h.share(server.adverts) for h in holders})
-    server.take_masked({h.index: h.mask(values[h.index], server.adverts, range(6)) for h in holders})
-    told = [h.unmask(server.adverts, range(6), range(6), server.inbound(h.index)) for h in holders[:2]]
-    return common, values, server, told
+    server = before_reveal(common, values)
+    return common, values, server, [reveal(h, server) for h in speakers(common)[:2]]
 
 
 def test_masked_vectors_are_uniform_for_a_server_below_the_threshold() -> None:
@@ -289,18 +296,26 @@ def test_safe_graphs_grow_slowly_and_keep_their_promise() -> None:
 
 
 def test_messages_survive_packing_into_arrays() -> None:
-    common = agreed(9, degree=4, threshold=2)
+    common = agreed(9, degree=4, threshold=3)
     holders, rows = speakers(common), np.arange(9)
     adverts = {h.index: h.advertise() for h in holders if h.index != 3}
     here = rows != 3
     assert messages.unpack_adverts(messages.pack_adverts(adverts, range(9)), here, rows) == adverts
     graph = graph_of(common, adverts)
-    sealed = {h: holders[h].share(adverts) for h in adverts}
-    packed = messages.pack_sealed(sealed, graph, range(9), 4)
-    assert messages.unpack_sealed(packed, here, rows, graph) == sealed
+    dealt = {h: holders[h].share(adverts) for h in adverts}
+    packed = messages.pack_pairs(dealt, graph, range(9), 4, DEALT_BYTES)
+    assert messages.unpack_pairs(packed, here, rows, graph) == dealt
     shared, arrived = set(adverts), set(adverts) - {5}
+    server = Server(common)
+    server.take_adverts(adverts)
+    server.take_shares(dealt)
+    confirmed = {h: holders[h].confirm(adverts, shared, arrived) for h in arrived}
+    packed = messages.pack_pairs(confirmed, graph, range(9), 4, TAG_BYTES)
+    assert messages.unpack_pairs(packed, np.isin(rows, list(arrived)), rows, graph, arrived) == confirmed
     reveals = {
-        h: holders[h].unmask(adverts, shared, arrived, {int(o): sealed[int(o)][h] for o in graph[h]})
+        h: holders[h].unmask(
+            adverts, shared, arrived, server.inbound(h), {o: c[h] for o, c in confirmed.items() if h in c}
+        )
         for h in arrived
     }
     table = messages.pack_reveals(reveals, graph, range(9), 4)
