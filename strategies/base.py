@@ -234,6 +234,20 @@ class Strategy(ABC, Generic[OptionsT]):
         """Return name -> (shape, dtype) of the arrays this reply must hold."""
         return {"sum": ((parameters,), dtype)}
 
+    def counted_at_most(self, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
+        """Return the largest count an honest reply can have: by default the drawn examples of the node.
+
+        Args:
+            task: what the reply answers.
+            holders: (H,) the node's holders.
+            ids: (n,) ids of their examples.
+        """
+        return int(np.count_nonzero(self.selected(task, ids)))
+
+    def problem_with(self, reply: HolderReply) -> str:
+        """Return what is wrong with the arrays of a reply beyond shape, dtype, finiteness and norm, or ""."""
+        return ""
+
     def norm_bound(self, plan: Plan, reply: HolderReply) -> float:
         """Return the largest L2 norm an honest reply can have."""
         return reply.count * plan.clip.sensitivity if reply.count else 0.0
@@ -283,13 +297,22 @@ class Strategy(ABC, Generic[OptionsT]):
         """Restore what `state_dict` returned."""
 
 
+def drawn_holders(task: StepTask, holders: NDArray[np.int64]) -> int:
+    """Return how many of these holders a step draws."""
+    return int(np.count_nonzero(_holder_sampler(task, holders).included(holders, task.keys["draw"])))
+
+
+def _holder_sampler(task: StepTask, holders: NDArray[np.int64]) -> PoissonSampler:
+    return PoissonSampler(task.sampling_rate, max(1, len(holders)))
+
+
 def sum_of_updates(node: NodeView, task: StepTask, clip: ClipRule, how: LocalTraining) -> ClippedSum:
     """Draw holders of the node, train at each, and return the sum of their clipped updates.
 
     Every holder counts once whatever its size. An update that is not finite adds zero; `count`, `norms` and
     `losses` are over holders, in ascending order.
     """
-    sampler = PoissonSampler(task.sampling_rate, max(1, len(node.holders)))
+    sampler = _holder_sampler(task, node.holders)
     drawn = node.online(node.holders[sampler.included(node.holders, task.keys["draw"])], task)
     total = node.zero_sum()
     norms = torch.zeros(len(drawn), dtype=torch.float64)

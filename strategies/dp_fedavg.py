@@ -46,7 +46,16 @@ from fedsim.rules import SET, read_with
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
-from strategies.base import ENGINE_SETTINGS, Ask, DataFacts, NodeView, Plan, Strategy, sum_of_updates
+from strategies.base import (
+    ENGINE_SETTINGS,
+    Ask,
+    DataFacts,
+    NodeView,
+    Plan,
+    Strategy,
+    drawn_holders,
+    sum_of_updates,
+)
 
 
 @dataclass(frozen=True)
@@ -180,6 +189,15 @@ class DPFedAvg(Strategy[FedAvgOptions]):
         self, reply: HolderReply, parameters: int, dtype: np.dtype[Any]
     ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         return {"sum": ((parameters,), dtype), "below": ((1,), np.dtype(np.float64))}
+
+    def counted_at_most(self, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
+        return drawn_holders(task, holders)
+
+    def problem_with(self, reply: HolderReply) -> str:
+        below = float(reply.arrays["below"][0])
+        if below.is_integer() and 0 <= below <= reply.count:
+            return ""
+        return f"{below:g} of {reply.count} updates are said to be below the clip norm"
 
     def norm_bound(self, plan: Plan, reply: HolderReply) -> float:
         return reply.count * self._clip_norm

@@ -154,6 +154,10 @@ class LocalDPSGD(Strategy[LocalOptions]):
     def noise(self, plan: Plan, root: Root, step: int, count: int) -> None:
         """Add nothing: the noise came with the sums."""
 
+    def counted_at_most(self, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
+        tasks = [_local_task(task, local) for local in range(self.options.local_steps)]
+        return sum(super(LocalDPSGD, self).counted_at_most(local, holders, ids) for local in tasks)
+
     def noise_std_of_sum(self, plan: Plan) -> float:
         return self._noise_std_of(plan, self.config.federation.holders)
 

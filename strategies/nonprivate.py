@@ -25,7 +25,15 @@ from fedsim.rules import read_with
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root
 from fedsim.types import ClippedSum, StepTask
-from strategies.base import ENGINE_SETTINGS, DataFacts, NodeView, Plan, Strategy, sum_of_updates
+from strategies.base import (
+    ENGINE_SETTINGS,
+    DataFacts,
+    NodeView,
+    Plan,
+    Strategy,
+    drawn_holders,
+    sum_of_updates,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,11 @@ class NonPrivate(Strategy[BaselineOptions]):
             return super().answer(node, task)
         result = sum_of_updates(node, task, self.clip_rule(), self.local)
         return {"sum": result.sum.cpu().numpy()}, result
+
+    def counted_at_most(self, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
+        if self.options.algorithm == "fedsgd":
+            return super().counted_at_most(task, holders, ids)
+        return drawn_holders(task, holders)
 
     def plan(self, facts: DataFacts) -> Plan:
         privacy, train, federation = self.config.privacy, self.config.train, self.config.federation

@@ -1,26 +1,29 @@
 """DP-SGD with noise in shares under a secure sum: nobody ever holds the exact sum.
 
-Who is trusted: the server to follow the protocol (it may look at everything), and all but a stated share of
-the holders not to work with it. What is sent: each holder clips and sums its drawn examples, rotates, scales
-and rounds the sum to integers, adds its share of integer noise, and masks the result (fedsim.secure_sum); the
-server learns the sum over all holders, noise included. Where noise is added: at every holder, a share of it,
-sized so that any `min_survivors` shares make the full noise. Unit: example. Event: RenyiGaussian, Poisson
-sampled, one a step, with the effective noise multiplier of the rounded mechanism (fedsim.privacy.discrete;
-proved for whole Renyi orders, so every accountant answers with those and privacy loss distributions are not
-used). `plan.noise` is the target: the noise before rounding costs that `min_survivors` holders give together.
+Who is trusted: the server to follow the protocol (it may look at everything, and lies about who dropped out
+do not help it), and all but a stated share of the holders not to work with it. What is sent: each holder
+clips and sums its drawn examples, rotates, scales and rounds the sum to integers, adds its share of integer
+noise, and masks the result (fedsim.secure_sum); the server learns the sum over all holders, noise included.
+Where noise is added: at every holder, a share of it, sized so that any `min_survivors` shares make the full
+noise. Unit: example. Event: RenyiGaussian, Poisson sampled, one a step, with the effective noise multiplier
+of the rounded mechanism (fedsim.privacy.discrete; proved for whole Renyi orders, so every accountant answers
+with those and privacy loss distributions are not used). `plan.noise` is the target: the noise before rounding
+costs that `min_survivors` holders give together.
 
-Dropout policy: holders may go silent before any of the four stages. With fewer inputs than `min_survivors`
+Dropout policy: holders may go silent before any of the five stages. With fewer inputs than `min_survivors`
 the step is refused before anything is unmasked, or the server tops the noise up (`on_shortfall`): the
 released sum is then as private as stated for everybody but the server, which for that step is trusted with
-its own part of the noise. Too few shares to unmask: refused. More survivors than the minimum add more noise
-than the event counts on. The ledger notes survivors and the noise that was really added. A holder that works
-with the server can take its own noise away: for privacy against c such holders set min_survivors c below
-those who surely stay.
+its own part of the noise. Too few shares to unmask: refused. A share that comes back changed is named in the
+ledger and made up for by the others; a sum longer than its clipped parts and their noise is refused. More
+survivors than the minimum add more noise than the event counts on. The ledger notes survivors and the noise
+that was really added. A holder that works with the server can take its own noise away: for privacy against c
+such holders set min_survivors c below those who surely stay.
 
 What is simulated: secrets of holders (mask keys, noise, rounding, dropouts, and the draw of examples, which
 must be hidden from the server for amplification to hold against it) follow from step keys that travel in the
 task, so that any process can serve any node and a repeated step sends the same messages. In a deployment each
-holder has its own secret; the messages stay as they are.
+holder has its own secret; the messages stay as they are. A node tells and hears one story a step
+(fedsim.engine.asked).
 
 Source: Agarwal, Kairouz, Liu 2021 (Skellam); Kairouz, Liu, Steinke 2021 (rotation, discrete Gaussian);
 Bonawitz et al. 2017 and Bell et al. 2020 (secure sum).
@@ -29,6 +32,8 @@ Bonawitz et al. 2017 and Bell et al. 2020 (secure sum).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,13 +56,15 @@ from fedsim.privacy.family import EventFamily
 from fedsim.sampling import sampling_rate
 from fedsim.secure_sum import arrays as messages
 from fedsim.secure_sum import shamir
-from fedsim.secure_sum.protocol import SEALED_BYTES, graph_of
+from fedsim.secure_sum.protocol import DEALT_BYTES, SEALED_BYTES, TAG_BYTES, graph_of
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
-from fedsim.validate import InputError
+from fedsim.validate import InputError, RunError
 from strategies.base import ENGINE_SETTINGS, Ask, DataFacts, NodeView, Plan, Strategy
 
-STAGES = ("advertise", "share", "", "unmask")
+STAGES = ("advertise", "share", "", "confirm", "unmask")
+ROUNDING = 1e-3  # relative slack on the norm of sums of many float32 terms
+_log = logging.getLogger(__name__)
 _WANTED = 0.995  # effective / real noise multiplier at which a finer scale is no longer worth its bits
 _LEAST = 0.9  # below this the rounding costs more than it should: the ring is too small
 _UNITS = 5.0  # wanted noise / (ring unit * root of the holders): rounding then adds under 1% of its variance
@@ -99,15 +106,9 @@ class Setup:
     quantiser: Quantiser
     shares: NoiseShares
 
-    @property
-    def width(self) -> int:
-        """Return the most neighbours a holder can have."""
-        return min(2 * -(-self.settings.degree // 2), self.settings.holders - 1)
-
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Return what a node cannot derive from the configuration."""
-        s = self.settings
-        whole = [s.bound, s.ring.bits, self.quantiser.length, s.degree, s.threshold]
+        whole = [self.settings.bound, self.settings.ring.bits, self.quantiser.length]
         real = [self.quantiser.scale, self.shares.variance]
         return {"whole": np.array(whole, dtype=np.int64), "real": np.array(real, dtype=np.float64)}
 
@@ -136,6 +137,7 @@ class SharesDPSGD(Strategy[SharesOptions]):
             )
         self._setup: Setup | None = None
         self._survivors = 0
+        self._damaged: list[tuple[int, int]] = []
 
     @property
     def _least(self) -> int:
@@ -180,13 +182,15 @@ class SharesDPSGD(Strategy[SharesOptions]):
         Raises:
             InputError: the ring is too small for the sum at any scale that is fine enough.
         """
-        graph = self._graph(facts.holders)
+        # What does not depend on the scale is refused first, in its own words.
+        shares = NoiseShares(1.0, facts.holders, self._least, self.options.noise)
+        self._agreed(Quantiser(1, 1.0), shares, secure_sum.Ring(64), 1)
         best: tuple[Setup, IntegerMechanism] | None = None
         refusal: InputError | None = None
         for exponent in range(63):
             mechanism = self._mechanism(multiplier, 2.0**exponent, facts)
             try:
-                setup = self._setup_at(mechanism, facts, graph)
+                setup = self._setup_at(mechanism, facts)
             except InputError as error:
                 refusal = error
                 break
@@ -206,7 +210,7 @@ class SharesDPSGD(Strategy[SharesOptions]):
             multiplier, units, dimension, self.options.noise, facts.holders, min(self._least, facts.holders)
         )
 
-    def _setup_at(self, mechanism: IntegerMechanism, facts: DataFacts, graph: secure_sum.SafeGraph) -> Setup:
+    def _setup_at(self, mechanism: IntegerMechanism, facts: DataFacts) -> Setup:
         options, holders, sensitivity = self.options, facts.holders, self.clip_rule().sensitivity
         quantiser = Quantiser(facts.parameters, mechanism.units / sensitivity, options.rotate)
         shares = NoiseShares(mechanism.variance, holders, self._least, options.noise)
@@ -214,27 +218,21 @@ class SharesDPSGD(Strategy[SharesOptions]):
             quantiser.dimension
         )
         bits = options.ring_bits or (32 if bound * holders < secure_sum.Ring(32).half else 64)
-        return self._agreed(quantiser, shares, graph, secure_sum.Ring(bits), bound)
+        return self._agreed(quantiser, shares, secure_sum.Ring(bits), bound)
 
-    def _graph(self, holders: int) -> secure_sum.SafeGraph:
-        """Return who exchanges masks, and check what does not depend on the scale."""
-        options = self.options
+    @functools.cached_property
+    def _graph(self) -> secure_sum.SafeGraph:
+        """Who exchanges masks. Server and nodes find it for themselves: a threshold that somebody else
+        chooses is no protection."""
+        options, holders = self.options, self.config.federation.holders
         if options.neighbours is None or options.threshold is None:
-            graph = secure_sum.safe_graph(holders, options.corrupt, options.tolerated_dropouts)
-        else:
-            graph = secure_sum.SafeGraph(options.neighbours, options.threshold)
-        shares = NoiseShares(1.0, holders, self._least, options.noise)
-        self._agreed(Quantiser(1, 1.0), shares, graph, secure_sum.Ring(64), 1)
+            return secure_sum.safe_graph(holders, options.corrupt, options.tolerated_dropouts)
+        graph = secure_sum.SafeGraph(options.neighbours, options.threshold)
+        secure_sum.check_threshold(holders, graph, options.corrupt)
         return graph
 
-    def _agreed(
-        self,
-        quantiser: Quantiser,
-        shares: NoiseShares,
-        graph: secure_sum.SafeGraph,
-        ring: secure_sum.Ring,
-        bound: int,
-    ) -> Setup:
+    def _agreed(self, quantiser: Quantiser, shares: NoiseShares, ring: secure_sum.Ring, bound: int) -> Setup:
+        graph = self._graph
         least = max(2, self._least if self.options.on_shortfall == "refuse" else 2)
         settings = secure_sum.Settings(
             shares.holders, graph.degree, graph.threshold, least, bound, ring, quantiser.dimension
@@ -242,12 +240,11 @@ class SharesDPSGD(Strategy[SharesOptions]):
         return Setup(settings, quantiser, shares)
 
     def _from_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Setup:
-        bound, bits, length, degree, threshold = arrays["whole"].tolist()
+        bound, bits, length = arrays["whole"].tolist()
         scale, variance = arrays["real"].tolist()
         return self._agreed(
             Quantiser(length, scale, self.options.rotate),
             NoiseShares(variance, self.config.federation.holders, self._least, self.options.noise),
-            secure_sum.SafeGraph(degree, threshold),
             secure_sum.Ring(bits),
             bound,
         )
@@ -263,14 +260,14 @@ class SharesDPSGD(Strategy[SharesOptions]):
             return online
         last = int(node.holders.max()) + 1
         chance = seeds.words(task.keys["dropouts"], 0, last)[node.holders].astype(np.float64) * 2.0**-64
-        before = seeds.words(derive(task.keys["dropouts"], "stage"), 0, last)[node.holders] % np.uint64(4)
+        before = seeds.words(derive(task.keys["dropouts"], "stage"), 0, last)[node.holders] % np.uint64(5)
         silent = (chance < self.options.dropout_rate) & (before <= STAGES.index(task.stage))
         return online & ~silent
 
     def answer(self, node: NodeView, task: StepTask) -> tuple[dict[str, NDArray[Any]], ClippedSum]:
         """Speak for those holders of the node that still answer, one row each."""
         setup, here, sent = self._from_arrays(task.arrays), self._here(node, task), task.arrays
-        rows = node.holders.tolist()
+        rows, width = node.holders.tolist(), setup.settings.width
         speakers = {
             rows[i]: secure_sum.Holder(
                 rows[i], setup.settings, derive(task.keys["holders"], "session", rows[i])
@@ -279,28 +276,31 @@ class SharesDPSGD(Strategy[SharesOptions]):
         }
         nothing = _no_sum(self.clip_rule())
         if task.stage == "advertise":
-            said = {h: speaker.advertise() for h, speaker in speakers.items()}
-            return {"here": here, "public": messages.pack_adverts(said, rows)}, nothing
+            public = {h: speaker.advertise() for h, speaker in speakers.items()}
+            return {"here": here, "public": messages.pack_adverts(public, rows)}, nothing
         everyone = np.arange(setup.settings.holders)
         adverts = messages.unpack_adverts(sent["public"], sent["advertised"], everyone)
         graph = graph_of(setup.settings, adverts)
         if task.stage == "share":
-            sealed = {h: speaker.share(adverts) for h, speaker in speakers.items()}
-            return {"here": here, "sealed": messages.pack_sealed(sealed, graph, rows, setup.width)}, nothing
+            dealt = {h: speaker.share(adverts) for h, speaker in speakers.items()}
+            packed = messages.pack_pairs(dealt, graph, rows, width, DEALT_BYTES)
+            return {"here": here, "dealt": packed}, nothing
         shared = set(np.flatnonzero(sent["shared"]).tolist())
+        if task.stage == "confirm":
+            arrived = set(np.flatnonzero(sent["arrived"]).tolist())
+            told = {h: speaker.confirm(adverts, shared, arrived) for h, speaker in speakers.items()}
+            packed = messages.pack_pairs(told, graph, rows, width, TAG_BYTES)
+            return {"here": here, "confirmations": packed}, nothing
         if task.stage == "unmask":
             arrived = set(np.flatnonzero(sent["arrived"]).tolist())
-            outbound = messages.unpack_sealed(sent["sealed"], sent["shared"], everyone, graph)
+            sealed = messages.unpack_pairs(sent["sealed"], sent["shared"], everyone, graph)
+            said = messages.unpack_pairs(sent["confirmations"], sent["confirmed"], everyone, graph, arrived)
+            inbound, confirmed = messages.by_receiver(sealed), messages.by_receiver(said)
             reveals = {
-                h: speaker.unmask(
-                    adverts,
-                    shared,
-                    arrived,
-                    {int(o): outbound[int(o)][h] for o in graph[h] if int(o) in shared},
-                )
+                h: speaker.unmask(adverts, shared, arrived, inbound.get(h, {}), confirmed.get(h, {}))
                 for h, speaker in speakers.items()
             }
-            return {"here": here, "shares": messages.pack_reveals(reveals, graph, rows, setup.width)}, nothing
+            return {"here": here, "shares": messages.pack_reveals(reveals, graph, rows, width)}, nothing
         masked = np.zeros((len(rows), setup.settings.length), dtype=setup.settings.ring.dtype)
         ids = node.drawn(task)
         exact, together = node.clipped_sums(
@@ -325,9 +325,9 @@ class SharesDPSGD(Strategy[SharesOptions]):
         return derive(self.config.seed, "rotation", step)
 
     def collect(self, plan: Plan, ask: Ask) -> tuple[NDArray[np.float64], list[HolderReply]]:
-        """Run the four stages and return the decoded sum, noise included, with the replies of the third."""
+        """Run the five stages and return the decoded sum, noise included, with the replies of the third."""
         assert self._setup is not None
-        setup = self._setup
+        setup, width = self._setup, self._setup.settings.width
         everyone = list(range(setup.settings.holders))
         server = secure_sum.Server(setup.settings)
         along = setup.to_arrays()
@@ -339,12 +339,11 @@ class SharesDPSGD(Strategy[SharesOptions]):
         server.take_adverts(adverts)
         along |= {"advertised": _mask(adverts, everyone), "public": messages.pack_adverts(adverts, everyone)}
 
-        sealed: dict[int, dict[int, bytes]] = {}
+        dealt: dict[int, dict[int, bytes]] = {}
         for r in ask("share", along):
-            here = r.arrays["here"]
-            sealed |= messages.unpack_sealed(r.arrays["sealed"], here, r.holders, server.neighbours)
-        self._check(setup, len(sealed))
-        server.take_shares(sealed)
+            dealt |= messages.unpack_pairs(r.arrays["dealt"], r.arrays["here"], r.holders, server.neighbours)
+        self._check(setup, len(dealt))
+        server.take_shares(dealt)
         along |= {"shared": _mask(server.sealed, everyone)}
 
         replies = ask("", along)
@@ -354,18 +353,43 @@ class SharesDPSGD(Strategy[SharesOptions]):
         self._check(setup, len(masked))
         server.take_masked(masked)
         self._survivors = len(server.masked)
+        along |= {"arrived": _mask(server.masked, everyone)}
+
+        confirmed: dict[int, dict[int, bytes]] = {}
+        near, shared, arrived = server.neighbours, set(server.sealed), set(server.masked)
+        for r in ask("confirm", along):
+            here, said = r.arrays["here"], r.arrays["confirmations"]
+            confirmed |= messages.unpack_pairs(said, here, r.holders, near, arrived)
+        server.take_confirmations(confirmed)
         along |= {
-            "arrived": _mask(server.masked, everyone),
-            "sealed": messages.pack_sealed(server.sealed, server.neighbours, everyone, setup.width),
+            "confirmed": _mask(server.confirmed, everyone),
+            "confirmations": messages.pack_pairs(server.confirmed, near, everyone, width, TAG_BYTES),
+            "sealed": messages.pack_pairs(server.sealed, near, everyone, width, SEALED_BYTES),
         }
 
         reveals: dict[int, secure_sum.Reveal] = {}
-        shared, arrived = set(server.sealed), set(server.masked)
         for r in ask("unmask", along):
             here, shares = r.arrays["here"], r.arrays["shares"]
-            reveals |= messages.unpack_reveals(shares, here, r.holders, server.neighbours, shared, arrived)
+            reveals |= messages.unpack_reveals(shares, here, r.holders, near, shared, arrived)
         total = server.total(reveals)
+        self._check_size(setup, total, sum(r.count for r in replies))
+        self._damaged = server.damaged
+        for by, owner in server.damaged:
+            _log.warning("holder %d revealed another share than holder %d dealt it", by, owner)
         return setup.quantiser.decode(total, self._signs(replies[0].step)), replies
+
+    def _check_size(self, setup: Setup, total: NDArray[np.int64], count: int) -> None:
+        """Refuse a sum longer than `count` clipped examples, the rounding and the noise can make it."""
+        root = math.sqrt(len(total))
+        clipped = count * self.clip_rule().sensitivity * setup.quantiser.scale
+        noise = setup.shares.bound(len(total), self._survivors) * root
+        limit = clipped * (1.0 + ROUNDING) + self._survivors * root + noise
+        if (norm := float(np.linalg.norm(total.astype(np.float64)))) > limit:
+            raise RunError(
+                f"the secure sum has norm {norm:.6g} in ring units, above {limit:.6g}, which {count} clipped "
+                "examples, the rounding and the noise give at most: a masked vector was changed, or not "
+                "clipped."
+            )
 
     def _check(self, setup: Setup, left: int) -> None:
         if self.options.on_shortfall == "refuse":
@@ -389,42 +413,53 @@ class SharesDPSGD(Strategy[SharesOptions]):
         return plan.noise.noise_std * math.sqrt(self.config.federation.holders / self._least)
 
     def step_facts(self) -> dict[str, Any]:
-        """Return survivors, and the standard deviation of the noise of the holders and of the server."""
+        """Return survivors, the standard deviation of the noise of the holders and of the server, and the
+        (revealing, dealing) holders of damaged shares where there were any."""
         assert self._setup is not None
         shares, scale = self._setup.shares, self._setup.quantiser.scale
         return {
             "survivors": self._survivors,
             "noise_std_of_holders": math.sqrt(shares.realised(self._survivors)) / scale,
             "noise_std_of_server": math.sqrt(shares.missing(self._survivors)) / scale,
+            **({"damaged_shares": [list(pair) for pair in self._damaged]} if self._damaged else {}),
         }
 
     def reply_arrays(
         self, reply: HolderReply, parameters: int, dtype: np.dtype[Any]
     ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         assert self._setup is not None
-        s, rows, width = self._setup.settings, len(reply.holders), self._setup.width
+        s, rows, width = self._setup.settings, len(reply.holders), self._setup.settings.width
         byte = np.dtype(np.uint8)
         body: dict[str, dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {
-            "advertise": {"public": ((rows, 2, 32), byte)},
-            "share": {"sealed": ((rows, width, SEALED_BYTES), byte)},
+            "advertise": {"public": ((rows, 3, 32), byte)},
+            "share": {"dealt": ((rows, width, DEALT_BYTES), byte)},
             "": {"masked": ((rows, s.length), s.ring.dtype)},
+            "confirm": {"confirmations": ((rows, width, TAG_BYTES), byte)},
             "unmask": {"shares": ((rows, width, shamir.LIMBS), np.dtype(np.uint32))},
         }
         return {"here": ((rows,), np.dtype(np.bool_)), **body[reply.stage]}
 
+    def counted_at_most(self, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
+        return super().counted_at_most(task, holders, ids) if task.stage == "" else 0
+
     def node_traffic(self, parameters: int, dtype: np.dtype[Any], holders: int) -> tuple[int, int]:
+        assert self._setup is not None
         received, sent = super().node_traffic(parameters, dtype, holders)
-        everyone = self.config.federation.holders  # whose adverts and sealed shares pass through the server
-        adverts, sealed = (self._reply_bytes(s, parameters, dtype, everyone) for s in ("advertise", "share"))
-        return received + 3 * adverts + sealed, sent
+        everyone = self.config.federation.holders  # whose messages pass through the server
+        adverts, confirmed = (
+            self._reply_bytes(s, parameters, dtype, everyone) for s in ("advertise", "confirm")
+        )
+        sealed = everyone * (1 + self._setup.settings.width * SEALED_BYTES)
+        return received + 4 * adverts + confirmed + sealed, sent
 
     def unread(self) -> tuple[str, ...]:
         return ENGINE_SETTINGS
 
     def traffic(self, facts: DataFacts, itemsize: int) -> tuple[float, int]:
         assert self._setup is not None
-        s, width = self._setup.settings, self._setup.width
-        protocol = 64 * (1 + width) + 2 * width * SEALED_BYTES + 4 * width * shamir.LIMBS
+        s, width = self._setup.settings, self._setup.settings.width
+        up = 96 + width * (DEALT_BYTES + TAG_BYTES + 4 * shamir.LIMBS)
+        protocol = up + width * (96 + SEALED_BYTES + TAG_BYTES)
         vectors = facts.parameters * itemsize + s.length * s.ring.bits // 8
         return float(vectors + protocol), 2 * len(STAGES) * self.config.federation.nodes
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own layer and from those before it.
 LAYERS = [
     ["fedsim.validate", "fedsim.visibility"],
-    ["fedsim.types", "fedsim.seeds", "fedsim.provenance", "fedsim"],
+    ["fedsim.types", "fedsim.seeds", "fedsim.digest", "fedsim.provenance", "fedsim"],
     ["fedsim.config", "fedsim.rules"],
     ["fedsim.data", "fedsim.models"],
     ["fedsim.sampling", "fedsim.grads", "fedsim.noise", "fedsim.secure_sum"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,8 @@ class Collector:
         self._experiment = experiment
         self._transport = transport
         self._out = out
+        nodes = experiment.config.federation.nodes
+        self._ids_of = functools.cache(lambda node: experiment.partition.ids_of_node(node, nodes))
         self._step = 0
         self._parameters: NDArray[Any] = np.zeros(0)
         self._keys: dict[str, bytes] = {}
@@ -83,7 +86,11 @@ class Collector:
             code_hash=provenance.code_hash(),
             holders_of_node=lambda node: experiment.partition.holders_of_node(node, nodes),
             arrays=lambda reply: strategy.reply_arrays(reply, count, dtype),
+            counted_at_most=lambda task, node: strategy.counted_at_most(
+                task, experiment.partition.holders_of_node(node, nodes), self._ids_of(node)
+            ),
             norm_bound=lambda reply: strategy.norm_bound(experiment.plan, reply),
+            problem_with=strategy.problem_with,
         )
 
     def _note_time(self, spent: float, replies: list[HolderReply]) -> None:

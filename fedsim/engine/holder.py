@@ -1,7 +1,8 @@
 """A node's side: the holders it hosts, and its answer to one task.
 
 Pure: the answer depends on the configuration, the node's index, the task and the parameters, never on what
-was asked before, so a task can be asked again and any process can serve any node.
+was asked before, so a task can be asked again and any process can serve any node. What was asked before
+decides only whether there is an answer (fedsim.engine.asked).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fedsim import config as configs
 from fedsim import provenance, seeds
 from fedsim.config import Config
 from fedsim.data import batches, datasets, partition
+from fedsim.engine.asked import Asked
 from fedsim.engine.device import options_of, pick_device, set_threads
 from fedsim.engine.experiment import build_model
 from fedsim.grads.clip import ClipRule
@@ -37,6 +39,16 @@ from fedsim.validate import InputError
 NORM_EDGES = tuple(
     float(x) for x in np.logspace(-3, 4, 57)
 )  # histogram of per-example norms, 8 bins a decade
+STATISTICS = {
+    "loss_sum": 0,
+    "clipped": 0,
+    "non_finite": 0,
+    "norm_sum": 0,
+    "norm_histogram": len(NORM_EDGES) - 1,
+}
+"""Names of a reply's statistics, with the length of those that are lists, 0 for numbers."""
+SECONDS = ("compute", "transfer")
+"""Names of a reply's times."""
 
 
 class Node:
@@ -210,17 +222,23 @@ def node_for(setup: str, index: int) -> Node:
     return Node(dataclasses.replace(config, seed=seeds.WITHHELD), index, seeds.Granted(keys))
 
 
-def answer(node: Node, task: StepTask, parameters: NDArray[Any]) -> HolderReply:
+def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -> HolderReply:
     """Answer one task: draw, clip, sum.
 
     Args:
         node: the node that answers.
         task: the step's keys and rate.
         parameters: (P,) flat parameters of the step, the model's dtype.
+        asked: what the node was asked before; this task is added.
+
+    Raises:
+        RunError: together with what was asked before, the answer would show what holders hide.
     """
     began = time.perf_counter()
+    asked.admit(task, parameters, node.config.digest(), node.strategy.stages)
     set_flat(node.model, torch.tensor(parameters))
     arrays, result = node.strategy.answer(node, task)
+    asked.keep(task, arrays)
     return HolderReply(
         step=task.step,
         wave=task.wave,

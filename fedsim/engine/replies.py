@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.engine.holder import SECONDS, STATISTICS
 from fedsim.types import HolderReply, NodeFailure, StepTask
 
 BLOCK = 1 << 13  # entries; more would make BLAS wake other threads
@@ -23,7 +24,9 @@ class Expectation:
     code_hash: str
     holders_of_node: Callable[[int], NDArray[np.int64]]
     arrays: Callable[[HolderReply], dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]]
+    counted_at_most: Callable[[StepTask, int], int]
     norm_bound: Callable[[HolderReply], float]
+    problem_with: Callable[[HolderReply], str]
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ def judge(
     """Sort answers into accepted and rejected; every asked node is in exactly one of the two.
 
     A sum that misses a node or counts one twice is not the mechanism that is accounted, and one bad number
-    would poison it, so step, wave, node, holders, code, names, shapes, dtypes, finiteness and the norm
-    bound are all checked.
+    would poison it, so every field is checked: step, wave, node, holders and code; names, shapes, dtypes and
+    finiteness of arrays; the count against what the step's draw includes, and the norm against the count;
+    names, lengths, finiteness and signs of statistics and times.
     """
     accepted: dict[int, HolderReply] = {}
     rejected: dict[int, NodeFailure] = {}
@@ -90,12 +94,46 @@ def _problem(task: StepTask, reply: HolderReply, expect: Expectation) -> str:
             norms[name] = _norm(array)
             if not math.isfinite(norms[name]):
                 return f"array '{name}' holds NaN or infinite values"
-    if reply.count < 0:
-        return f"reply counts {reply.count} examples"
+    if problem := _problem_with_numbers(reply, expect.counted_at_most(task, reply.node)):
+        return problem
+    if problem := expect.problem_with(reply):
+        return problem
     bound = expect.norm_bound(reply)
     norm = norms.get("sum", 0.0)
     if norm > bound * (1 + ROUNDING):
         return f"sum has norm {norm:.6g}, above {bound:.6g} = count x sensitivity: it was not clipped"
+    return ""
+
+
+def _problem_with_numbers(reply: HolderReply, most: int) -> str:
+    """Say what is wrong with the count, which sets the bound of the norm, the statistics or the times."""
+    if type(reply.count) is not int or not 0 <= reply.count <= most:
+        return (
+            f"reply counts {reply.count!r} examples or holders, expected 0 to {most}, those drawn on the node"
+        )
+    for kind, held, wanted in (
+        ("statistics", reply.statistics, STATISTICS),
+        ("seconds", reply.seconds, dict.fromkeys(SECONDS, 0)),
+    ):
+        if set(held) != set(wanted):
+            return f"{kind} are {sorted(held)}, expected {sorted(wanted)}"
+        for name, length in wanted.items():
+            value = held[name]
+            values = value if isinstance(value, list) else [value]
+            if isinstance(value, list) != (length > 0) or len(values) != max(1, length):
+                return f"{kind} '{name}' is {value!r}, expected {length or 'one'} numbers"
+            if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+                return f"{kind} '{name}' holds something else than finite numbers"
+            if name != "loss_sum" and min(values) < 0:
+                return f"{kind} '{name}' is negative"
+    counted = {
+        name: np.asarray(reply.statistics[name]) for name in ("clipped", "non_finite", "norm_histogram")
+    }
+    finite = reply.count - counted["non_finite"]
+    if not all(np.all(values == np.floor(values)) for values in counted.values()):
+        return f"statistics {sorted(counted)} are counts, expected whole numbers"
+    if counted["norm_histogram"].sum() != finite or counted["clipped"] > finite:
+        return f"statistics are not those of {reply.count} examples"
     return ""
 
 

@@ -35,13 +35,15 @@ def train(message: Message, context: Context) -> Message:
     began = time.perf_counter()
     task, parameters, setup = wire.unpack_task(message.content)
     unpacked = time.perf_counter() - began
+    asked = wire.unpack_asked(context.state)
     try:
         node = holder.node_for(setup, int(context.node_config["partition-id"]))
-        reply = holder.answer(node, task, parameters)
+        reply = holder.answer(node, task, parameters, asked)
     except Exception as error:
         if not holder.public_only(setup):
             raise
         # Flower sends and logs what an exception says, which may be of the data.
         raise RunError(f"{type(error).__name__} (monitor.public_only withholds what it says)") from None
+    context.state[wire.ASKED] = wire.pack_asked(asked)
     reply = dataclasses.replace(reply, seconds={**reply.seconds, "transfer": unpacked})
     return Message(wire.pack_reply(reply), reply_to=message)

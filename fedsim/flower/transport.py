@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedsim import provenance
 from fedsim.flower import wire
+from fedsim.flower.records import MessageError, shown
 from fedsim.types import HolderReply, NodeFailure, StepTask
 from fedsim.validate import RunError
 
@@ -58,13 +58,15 @@ class GridTransport:
         for answer in self._grid.send_and_receive(questions, timeout=CONNECT_SECONDS):
             if answer.has_error():
                 raise RunError(f"a node failed to start: {answer.error.reason}")
-            identity: Any = answer.content.config_records["identity"]
-            if identity["code_hash"] != provenance.code_hash():
+            index, code = wire.unpack_identity(answer.content)
+            if code != provenance.code_hash():
                 raise RunError(
-                    f"node {identity['node']} runs fedsim code {identity['code_hash']}, the server "
+                    f"node {index} runs fedsim code {shown(code)}, the server "
                     f"{provenance.code_hash()}. Start the SuperLink outside any checkout, from one version."
                 )
-            self._id_of[int(identity["node"])] = answer.metadata.src_node_id
+            if index in self._id_of:
+                raise RunError(f"two nodes say they are node {index}: give each a partition-id of its own.")
+            self._id_of[index] = answer.metadata.src_node_id
         if sorted(self._id_of) != list(range(self._nodes)):
             raise RunError(
                 f"expected nodes 0 to {self._nodes - 1}, got {sorted(self._id_of)}: give every node its own "
@@ -107,8 +109,8 @@ class GridTransport:
                 continue
             try:
                 reply = wire.unpack_reply(answer.content)
-            except (KeyError, ValueError, TypeError) as error:
-                out.append(NodeFailure(index, f"reply cannot be read: {error!r}", False))
+            except MessageError as error:
+                out.append(NodeFailure(index, f"reply cannot be read: {error}", False))
                 continue
             if reply.node != index:
                 out.append(NodeFailure(index, f"reply claims to be of node {reply.node}", False))

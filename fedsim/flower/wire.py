@@ -1,27 +1,39 @@
-"""Engine values <-> Flower records. Flat arrays and one JSON text, no pickle; checked on arrival."""
+"""Engine values <-> Flower records: flat arrays and one JSON text, no pickle.
+
+What comes out has the right types (fedsim.flower.records); whether it is what a node should answer is for
+fedsim.engine.replies to judge.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedsim.engine.asked import Asked
+from fedsim.flower.records import (
+    MessageError,
+    number,
+    opened,
+    pack_arrays,
+    parsed,
+    record,
+    sealed,
+    shown,
+    typed,
+)
 from fedsim.types import HolderReply, StepTask
 
-PARAMETERS, TASK, REPLY, ARRAYS = "parameters", "task", "reply", "arrays"
-# Bytes as they lie in memory: a quarter of the time of numpy's file format.
-RAW = "fedsim.raw"
+PARAMETERS, TASK, REPLY, ARRAYS, ASKED = "parameters", "task", "reply", "arrays", "asked"
+IDENTITY = "identity"
 HOLDERS = np.dtype("<i8")
-Record = TypeVar("Record", ArrayRecord, ConfigRecord)
 
 
 def pack_task(task: StepTask, parameters: ArrayRecord, config_json: str) -> RecordDict:
     """Return the content of a train message. `parameters` is shared by all nodes of a wave."""
-    # Numbers in one text: Flower checks every entry of a record, which for a dozen costs more than JSON.
     header = {
         "step": task.step,
         "wave": task.wave,
@@ -29,28 +41,33 @@ def pack_task(task: StepTask, parameters: ArrayRecord, config_json: str) -> Reco
         "keys": {name: key.hex() for name, key in task.keys.items()},
         "stage": task.stage,
     }
-    body = ConfigRecord({"config": config_json, "header": json.dumps(header)})
-    return RecordDict({PARAMETERS: parameters, TASK: body, ARRAYS: _pack_arrays(task.arrays)})
+    body = {"config": config_json, "header": json.dumps(header)}
+    return sealed(TASK, body, {PARAMETERS: parameters, ARRAYS: pack_arrays(task.arrays)})
 
 
 def pack_parameters(parameters: NDArray[Any]) -> ArrayRecord:
     """Return the flat parameters as a record."""
-    return _pack_arrays({"flat": parameters})
+    return pack_arrays({"flat": parameters})
 
 
 def unpack_task(content: RecordDict) -> tuple[StepTask, NDArray[Any], str]:
-    """Return (task, flat parameters, configuration JSON) of a train message."""
-    body: Any = _record(content, TASK, ConfigRecord)
-    header = json.loads(body["header"])
+    """Return (task, flat parameters, configuration JSON) of a train message; raises MessageError."""
+    body, arrays = opened(content, TASK, {"config": str, "header": str}, (PARAMETERS, ARRAYS))
+    header = parsed(body["header"], ("step", "wave", "sampling_rate", "keys", "stage"))
+    keys = {name: _key(name, key) for name, key in typed(header["keys"], dict, "keys").items()}
     task = StepTask(
-        step=header["step"],
-        wave=header["wave"],
-        sampling_rate=header["sampling_rate"],
-        keys={name: bytes.fromhex(key) for name, key in header["keys"].items()},
-        stage=header["stage"],
-        arrays=_unpack_arrays(content),
+        step=typed(header["step"], int, "step"),
+        wave=typed(header["wave"], int, "wave"),
+        sampling_rate=number(header["sampling_rate"], "sampling_rate"),
+        keys=keys,
+        stage=typed(header["stage"], str, "stage"),
+        arrays=arrays[ARRAYS],
     )
-    return task, _read(_record(content, PARAMETERS, ArrayRecord)["flat"]), body["config"]
+    if set(arrays[PARAMETERS]) != {"flat"}:
+        raise MessageError(
+            f"expected the parameters as one array 'flat', got {shown(list(arrays[PARAMETERS]))}"
+        )
+    return task, arrays[PARAMETERS]["flat"], body["config"]
 
 
 def pack_reply(reply: HolderReply) -> RecordDict:
@@ -66,60 +83,71 @@ def pack_reply(reply: HolderReply) -> RecordDict:
         "seconds": dict(reply.seconds),
     }
     holders = reply.holders.astype(HOLDERS, copy=False).tobytes()
-    body = ConfigRecord({"header": json.dumps(header), "holders": holders})
-    return RecordDict({REPLY: body, ARRAYS: _pack_arrays(reply.arrays)})
+    body: dict[str, str | bytes] = {"header": json.dumps(header), "holders": holders}
+    return sealed(REPLY, body, {ARRAYS: pack_arrays(reply.arrays)})
 
 
 def unpack_reply(content: RecordDict) -> HolderReply:
-    """Return the answer; raises KeyError, ValueError or TypeError for malformed content."""
-    body: Any = _record(content, REPLY, ConfigRecord)
-    header: Any = json.loads(body["header"])
+    """Return a node's answer, its values of the right types; raises MessageError."""
+    body, arrays = opened(content, REPLY, {"header": str, "holders": bytes}, (ARRAYS,))
+    names = ("step", "wave", "stage", "node", "count", "code_hash", "statistics", "seconds")
+    header = parsed(body["header"], names)
+    if len(body["holders"]) % HOLDERS.itemsize:
+        raise MessageError(
+            f"expected holders of {HOLDERS.itemsize} bytes each, got {len(body['holders'])} bytes"
+        )
+    statistics: dict[str, float | list[float]] = {
+        name: [number(v, name) for v in value] if isinstance(value, list) else number(value, name)
+        for name, value in typed(header["statistics"], dict, "statistics").items()
+    }
+    seconds = typed(header["seconds"], dict, "seconds")
     return HolderReply(
-        step=_whole(header["step"]),
-        wave=_whole(header["wave"]),
-        node=_whole(header["node"]),
+        step=typed(header["step"], int, "step"),
+        wave=typed(header["wave"], int, "wave"),
+        node=typed(header["node"], int, "node"),
         holders=np.frombuffer(body["holders"], HOLDERS),
-        code_hash=str(header["code_hash"]),
-        arrays=_unpack_arrays(content),
-        count=_whole(header["count"]),
-        statistics={
-            str(name): [float(v) for v in value] if isinstance(value, list) else float(value)
-            for name, value in dict(header["statistics"]).items()
-        },
-        seconds={str(name): float(value) for name, value in dict(header["seconds"]).items()},
-        stage=str(header["stage"]),
+        code_hash=typed(header["code_hash"], str, "code_hash"),
+        arrays=arrays[ARRAYS],
+        count=typed(header["count"], int, "count"),
+        statistics=statistics,
+        seconds={name: number(value, name) for name, value in seconds.items()},
+        stage=typed(header["stage"], str, "stage"),
     )
 
 
-def _whole(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"expected a whole number, got {value!r}")
-    return value
+def unpack_identity(content: RecordDict) -> tuple[int, str]:
+    """Return (index, code hash) of a node; raises MessageError."""
+    if set(content) != {IDENTITY}:
+        raise MessageError(f"expected a node's identity, got records {shown(sorted(content))}")
+    body = dict(record(content, IDENTITY, ConfigRecord))
+    if set(body) != {"node", "code_hash"}:
+        raise MessageError(f"expected node and code_hash, got {shown(sorted(body))}")
+    return typed(body["node"], int, "node"), typed(body["code_hash"], str, "code_hash")
 
 
-def _record(content: RecordDict, name: str, kind: type[Record]) -> Record:
-    """Return one record; Flower's own views by kind build a new dictionary each time."""
-    found = content[name]
-    if not isinstance(found, kind):
-        raise TypeError(f"expected record {name!r} to be a {kind.__name__}, got a {type(found).__name__}")
-    return found
+def pack_asked(asked: Asked) -> ConfigRecord:
+    """Return a node's memory as a record of its Context."""
+    named = {"told": asked.told, "answered": asked.answered}
+    out: dict[str, Any] = {"step": asked.step}
+    for name, digests in named.items():
+        out |= {f"{name} names": list(digests), name: list(digests.values())}
+    return ConfigRecord(out)
 
 
-def _pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    return ArrayRecord({name: _array(values) for name, values in arrays.items()})
+def unpack_asked(state: RecordDict) -> Asked:
+    """Return the memory that a node's Context holds, an empty one before the first task."""
+    if ASKED not in state:
+        return Asked()
+    held: Any = record(state, ASKED, ConfigRecord)
+    told, answered = (dict(zip(held[f"{n} names"], held[n], strict=True)) for n in ("told", "answered"))
+    return Asked(held["step"], told, answered)
 
 
-def _array(values: NDArray[Any]) -> Array:
-    return Array(values.dtype.name, values.shape, RAW, np.ascontiguousarray(values).tobytes())
-
-
-def _unpack_arrays(content: RecordDict) -> dict[str, NDArray[Any]]:
-    return {name: _read(array) for name, array in _record(content, ARRAYS, ArrayRecord).items()}
-
-
-def _read(array: Array) -> NDArray[Any]:
-    """Return the array, read-only, not copied; refuse what is not plain numbers of the stated size."""
-    dtype = np.dtype(array.dtype)
-    if array.stype != RAW or dtype.kind not in "fiub":
-        raise ValueError(f"expected plain numbers, got {array.dtype} as {array.stype}")
-    return np.frombuffer(array.data, dtype=dtype).reshape(array.shape)
+def _key(name: str, text: Any) -> bytes:
+    try:
+        key = bytes.fromhex(typed(text, str, name))
+    except ValueError as error:
+        raise MessageError(f"expected key {shown(name)} in hexadecimal digits, got {shown(text)}") from error
+    if len(key) != 32:
+        raise MessageError(f"expected key {shown(name)} of 32 bytes, got {len(key)}")
+    return key

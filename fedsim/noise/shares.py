@@ -142,13 +142,14 @@ class NoiseShares:
         """Return one holder's share of one step, int64 (count,)."""
         return discrete.sample(self.kind, self.share, key, count)
 
-    def bound(self, count: int) -> int:
-        """Return what no entry of one share exceeds: 2^-60 over the `count` entries of all holders' shares.
+    def bound(self, count: int, shares: int = 1) -> int:
+        """Return what no entry of a sum of `shares` shares exceeds: 2^-60 over `count` entries of as many
+        sums as there are holders.
 
         Bernstein's inequality for a difference of Poisson variables; a discrete Gaussian has lighter tails.
         """
         tail = math.log(2.0 * count * self.holders * 2.0**_WRAP_BITS)
-        return math.ceil(math.sqrt(2.0 * self.share * tail) + tail)
+        return math.ceil(math.sqrt(2.0 * self.share * shares * tail) + tail)
 
 
 def hadamard(vector: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -69,6 +69,15 @@ def unpack_pairs(
     }
 
 
+def by_receiver(sent: Mapping[int, Mapping[int, bytes]]) -> dict[int, dict[int, bytes]]:
+    """Return receiver -> sender -> message of sender -> receiver -> message."""
+    out: dict[int, dict[int, bytes]] = {}
+    for sender, messages in sent.items():
+        for receiver, text in messages.items():
+            out.setdefault(receiver, {})[sender] = text
+    return out
+
+
 def pack_reveals(
     reveals: Mapping[int, Reveal], neighbours: Mapping[int, Ids], rows: Sequence[int], width: int
 ) -> NDArray[np.uint32]:

@@ -123,7 +123,7 @@ def safe_graph(
         lost = holders * stats.hypergeom.sf(degree - np.arange(degree + 1), others, gone, degree)
         high = int(np.sum(lost <= fail)) - 1  # largest t that the survivors reach
         if cut <= leak and low <= high:
-            return SafeGraph(degree, (low + high + 1) // 2)
+            return SafeGraph(degree, (low + high) // 2)
     low, high = least_threshold(others, min(bad, others)), others - gone
     if low > high:
         raise InputError(
@@ -133,4 +133,4 @@ def safe_graph(
             f"and at most {high}, the neighbours that stay. Lower one of the two shares: corrupt and twice "
             "the dropped ones must be below 1 together."
         )
-    return SafeGraph(others, (low + high + 1) // 2)
+    return SafeGraph(others, (low + high) // 2)

@@ -144,7 +144,7 @@ class Holder:
                 f"{self.settings.threshold} are needed."
             )
         revealed: tuple[dict[int, NDArray[np.uint32]], dict[int, NDArray[np.uint32]]] = ({}, {})
-        for other in sorted(near.intersection(shared)):
+        for other in sorted(near.intersection(shared).intersection(inbound)):
             key = self._channel_key(adverts, other, self.index)
             text = keys.unseal(key, inbound[other], _context(other, self.index))
             if text is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -61,14 +60,6 @@ def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes | None:
         return AESGCM(key).decrypt(bytes(12), sealed, context)
     except InvalidTag:
         return None
-
-
-def fingerprint(parts: list[bytes]) -> bytes:
-    """Return 32 bytes that depend on all parts and their order: a commitment to any part nobody can guess."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.digest()
 
 
 def add_mask(total: NDArray[Any], key: bytes, ring: Ring, *, subtract: bool = False) -> None:

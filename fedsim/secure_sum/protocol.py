@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim import validate
+from fedsim import digest, validate
 from fedsim.secure_sum import keys, shamir
 from fedsim.secure_sum.graph import least_threshold, neighbourhoods, width
 from fedsim.secure_sum.ring import Ring
@@ -118,7 +118,7 @@ def graph_of(settings: Settings, adverts: Mapping[int, Advert]) -> dict[int, NDA
     present = np.array(sorted(adverts), dtype=np.int64)
     said = (adverts[h] for h in present.tolist())
     text = [part for advert in said for part in (advert.channel, advert.mask, advert.seed)]
-    key = keys.fingerprint([b"secure sum graph", present.tobytes(), *text])
+    key = digest.of([b"secure sum graph", present.tobytes(), *text])
     return _graph(present.tobytes(), settings.degree, key)
 
 
@@ -135,12 +135,12 @@ def pair_key(private: bytes, public: bytes, mine: int, other: int) -> bytes:
 
 def commitment(seed: bytes) -> bytes:
     """Hides 32 random bytes and binds to them."""
-    return keys.fingerprint([b"secure sum seed", seed])
+    return digest.of([b"secure sum seed", seed])
 
 
 def share_commitment(share: NDArray[np.uint32]) -> bytes:
     """Hides the share, whose limbs are uniform on the field, and binds to it."""
-    return keys.fingerprint([b"secure sum share", share.astype("<u4").tobytes()])[:TAG_BYTES]
+    return digest.of([b"secure sum share", share.astype("<u4").tobytes()])[:TAG_BYTES]
 
 
 def too_few(count: int, least: int) -> RunError:
