@@ -382,7 +382,7 @@ class SharesDPSGD(Strategy[SharesOptions]):
         """Refuse a sum longer than `count` clipped examples, the rounding and the noise can make it."""
         root = math.sqrt(len(total))
         clipped = count * self.clip_rule().sensitivity * setup.quantiser.scale
-        noise = setup.shares.bound(len(total), self._survivors) * root
+        noise = setup.shares.norm_bound(len(total), self._survivors)
         limit = clipped * (1.0 + ROUNDING) + self._survivors * root + noise
         if (norm := float(np.linalg.norm(total.astype(np.float64)))) > limit:
             raise RunError(

@@ -151,6 +151,18 @@ class NoiseShares:
         tail = math.log(2.0 * count * self.holders * 2.0**_WRAP_BITS)
         return math.ceil(math.sqrt(2.0 * self.share * shares * tail) + tail)
 
+    def norm_bound(self, count: int, shares: int) -> float:
+        """Return what the L2 norm of a sum of `shares` shares, `count` entries, exceeds with probability at
+        most 2^-59.
+
+        Bernstein's inequality for the squares of entries cut at `bound`: their mean is at most the variance v
+        and their variance at most 2 v^2 + v, which is that of a Skellam variable's square.
+        """
+        v, tail = self.share * shares, math.log(2.0**_WRAP_BITS)
+        largest = float(self.bound(count, shares)) ** 2
+        excess = math.sqrt(2.0 * tail * count * (2.0 * v * v + v)) + largest * tail / 3.0
+        return math.sqrt(count * v + excess)
+
 
 def hadamard(vector: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the orthonormal Walsh-Hadamard transform of a vector of 2^m entries; it is its own inverse."""

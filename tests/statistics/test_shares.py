@@ -114,6 +114,13 @@ def test_bounds_hold_with_room_and_rotation_makes_them_small() -> None:
     shares = NoiseShares(1e6, 10, 10)
     drawn = np.stack([shares.sample(key(i), 100_000) for i in range(10)])
     assert np.abs(drawn).max() < shares.bound(100_000) < 20 * math.sqrt(shares.share)
+    for variance in (1e-3, 1.0, 1e6):
+        few = NoiseShares(variance, 10, 10)
+        for count in (100, 8192):
+            sums = [sum(few.sample(key(i, j), count) for j in range(10)) for i in range(20)]
+            longest = max(np.linalg.norm(values) for values in sums)
+            assert longest < few.norm_bound(count, 10)
+    assert NoiseShares(1e6, 10, 10).norm_bound(8192, 10) < 1.3 * math.sqrt(8192 * 1e6)
 
 
 def variance_is(values: NDArray[np.int64], variance: float) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,21 @@ import pytest
 import torch
 from flwr.app import Error, Message
 
+import strategies
+from fedsim import config as configs
+from fedsim import seeds
+from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import prepare
+from fedsim.engine.replies import Expectation, judge
 from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.server_app import train as train_on
-from fedsim.types import HolderReply
+from fedsim.flower.transport import GridTransport
+from fedsim.grads.flat import get_flat
+from fedsim.privacy import ledger
+from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError
 from tests.conftest import final, small, train
 
@@ -63,7 +73,135 @@ FAULTS: dict[str, tuple[Callable[[HolderReply], HolderReply], str]] = {
     "other code": (lambda r: dataclasses.replace(r, code_hash="0" * 16), "runs code"),
     "other array": (lambda r: dataclasses.replace(r, arrays={"mean": r.arrays["sum"]}), "arrays"),
     "negative count": (lambda r: dataclasses.replace(r, count=-1), "counts -1"),
+    "count that sets its own bound": (
+        lambda r: dataclasses.replace(with_sum(r, r.arrays["sum"] * 1e6), count=10**18),
+        "counts 1000000000000000000 examples or holders, expected 0 to",
+    ),
 }
+
+
+def of_statistics(**changes: Any) -> Callable[[HolderReply], HolderReply]:
+    return lambda r: dataclasses.replace(r, statistics={**r.statistics, **changes})
+
+
+def of_seconds(**changes: float) -> Callable[[HolderReply], HolderReply]:
+    return lambda r: dataclasses.replace(r, seconds={**r.seconds, **changes})
+
+
+def without(name: str) -> Callable[[HolderReply], HolderReply]:
+    def change(reply: HolderReply) -> HolderReply:
+        return dataclasses.replace(
+            reply,
+            statistics={n: v for n, v in reply.statistics.items() if n != name},
+            seconds={n: v for n, v in reply.seconds.items() if n != name},
+        )
+
+    return change
+
+
+def of_histogram(change: Callable[[list[float]], list[float]]) -> Callable[[HolderReply], HolderReply]:
+    def changed(reply: HolderReply) -> HolderReply:
+        held = reply.statistics["norm_histogram"]
+        assert isinstance(held, list)
+        return of_statistics(norm_histogram=change(held))(reply)
+
+    return changed
+
+
+def honest() -> tuple[StepTask, HolderReply, Expectation]:
+    """A task, its honest reply from one of two nodes, and what the server expects."""
+    prepared = prepare(small())
+    transport = GridTransport(LocalGrid(app, 2), prepared.config.to_json(), 2)
+    transport.connect()
+    collector = Collector(prepared, transport, seeds.derive(0, "run"), "")
+    collector.begin(0, get_flat(prepared.model).numpy())
+    reply = collector.ask("", {})[0]
+    task = StepTask(0, 0, prepared.plan.sampling_rate, prepared.strategy.keys(seeds.derive(0, "run"), 0))
+    return task, reply, collector._expectation()
+
+
+HONEST = honest()
+DRAWN = HONEST[1].count
+
+
+# What only a node that makes its own replies can send: judged before anything of the reply is used.
+FIELDS: dict[str, tuple[Callable[[HolderReply], HolderReply], str]] = {
+    "count of 10^30": (lambda r: dataclasses.replace(r, count=10**30), r"counts 1000\d+ examples"),
+    "one more than drawn": (lambda r: dataclasses.replace(r, count=DRAWN + 1), f"expected 0 to {DRAWN}"),
+    "count is a truth value": (lambda r: dataclasses.replace(r, count=True), "counts True"),
+    "count is a float": (lambda r: dataclasses.replace(r, count=3.0), r"counts 3\.0"),  # type: ignore[arg-type]
+    "count is infinite": (lambda r: dataclasses.replace(r, count=math.inf), "counts inf"),  # type: ignore[arg-type]
+    "fewer than its statistics": (lambda r: dataclasses.replace(r, count=r.count - 1), "not those of"),
+    "unknown statistic": (of_statistics(more=1.0), "statistics are .*'more'"),
+    "missing statistic": (without("clipped"), "statistics are"),
+    "list for a number": (of_statistics(loss_sum=[1.0]), "expected one numbers"),
+    "number for a list": (of_statistics(norm_histogram=1.0), "expected 56 numbers"),
+    "short list": (of_histogram(lambda h: h[1:]), "expected 56 numbers"),
+    "long list": (of_histogram(lambda h: [*h, 0.0]), "expected 56 numbers"),
+    "text": (of_statistics(norm_sum="1"), "something else than finite numbers"),
+    "truth value": (of_statistics(norm_sum=True), "something else than finite numbers"),
+    "NaN loss": (of_statistics(loss_sum=math.nan), "something else than finite numbers"),
+    "infinite in a list": (of_histogram(lambda h: [math.inf, *h[1:]]), "something else than finite"),
+    "negative norms": (of_statistics(norm_sum=-1.0), "'norm_sum' is negative"),
+    "negative in a list": (of_histogram(lambda h: [-1.0, h[0] + h[1] + 1, *h[2:]]), "is negative"),
+    "half an example": (of_histogram(lambda h: [0.5, *h[1:-1], h[-1] - 0.5 + 1]), "whole numbers"),
+    "more clipped than there": (of_statistics(clipped=1e9), "not those of"),
+    "more examples than counted": (of_histogram(lambda h: [h[0] + 1, *h[1:]]), "not those of"),
+    "all without a norm": (of_statistics(non_finite=1e12), "not those of"),
+    "unknown time": (of_seconds(more=1.0), "seconds are"),
+    "missing time": (without("transfer"), "seconds are"),
+    "NaN time": (of_seconds(compute=math.nan), "something else than finite numbers"),
+    "negative time": (of_seconds(transfer=-1.0), "'transfer' is negative"),
+}
+
+
+def test_an_honest_reply_is_accepted() -> None:
+    task, reply, expect = HONEST
+    assert judge(task, [reply.node], [reply], expect).accepted == {reply.node: reply}
+    assert DRAWN > 10
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_of_a_reply_is_judged(field: str) -> None:
+    """Another transport than Flower may hand over values of any type."""
+    task, reply, expect = HONEST
+    change, message = FIELDS[field]
+    verdict = judge(task, [reply.node], [change(reply)], expect)
+    assert not verdict.accepted
+    assert re.search(message, verdict.rejected[reply.node].reason), verdict.rejected[reply.node].reason
+
+
+def test_a_count_is_at_most_what_the_step_draws_for_every_strategy() -> None:
+    """The bound is met: what a node may count is what it counts when all of its holders are there."""
+    for name in strategies.names():
+        noise = [] if strategies.load(configs.load(f"smoke/{name}")).private else [NO_NOISE]
+        for options in ([], ["strategy.options={local_steps: 3}"] if name == "local_dpsgd" else []):
+            prepared = prepare(small(f"strategy.name={name}", *noise, *options, "train.steps=3"))
+            transport = GridTransport(LocalGrid(app, 2), prepared.config.to_json(), 2)
+            transport.connect()
+            collector = Collector(prepared, transport, seeds.derive(0, "run"), "")
+            for step in range(3):
+                collector.begin(step, get_flat(prepared.model).numpy())
+                replies = prepared.strategy.collect(prepared.plan, collector.ask)[1]
+                expect = collector._expectation()
+                task = StepTask(step, 0, prepared.plan.sampling_rate, collector._keys)
+                counts = [expect.counted_at_most(task, reply.node) for reply in replies]
+                assert counts == [reply.count for reply in replies], name
+                assert sum(counts) > 0, name
+
+
+NO_NOISE = "privacy.noise_multiplier=null"
+
+
+@pytest.mark.parametrize("below", [-1.0, 0.5, 1e30, math.nan])
+def test_a_count_of_updates_below_the_clip_norm_is_judged(below: float, tmp_path: Path) -> None:
+    def change(reply: HolderReply) -> HolderReply:
+        return dataclasses.replace(reply, arrays={**reply.arrays, "below": np.array([below])})
+
+    config = small("strategy.name=dp_fedavg", "strategy.options={target_quantile: 0.5, count_noise: 2}")
+    with pytest.raises(RunError, match=r"below the clip norm|NaN or infinite"):
+        train(config, tmp_path, client=spoiled(change))
+    assert ledger.read(tmp_path / "ledger.jsonl").steps == FAULTY_STEP
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -7,8 +7,9 @@ on a wrong version, which they must reject.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,22 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedsim import seeds
-from fedsim.secure_sum import Holder, Reveal, Ring, Server, Settings, neighbourhoods, safe_graph, shamir
+from fedsim.secure_sum import (
+    Holder,
+    Reveal,
+    Ring,
+    SafeGraph,
+    Server,
+    Settings,
+    check_threshold,
+    neighbourhoods,
+    safe_graph,
+    shamir,
+)
 from fedsim.secure_sum import arrays as messages
 from fedsim.secure_sum import keys as secure_keys
-from fedsim.secure_sum.protocol import DEALT_BYTES, TAG_BYTES, graph_of, pair_key
+from fedsim.secure_sum.graph import corrupt_neighbours, width
+from fedsim.secure_sum.protocol import DEALT_BYTES, TAG_BYTES, graph_of, pair_key, share_commitment
 from fedsim.validate import InputError, RunError
 
 ALARM = 1e-6
@@ -174,6 +187,233 @@ def test_a_holder_reveals_one_kind_of_share_a_neighbour() -> None:
     told = reveal(speakers(common)[0], server)
     assert set(told.seeds) == {1, 2, 3}
     assert set(told.keys) == {4, 5}
+
+
+def flipped(told: Reveal, owner: int, limb: int = 4, bit: int = 7) -> Reveal:
+    """A reveal with one bit of the share of one owner flipped."""
+
+    def changed(shares: Mapping[int, NDArray[np.uint32]]) -> dict[int, NDArray[np.uint32]]:
+        out = {other: share.copy() for other, share in shares.items()}
+        if owner in out:
+            out[owner][limb] ^= np.uint32(1 << bit)
+        return out
+
+    return Reveal(changed(told.seeds), changed(told.keys))
+
+
+@pytest.mark.parametrize("silent", [(), (6,)], ids=["seed", "mask key"])
+def test_a_flipped_bit_of_any_share_is_named_and_made_up_for(silent: tuple[int, ...]) -> None:
+    """Eight holders of threshold four: three of the seven shares of a secret may be damaged."""
+    common = agreed(8)
+    values = draw_values(common)
+    server = before_reveal(common, values, silent)
+    here = [h for h in range(8) if h not in silent]
+    told = {h: reveal(speakers(common)[h], server) for h in here}
+    exact = values[here].sum(axis=0)
+    owner = silent[0] if silent else 2
+    most = len(here) - (owner in here) - common.threshold  # surplus shares
+    for limb, bit in [(0, 0), (3, 30), (8, 31)]:
+        bad = [h for h in here if h != owner][:most]
+        spoiled = {h: flipped(r, owner, limb, bit) if h in bad else r for h, r in told.items()}
+        assert np.array_equal(server.total(spoiled), exact)
+        assert server.damaged == [(h, owner) for h in bad]
+    bad = [h for h in here if h != owner][: most + 1]
+    what = "mask key" if silent else "seed"
+    words = rf"3 shares of holder {owner}'s {what} came, 4 are needed. Those of holders \{bad} were damaged"
+    with pytest.raises(RunError, match=words.replace("]", "\\]")):
+        server.total({h: flipped(r, owner) if h in bad else r for h, r in told.items()})
+    assert np.array_equal(server.total(told), exact)
+    assert server.damaged == []
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.integers(2, 9), st.integers(0, 3), st.data())
+def test_any_flipped_bit_leaves_the_sum_exact_or_refused(
+    holders: int, faults: int, data: st.DataObject
+) -> None:
+    """With and without surplus shares, of both kinds: never another sum."""
+    common = agreed(holders, threshold=data.draw(st.integers((holders - 1) // 2 + 1, holders - 1)))
+    most = holders - 1 - common.threshold
+    gone = data.draw(st.integers(0, min(1, most)))
+    values, silent = draw_values(common), range(holders - gone, holders)
+    server = before_reveal(common, values, silent)
+    told = {h: reveal(speakers(common)[h], server) for h in range(holders - gone)}
+    for _ in range(faults):
+        by = data.draw(st.sampled_from(sorted(told)))
+        owner, limb, bit = (data.draw(st.integers(0, top)) for top in (holders - 1, shamir.LIMBS - 1, 31))
+        told[by] = flipped(told[by], owner, limb, bit)
+    with contextlib.suppress(RunError):
+        assert np.array_equal(server.total(told), values[: holders - gone].sum(axis=0))
+    if faults <= most - gone:
+        server.total(told)  # enough good shares of everything are left
+
+
+def test_shares_that_do_not_give_what_was_advertised_are_refused() -> None:
+    """A holder that deals shares of other secrets, with commitments that fit them, is named."""
+    common = agreed(5)
+    secrets = [seeds.derive(7, "seed"), seeds.derive(7, "key")]
+    dealt = dict(zip((0, 1, 2, 4), shamir.share(secrets, np.array([1, 2, 3, 5]), 3, bytes(32)), strict=True))
+    for kind, silent in (("seed", ()), ("mask key", (3,))):
+        server = before_reveal(common, draw_values(common), silent)
+        server._promised[3] = {by: b"".join(share_commitment(s) for s in pair) for by, pair in dealt.items()}
+        told = {}
+        for h in set(range(5)) - set(silent):
+            honest = reveal(speakers(common)[h], server)
+            both = ({**honest.seeds}, {**honest.keys})
+            if h != 3:
+                both[len(silent)][3] = dealt[h][len(silent)]
+            told[h] = Reveal(*both)
+        with pytest.raises(RunError, match=f"shares that holder 3 dealt do not give its {kind}"):
+            server.total(told)
+        assert server.damaged == []
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_a_sum_beyond_the_bound_is_refused(bits: int) -> None:
+    """A vector masked with another mask, or changed on its way, is not a sum of vectors within the bound."""
+    common = agreed(4, ring=Ring(bits), bound=1000)
+    values = draw_values(common)
+    server = before_reveal(common, values)
+    told = {h.index: reveal(h, server) for h in speakers(common)}
+    exact = server.masked[1].copy()
+    for change in (1 << (bits - 2), 1 << (bits - 1), 4001 + 2 * 1000):
+        server.masked[1] = exact.copy()
+        server.masked[1][3] += np.array(change, dtype=np.uint64).astype(exact.dtype)
+        with pytest.raises(RunError, match=r"4 vectors within the bound give at most 4000"):
+            server.total(told)
+    server.masked[1] = common.ring.encode(values[1], 1000)
+    with pytest.raises(RunError, match="masked with another mask"):
+        server.total(told)
+
+
+def test_a_share_that_was_changed_on_its_way_is_left_out_and_named() -> None:
+    common = agreed(8)
+    values = draw_values(common)
+    server = before_reveal(common, values)
+    text = server.sealed[2][0]
+    server.sealed[2][0] = text[:-1] + bytes([text[-1] ^ 1])
+    server.sealed[4][0], server.sealed[5][0] = server.sealed[5][0], server.sealed[4][0]
+    told = {h.index: reveal(h, server) for h in speakers(common)}
+    assert set(told[0].seeds) == {1, 3, 6, 7}
+    assert np.array_equal(server.total(told), values.sum(axis=0))
+    assert server.damaged == [(0, 2), (0, 4), (0, 5)]
+
+
+def test_an_advert_that_was_changed_on_its_way_is_refused_by_its_holder() -> None:
+    common = agreed(4)
+    holders = speakers(common)
+    adverts = {h.index: h.advertise() for h in holders}
+    forged = speakers(common, seed=6)[0].advertise()
+    for part in ("channel", "mask", "seed"):
+        lie = {**adverts, 0: dataclasses.replace(adverts[0], **{part: getattr(forged, part)})}
+        with pytest.raises(RunError, match="the advert of holder 0 was changed"):
+            holders[0].share(lie)
+    with pytest.raises(RunError, match="the advert of holder 0 was changed"):
+        holders[0].share({h: a for h, a in adverts.items() if h})
+    bad = {**adverts, 2: dataclasses.replace(adverts[2], channel=bytes(32))}
+    with pytest.raises(RunError, match="holder 2: a public key of the secure sum is not valid"):
+        holders[0].share(bad)
+
+
+def stories(
+    common: Settings, values: NDArray[np.int64], told: Mapping[int, Sequence[int]]
+) -> tuple[Server, dict[int, Reveal]]:
+    """What a server collects that tells each holder its own story of whose vectors arrived."""
+    server, holders = before_reveal(common, values), speakers(common)
+    said = {h: holders[h].confirm(server.adverts, server.sealed, story) for h, story in told.items()}
+    server.confirmed = said
+    reveals = {}
+    for h, story in told.items():
+        with contextlib.suppress(RunError):
+            reveals[h] = reveal(holders[h], server, story)
+    return server, reveals
+
+
+def test_no_holder_loses_both_secrets_to_a_server_that_tells_two_stories() -> None:
+    """Some neighbours are told that the victim's vector arrived, the others that it did not."""
+    for holders in range(4, 12):
+        common, closest = agreed(holders), 0
+        everyone, others = list(range(holders)), list(range(1, holders))
+        for cut in range(holders):
+            told = {0: everyone} | {h: everyone if h <= cut else others for h in others}
+            reveals = stories(common, draw_values(common), told)[1].values()
+            lost = min(sum(0 in r.seeds for r in reveals), sum(0 in r.keys for r in reveals))
+            closest = max(closest, lost)
+            assert lost < common.threshold, "at most one secret of the victim can be rebuilt"
+        assert closest == common.threshold - 1, "with one share less needed, both could"
+
+
+def test_masks_between_holders_that_reveal_stay_whatever_each_was_told() -> None:
+    """Each is told that only itself and the victim arrived: without confirmations every pair mask falls."""
+    common = agreed(9)
+    victim, values = 0, draw_values(common)
+    told = {h: [victim, h] for h in range(1, 9)} | {victim: [victim, 1]}
+    server, reveals = stories(common, values, told)
+    assert all(h == victim for h in reveals), "nobody else has enough neighbours that say it is in the sum"
+    keys_lost = dict.fromkeys(range(1, 9), 0)
+    for h in range(1, 9):
+        forged = {o: speakers(common)[o]._confirmation(server.adverts, o, h) for o in range(9) if o != h}
+        inbound = server.inbound(h)
+        given = speakers(common)[h].unmask(server.adverts, server.sealed, told[h], inbound, forged)
+        for other in given.keys:
+            keys_lost[other] += 1
+    assert min(keys_lost.values()) >= common.threshold, "had they been confirmed, every mask had fallen"
+
+
+def test_confirmations_of_others_sessions_and_pairs_do_not_count() -> None:
+    common = agreed(5)
+    server = before_reveal(common, draw_values(common))
+    holder = speakers(common)[0]
+    fair = server.confirmations(0)
+    assert len(fair) == 4
+    for lie in (
+        {},
+        {o: bytes(len(tag)) for o, tag in fair.items()},
+        {o: server.confirmed[o][(o % 4) + 1] if (o % 4) + 1 != o else bytes(16) for o in fair},
+        {o: server.confirmed[0][o] for o in fair},
+        {o: speakers(common, 6)[o]._confirmation(server.adverts, o, 0) for o in fair},
+        dict(list(fair.items())[: common.threshold - 1]),
+    ):
+        with pytest.raises(RunError, match="neighbours confirm that holder 0 is in the sum"):
+            holder.unmask(server.adverts, server.sealed, server.masked, server.inbound(0), lie)
+    assert len(reveal(holder, server).seeds) == 4
+
+
+@pytest.mark.parametrize(("holders", "degree", "corrupt"), [(10, 9, 0.0), (10, 9, 0.2), (300, 40, 0.05)])
+def test_thresholds_stand_two_stories_with_the_corrupt_neighbours(
+    holders: int, degree: int, corrupt: float
+) -> None:
+    """2 t > m + c at the least threshold that is accepted, and one less is refused with the reason."""
+    near, bad = width(holders, degree), corrupt_neighbours(holders, degree, corrupt)
+    if near == holders - 1:
+        assert bad == int(corrupt * holders)
+    else:
+        law = stats.hypergeom(holders - 1, int(corrupt * holders), near)
+        assert holders * law.sf(bad) <= 2.0**-41 < holders * law.sf(bad - 1)
+    least = next(t for t in range(near + 1) if 2 * t > near + bad)
+    check_threshold(holders, SafeGraph(degree, least), corrupt)
+    with pytest.raises(InputError, match=f"at least {least}, more than half .* different stories"):
+        check_threshold(holders, SafeGraph(degree, least - 1), corrupt)
+    for n, dropped in ((holders, 0.3), (2, 0.3), (3, 0.3), (7, 0.3)):
+        graph = safe_graph(n, corrupt, dropped)
+        check_threshold(n, graph, corrupt)
+        assert graph.threshold <= width(n, graph.degree)
+
+
+def test_masks_of_steps_holders_pairs_and_purposes_differ() -> None:
+    """Sessions have nothing in common: no key, no commitment, no mask, no share."""
+    common = agreed(4, length=64)
+    seen: list[bytes] = []
+    for session in range(12):
+        holders = speakers(common, seed=100 + session)
+        adverts = {h.index: h.advertise() for h in holders}
+        for h in holders:
+            seen += [adverts[h.index].channel, adverts[h.index].mask, adverts[h.index].seed]
+            seen += list(h.share(adverts).values())
+            seen += list(h.confirm(adverts, range(4), range(4)).values())
+            seen += [pair_key(h._private("mask"), adverts[o].mask, h.index, o) for o in range(h.index)]
+            seen.append(h.mask(np.zeros(64, dtype=np.int64), adverts, range(4)).tobytes())
+    assert len(set(seen)) == len(seen)
 
 
 def uniform(elements: Iterable[int] | NDArray[Any], bits: int = 32) -> bool:
