@@ -7,6 +7,7 @@ with the logarithm of the number of holders.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -69,8 +70,16 @@ def corrupt_neighbours(holders: int, degree: int, corrupt: float, privacy_bits: 
     others, bad = holders - 1, math.floor(corrupt * holders)
     if (near := width(holders, degree)) == others:
         return min(bad, others)
-    tail = holders * stats.hypergeom.sf(np.arange(near + 1), others, bad, near)  # c: more than c are corrupt
-    return int(np.argmax(tail <= 2.0 ** -(privacy_bits + 1)))
+    return _at_most(others, bad, near, 2.0 ** -(privacy_bits + 1) / holders)
+
+
+def _at_most(others: int, marked: int, near: int, chance: float) -> int:
+    """Return the smallest c with P(more than c of `near` neighbours are among the `marked`) <= chance."""
+
+    def unlikely(c: int) -> bool:
+        return bool(stats.hypergeom.sf(c, others, marked, near) <= chance)
+
+    return bisect.bisect_left(range(near), True, key=unlikely)
 
 
 def check_threshold(holders: int, graph: SafeGraph, corrupt: float) -> None:
@@ -120,8 +129,7 @@ def safe_graph(
         # A cut of the circle needs degree / 2 holders in a row that are all corrupt or gone.
         cut = holders * ((bad + gone) / others) ** (degree // 2)
         low = least_threshold(degree, corrupt_neighbours(holders, degree, corrupt, privacy_bits))
-        lost = holders * stats.hypergeom.sf(degree - np.arange(degree + 1), others, gone, degree)
-        high = int(np.sum(lost <= fail)) - 1  # largest t that the survivors reach
+        high = degree - _at_most(others, gone, degree, fail / holders)  # largest t that the survivors reach
         if cut <= leak and low <= high:
             return SafeGraph(degree, (low + high) // 2)
     low, high = least_threshold(others, min(bad, others)), others - gone

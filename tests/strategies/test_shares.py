@@ -243,7 +243,7 @@ def test_the_event_is_that_of_the_rate_at_which_examples_are_drawn() -> None:
         (release,) = events.releases(prepared.plan.event)
         rate = 60 / 400 / config.federation.availability
         assert release.sampling_rate == prepared.plan.sampling_rate == pytest.approx(rate)
-        node, drawn, steps = Node(small(SHARES, "federation.nodes=1"), 0), 0, 300
+        node, drawn, steps = Node(small(SHARES, "federation.nodes=1"), 0, 0), 0, 300
         for step in range(steps):
             task = StepTask(step, 0, release.sampling_rate, prepared.strategy.keys(0, step))
             drawn += len(node.drawn(task))

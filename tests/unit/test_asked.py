@@ -24,7 +24,7 @@ SHARES = ("strategy.name=shares_dpsgd", "federation.nodes=1", "model.name=linear
 
 @pytest.fixture(scope="module")
 def node() -> Node:
-    return Node(small(*SHARES), 0)
+    return Node(small(*SHARES), 0, 0)
 
 
 class Asker:
@@ -177,7 +177,7 @@ def test_steps_go_up_and_never_share_a_key_of_the_holders(node: Node) -> None:
 def test_another_configuration_is_refused(node: Node) -> None:
     server = Asker(node)
     server.step(0)
-    other = Node(small(*SHARES, "strategy.options={on_shortfall: top_up}"), 0)
+    other = Node(small(*SHARES, "strategy.options={on_shortfall: top_up}"), 0, 0)
     for task in (
         server.tasks[0, "unmask"],
         with_key(dataclasses.replace(server.tasks[0, ""], step=1), "holders"),
@@ -203,7 +203,7 @@ def test_an_answer_that_cannot_be_repeated_is_refused(node: Node, monkeypatch: p
 
 def test_noise_of_a_holder_never_meets_two_sums() -> None:
     """local_dpsgd, where nobody is trusted: the same noise on sums at other parameters would cancel out."""
-    node = Node(small("strategy.name=local_dpsgd", "federation.nodes=1", "model.name=linear"), 0)
+    node = Node(small("strategy.name=local_dpsgd", "federation.nodes=1", "model.name=linear"), 0, 0)
     keys = node.strategy.keys(0, 0)
     task = StepTask(0, 0, 0.2, keys, "", {"noise_std": np.array([0.5])})
     at, asked = get_flat(node.model).numpy(), Asked()
@@ -220,7 +220,7 @@ def test_noise_of_a_holder_never_meets_two_sums() -> None:
 
 
 def test_where_the_server_is_trusted_nothing_is_remembered() -> None:
-    node = Node(small("federation.nodes=1", "model.name=linear"), 0)
+    node = Node(small("federation.nodes=1", "model.name=linear"), 0, 0)
     at, asked = get_flat(node.model).numpy(), Asked()
     for step in (3, 1, 1):
         holder.answer(node, StepTask(step, 0, 0.2, node.strategy.keys(0, 0)), at + step, asked)

@@ -19,6 +19,7 @@ from fedsim import config as configs
 from fedsim import seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import prepare
+from fedsim.engine.holder import setup_of
 from fedsim.engine.replies import Expectation, judge
 from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import wire
@@ -111,7 +112,7 @@ def of_histogram(change: Callable[[list[float]], list[float]]) -> Callable[[Hold
 def honest() -> tuple[StepTask, HolderReply, Expectation]:
     """A task, its honest reply from one of two nodes, and what the server expects."""
     prepared = prepare(small())
-    transport = GridTransport(LocalGrid(app, 2), prepared.config.to_json(), 2)
+    transport = GridTransport(LocalGrid(app, 2), setup_of(prepared.config), 2)
     transport.connect()
     collector = Collector(prepared, transport, seeds.derive(0, "run"), "")
     collector.begin(0, get_flat(prepared.model).numpy())
@@ -177,7 +178,7 @@ def test_a_count_is_at_most_what_the_step_draws_for_every_strategy() -> None:
         noise = [] if strategies.load(configs.load(f"smoke/{name}")).private else [NO_NOISE]
         for options in ([], ["strategy.options={local_steps: 3}"] if name == "local_dpsgd" else []):
             prepared = prepare(small(f"strategy.name={name}", *noise, *options, "train.steps=3"))
-            transport = GridTransport(LocalGrid(app, 2), prepared.config.to_json(), 2)
+            transport = GridTransport(LocalGrid(app, 2), setup_of(prepared.config), 2)
             transport.connect()
             collector = Collector(prepared, transport, seeds.derive(0, "run"), "")
             for step in range(3):
