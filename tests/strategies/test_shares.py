@@ -240,7 +240,7 @@ def test_the_event_is_that_of_the_rate_at_which_examples_are_drawn() -> None:
     for extra in ((), ("federation.availability=0.5", options(min_survivors=2))):
         config = small(SHARES, *extra)
         prepared = prepare(config)
-        (release,) = events.releases(prepared.plan.event)
+        (release,) = events.releases(prepared.plan.event_at(0))
         rate = 60 / 400 / config.federation.availability
         assert release.sampling_rate == prepared.plan.sampling_rate == pytest.approx(rate)
         node, drawn, steps = Node(small(SHARES, "federation.nodes=1"), 0, 0), 0, 300

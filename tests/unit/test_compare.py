@@ -236,7 +236,7 @@ def test_shipped_comparisons_cover_what_they_say() -> None:
     assert holders == {10, 100, 1000}
     dropouts = compare.cells(compare.load("compare/dropout_rates"), [])
     rates = {c.config.strategy.options.get("dropout_rate", 0.0) for c in dropouts}
-    assert rates == {0.0, 0.1, 0.3}
+    assert rates == {0.0, 0.1, 0.15}
     assert {c.config.strategy.name for c in dropouts} == {"central_dpsgd", "shares_dpsgd"}
     releases = {
         c.config.train.steps * c.config.strategy.options.get("local_steps", 1)

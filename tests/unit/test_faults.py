@@ -175,9 +175,10 @@ def test_every_field_of_a_reply_is_judged(field: str) -> None:
 def test_a_count_is_at_most_what_the_step_draws_for_every_strategy() -> None:
     """The bound is met: what a node may count is what it counts when all of its holders are there."""
     for name in strategies.names():
-        noise = [] if strategies.load(configs.load(f"smoke/{name}")).private else [NO_NOISE]
+        private = strategies.load(configs.load(f"smoke/{name}")).private
+        plain = [] if private else ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"]
         for options in ([], ["strategy.options={local_steps: 3}"] if name == "local_dpsgd" else []):
-            prepared = prepare(small(f"strategy.name={name}", *noise, *options, "train.steps=3"))
+            prepared = prepare(small(f"strategy.name={name}", *plain, *options, "train.steps=3"))
             transport = GridTransport(LocalGrid(app, 2), setup_of(prepared.config), 2)
             transport.connect()
             collector = Collector(prepared, transport, seeds.derive(0, "run"), "")
@@ -189,9 +190,6 @@ def test_a_count_is_at_most_what_the_step_draws_for_every_strategy() -> None:
                 counts = [expect.counted_at_most(task, reply.node) for reply in replies]
                 assert counts == [reply.count for reply in replies], name
                 assert sum(counts) > 0, name
-
-
-NO_NOISE = "privacy.noise_multiplier=null"
 
 
 @pytest.mark.parametrize("below", [-1.0, 0.5, 1e30, math.nan])
