@@ -122,7 +122,7 @@ class Copy:
         }
 
     def _python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=self.folder,

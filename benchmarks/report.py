@@ -9,9 +9,11 @@ when a file is out of date.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -236,7 +238,32 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "memory-gpu": lambda: memory("memory_gpu.json"),
         "rounds-cpu": lambda: rounds("rounds_cpu.json"),
     },
+    "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
 }
+
+
+def planted_defects() -> str:
+    """By test file: what it guarantees, in its own first sentence, and the planted defects it caught."""
+    held = _load("planted.json")
+    if held is None:
+        return missing("python -m benchmarks.planted", "planted.json")
+    caught: dict[str, list[str]] = {}
+    for row in held["defects"]:
+        verdict = row["name"] if row["caught"] else f"{row['name']} (NOT CAUGHT)"
+        caught.setdefault(row["test"].split("::")[0], []).append(verdict)
+    rows = [
+        [_first_sentence(ROOT / path), f"[`{path}`](../{path})", "<br>".join(sorted(names))]
+        for path, names in sorted(caught.items())
+    ]
+    count = f"\n{held['caught']} of {held['planted']} planted defects caught.\n"
+    return table(["guarantee", "test", "defects planted"], rows) + count + provenance(held)
+
+
+def _first_sentence(path: Path) -> str:
+    """Return the first sentence of a module's docstring, without its full stop."""
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"\.(?:\s|$)", " ".join(said.split()), maxsplit=1)[0]
+
 
 # Not compared by --check: their bytes depend on the version of matplotlib.
 PICTURES = {"docs/kurakin_law.svg": ("kurakin_law.json", pictures.batch_law)}
