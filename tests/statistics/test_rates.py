@@ -24,7 +24,7 @@ from tests.conftest import train
 from tests.strategies.test_contract import FORMS, PRIVATE, of
 
 ALARM = 1e-6
-EXAMPLES, BATCH, STEPS = 10_000, 1_500.0, 120
+EXAMPLES, BATCH, STEPS = 10_000, 1_500.0, 60
 HOLDERS_AS_UNITS = 2_000
 
 
@@ -72,8 +72,13 @@ def rate_is(hits: int, trials: int, rate: float) -> bool:
 
 
 def settings(name: str) -> tuple[str, ...]:
-    steps = 24 if name.startswith("shares") else STEPS
-    holders = HOLDERS_AS_UNITS if name.startswith("dp_fedavg") else 10
+    steps, holders = STEPS, 100
+    if name.startswith("shares"):
+        steps, holders = 24, 10  # what a secure sum costs grows with its holders
+    if name.startswith("local"):
+        steps, holders = 24, 20  # every holder computes by itself
+    if name.startswith("dp_fedavg"):
+        steps, holders = 2 * STEPS, HOLDERS_AS_UNITS
     batch = 2_000.0 if name in ("dp_ftrl",) else BATCH  # of which whole passes are made
     return (
         f"data.train_examples={EXAMPLES}",
@@ -143,3 +148,20 @@ def test_the_rate_is_that_among_those_who_are_online(
     assert rate_is(hits, trials, rate * availability if by_holder else rate)
     if not by_holder:
         assert not rate_is(hits, trials, rate * availability), "the rate over all, online or not"
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_draws_of_a_secure_run_follow_from_its_secret_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Amplification by sampling is lost on whoever knows the draw, and the seed is public."""
+    drawn = []
+    for source in ("seeded", "secure", "secure"):
+        config = of(name, f"privacy.noise_source={source}", "train.steps=4", "model.name=linear")
+        with monkeypatch.context() as patch:
+            watched = Watched(patch)
+            train(config, tmp_path / str(len(drawn)))
+        drawn.append([np.sort(np.concatenate(watched.taken[step])).tolist() for step in range(4)])
+    for step in range(4):
+        of_step = [run[step] for run in drawn]
+        assert of_step[0] != of_step[1] != of_step[2] != of_step[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -72,3 +73,9 @@ def test_names_are_unique(tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text(json.dumps([entry, entry]))
     with pytest.raises(ValueError, match="same name: x"):
         planted.defects(tmp_path / "table.json")
+
+
+def test_every_test_that_the_table_of_situations_names_is_there() -> None:
+    named = re.findall(r"`(tests/\S+\.py::[^`]+)`", (ROOT / "tests/README.md").read_text(encoding="utf-8"))
+    assert len(named) >= 60
+    assert [test for test in named if missing(test)] == []
