@@ -76,6 +76,7 @@ def test_names_are_unique(tmp_path: Path) -> None:
 
 
 def test_every_test_that_the_table_of_situations_names_is_there() -> None:
-    named = re.findall(r"`(tests/[^`\s]+\.py::[^`]+)`", (ROOT / "tests/README.md").read_text(encoding="utf-8"))
+    table = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[^`\s]+\.py::[^`]+)`", table)
     assert len(named) >= 60
     assert [test for test in named if missing(test)] == []
