@@ -96,7 +96,14 @@ def _simulate(
         with _superlink(base, environment, log) as port:
             _connection(base, port)
             run_id = _submit(app, config, folder, resume, environment, base)
-            status = _follow(run_id, folder, environment, base, progress)
+            try:
+                status = _follow(run_id, folder, environment, base, progress)
+            except RunError as error:  # the SuperLink is gone
+                cause = _cause(_tail(folder.flower_log, logged)) or str(error)
+                raise RunError(
+                    f"Flower stopped answering: {cause}\nLog: {folder.flower_log}. "
+                    f"Resume with --resume --out {folder.root}."
+                ) from error
             result = folder.finished()
             if status != "finished:completed" or result is None:
                 run_log = _flwr(["log", run_id, "--show"], environment, base)

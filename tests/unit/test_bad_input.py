@@ -48,6 +48,22 @@ CASES = {
     "no such device": (["engine.device=cuda:99"], "engine.device"),
     "noise for nonprivate": (["strategy.name=nonprivate", "privacy.clip_norm=1.0"], "noise_multiplier"),
     "override without value": (["train.steps"], "key.path=value"),
+    "steps beyond a machine's integers": (
+        ["train.steps=99999999999999999999"],
+        "train.steps must be between",
+    ),
+    "noise beyond double precision": (["privacy.noise_multiplier=1e300"], "privacy.noise_multiplier"),
+    "noise below double precision": (["privacy.noise_multiplier=1e-320"], "privacy.noise_multiplier"),
+    "clip norm that is no number": (["privacy.clip_norm=.nan"], "privacy.clip_norm"),
+    "share of a GPU that is no number": (["engine.gpus_per_node=.nan"], "engine.gpus_per_node"),
+    "threads beyond a machine's integers": (["engine.threads=100000000000000000000"], "engine.threads"),
+    "model beyond the memory": (
+        ["model.options={hidden: [1000000000000]}"],
+        "more than this machine can give",
+    ),
+    "path of nobody": (["data.root=~nobody at all/x"], "Could not determine home"),
+    "interpolation of nothing": (["title=${nothing}"], "nothing"),
+    "unread setting": (["optimizer.beta1=0.5"], "nothing reads it while optimizer.name is 'momentum'"),
     "extends as an override": (["extends=quickstart"], "extends must stand in a configuration file"),
 }
 

@@ -302,6 +302,30 @@ def test_a_superlink_that_ends_at_once_gives_its_cause(
     assert str(out / "flower.log") in text
 
 
+def test_a_superlink_that_dies_under_a_run_stops_it_with_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    @contextmanager
+    def superlink(base: Path, environment: dict[str, str], log: Any) -> Iterator[int]:
+        log.write(b"started\nMemoryError: 12 GiB\n")
+        log.flush()
+        yield 1
+
+    def flwr(arguments: list[str], environment: dict[str, str], base: Path) -> str:
+        if arguments[0] == "run":
+            return '{"run-id": 7}'
+        raise RunError("flwr ls failed: connection refused")
+
+    monkeypatch.setattr(launch, "_superlink", superlink)
+    monkeypatch.setattr(launch, "_flwr", flwr)
+    assert command(["run", "base", *SMALL, "--engine", "flower", "--out", str(out)]) == 3
+    text = capsys.readouterr().err
+    assert "MemoryError: 12 GiB" in text
+    assert "--resume" in text
+
+
 def test_a_flower_that_is_not_installed_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
