@@ -60,6 +60,10 @@ def of(config: Config) -> Size | None:
     known = SIZES.get(data.name)
     if known is None:
         known = _stated(config.reference.get("data"))
+        if known is not None and data.classes not in (None, known.classes):
+            raise InputError(
+                f"data.classes must be reference.data.classes {known.classes}, got {data.classes}."
+            )
     if known is None:
         return None
     if data.holdout_examples >= known.train:

@@ -118,6 +118,26 @@ def test_a_folder_without_fonts_is_refused(tmp_path: Path) -> None:
         datasets.load(DataConfig("glyphs", str(one)))
 
 
+def test_a_damaged_cache_is_refused_and_made_again(tmp_path: Path, cache: Path) -> None:
+    root = folder(tmp_path / "fonts", TEXT[:2])
+    datasets.load(DataConfig("glyphs_a_to_j", str(root)))
+    (held,) = cache.glob("*.npz")
+    held.write_bytes(held.read_bytes()[:200])
+    datasets._load.cache_clear()
+    with pytest.raises(InputError, match=r"is damaged.*Delete it"):
+        datasets.load(DataConfig("glyphs_a_to_j", str(root)))
+    held.unlink()
+    assert datasets.load(DataConfig("glyphs_a_to_j", str(root))).train.num_classes == 10
+
+
+def test_a_font_that_is_no_font_is_left_out(tmp_path: Path) -> None:
+    root = folder(tmp_path / "fonts", TEXT[:3])
+    (root / "empty.ttf").write_bytes(b"")
+    (root / "noise.otf").write_bytes(bytes(range(256)) * 9)
+    splits = datasets.load(DataConfig("glyphs_a_to_j", str(root)))
+    assert len(splits.train) + len(splits.test) == 30
+
+
 def test_fonts_are_natural_owners(tmp_path: Path) -> None:
     root = folder(tmp_path / "fonts", TEXT)
     config = small(
