@@ -81,6 +81,9 @@ def load(source: str | Path) -> Comparison:
     )
     if not comparison_.recipe or not comparison_.variants or not comparison_.seeds:
         raise InputError(f"{path}: a comparison needs recipe, variants and seeds.")
+    for name, values in (("seeds", comparison_.seeds), ("epsilons", comparison_.epsilons)):
+        if len(set(values)) != len(values):
+            raise InputError(f"{path}: {name} must be different numbers, got {values}.")
     variants = {name: configs.located(given, path.parent) for name, given in comparison_.variants.items()}
     return dataclasses.replace(
         comparison_,
