@@ -19,6 +19,7 @@ from tests.conftest import small, train
 CHANGES = ("open", "write", "pwrite", "fsync", "link", "unlink", "replace", "rename", "mkdir", "ftruncate")
 CONFIG = small(
     "privacy.noise_source=secure",
+    "model.name=linear",
     "train.steps=3",
     "train.checkpoint_every=2",
     "data.train_examples=60",
@@ -30,8 +31,8 @@ DIED = 77
 @pytest.fixture(autouse=True)
 def _epsilon_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = EpsilonResult(1.0, 1e-5, "", "", "example", "")
-    monkeypatch.setattr(LedgerView, "epsilon", lambda self: nothing)
-    monkeypatch.setattr(LedgerView, "spent", lambda self: {"example": nothing})
+    monkeypatch.setattr(LedgerView, "epsilon", lambda self, *_: nothing)
+    monkeypatch.setattr(LedgerView, "holder_epsilon", lambda self, *_: nothing)
 
 
 def dies_at(moment: int, out: Path, resume: bool) -> bool:

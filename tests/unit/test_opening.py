@@ -253,7 +253,7 @@ def test_the_secret_is_gone_before_the_result_is_there(out: Path, monkeypatch: p
         raise OSError("killed")
 
     monkeypatch.setattr(RunFolder, "write_result", fails)
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(RunError, match="killed"):
         train(small(SECURE), out)
     monkeypatch.setattr(RunFolder, "write_result", real)
     assert train(small(SECURE), out, resume=True)["steps"] == 6
