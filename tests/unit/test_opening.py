@@ -24,6 +24,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.privacy import ledger, secret
 from fedsim.privacy.binding import holder_digests
 from fedsim.validate import InputError, RunError
+from strategies.base import Plan
 from tests.conftest import SMALL, command, final, small, train
 from tests.unit.test_run import secrets, stop_at
 
@@ -122,6 +123,19 @@ def test_another_number_of_examples_is_refused_and_epsilon_is_the_ledgers(tmp_pa
     result = train(on_arrays(tmp_path / "data"), tmp_path / "run", resume=True)
     book = ledger.read(tmp_path / "run" / "ledger.jsonl")
     assert result["epsilon"]["example"]["value"] == book.epsilon().value
+
+
+def test_the_result_states_what_the_ledger_holds_where_the_plan_says_less(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(small(), out, 5)
+    monkeypatch.setattr(Plan, "steps", property(lambda self: 4))
+    result = train(small(), out, resume=True)
+    book = ledger.read(out / "ledger.jsonl")
+    assert (result["steps"], book.steps) == (4, 5)
+    for name, spent in (("example", book.epsilon()), ("example_check", book.epsilon("rdp"))):
+        assert result["epsilon"][name]["value"] == spent.value
+    assert book.epsilon().value > book.until(4).epsilon().value
 
 
 def digests(root: seeds.Root, **arrays_: NDArray[Any]) -> tuple[str, ...]:
