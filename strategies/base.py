@@ -285,7 +285,7 @@ class Strategy(ABC, Generic[OptionsT]):
         """Return the standard deviation of all noise in one step's sum when every holder takes part."""
         return 0.0 if plan.noise is None else plan.noise.noise_std
 
-    def step_facts(self) -> dict[str, Any]:
+    def step_facts(self) -> dict[str, Public[Any]]:
         """Return public facts of the step just collected, for the ledger; none by default."""
         return {}
 

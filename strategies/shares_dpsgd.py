@@ -60,6 +60,7 @@ from fedsim.secure_sum.protocol import DEALT_BYTES, SEALED_BYTES, TAG_BYTES, gra
 from fedsim.seeds import Root, derive
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import InputError, RunError
+from fedsim.visibility import Public
 from strategies.base import ENGINE_SETTINGS, Ask, DataFacts, NodeView, Plan, Strategy
 
 STAGES = ("advertise", "share", "", "confirm", "unmask")
@@ -412,16 +413,17 @@ class SharesDPSGD(Strategy[SharesOptions]):
         assert plan.noise is not None
         return plan.noise.noise_std * math.sqrt(self.config.federation.holders / self._least)
 
-    def step_facts(self) -> dict[str, Any]:
+    def step_facts(self) -> dict[str, Public[Any]]:
         """Return survivors, the standard deviation of the noise of the holders and of the server, and the
-        (revealing, dealing) holders of damaged shares where there were any."""
+        (revealing, dealing) holders of damaged shares where there were any; none depends on data."""
         assert self._setup is not None
         shares, scale = self._setup.shares, self._setup.quantiser.scale
+        damaged = [list(pair) for pair in self._damaged]
         return {
-            "survivors": self._survivors,
-            "noise_std_of_holders": math.sqrt(shares.realised(self._survivors)) / scale,
-            "noise_std_of_server": math.sqrt(shares.missing(self._survivors)) / scale,
-            **({"damaged_shares": [list(pair) for pair in self._damaged]} if self._damaged else {}),
+            "survivors": Public(self._survivors),
+            "noise_std_of_holders": Public(math.sqrt(shares.realised(self._survivors)) / scale),
+            "noise_std_of_server": Public(math.sqrt(shares.missing(self._survivors)) / scale),
+            **({"damaged_shares": Public(damaged)} if damaged else {}),
         }
 
     def reply_arrays(

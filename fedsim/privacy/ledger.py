@@ -28,6 +28,7 @@ from fedsim.privacy import events
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.ledger_view import RESERVED, LedgerHeader, LedgerRecord, LedgerView
 from fedsim.validate import InputError, RunError
+from fedsim.visibility import Public
 
 
 def read(path: str | Path) -> LedgerView:
@@ -171,7 +172,7 @@ class Ledger:
         self,
         step: int,
         event: dp.DpEvent,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Public[Any]] | None = None,
         parameters: str | None = None,
     ) -> bool:
         """Record the event of `step` and return True once it is on disk; only then release the step.
@@ -180,7 +181,7 @@ class Ledger:
         then nothing is written and False is returned.
 
         Args:
-            facts: further public numbers or strings of the step; JSON values.
+            facts: further numbers or strings of the step, public; JSON values.
             parameters: see `LedgerRecord`.
 
         Raises:

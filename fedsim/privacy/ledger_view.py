@@ -17,6 +17,7 @@ from fedsim import validate
 from fedsim.privacy import accountant, events
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.validate import InputError
+from fedsim.visibility import Public
 
 VERSION = 2
 RESERVED = ("step", "event", "noise_multiplier", "sampling_rate", "parameters", "chain")
@@ -99,21 +100,26 @@ class LedgerRecord:
         cls,
         step: int,
         event: dp.DpEvent,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Public[Any]] | None = None,
         parameters: str | None = None,
     ) -> LedgerRecord:
         """Return the record of a step.
 
         Raises:
             InputError: an event of an unknown kind or a reserved fact.
+            TypeError: a fact that is not public.
         """
+        for name, fact in (facts or {}).items():
+            if not isinstance(fact, Public):
+                raise TypeError(f"a ledger is public: its fact '{name}' must be made Public.")
         taken = sorted(set(facts or {}) & set(RESERVED))
         if taken:
             raise InputError(f"facts of a step must not be named {', '.join(taken)}: the event says that.")
         found = events.releases(event)
         one = len(found) == 1 and found[0].times == 1 and found[0].noise_multiplier > 0.0
         sigma, rate = (found[0].noise_multiplier, found[0].sampling_rate) if one else (None, None)
-        return cls(step, event, sigma, rate, dict(facts or {}), parameters)
+        stated = {name: fact.value for name, fact in (facts or {}).items()}
+        return cls(step, event, sigma, rate, stated, parameters)
 
 
 @dataclass(frozen=True)

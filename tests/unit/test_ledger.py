@@ -13,6 +13,7 @@ import pytest
 from fedsim.privacy import accountant, events, ledger
 from fedsim.privacy.ledger import Ledger, LedgerHeader
 from fedsim.validate import InputError, RunError
+from fedsim.visibility import Public, Sensitive
 
 HEADER = LedgerHeader(config_hash="abc", delta=1e-5, target_epsilon=3.0)
 STEP = events.gaussian_step(1.1, 0.02)
@@ -27,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 def written(path: Path, steps: int = 5) -> Path:
     with Ledger.create(path, HEADER) as book:
         for step in range(steps):
-            assert book.append(step, STEP if step < 3 else OTHER, {"expected_batch_size": 64.0})
+            assert book.append(step, STEP if step < 3 else OTHER, {"expected_batch_size": Public(64.0)})
     return path
 
 
@@ -101,9 +102,12 @@ def test_a_gap_or_another_event_is_refused(path: Path) -> None:
         with pytest.raises(RunError, match="step 2 was recorded as"):
             book.append(2, OTHER)
         with pytest.raises(InputError, match="must not be named event"):
-            book.append(5, STEP, {"event": 1})
+            book.append(5, STEP, {"event": Public(1)})
         with pytest.raises(InputError, match="finite numbers"):
-            book.append(5, STEP, {"loss": float("nan")})
+            book.append(5, STEP, {"loss": Public(float("nan"))})
+        for fact in (2.0, Sensitive(2.0)):
+            with pytest.raises(TypeError, match="'sum_norm' must be made Public"):
+                book.append(5, STEP, {"sum_norm": fact})  # type: ignore[dict-item]
         with pytest.raises(InputError, match="LaplaceDpEvent"):
             book.append(5, dp.LaplaceDpEvent(1.0))
         assert path.read_bytes() == before
@@ -119,7 +123,7 @@ def test_every_cut_of_the_last_line_resumes_at_the_step_before(path: Path) -> No
         with Ledger.open_for_resume(path, "abc") as book:
             assert book.steps == 4
             assert path.read_bytes() == whole[:start_of_last]
-            book.append(4, OTHER, {"expected_batch_size": 64.0})
+            book.append(4, OTHER, {"expected_batch_size": Public(64.0)})
         assert path.read_bytes() == whole
 
 
