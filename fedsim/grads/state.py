@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -36,9 +37,9 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     with _lock:
         own = _locks.setdefault(model, threading.RLock())
     with own:
-        modules = list(model.modules())
+        modules = _modules(model)
         attributes = _Attributes(modules)
-        parameters = [(p, vars(p).copy(), p.grad) for p in _all(module._parameters for module in modules)]
+        parameters = [(p, set(vars(p)), p.grad) for p in _all(module._parameters for module in modules)]
         buffers = _Buffers(modules)
         try:
             yield
@@ -59,22 +60,31 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         )
 
 
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """As `model.modules()`, in any order and three times as fast."""
+    found, waiting = {id(model): model}, [model]
+    while waiting:
+        for module in waiting.pop()._modules.values():
+            if module is not None and id(module) not in found:
+                found[id(module)] = module
+                waiting.append(module)
+    return list(found.values())
+
+
 def _all(named: Iterable[Any]) -> list[Any]:
     """Return the tensors of several dictionaries, each once."""
-    return list(
-        {
-            id(value): value for value in chain.from_iterable(d.values() for d in named) if value is not None
-        }.values()
-    )
+    return list({id(value): value for own in named for value in own.values() if value is not None}.values())
 
 
 class _Attributes:
-    """What the `__dict__` of each module held."""
+    """What the `__dict__` of each module held; in loops of C, for modules have thirty attributes each."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._live = [vars(module) for module in modules]
         self._saved = [live.copy() for live in self._live]
-        self._filled = [(held, held.copy()) for held in self._held() if held]
+        values = list(chain.from_iterable(map(dict.values, self._saved)))
+        self._held: list[Any] = list(compress(values, map(_HELD.__contains__, map(type, values))))
+        self._filled = [(held, held.copy()) for held in filter(None, self._held)]
 
     def put_back(self) -> None:
         for live, saved in zip(self._live, self._saved, strict=True):
@@ -82,33 +92,39 @@ class _Attributes:
                 live.update(saved)
                 for name in live.keys() - saved.keys():
                     del live[name]
-        before = {id(held) for held, _ in self._filled}
-        for held in self._held():
-            if held and id(held) not in before:
-                held.clear()
-        for held, content in self._filled:
-            if not _same(held, content):
+        filled = list(filter(None, self._held))
+        if len(filled) == len(self._filled) and all(map(_kept, filled, self._filled)):
+            return
+        before = {id(held): content for held, content in self._filled}
+        for held in self._held:
+            content = before.get(id(held), type(held)())
+            if not _kept(held, (held, content)):
                 held.clear()
                 held.extend(content) if isinstance(held, list) else held.update(content)
 
-    def _held(self) -> Iterator[Any]:
-        """All dictionaries, lists and sets among the saved attributes; in C, for there are many."""
-        values = list(chain.from_iterable(map(dict.values, self._saved)))
-        return compress(values, map(_HELD.__contains__, map(type, values)))
 
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two collections hold the same; what cannot be compared counts as different."""
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two dictionaries of attributes are equal; what cannot be compared counts as different."""
     try:
-        return bool(one == other)
+        return one == other
     except Exception:
         return False
 
 
-def _put_back(parameters: list[tuple[nn.Parameter, dict[str, Any], Tensor | None]]) -> None:
+def _kept(held: Any, before: tuple[Any, Any]) -> bool:
+    """Whether a collection is the one of `before` and holds the same objects in the same order."""
+    whose, content = before
+    if held is not whose or len(held) != len(content):
+        return False
+    if isinstance(held, dict) and not all(map(operator.is_, held.values(), content.values())):
+        return False
+    return all(map(operator.is_, held, content))
+
+
+def _put_back(parameters: list[tuple[nn.Parameter, set[str], Tensor | None]]) -> None:
     for parameter, own, gradient in parameters:
         if len(vars(parameter)) != len(own):
-            for name in vars(parameter).keys() - own.keys():
+            for name in vars(parameter).keys() - own:
                 delattr(parameter, name)
         if parameter.grad is not gradient:
             parameter.grad = gradient

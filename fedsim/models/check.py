@@ -18,7 +18,7 @@ def check(model: nn.Module) -> None:
     Layers are judged in the mode they are in: what is frozen in eval mode is served as it then is. Refused:
     BatchNorm in all forms in train mode, or in eval mode without running statistics; InstanceNorm and others
     with running statistics, spectral normalisation, dropout and other random layers with a rate above zero in
-    train mode; Embedding with `max_norm`, in-place activations, and a model without trainable parameters.
+    train mode; Embedding with `max_norm`, and a model without trainable parameters.
     What the layer list cannot show (a parameter the forward pass never reads, examples mixed by hand) is left
     to `examples_are_independent` and to the engines.
 
@@ -99,8 +99,6 @@ def _problem(module: nn.Module) -> str | None:
         return "max_norm rewrites the weights during the forward pass, outside clipping and noise; remove it."
     if isinstance(module, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
         return "it draws from a global generator; use MaxPool."
-    if getattr(module, "inplace", False):
-        return "it overwrites its input, which not every gradient engine can follow; set inplace=False."
     return _problem_in_training(module) if module.training else None
 
 

@@ -290,6 +290,21 @@ def frozen_norm() -> nn.Module:
     return model
 
 
+def in_place() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 8),
+        nn.ELU(inplace=True),
+        nn.Linear(8, 8),
+        nn.LayerNorm(8),
+        nn.ReLU(inplace=True),
+        nn.Unflatten(1, (4, 2)),
+        nn.Conv1d(4, 4, 1),
+        nn.SiLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
 class Writes(nn.Module):
     """Writes into its input."""
 
@@ -354,6 +369,7 @@ CASES = {
     "parameter hook": Case(hooked_parameter, IDS, LABELS, cross_entropy),
     "activation hook": Case(hooked_activation, VECTORS, LABELS, cross_entropy),
     "frozen batch norm": Case(frozen_norm, VECTORS, LABELS, cross_entropy),
+    "in-place layers": Case(in_place, VECTORS, LABELS, cross_entropy),
     "writes into its input": Case(Writes, VECTORS, LABELS, cross_entropy),
     "loss writes into targets": Case(Net, VECTORS, LABELS, writing_loss),
     "TorchScript": Case(lambda: torch.jit.script(Scripted()), VECTORS, LABELS, cross_entropy),

@@ -169,7 +169,6 @@ def test_wrong_configuration_is_refused(config: ModelConfig, shape: tuple[int, .
         (nn.MultiheadAttention(4, 2, dropout=0.2), "masks"),
         (nn.RReLU(), "global generator"),
         (nn.Embedding(3, 3, max_norm=1.0), "max_norm"),
-        (nn.ReLU(inplace=True), "inplace=False"),
     ],
 )
 def test_check_names_layer_and_remedy(layer: nn.Module, message: str) -> None:
@@ -180,11 +179,61 @@ def test_check_names_layer_and_remedy(layer: nn.Module, message: str) -> None:
 def test_check_accepts_layers_that_keep_examples_apart() -> None:
     models.check(
         nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.LayerNorm(4), nn.Dropout(0.0)
+            nn.Conv2d(1, 4, 3),
+            nn.GroupNorm(2, 4),
+            nn.InstanceNorm2d(4),
+            nn.LayerNorm(4),
+            nn.Dropout(0.0),
+            nn.ReLU(inplace=True),
         )
     )
     with pytest.raises(InputError, match="at least one trainable"):
         models.check(nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(4),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
+        nn.Dropout(0.1),
+        nn.LSTM(3, 3, 2, dropout=0.2),
+        nn.RReLU(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_eval_mode_freezes_is_accepted_in_eval_mode_only(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), layer)
+    layer.eval()
+    models.check(model)
+    model.train()
+    with pytest.raises(InputError, match=r"model contains .* at '1"):
+        models.check(model)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.FractionalMaxPool2d(2, 2),
+        nn.Embedding(3, 3, max_norm=1),
+    ],
+)
+def test_what_eval_mode_does_not_freeze_is_refused_there_too(layer: nn.Module) -> None:
+    with pytest.raises(InputError, match="model contains"):
+        models.check(nn.Sequential(nn.Linear(4, 4), layer.eval()))
+
+
+def test_models_train_in_the_modes_they_were_built_in() -> None:
+    def parts() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.Dropout(0.0))
+
+    as_loaded = models.for_training(parts().eval())
+    assert [m.training for m in as_loaded] == [True, False, True, True], "running statistics stay frozen"
+    on_purpose = parts()
+    on_purpose[2].eval()
+    assert [m.training for m in models.for_training(on_purpose)] == [True, True, False, True]
 
 
 class _MixesByHand(nn.Module):

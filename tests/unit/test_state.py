@@ -120,12 +120,13 @@ def test_a_changed_buffer_is_put_back_and_named(how: str) -> None:
     assert torch.equal(buffer.nan_to_num(5.0), copy.nan_to_num(5.0))
 
 
-def test_the_same_value_in_another_tensor_is_no_change() -> None:
+@pytest.mark.parametrize("value", [torch.tensor([1.0, float("nan")]), torch.tensor(2.0)])
+def test_the_same_value_in_another_tensor_is_no_change(value: Tensor) -> None:
     model = Model()
-    buffer = model.mean
+    model.mean = value
     with left_as_found(model):
         model.mean = model.mean.clone()
-    assert model.mean is buffer
+    assert model.mean is value
 
 
 def test_a_problem_of_the_block_goes_first() -> None:
