@@ -2,6 +2,9 @@
 
     python -m benchmarks.planted [--only TEXT ...] [--jobs 2] [--json results/planted.json]
 
+With --json every row is written once it is measured; rows of defects that are not tried again stay, each with
+the commit it was measured at.
+
 benchmarks/planted_defects.json is the table: what is wrong, the file, a piece of its text that occurs exactly
 once, what stands there instead, and the test that must then fail. All tests pass first without any defect. A
 defect is caught by a test that fails: one that cannot be collected, or does not end, has noticed nothing.
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,11 +95,14 @@ class Copy:
         if not found.startswith(str(self.folder)):
             raise ValueError(f"{package} would be imported from {found!r}, not from the copy {self.folder}.")
 
-    def run(self, tests: Sequence[str]) -> tuple[int | None, str, float]:
+    def run(self, tests: Sequence[str], *more: str) -> tuple[int | None, str, float]:
         """Run tests and return pytest's exit code (None: it did not end), its output and the seconds."""
-        began = time.perf_counter()
+        began, pytest = (
+            time.perf_counter(),
+            ("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-q", "-rfE"),
+        )
         try:
-            done = self._python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-q", "-rfE", *tests)
+            done = self._python(*pytest, *more, *tests, timeout=TIMEOUT_SECONDS * len(tests))
         except subprocess.TimeoutExpired as late:
             return None, str(late), time.perf_counter() - began
         return done.returncode, done.stdout + done.stderr, time.perf_counter() - began
@@ -107,7 +113,7 @@ class Copy:
         content = path.read_text(encoding="utf-8")
         path.write_text(defect.planted(content), encoding="utf-8")
         try:
-            code, output, seconds = self.run([defect.test, "-x"])
+            code, output, seconds = self.run([defect.test], "-x")
         finally:
             path.write_text(content, encoding="utf-8")
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - (.*))?$", output, re.MULTILINE)
@@ -119,9 +125,10 @@ class Copy:
             "caught_by": by,
             "message": message,
             "seconds": round(seconds, 1),
+            "commit": provenance.commit(),
         }
 
-    def _python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def _python(self, *arguments: str, timeout: float = TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(self.folder)}
         return subprocess.run(
             [sys.executable, *arguments],
@@ -129,12 +136,12 @@ class Copy:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=timeout,
         )
 
 
-def measure(chosen: Sequence[Defect], source: Path = ROOT, jobs: int = 1) -> list[dict[str, Any]]:
-    """Try every defect out and return the rows, in the order of `chosen`.
+def measure(chosen: Sequence[Defect], source: Path = ROOT, jobs: int = 1) -> Iterator[dict[str, Any]]:
+    """Try every defect out and yield its row, in the order of `chosen`.
 
     Raises:
         ValueError: a piece of text does not occur exactly once, or a test fails without any defect.
@@ -159,7 +166,7 @@ def measure(chosen: Sequence[Defect], source: Path = ROOT, jobs: int = 1) -> lis
             return found
 
         with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(row, chosen))
+            yield from pool.map(row, chosen)
 
 
 def _without_any(copies: queue.Queue[Copy], tests: list[str], jobs: int) -> None:
@@ -202,21 +209,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [d for d in defects() if not options.only or any(text in d.name for text in options.only)]
     if not chosen:
         parser.error("no defect has such a name")
-    rows = measure(chosen, jobs=options.jobs)
     given = sys.argv[1:] if arguments is None else list(arguments)
-    missed = [row["name"] for row in rows if not row["caught"]]
     held = {
         "command": " ".join(["python -m benchmarks.planted", *given]),
         "commit": provenance.commit(),
         "hardware": provenance.hardware(),
-        "planted": len(rows),
-        "caught": len(rows) - len(missed),
-        "defects": rows,
     }
-    if options.json is not None:
-        options.json.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-    print(f"{held['caught']} of {held['planted']} caught" + (f"; not: {', '.join(missed)}" if missed else ""))
+    rows: dict[str, dict[str, Any]] = {}
+    for row in measure(chosen, jobs=options.jobs):
+        rows[row["name"]] = row
+        if options.json is not None:
+            write(options.json, held, rows)
+    missed = [name for name, row in rows.items() if not row["caught"]]
+    print(f"{len(rows) - len(missed)} of {len(rows)} caught" + "".join(f"; NOT {name}" for name in missed))
     return 1 if missed else 0
+
+
+def write(path: Path, held: dict[str, Any], rows: dict[str, dict[str, Any]], table: Path = TABLE) -> None:
+    """Write the result: of every defect of the table the newest row there is, in the table's order."""
+    before = json.loads(path.read_text(encoding="utf-8"))["defects"] if path.exists() else []
+    known = {row["name"]: row for row in before} | rows
+    kept = [known[one.name] for one in defects(table) if one.name in known]
+    counts = {"planted": len(kept), "caught": sum(row["caught"] for row in kept)}
+    path.write_text(json.dumps({**held, **counts, "defects": kept}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

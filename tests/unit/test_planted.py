@@ -44,9 +44,8 @@ def times(test: str, new: str = "a * b", old: str = "a + b") -> Defect:
 
 def test_a_defect_is_caught_by_a_failing_test_only(tmp_path: Path) -> None:
     source = project(tmp_path / "project")
-    rows = measure(
-        [times("test_looks"), times("test_does_not"), times("test_looks", "a +* b")], source, jobs=2
-    )
+    chosen = [times("test_looks"), times("test_does_not"), times("test_looks", "a +* b")]
+    rows = list(measure(chosen, source, jobs=2))
     assert [row["caught"] for row in rows] == [True, False, False], "a file that cannot be read is no test"
     assert rows[0]["caught_by"] == "test_sums.py::test_looks"
     assert "6 == 5" in rows[0]["message"]
@@ -65,7 +64,7 @@ def test_a_defect_is_caught_by_a_failing_test_only(tmp_path: Path) -> None:
 )
 def test_what_shows_nothing_is_refused(defect: Defect, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        measure([defect], project(tmp_path))
+        list(measure([defect], project(tmp_path)))
 
 
 def test_names_are_unique(tmp_path: Path) -> None:
@@ -80,3 +79,15 @@ def test_every_test_that_the_table_of_situations_names_is_there() -> None:
     named = re.findall(r"`(tests/[^`\s]+\.py::[^`]+)`", table)
     assert len(named) >= 60
     assert [test for test in named if missing(test)] == []
+
+
+def test_rows_that_are_not_measured_again_stay_where_the_table_has_them(tmp_path: Path) -> None:
+    entries = [{"name": n, "file": "f", "old": "a", "new": "b", "test": "t"} for n in "xyz"]
+    (tmp_path / "table.json").write_text(json.dumps(entries))
+    out = tmp_path / "out.json"
+    for rows in ({"z": True, "gone": True}, {"x": False}):
+        made = {name: {"name": name, "caught": caught} for name, caught in rows.items()}
+        planted.write(out, {"commit": "c"}, made, tmp_path / "table.json")
+    held = json.loads(out.read_text())
+    assert [row["name"] for row in held["defects"]] == ["x", "z"]
+    assert (held["planted"], held["caught"]) == (2, 1)
