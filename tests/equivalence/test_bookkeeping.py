@@ -344,7 +344,10 @@ def make(case: str, examples: int, views: int) -> tuple[nn.Module, Tensor]:
     build, shape = CASES[case]
     model = build()
     if shape == IDS:
-        return model, torch.randint(0, 5, (examples, views, 6))
+        ids = torch.randint(0, 11, (examples, views, 6))
+        ids[:, :, 1] = ids[:, :, 0]  # twice in an example
+        ids[0, 0, 2] = 10  # the last one, which may be padding
+        return model, ids
     return model, torch.randn((examples, views, *shape))
 
 
