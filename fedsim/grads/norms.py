@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,9 @@ def squared_norms(rows: Tensor) -> Tensor:
     """
     squares = _in_blocks(rows.reshape(len(rows), -1))
     # Squares of entries below 1e-19 vanish in float32, and those above 2e19 overflow.
-    odd = ~((squares > _SMALL) & torch.isfinite(squares))
-    if odd.any():
+    least, most = torch.aminmax(squares) if len(squares) else (_SMALL, 0.0)
+    if not (least >= _SMALL and most < math.inf):
+        odd = ~((squares >= _SMALL) & torch.isfinite(squares))
         for row in odd.nonzero()[:, 0].tolist():  # one at a time: they may be all, and long
             squares[row] = rows[row].double().square().sum()
     return squares
