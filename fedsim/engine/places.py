@@ -6,21 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from fedsim.config import Config
-from fedsim.privacy import secret
 from fedsim.validate import InputError
-
-
-def check(config: Config, out: Path) -> None:
-    """Refuse output and secrets folders that cannot be written; write nothing that stays.
-
-    Raises:
-        InputError: says why, and what to change.
-    """
-    writable(out, "--out", "Choose another --out, or change its permissions or its disk")
-    if config.privacy.noise_source == "secure":
-        remedy = f"Set {secret.FOLDER_VARIABLE} to a folder that can"
-        writable(secret.secrets_folder().absolute(), "the folder of secrets", remedy)
 
 
 def writable(folder: Path, what: str, remedy: str) -> None:

@@ -53,7 +53,8 @@ class RunFolder:
             InputError: says what the folder holds and how to go on.
         """
         if not os.path.isfile(self.result):  # a finished run writes nothing more
-            places.check(config, self.root)
+            remedy = "Choose another --out, or change its permissions or its disk"
+            places.writable(self.root, "--out", remedy)
         if not self.config.exists():
             if self.root.is_dir() and any(self.ledger.parent.glob("*.jsonl")):
                 raise InputError(f"{self.root} holds run files but no config.yaml. Choose another --out.")
