@@ -35,7 +35,7 @@ class RunFolder:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
+        self.root = Path(os.path.realpath(root))
         self.config = self.root / "config.yaml"
         self.ledger = self.root / "ledger.jsonl"
         self.metrics = self.root / "metrics.jsonl"

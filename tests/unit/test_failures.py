@@ -36,15 +36,21 @@ def a_file(folder: Path) -> Path:
     return folder / "file"
 
 
-def link_to_nowhere(folder: Path) -> Path:
-    (folder / "link").symlink_to(folder / "nowhere" / "else")
+def link_below_a_file(folder: Path) -> Path:
+    (folder / "link").symlink_to(below_a_file(folder))
+    return folder / "link"
+
+
+def link_in_a_circle(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder / "link")
     return folder / "link"
 
 
 UNWRITABLE: dict[str, Callable[[Path], Path]] = {
     "below a file": below_a_file,
     "a file": a_file,
-    "a link to nowhere": link_to_nowhere,
+    "a link in a circle": link_in_a_circle,
+    "a link that cannot be followed": link_below_a_file,
     "a system folder": lambda _: Path("/proc/fedsim/run"),
     "a name too long": lambda folder: folder / ("x" * 300),
     "not UTF-8": lambda folder: folder / os.fsdecode(b"run-\xff"),
