@@ -215,6 +215,54 @@ def rounds(name: str) -> str:
     return table(["what", "measured"], rows) + provenance(held)
 
 
+def layers(name: str) -> str:
+    """One row for each layer or model that was judged, and what is wrong, if anything."""
+    held = _load(name)
+    if held is None:
+        return missing("python -m benchmarks.layers", name)
+    head = ["layer or model", "served by", "float64 error", "float32 error", "plain float32", "longest / C"]
+    parts = []
+    for group in dict.fromkeys(row["group"] for row in held["rows"]):
+        rows = []
+        for row in (row for row in held["rows"] if row["group"] == group):
+            seen = row["moments"]
+            pairs = [" / ".join(f"{m[key]:.0e}" for m in seen) for key in ("error64", "error32", "plain32")]
+            lengths = " / ".join(f"{m['longest']:.6f}" for m in seen)
+            served = "refused, as it must be" if row["refused"] else row["served"]
+            wrong = f" **wrong: {'; '.join(row['wrong'])}**".replace("|", "/").replace("\n", " ")
+            rows.append([row["name"], served + (wrong if row["wrong"] else ""), *pairs, lengths])
+        parts.append(f"### {group[0].upper()}{group[1:]}\n\n{table(head, rows)}\n")
+    wrong = sum(bool(row["wrong"]) for row in held["rows"])
+    first = f"{len(held['rows'])} rows, {wrong} of them wrong.\n\n"
+    return first + "".join(parts).rstrip("\n") + "\n" + provenance(held)
+
+
+def bound(name: str) -> str:
+    """One row for each kind of layer: hostile cases, and the longest contribution."""
+    held = _load(name)
+    if held is None:
+        return missing("python -m benchmarks.bound", name)
+    rows = [
+        [
+            row["rule"].replace("_", " "),
+            f"{row['cases']:,}",
+            str(row["wrong"]),
+            f"{row['longest']:.7f}",
+            row["of"].replace("_", " "),
+        ]
+        for row in held["rows"]
+    ]
+    ways = ", ".join(f"{way} {cases:,}" for way, cases in held["by_way"].items())
+    head = [
+        "kind of layer",
+        "cases",
+        "trials wrong",
+        "closest to its bound / C",
+        "inputs, gradients, rule, way",
+    ]
+    return f"{held['cases']:,} cases ({ways}).\n\n" + table(head, rows) + provenance(held)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "trust-models": trust_models,
@@ -228,6 +276,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "local-steps": lambda: comparison("local_steps"),
         "ablation": ablation,
         "kurakin-law": lambda: comparison("kurakin_law"),
+    },
+    "docs/layers.md": {
+        "layers": lambda: layers("layers.json"),
+        "bound": lambda: bound("bound.json"),
     },
     "docs/benchmarks.md": {
         "gradients-cpu": lambda: gradients("gradients_cpu.json"),
