@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.layers import modules, programs
-from benchmarks.layers.case import SEED, Case
+from benchmarks.layers.case import SEED
 from benchmarks.layers.judge import UPDATES, judge
+from benchmarks.layers.rows import architectures, layers
 from fedsim import provenance
 from fedsim.grads import ENGINES
 
@@ -32,7 +32,7 @@ def main() -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     rows = []
-    for case in _cases(arguments.without_zoo):
+    for case in layers() + ([] if arguments.without_zoo else architectures()):
         if any(fnmatch(case.name, pattern) for pattern in arguments.only):
             rows.append(judge(case, arguments.engine))
             print(line(rows[-1]), flush=True)
@@ -61,15 +61,6 @@ def line(row: dict[str, Any]) -> str:
     verdict = "WRONG" if row["wrong"] else "refused" if row["refused"] else "ok"
     name = f"{row['group']}: {row['name']}"
     return f"{verdict:8}{name:70} {row['served']:26} " + "  ".join([*seen, *row["wrong"]])
-
-
-def _cases(without_zoo: bool) -> list[Case]:
-    cases = [*modules.cases(), *programs.cases()]
-    if not without_zoo:
-        from benchmarks.layers import zoo
-
-        cases += zoo.cases()
-    return cases
 
 
 def _arguments() -> argparse.Namespace:

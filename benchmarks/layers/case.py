@@ -61,7 +61,6 @@ class Case:
         rate: learning rate of the plain SGD updates.
         whole: the model takes a mapping as one argument, not its arrays by keyword.
         refused: no gradient of one example is defined, so the right answer is an InputError.
-        slow: too long for the tests, or of a package they do not need.
     """
 
     group: str
@@ -76,7 +75,6 @@ class Case:
     rate: float = 0.1
     whole: bool = False
     refused: bool = False
-    slow: bool = False
 
     def build(self) -> nn.Module:
         """Return the model at its start: in train mode, batch and instance norm with statistics frozen."""
@@ -164,3 +162,24 @@ def with_frozen_statistics(module: nn.Module) -> nn.Module:
                     part.weight.uniform_(0.5, 1.5)
                     part.bias.normal_()
     return module
+
+
+def architecture(
+    group: str,
+    name: str,
+    model: Callable[[], nn.Module],
+    inputs: Callable[[int, int], Batch],
+    zero: tuple[str, ...],
+    **settings: Any,
+) -> Case:
+    """Return the case of a whole architecture, one view an example."""
+
+    def made() -> nn.Module:
+        return with_frozen_statistics(model())
+
+    return Case(group, name, made, inputs, zero=zero, **{"examples": 4, "views": 1, "rate": 0.05, **settings})
+
+
+def group_norm(channels: int, **_: Any) -> nn.GroupNorm:
+    """A norm in the place of a batch norm."""
+    return nn.GroupNorm(2, channels)

@@ -1,8 +1,7 @@
-"""Architectures of torchvision, timm and transformers: tiny, random weights, no dropout, norms frozen."""
+"""transformers'."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,256 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.layers.case import CLASSES, Batch, Case, ids, numbers, with_frozen_statistics
-
-GROUPS = 2
-EXAMPLES = 4
-
-
-def cases() -> Iterator[Case]:
-    """Every row of this file."""
-    yield from of_torchvision()
-    yield from of_timm()
-    yield from of_transformers()
-
-
-def _group_norm(channels: int, **_: Any) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels)
-
-
-def _case(
-    group: str,
-    name: str,
-    model: Callable[[], nn.Module],
-    inputs: Callable[[int, int], Batch],
-    zero: tuple[str, ...],
-    **settings: Any,
-) -> Case:
-    def made() -> nn.Module:
-        return with_frozen_statistics(model())
-
-    chosen = {"examples": EXAMPLES, "views": 1, "rate": 0.05, "slow": True, **settings}
-    return Case(group, name, made, inputs, zero=zero, **chosen)
-
-
-def of_torchvision() -> Iterator[Case]:
-    """torchvision's classifiers."""
-    from torchvision import models as tv
-
-    def resnet(block: Any, **settings: Any) -> nn.Module:
-        return tv.ResNet(block, [1, 1, 1, 1], num_classes=CLASSES, **settings)
-
-    def densenet() -> nn.Module:
-        return tv.DenseNet(4, (2, 2), 8, num_classes=CLASSES)
-
-    def mobilenet3() -> nn.Module:
-        from torchvision.models.mobilenetv3 import InvertedResidualConfig
-
-        make = functools.partial(InvertedResidualConfig, width_mult=1.0)
-        rows = [
-            make(8, 3, 8, 8, True, "RE", 2, 1),
-            make(8, 3, 16, 12, False, "RE", 1, 1),
-            make(12, 5, 24, 12, True, "HS", 2, 1),
-        ]
-        return tv.MobileNetV3(rows, 24, num_classes=CLASSES, dropout=0.0)
-
-    def efficientnet() -> nn.Module:
-        from torchvision.models.efficientnet import MBConvConfig
-
-        rows = [MBConvConfig(1, 3, 1, 8, 8, 1), MBConvConfig(4, 3, 2, 8, 12, 2)]
-        return tv.EfficientNet(rows, 0.0, stochastic_depth_prob=0.0, num_classes=CLASSES, last_channel=24)
-
-    def regnet() -> nn.Module:
-        from torchvision.models.regnet import BlockParams
-
-        return tv.RegNet(
-            BlockParams.from_init_params(depth=4, w_0=8, w_a=8.0, w_m=2.0, group_width=8, se_ratio=0.25),
-            num_classes=CLASSES,
-            stem_width=8,
-        )
-
-    def convnext() -> nn.Module:
-        from torchvision.models.convnext import CNBlockConfig
-
-        return tv.ConvNeXt(
-            [CNBlockConfig(8, 12, 1), CNBlockConfig(12, None, 1)], 0.0, 1.0, num_classes=CLASSES
-        )
-
-    def swin(block: Any, downsample: Any) -> nn.Module:
-        return tv.SwinTransformer(
-            [2, 2], 8, [1, 1], [2, 2], [2, 2], 2.0, 0.0, 0.0, 0.0, CLASSES,
-            block=block, downsample_layer=downsample,
-        )  # fmt: skip
-
-    def swins() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-        from torchvision.models import swin_transformer as s
-
-        yield "Swin", lambda: swin(s.SwinTransformerBlock, s.PatchMerging)
-        yield "Swin V2", lambda: swin(s.SwinTransformerBlockV2, s.PatchMergingV2)
-
-    def maxvit() -> nn.Module:
-        return tv.MaxVit(
-            (16, 16), 8, 2, [8, 8], [1, 1], 4, 0.0, num_classes=CLASSES,
-            norm_layer=functools.partial(nn.BatchNorm2d, eps=1e-3), mlp_ratio=2,
-        )  # fmt: skip
-
-    rows: list[tuple[str, Callable[[], nn.Module], int, tuple[str, ...]]] = [
-        (
-            "ResNet, basic blocks, group norm",
-            lambda: resnet(tv.resnet.BasicBlock, norm_layer=_group_norm),
-            16,
-            ("fc.*", "layer*.bn2.*"),
-        ),
-        (
-            "ResNeXt, frozen batch norm",
-            lambda: resnet(tv.resnet.Bottleneck, groups=2, width_per_group=4),
-            16,
-            ("fc.*", "layer*.bn3.*"),
-        ),
-        ("DenseNet, frozen batch norm", densenet, 16, ("classifier.*",)),
-        (
-            "MobileNetV2, group norm",
-            lambda: tv.MobileNetV2(
-                num_classes=CLASSES,
-                width_mult=0.1,
-                dropout=0.0,
-                norm_layer=_group_norm,
-                inverted_residual_setting=[[1, 16, 1, 1], [4, 24, 2, 2]],
-            ),
-            16,
-            ("classifier.*",),
-        ),
-        ("MobileNetV3, frozen batch norm", mobilenet3, 16, ("classifier.3.*",)),
-        (
-            "ShuffleNetV2, frozen batch norm",
-            lambda: tv.ShuffleNetV2([1, 1, 1], [8, 12, 16, 24, 32], num_classes=CLASSES),
-            32,
-            ("fc.*",),
-        ),
-        ("SqueezeNet", lambda: tv.SqueezeNet("1_1", num_classes=CLASSES, dropout=0.0), 32, ()),
-        ("EfficientNet, frozen batch norm", efficientnet, 16, ("classifier.1.*",)),
-        ("RegNet, frozen batch norm", regnet, 32, ("fc.*",)),
-        ("MNASNet, frozen batch norm", lambda: tv.MNASNet(0.05, CLASSES, 0.0), 32, ("classifier.1.*",)),
-        ("ConvNeXt", convnext, 16, ("classifier.2.*", "*layer_scale")),
-        ("ViT", lambda: tv.VisionTransformer(16, 4, 2, 2, 12, 24, num_classes=CLASSES), 16, ("heads.*",)),
-        *((name, make, 16, ("head.*",)) for name, make in swins()),
-        ("MaxViT, frozen batch norm", maxvit, 16, ("classifier.5.*",)),
-    ]
-    for name, make, size, zero in rows:
-        yield _case("torchvision", name, make, numbers(3, size, size), zero)
-
-
-def of_timm() -> Iterator[Case]:
-    """timm's."""
-    import timm
-
-    def made(name: str, **settings: Any) -> Callable[[], nn.Module]:
-        return lambda: timm.create_model(name, pretrained=False, num_classes=CLASSES, **settings)
-
-    def mixer(block: str, ratio: Any, **settings: str) -> Callable[[], nn.Module]:
-        from timm.models import mlp_mixer as mixers
-
-        chosen = {key: getattr(mixers, value) for key, value in {**settings, "block_layer": block}.items()}
-        return lambda: mixers.MlpMixer(
-            CLASSES, 16, patch_size=4, num_blocks=2, embed_dim=12, mlp_ratio=ratio, **chosen
-        )
-
-    def poolformer() -> nn.Module:
-        from timm.models import metaformer as m
-
-        return m.MetaFormer(
-            depths=(1, 1), dims=(8, 12), num_classes=CLASSES, downsample_norm=None, mlp_act=nn.GELU,
-            mlp_bias=True, norm_layers=m.GroupNorm1, layer_scale_init_values=1e-5, res_scale_init_values=None,
-            use_mlp_head=False,
-        )  # fmt: skip
-
-    def nfnet() -> nn.Module:
-        from timm.models import nfnet as nf
-
-        return nf.NormFreeNet(
-            nf.NfCfg(
-                depths=(1, 1),
-                channels=(16, 24),
-                stem_type="3x3",
-                stem_chs=8,
-                num_features=32,
-                skipinit=True,
-                attn_layer="se",
-                attn_kwargs={"rd_ratio": 0.5},
-            ),
-            num_classes=CLASSES,
-        )
-
-    vit = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
-    rows: list[tuple[str, str, dict[str, Any], int, tuple[str, ...]]] = [
-        ("ViT", "vit_tiny_patch16_224", vit, 16, ("head.*",)),
-        (
-            "ViT with registers and layer scale",
-            "vit_small_patch14_reg4_dinov2",
-            vit,
-            16,
-            ("head.*", "*.gamma"),
-        ),
-        ("DeiT, distilled", "deit_tiny_distilled_patch16_224", vit, 16, ("head.*", "head_dist.*")),
-        ("BEiT", "beit_base_patch16_224", vit, 16, ("head.*", "*gamma_1", "*gamma_2")),
-        ("CaiT", "cait_xxs24_224", vit, 16, ("head.*", "*gamma_1", "*gamma_2")),
-        ("EVA", "eva02_tiny_patch14_224", {**vit, "embed_dim": 16}, 16, ("head.*",)),
-        ("XCiT", "xcit_nano_12_p16_224", {**vit, "patch_size": 8, "embed_dim": 16}, 16, ("head.*",)),
-        (
-            "Swin",
-            "swin_tiny_patch4_window7_224",
-            {
-                "img_size": 16,
-                "patch_size": 2,
-                "window_size": 2,
-                "embed_dim": 8,
-                "depths": (2, 2),
-                "num_heads": (2, 2),
-                "drop_path_rate": 0.0,
-            },
-            16,
-            ("head.*",),
-        ),
-        (
-            "ConvNeXt",
-            "convnext_atto",
-            {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 12)},
-            32,
-            ("head.fc.*", "*.gamma"),
-        ),
-        (
-            "ResNet-D, group norm",
-            "resnet18d",
-            {"layers": (1, 1, 1, 1), "channels": (8, 8, 12, 16), "stem_width": 4, "norm_layer": _group_norm},
-            16,
-            ("fc.*", "layer*.bn2.*"),
-        ),
-        (
-            "SE-ResNet, frozen batch norm",
-            "seresnet18",
-            {"layers": (1, 1, 1, 1), "channels": (8, 8, 12, 16)},
-            16,
-            ("fc.*", "layer*.bn2.*"),
-        ),
-        ("LCNet, frozen batch norm", "lcnet_035", {}, 32, ("classifier.*",)),
-        (
-            "LeViT, frozen batch norm",
-            "levit_128s",
-            {"img_size": 32, "embed_dim": (16, 24), "depth": (1, 1), "num_heads": (1, 2), "key_dim": 8},
-            32,
-            ("head.linear.*", "head_dist.linear.*"),
-        ),
-    ]
-    for title, name, settings, size, zero in rows:
-        yield _case("timm", title, made(name, **settings), numbers(3, size, size), zero)
-    for title, make, size, zero in (
-        ("MLP-Mixer", mixer("MixerBlock", (0.5, 4.0)), 16, ("head.*",)),
-        ("gMLP", mixer("SpatialGatingBlock", 4, mlp_layer="GatedMlp"), 16, ("head.*",)),
-        ("ResMLP", mixer("ResBlock", 4, norm_layer="Affine"), 16, ("head.*", "*.ls1", "*.ls2")),
-        ("PoolFormer", poolformer, 16, ("head.fc.*", "*.scale")),
-        ("NFNet, standardised kernels", nfnet, 16, ("head.fc.*", "*.skipinit_gain")),
-    ):
-        yield _case("timm", title, make, numbers(3, size, size), zero)
+from benchmarks.layers.case import CLASSES, Batch, Case, architecture, ids, numbers
 
 
 def of_transformers() -> Iterator[Case]:
@@ -418,7 +168,9 @@ def of_transformers() -> Iterator[Case]:
         ("GPT-2 as a classifier", "GPT2ForSequenceClassification", "GPT2Config", gpt, text, ("score.*",)),
     ]
     for title, model, config, settings, inputs, zero in encoders:
-        yield _case("transformers", title, classifier(model, config, settings), inputs, zero, loss=logits)
+        yield architecture(
+            "transformers", title, classifier(model, config, settings), inputs, zero, loss=logits
+        )
     decoders: list[tuple[str, str, str, dict[str, Any], Callable[[int, int], Batch], tuple[str, ...]]] = [
         ("GPT-2, tied head", "GPT2LMHeadModel", "GPT2Config", gpt, whole_text, ()),
         (
@@ -503,7 +255,7 @@ def of_transformers() -> Iterator[Case]:
         ("T5", "T5ForConditionalGeneration", "T5Config", t5, both, ()),
     ]
     for title, model, config, settings, inputs, zero in decoders:
-        yield _case(
+        yield architecture(
             "transformers",
             title,
             classifier(model, config, settings),
