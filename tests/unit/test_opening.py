@@ -88,6 +88,7 @@ def on_arrays(root: Path, *overrides: str) -> Config:
         "data.train_examples=null",
         "data.test_examples=null",
     ]
+    given += ["federation.partition=iid"]  # labels do not move examples between holders
     return small(*given, "model.name=linear", "train.expected_batch_size=40", *overrides)
 
 
@@ -108,11 +109,11 @@ def test_changed_examples_are_refused_at_resume(change: str, source: str, tmp_pa
 
 
 def test_only_the_holder_whose_example_changed_is_named(tmp_path: Path) -> None:
-    config = on_arrays(arrays(tmp_path / "data"), "federation.partition=iid")
+    config = on_arrays(arrays(tmp_path / "data"))
     interrupted(config, tmp_path / "run")
     other = arrays(tmp_path / "changed", change="one value")
     with pytest.raises(InputError, match=r"training examples of holders \d are not"):
-        train(on_arrays(other, "federation.partition=iid"), tmp_path / "run", resume=True)
+        train(on_arrays(other), tmp_path / "run", resume=True)
 
 
 def test_another_number_of_examples_is_refused_and_epsilon_is_the_ledgers(tmp_path: Path) -> None:
