@@ -121,7 +121,7 @@ def test_units_take_part_at_the_rate_of_the_recorded_event(
             assert not rate_is(hits, trials, min(1.0, rate * wrong)), "three per cent would be noticed"
 
 
-@pytest.mark.parametrize("name", [n for n in (*PRIVATE, *FORMS) if not n.startswith(("dp_ftrl", "dp_mf"))])
+@pytest.mark.parametrize("name", [n for n in PRIVATE if n not in ("dp_ftrl", "dp_mf")])
 def test_the_rate_is_that_among_those_who_are_online(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
