@@ -24,6 +24,7 @@ from scipy import stats
 
 import strategies
 from fedsim import config as configs
+from fedsim.engine.asked import Asked
 from fedsim.engine.experiment import prepare
 from fedsim.engine.optim import ServerOptimizer
 from fedsim.noise import gaussian
@@ -233,12 +234,15 @@ def test_a_strategy_that_repeats_its_noise_is_rejected(
     cls = type(strategies.load(small(*overrides)))
     if name in ("local_dpsgd", "shares_dpsgd"):
         monkeypatch.setattr(cls, "keys", _same_step(cls))
+        with pytest.raises(RunError, match="came again"):  # nodes notice; without them the noise itself tells
+            reached(overrides, tmp_path / "noticed", monkeypatch)
+        monkeypatch.setattr(Asked, "admit", lambda *_: None)
         if name == "shares_dpsgd":  # the rotation alone would make the repetition look new
             overrides = (*overrides, "strategy.options={rotate: false}")
     else:
         sample = GaussianNoise.sample
         monkeypatch.setattr(GaussianNoise, "sample", lambda self, root, step, n: sample(self, root, 0, n))
-    rows = reached(overrides, tmp_path, monkeypatch)
+    rows = reached(overrides, tmp_path / "rows", monkeypatch)
     assert scale_is(rows[:1], std)
     assert not steps_are_independent(rows, std)
 
@@ -254,6 +258,9 @@ def test_holders_that_share_a_key_are_rejected(
     if name == "shares_dpsgd":
         share = NoiseShares.sample
         monkeypatch.setattr(NoiseShares, "sample", lambda self, _, count: share(self, key, count))
+        with pytest.raises(RunError, match="the secure sum has norm"):
+            reached(overrides, tmp_path / "noticed", monkeypatch)
+        monkeypatch.setattr(NoiseShares, "norm_bound", lambda self, length, survivors: math.inf)
     else:
         monkeypatch.setattr(
             "strategies.local_dpsgd.standard_normal", lambda _, count: gaussian.standard_normal(key, count)

@@ -125,8 +125,8 @@ def test_rules_refuse_values(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["privacy.clipping=grouped"], "privacy.clip_groups has 0 groups"),
-        (["privacy.clip_groups={a: {parameters: ['*']}}"], "privacy.clipping is flat"),
+        (["privacy.clipping=grouped"], "privacy.clip_groups is empty"),
+        (["privacy.clip_groups={a: {parameters: ['*']}}"], "privacy.clipping is 'flat'"),
         (["privacy.clipping=per_layer", "privacy.clip_groups={a: {parameters: ['*']}}"], "per_layer"),
         (["privacy.clipping=normalised", "privacy.clip_groups={a: {parameters: ['*']}}"], "normalised"),
         (["privacy.clipping=grouped", "privacy.clip_groups={a: {parameters: []}}"], "a.parameters must list"),

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from fedsim import models, seeds
 from fedsim.config import ModelConfig
-from fedsim.grads import vmap
-from fedsim.grads.bookkeeping import engine
+from fedsim.grads import bookkeeping, vmap
 from fedsim.grads.clip import FlatClip
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.per_example import cross_entropy
@@ -210,7 +209,7 @@ SMALL: list[tuple[str, tuple[int, ...], dict[str, object]]] = [
 def test_bookkeeping_equals_vmap(
     name: str, shape: tuple[int, ...], options: dict[str, object], views: int
 ) -> None:
-    """`taped` never falls back, so equality shows that the engine itself follows the model."""
+    """The engine itself never falls back, so equality shows that the engine itself follows the model."""
     model = built(name, shape, 4, "float64", **options)
     generator = seeds.torch_stream(5, "test", views)
     start = get_flat(model)
@@ -221,7 +220,7 @@ def test_bookkeeping_equals_vmap(
     norms: Tensor = vmap.clipped_sum(model, inputs, targets, cross_entropy, FlatClip(1.0))[1]
     clip = FlatClip(float(norms.median()))  # some are clipped, some are not
     oracle = vmap.clipped_sum(model, inputs, targets, cross_entropy, clip)
-    answer = engine.taped(model, inputs, targets, cross_entropy, clip)
+    answer = bookkeeping.clipped_sum(model, inputs, targets, cross_entropy, clip)
     for mine, theirs in zip(answer, oracle, strict=True):
         assert (mine - theirs).norm() <= 1e-10 * theirs.norm()
     assert models.examples_are_independent(model, shape)

@@ -329,7 +329,6 @@ FREE = [
     "train.checkpoint_every=1",
     "federation.nodes_per_wave=1",
     "title=another",
-    "monitor.public_only=true",
 ]
 
 

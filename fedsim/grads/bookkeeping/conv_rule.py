@@ -35,10 +35,13 @@ class _Conv(torch.autograd.Function):
         result = F.conv2d(
             images, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
-        if uses[0] is not None:
-            uses[0].remember(result, bias)
         # A plain view would forbid the model to work on the result in place.
-        return torch.ops.aten._unsafe_view(result, (*inputs.shape[:2], *result.shape[1:]))
+        result = torch.ops.aten._unsafe_view(result, (*inputs.shape[:2], *result.shape[1:]))
+        if uses[0] is not None:
+            uses[0].remember(
+                result.flatten(0, 1), bias
+            )  # of what the model gets: its version tells of changes
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

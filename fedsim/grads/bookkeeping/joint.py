@@ -8,14 +8,17 @@ formed, pulled back to the parameters and added before the norm, for as many exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import torch
 from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping import conv
 from fedsim.grads.bookkeeping.mode import is_selection
+from fedsim.grads.bookkeeping.precision import of_sum
 from fedsim.grads.bookkeeping.tape import Pulled, Tape, Unsupported, Use
 from fedsim.grads.norms import squared_norms
 
@@ -39,8 +42,14 @@ class Group:
         keep = tape.reserve(size, 0)
         pieces = []
         for piece in self._pieces(tape):
+            own = slice(piece.low, piece.high)
             for key, gradients in piece.gradients.items():
-                tape.total[tape.clip_groups[key]][piece.low : piece.high] += squared_norms(gradients)
+                squares = squared_norms(gradients)
+                group = tape.clip_groups[key]
+                tape.total[group][own] += squares
+                if piece.lengths is not None:
+                    rounding = 16.0 * of_sum(gradients.dtype)
+                    tape.doubt[group][own] += rounding * piece.lengths * squares.sqrt()
             if keep:
                 pieces.append(piece)
         self._kept = pieces if keep else None
@@ -60,10 +69,15 @@ class Group:
         uses = [use for use in self.uses if use.filled]
         entries = sum(p.numel() for p in self.parameters.values()) + sum(use.weight.numel() for use in uses)
         step = max(1, tape.scratch // (entries * tape.anchor.element_size()))
+        stretches = [0.0 if is_selection(use.weight) else _stretch(use) for use in uses]
         for low in range(0, tape.examples if uses else 0, step):
             piece = _Piece(low, min(low + step, tape.examples), {})
-            for use in uses:
-                for parameter, part in use.pull_back(use.rows(low, piece.high), use.leaves):
+            for use, stretch in zip(uses, stretches, strict=True):
+                rows = use.rows(low, piece.high)
+                if stretch:
+                    lengths = squared_norms(rows).sqrt() * stretch
+                    piece.lengths = lengths if piece.lengths is None else piece.lengths + lengths
+                for parameter, part in use.pull_back(rows, use.leaves):
                     present = piece.gradients.get(id(parameter))
                     piece.gradients[id(parameter)] = part if present is None else present + part
             yield piece
@@ -76,6 +90,20 @@ class _Piece:
     low: int
     high: int
     gradients: dict[int, Tensor]
+    lengths: Tensor | None = (
+        None  # (high - low,) that gradients would have if nothing cancelled on the way back
+    )
+
+
+def _stretch(use: Use) -> float:
+    """How much longer the way back to the parameters makes a gradient of `use.weight`, one of no direction.
+
+    What comes back much shorter than that has cancelled, and its digits depend on who shares the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(use.weight.shape, generator=generator).to(use.weight)
+    back = [float(torch.linalg.vector_norm(part)) for _, part in use.pull_back(probe, use.leaves)]
+    return math.hypot(*back) / max(float(torch.linalg.vector_norm(probe)), 1e-30)
 
 
 def groups(tape: Tape) -> list[Group]:

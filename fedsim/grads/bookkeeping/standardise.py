@@ -74,7 +74,8 @@ class Standardisation:
         doubt = 2.0 * of_product(width, dtype) * taken.sum(1) + 3.0 * of_entries(dtype) * mixed
         if whole:
             doubt += 8.0 * unit(dtype) * taken.sum(1)
-        return found, doubt + 2.0 * of_sum(dtype) * (own.sum(1) * found.clamp(min=0.0)).sqrt()
+        # The sum is rounded before it is pulled back: what is long there and short here must stay rare.
+        return found, doubt + 16.0 * of_sum(dtype) * (own.sum(1) * found.clamp(min=0.0)).sqrt()
 
     def pull_back(self, gradient: Tensor, out: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """Turn gradients (..., *kernel's shape) into those of weight and gain, as far as they are trainable.

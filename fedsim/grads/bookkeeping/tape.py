@@ -83,15 +83,19 @@ class Use(ABC):
         """
         if isinstance(self.weight, nn.Parameter):
             return [(self.weight, gradient)]
+        batched = gradient.dim() > self.weight.dim()
+        # One example alone must come back with the bits it has among others: reductions of one row differ.
+        single = batched and len(gradient) == 1
         found = torch.autograd.grad(
             self.weight,
             parameters,
-            gradient.to(self.weight.dtype),
+            (gradient.repeat(2, *[1] * self.weight.dim()) if single else gradient).to(self.weight.dtype),
             retain_graph=True,
             allow_unused=True,
-            is_grads_batched=gradient.dim() > self.weight.dim(),
+            is_grads_batched=batched,
         )
-        return [(p, part) for p, part in zip(parameters, found, strict=True) if part is not None]
+        parts = [(p, part) for p, part in zip(parameters, found, strict=True) if part is not None]
+        return [(p, part[:1]) for p, part in parts] if single else parts
 
 
 class Rows(Use):
