@@ -38,9 +38,8 @@ class _Conv(torch.autograd.Function):
         # A plain view would forbid the model to work on the result in place.
         result = torch.ops.aten._unsafe_view(result, (*inputs.shape[:2], *result.shape[1:]))
         if uses[0] is not None:
-            uses[0].remember(
-                result.flatten(0, 1), bias
-            )  # of what the model gets: its version tells of changes
+            # Of what the model gets: its version tells of changes in place.
+            uses[0].remember(result.flatten(0, 1), bias)
         return result
 
     @staticmethod
