@@ -68,7 +68,8 @@ def example_gradients(
     examples, views = batch.sizes(inputs, targets)
     # torch's backward pass of a frozen batch norm is wrong on the CPU for a single row whose gradient comes
     # transposed (seen in 2.14). Such a row goes twice: the mean of the losses is the same.
-    twice = views == 1 and any(isinstance(module, _BatchNorm) for module in model.modules())
+    frozen = any(isinstance(module, _BatchNorm) and not module.training for module in model.modules())
+    twice = views == 1 and frozen
     views = 2 if twice else views
     ask: Ask = gradients_of
     for row in range(examples):

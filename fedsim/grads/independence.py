@@ -23,7 +23,7 @@ from fedsim.grads import batch
 from fedsim.grads.batch import Batch
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
-from fedsim.grads.state import left_as_found
+from fedsim.grads.state import ChangesState, left_as_found
 from fedsim.grads.ways import code_of, out_of_memory
 from fedsim.validate import InputError
 
@@ -76,7 +76,8 @@ def check(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss) -> None:
 
 
 def _due(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, examples: int) -> bool:
-    key = (batch.form(inputs), batch.form(targets), code_of(loss), examples)
+    modes = tuple(module.training for module in model.modules())
+    key = (batch.form(inputs), batch.form(targets), code_of(loss), examples, modes)
     with _lock:
         calls = _calls.setdefault(model, {})
         calls[key] = number = calls.get(key, 0) + 1
@@ -147,11 +148,12 @@ def _losses(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss) -> Tens
     first = next(iter(trainable_parameters(model).values()))
     own = batch.placed(inputs, first.device, first.dtype)
     try:
-        with torch.no_grad(), left_as_found(model):
+        with torch.enable_grad(), left_as_found(model):  # a model may behave otherwise without gradients
             losses = loss(batch.call(model, own), batch.placed(targets, first.device))
             check_losses(losses, len(batch.arrays(own)[0]))
     except Exception as problem:
-        if out_of_memory(problem):
+        # What writes into parameters must not reach a transform, whose memory would be left in them.
+        if isinstance(problem, ChangesState) or out_of_memory(problem):
             raise
         return None
     return losses.detach().double()

@@ -21,39 +21,52 @@ _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
+class ChangesState(InputError):
+    """The forward pass writes into the model."""
+
+
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Put back whatever the block changes on `model` but the values of its parameters.
+    """Put back whatever the block changes on `model` but what it writes into parameters.
 
     Back come: every attribute of every module, modes, hooks, buffers and submodules among them, with the
-    content of dictionaries, lists and sets (one level deep); attributes and `.grad` of parameters; values of
-    buffers. Also when an exception leaves the block, which then goes on. One thread at a time is in a block
-    of one model: it would put back for good what another left half done.
+    content of dictionaries, lists and sets; attributes, hooks, flags, memory and `.grad` of parameters;
+    values of buffers. Not what objects of other kinds hold. Also when an exception leaves the block, which
+    then goes on. One thread at a time is in a block of one model: it would put back for good what another
+    left half done.
 
     Raises:
-        InputError: the block changed the value of a buffer. Through it examples would reach one another,
-            and later batches, past clipping and noise.
+        ChangesState: the block changed the value of a buffer, or wrote into a parameter. Through it examples
+            would reach one another, and later batches, past clipping and noise.
     """
     with _lock:
         own = _locks.setdefault(model, threading.RLock())
     with own:
         modules = _modules(model)
         attributes = _Attributes(modules)
-        parameters = [(p, set(vars(p)), p.grad) for p in _all(module._parameters for module in modules)]
+        parameters = [_Parameter(p) for p in _all(module._parameters for module in modules)]
         buffers = _Buffers(modules)
         try:
             yield
         except BaseException:
             buffers.put_back()
             attributes.put_back()
-            _put_back(parameters)
+            for parameter in parameters:
+                parameter.put_back()
             raise
         changed = buffers.put_back()
         attributes.put_back()
-        _put_back(parameters)
+        written = {id(parameter.own) for parameter in parameters if parameter.put_back()}
+    if written:
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in written]
+        raise ChangesState(
+            f"the forward pass must leave the model's parameters alone, but it writes to {', '.join(names)}: "
+            "through them examples would reach one another, past clipping and noise. "
+            "Remove max_norm of embeddings, and keep averages of activations out of the model."
+        )
     if changed:
         names = [name for name, buffer in model.named_buffers() if id(buffer) in changed]
-        raise InputError(
+        raise ChangesState(
             f"the forward pass must leave the model's buffers alone, but it changes {', '.join(names)}: "
             "through it examples would reach one another, past clipping and noise. Put layers with running "
             "statistics into eval mode, or use ones without (GroupNorm, LayerNorm)."
@@ -84,6 +97,12 @@ class _Attributes:
         self._saved = [live.copy() for live in self._live]
         values = list(chain.from_iterable(map(dict.values, self._saved)))
         self._held: list[Any] = list(compress(values, map(_HELD.__contains__, map(type, values))))
+        seen, inner = set(map(id, self._held)), list(filter(None, self._held))
+        while inner:  # collections in collections
+            below = [v for held in inner for v in (held.values() if isinstance(held, dict) else held)]
+            inner = [held for held in below if type(held) in _HELD and id(held) not in seen]
+            seen.update(map(id, inner))
+            self._held += inner
         self._filled = [(held, held.copy()) for held in filter(None, self._held)]
 
     def put_back(self) -> None:
@@ -121,13 +140,40 @@ def _kept(held: Any, before: tuple[Any, Any]) -> bool:
     return all(map(operator.is_, held, content))
 
 
-def _put_back(parameters: list[tuple[nn.Parameter, set[str], Tensor | None]]) -> None:
-    for parameter, own, gradient in parameters:
-        if len(vars(parameter)) != len(own):
-            for name in vars(parameter).keys() - own:
-                delattr(parameter, name)
-        if parameter.grad is not gradient:
-            parameter.grad = gradient
+class _Parameter:
+    """What a parameter held beside its values, and whether something was written into them."""
+
+    def __init__(self, own: nn.Parameter) -> None:
+        self.own = own
+        self._names, self._gradient = set(vars(own)), own.grad
+        self._hooks = None if own._backward_hooks is None else dict(own._backward_hooks)
+        self._data, self._version, self._trained = own.data, own._version, own.requires_grad
+
+    def put_back(self) -> bool:
+        """Put back all but values that were overwritten in place; returns whether any were written."""
+        own = self.own
+        for name in vars(own).keys() - self._names:
+            delattr(own, name)
+        moved = not _same_memory(own, self._data)
+        written = moved or own._version != self._version
+        if moved:
+            own.data = self._data
+        if own.requires_grad != self._trained:
+            own.requires_grad_(self._trained)
+        if own.grad is not self._gradient:
+            own.grad = self._gradient
+        hooks = own._backward_hooks
+        if hooks and dict(hooks) != (self._hooks or {}):
+            hooks.clear()
+            hooks.update(self._hooks or {})
+        return written
+
+
+def _same_memory(own: nn.Parameter, before: Tensor) -> bool:
+    """Whether a parameter still is where it was; a transform that ended may have left it nowhere."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(own):
+        return False
+    return own.dtype == before.dtype and own.data_ptr() == before.data_ptr()
 
 
 class _Buffers:

@@ -91,11 +91,19 @@ def in_the_block(model: Model, change: Any, problem: Exception | None = None) ->
             raise problem
 
 
-def test_parameters_may_change_their_values() -> None:
+def test_writing_into_a_parameter_is_refused() -> None:
+    """The values stay as written: copies of all parameters would cost as much as the parameters."""
     model = Model()
-    with left_as_found(model), torch.no_grad():
+    with pytest.raises(InputError, match=r"writes to inner.weight"), left_as_found(model), torch.no_grad():
         model.inner.weight.fill_(7.0)
-    assert (model.inner.weight == 7.0).all()
+
+
+def test_other_memory_of_a_parameter_is_put_back_and_refused() -> None:
+    model = Model()
+    before = model.inner.weight.detach().clone()
+    with pytest.raises(InputError, match=r"writes to inner.weight"), left_as_found(model):
+        model.inner.weight.data = torch.full_like(before, 7.0)
+    assert torch.equal(model.inner.weight, before)
 
 
 CHANGES: dict[str, Any] = {

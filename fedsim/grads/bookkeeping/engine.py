@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from fedsim.grads import vmap as vmap_engine
 from fedsim.grads.batch import Batch, arrays, call, each, expanded, sizes, take
 from fedsim.grads.bookkeeping import (
     attention,
@@ -77,7 +78,7 @@ def clipped_sum(
     given = [(array, array._version) for array in (*arrays(inputs), *arrays(targets))]
     with options.arithmetic(device), tape:
         groups, losses = _forward_and_backward(model, inputs, targets, views, loss, options, tape)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the model may have left one on
             for group in groups:
                 group.add_squares(tape)
             small = [_Small(tape, group) for group in range(len(tape.total))]
@@ -99,6 +100,10 @@ def clipped_sum(
         if finite.any():
             rest = take(inputs, finite), take(targets, finite)
             total, norms[finite], _ = clipped_sum(model, *rest, loss, clip, options)
+        # A gradient may be finite where the squares and products of its norm are not in float32.
+        odd = take(inputs, ~finite), take(targets, ~finite)
+        part, norms[~finite], _ = vmap_engine.clipped_sum(model, *odd, loss, clip)
+        total += part * options.margin
     return total.detach(), norms, losses
 
 

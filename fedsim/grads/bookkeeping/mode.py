@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedsim.grads.bookkeeping.level import Level
-from fedsim.grads.bookkeeping.tape import Tape
+from fedsim.grads.bookkeeping.tape import Tape, Unsupported
 
 Rule = Callable[..., Any]
 """(watch, func, *args, **kwargs of the torch function) -> its result, recorded on the tape."""
@@ -34,8 +34,16 @@ _SELECTING = {f"{name}Backward0" for name in _NAMES.split()}
 _tensor: Any = Tensor
 _TOLD: dict[Any, Callable[[Tensor], Any]] = {
     _tensor.requires_grad.__get__: lambda tensor: tensor.requires_grad,
-    _tensor.grad_fn.__get__: lambda tensor: tensor.grad_fn,
     _tensor.is_leaf.__get__: lambda tensor: tensor.is_leaf,
+}
+
+
+# Hooks act on gradients that this engine never forms, or forms after they were measured.
+_HOOKING = {
+    _tensor.register_hook,
+    _tensor.register_post_accumulate_grad_hook,
+    _tensor.retain_grad,
+    _tensor.grad_fn.__get__,
 }
 
 
@@ -103,6 +111,8 @@ class Watch(TorchFunctionMode):
                 rows = True
             elif value.requires_grad and not weights:
                 weights = self.is_weight(value)
+        if func in _HOOKING and (rows or weights):
+            raise Unsupported("the forward pass hangs a hook on a tensor, or looks into its graph")
         if rows and func in _TOLD:
             return _TOLD[func](self.level.lower(args[0]))
         if not torch.is_grad_enabled() or not self.level.innermost:

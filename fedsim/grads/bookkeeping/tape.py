@@ -52,6 +52,8 @@ class Use(ABC):
         self.filled = False
         self.closed = False
         self.leaves = tape.parameters_of(weight)
+        if not isinstance(weight, nn.Parameter):
+            tape.check_way_back(weight)
         self.version = weight._version
         self.doubt: Tensor | None = None
         self.clip_groups: tuple[int, ...] = (0,)
@@ -214,6 +216,22 @@ class Tape:
                 found[id(variable)] = self.parameters[id(variable)]
             pending += [following for following, _ in node.next_functions]
         return list(found.values())
+
+    def check_way_back(self, weight: Tensor) -> None:
+        """Raise Unsupported unless a gradient of `weight` may come back to the parameters part by part.
+
+        A custom function may do anything with a gradient, such as clamp it; torch's own are linear in it.
+        """
+        seen: set[Any] = set()
+        pending = [weight.grad_fn]
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction) or weight._backward_hooks:
+                raise Unsupported("a weight is computed by a custom function, or has a hook")
+            pending += [following for following, _ in node.next_functions]
 
     def use(self, use: AnyUse) -> AnyUse:
         """Record a use during the forward pass."""
