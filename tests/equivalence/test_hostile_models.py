@@ -123,6 +123,15 @@ def test_a_forward_pass_that_writes_into_the_model_is_refused(run: Any, engine: 
     assert model.narrow.weight.dtype == torch.float16
 
 
+def test_hooks_in_the_forward_pass_are_called() -> None:
+    for run in (hooked_copy, hooked_parameter):
+        torch.manual_seed(0)
+        model, (inputs, targets) = Model(run), batch()
+        plain = clipped_gradient_sum(model.head, inputs, targets, FlatClip(1e9))
+        found = clipped_gradient_sum(model, inputs, targets, FlatClip(1e9), engine="bookkeeping")
+        torch.testing.assert_close(found.sum, plain.sum * (10.0 if run is hooked_copy else 0.5))
+
+
 def test_uses_of_a_weight_with_a_backward_pass_of_its_own_are_added_first() -> None:
     torch.manual_seed(0)
     model, (inputs, targets) = Model(clamped_twice), batch()

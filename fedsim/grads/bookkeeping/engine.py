@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -89,10 +88,9 @@ def clipped_sum(
             if finite.all():
                 coefficients = clip.coefficients(norms)
                 alone = _too_short(tape, clip, coefficients)
-                apart = None if not alone.any() else _formed(tape, clip, norms, coefficients, alone)
-                total = _weighted(tape, small, groups, coefficients * options.margin)
-                if apart is not None:
-                    total += apart * options.margin
+                apart = _formed(tape, clip, norms, coefficients) if examples == 1 and alone.any() else None
+                total = _weighted(tape, small, groups, coefficients * ~_like(alone, coefficients))
+                total = total * options.margin if apart is None else apart * options.margin
     if not finite.all():  # 0 * nan is nan: the others go again, alone
         if any(array._version != version for array, version in given):
             raise Unsupported("an example is not finite, and the forward pass has written into the others")
@@ -104,7 +102,22 @@ def clipped_sum(
         odd = take(inputs, ~finite), take(targets, ~finite)
         part, norms[~finite], _ = vmap_engine.clipped_sum(model, *odd, loss, clip)
         total += part * options.margin
+    elif examples > 1 and alone.any():
+        # Nothing of the others may be in their digits, not even where they lay in memory.
+        if any(array._version != version for array, version in given):
+            raise Unsupported("a norm is a rounding error, and the forward pass has written into the inputs")
+        for example in alone.nonzero()[:, 0].tolist():
+            own = slice(example, example + 1)
+            part, norms[own], _ = clipped_sum(
+                model, take(inputs, own), take(targets, own), loss, clip, options
+            )
+            total += part
     return total.detach(), norms, losses
+
+
+def _like(chosen: Tensor, coefficients: Tensor) -> Tensor:
+    """`chosen` (B,) in the axes of `coefficients`, (B,) or (B, G)."""
+    return chosen if coefficients.dim() == 1 else chosen[:, None]
 
 
 def _one_or_all(tape: Tape, by_group: list[Tensor]) -> Tensor:
@@ -119,32 +132,25 @@ def _too_short(tape: Tape, clip: ClipRule, coefficients: Tensor) -> Tensor:
     return short if short.dim() == 1 else short.any(1)
 
 
-def _formed(tape: Tape, clip: ClipRule, norms: Tensor, coefficients: Tensor, chosen: Tensor) -> Tensor:
-    """Sum (P,) of the clipped gradients of the chosen examples, formed one by one.
-
-    Corrects their `norms`, and takes them out of the rest's sum by `coefficients` of zero; both in place.
-    """
+def _formed(tape: Tape, clip: ClipRule, norms: Tensor, coefficients: Tensor) -> Tensor:
+    """Clipped gradient (P,) of the one example there is, formed; corrects its `norms` and `coefficients`."""
     parameters = list(tape.parameters.values())
-    places = dict(zip(tape.parameters, accumulate((p.numel() for p in parameters), initial=0), strict=False))
-    total = tape.anchor.detach().new_zeros(sum(p.numel() for p in parameters))
-    for example in chosen.nonzero()[:, 0].tolist():
-        gradient = torch.zeros_like(total)
-        for use in tape.uses:
-            if use.filled:
-                for parameter, part in use.pull_back(use.rows(example, example + 1), use.leaves):
-                    place = places[id(parameter)]
-                    gradient[place : place + parameter.numel()] += part.flatten()
-        squares = [torch.zeros_like(tape.total[0][:1]) for _ in tape.total]
-        segments = [gradient[places[key] : places[key] + p.numel()] for key, p in tape.parameters.items()]
-        for parameter, segment in zip(parameters, segments, strict=True):
-            squares[tape.clip_groups[id(parameter)]] += squared_norms(segment[None])
-        norm = _one_or_all(tape, [square.sqrt() for square in squares])
-        factors = clip.coefficients(norm).reshape(-1).tolist()
-        for parameter, segment in zip(parameters, segments, strict=True):
-            segment *= factors[tape.clip_groups[id(parameter)]]
-        total += gradient
-        norms[example], coefficients[example] = norm[0], 0.0
-    return total
+    sizes = [parameter.numel() for parameter in parameters]
+    gradient = tape.anchor.detach().new_zeros(sum(sizes))
+    segments = dict(zip(tape.parameters, gradient.split(sizes), strict=True))
+    for use in tape.uses:
+        if use.filled:
+            for parameter, part in use.pull_back(use.rows(0, 1), use.leaves):
+                segments[id(parameter)] += part.flatten()
+    squares = [torch.zeros_like(total) for total in tape.total]
+    for key, segment in segments.items():
+        squares[tape.clip_groups[key]] += squared_norms(segment[None])
+    norms.copy_(_one_or_all(tape, [square.sqrt() for square in squares]))
+    coefficients.copy_(clip.coefficients(norms))
+    factors = coefficients.reshape(-1).tolist()
+    for key, segment in segments.items():
+        segment *= factors[tape.clip_groups[key]]
+    return gradient
 
 
 def _forward_and_backward(
