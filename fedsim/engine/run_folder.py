@@ -72,6 +72,12 @@ class RunFolder:
                 f"{self.root} holds a run that wrote sensitive numbers. Resume it with "
                 "monitor.public_only=false, or choose another --out."
             )
+        written = [path for path in (self.checkpoints, self.metrics) if path.exists()]
+        if written and not self.ledger.exists():
+            raise InputError(
+                f"{self.root} has the {written[0].name} of a run, but its ledger.jsonl is gone: what was "
+                "released is no longer known. Restore the ledger, or start anew in another --out."
+            )
         if not resume:
             state = "a finished run" if self.result.exists() else "an unfinished run"
             raise InputError(

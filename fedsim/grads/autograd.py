@@ -18,7 +18,7 @@ from fedsim.grads.batch import Batch
 from fedsim.grads.clip import ClipRule, clip_and_sum, clip_and_sum_by_owner
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Answer, Loss, check_losses
-from fedsim.grads.state import left_as_found
+from fedsim.grads.state import left_as_found, same_bits, writes_parameters
 
 Ask = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
@@ -63,8 +63,14 @@ def clipped_sums(
 def example_gradients(
     model: nn.Module, inputs: Batch, targets: Batch, loss: Loss
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yield for each example one gradient (1, *shape) a trainable parameter, unclipped, and its loss, ()."""
-    parameters = list(trainable_parameters(model).values())
+    """Yield for each example one gradient (1, *shape) a trainable parameter, unclipped, and its loss, ().
+
+    Raises:
+        ChangesState: also, after the last example, where values of parameters were changed past autograd.
+    """
+    named = trainable_parameters(model)
+    parameters = list(named.values())
+    before = [parameter.detach().clone() for parameter in parameters]
     examples, views = batch.sizes(inputs, targets)
     # torch's backward pass of a frozen batch norm is wrong on the CPU for a single row whose gradient comes
     # transposed (seen in 2.14). Such a row goes twice: the mean of the losses is the same.
@@ -86,6 +92,10 @@ def example_gradients(
         with torch.enable_grad(), left_as_found(model):  # examples do not meet in the model's attributes
             found, value, ask = _differentiated(example_loss, parameters, ask)
         yield [gradient[None] for gradient in found], value
+    # What is written through `.data` shows in the values alone.
+    names = [n for n, old in zip(named, before, strict=True) if not same_bits(named[n].detach(), old)]
+    if names:
+        raise writes_parameters(names)
 
 
 def _differentiated(

@@ -285,7 +285,9 @@ def clip_and_sum(
         such an example adds exactly 0.
     """
     rows, factors, norms, _ = _clipped(gradients, clip, groups)
-    return torch.cat([factor.to(row.dtype) @ row for row, factor in zip(rows, factors, strict=True)]), norms
+    with torch.autocast(rows[0].device.type, enabled=False):  # a model may have left one on
+        sums = [factor.to(row.dtype) @ row for row, factor in zip(rows, factors, strict=True)]
+    return torch.cat(sums), norms
 
 
 def clip_and_sum_by_owner(

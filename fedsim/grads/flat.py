@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fedsim.validate import InputError
 
@@ -50,11 +51,18 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name, in order.
 
     Raises:
-        InputError: there is none, or they differ in dtype or device, so that no flat vector exists.
+        InputError: there is none, one has no shape yet, or they differ in dtype or device, so that no flat
+            vector exists.
     """
     every: dict[int, tuple[str, nn.Parameter]] = {}
     _walk(model, "", set(), every)
     parameters = {name: p for name, p in every.values() if p.requires_grad}
+    lazy = [name for name, p in parameters.items() if is_lazy(p)]
+    if lazy:
+        raise InputError(
+            f"parameters must have their shapes, but {', '.join(lazy)} of a lazy layer have none yet. "
+            "Run the model once on an input of the size it is made for."
+        )
     kinds = {(p.dtype, p.device) for p in parameters.values()}
     if len(kinds) != 1:
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "none"

@@ -129,9 +129,10 @@ class _Runs:
         """What the losses say, for a message; "" if nothing."""
         if not tolerance.within(self.alone, self.again):
             return (
-                f"the forward pass must not be random, but two runs of {self.name} on one example give "
-                "different losses. Set the rates of dropout and other random layers to 0: masks would need "
-                "randomness keyed by example and step."
+                "the forward pass must not be random, nor remember earlier ones, but two runs of "
+                f"{self.name} on one example give different losses. Set the rates of dropout and other "
+                "random layers to 0 (masks would need randomness keyed by example and step), and let no "
+                "counter, average or cache enter the loss."
             )
         if self.together is not None and not tolerance.within(self.alone, self.together):
             return (

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from itertools import chain, compress
+from logging import Logger
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 
 from fedsim.validate import InputError
 
-_HELD = frozenset((dict, OrderedDict, list, set))  # kinds of attributes whose content is put back too
+_PLAIN = frozenset((dict, OrderedDict, list, set))  # collections, most of them empty
+_COLLECTIONS = (dict, list, set, deque, tuple)
+_DEPTH = 4  # collections in collections, and attributes of objects in them, that are looked into
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -30,14 +35,14 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """Put back whatever the block changes on `model` but what it writes into parameters.
 
     Back come: every attribute of every module, modes, hooks, buffers and submodules among them, with the
-    content of dictionaries, lists and sets; attributes, hooks, flags, memory and `.grad` of parameters;
-    values of buffers. Not what objects of other kinds hold. Also when an exception leaves the block, which
-    then goes on. One thread at a time is in a block of one model: it would put back for good what another
-    left half done.
+    content of collections and the attributes of objects in it, to a depth of four; attributes, hooks, flags,
+    memory and `.grad` of parameters; values of buffers. Not what closures, globals and arrays of numpy hold.
+    Also when an exception leaves the block, which then goes on. One thread at a time is in a block of one
+    model: it would put back for good what another left half done.
 
     Raises:
-        ChangesState: the block changed the value of a buffer, or wrote into a parameter. Through it examples
-            would reach one another, and later batches, past clipping and noise.
+        ChangesState: the block changed the value of a buffer, or wrote into a parameter or another tensor of
+            the model. Through it examples would reach one another, and later batches, past clip and noise.
     """
     with _lock:
         own = _locks.setdefault(model, threading.RLock())
@@ -55,15 +60,11 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 parameter.put_back()
             raise
         changed = buffers.put_back()
-        attributes.put_back()
+        kept = attributes.put_back()
         written = {id(parameter.own) for parameter in parameters if parameter.put_back()}
     if written:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in written]
-        raise ChangesState(
-            f"the forward pass must leave the model's parameters alone, but it writes to {', '.join(names)}: "
-            "through them examples would reach one another, past clipping and noise. "
-            "Remove max_norm of embeddings, and keep averages of activations out of the model."
-        )
+        raise writes_parameters(names)
     if changed:
         names = [name for name, buffer in model.named_buffers() if id(buffer) in changed]
         raise ChangesState(
@@ -71,6 +72,26 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             "through it examples would reach one another, past clipping and noise. Put layers with running "
             "statistics into eval mode, or use ones without (GroupNorm, LayerNorm)."
         )
+    if kept:
+        raise ChangesState(
+            "the forward pass must leave what the model keeps alone, but it writes into a tensor among its "
+            "attributes: through it examples would reach one another, past clipping and noise. "
+            "Keep counters, averages and caches out of the model."
+        )
+
+
+def writes_parameters(names: Iterable[str]) -> ChangesState:
+    """What to raise of a forward pass that changes the values of parameters."""
+    return ChangesState(
+        f"the forward pass must leave the model's parameters alone, but it writes to {', '.join(names)}: "
+        "through them examples would reach one another, past clipping and noise. "
+        "Remove max_norm of embeddings, and keep averages of activations out of the model."
+    )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are the same, bit for bit: a NaN equals itself."""
+    return _equal(one.reshape(-1), other.reshape(-1))
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
@@ -89,37 +110,72 @@ def _all(named: Iterable[Any]) -> list[Any]:
     return list({id(value): value for own in named for value in own.values() if value is not None}.values())
 
 
+class _Keeps(dict[type, bool]):
+    """Whether an object of a class, none of `_PLAIN`, can be a forward pass's memory: a collection, an object
+    with attributes, or a tensor that is no parameter."""
+
+    def __missing__(self, kind: type) -> bool:
+        if kind in _PLAIN or issubclass(kind, nn.Parameter):
+            keeps = False
+        elif issubclass(kind, (*_COLLECTIONS, Tensor)):
+            keeps = True
+        else:  # classes, functions and modules of a program have attributes, but are nobody's memory
+            keeps = kind.__dictoffset__ != 0 and not issubclass(
+                kind, nn.Module | type | Enum | ModuleType | FunctionType | MethodType | Logger
+            )
+        self[kind] = keeps
+        return keeps
+
+
+_keeps = _Keeps()
+
+
 class _Attributes:
     """What the `__dict__` of each module held; in loops of C, for modules have thirty attributes each."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._live = [vars(module) for module in modules]
         self._saved = [live.copy() for live in self._live]
-        values = list(chain.from_iterable(map(dict.values, self._saved)))
-        self._held: list[Any] = list(compress(values, map(_HELD.__contains__, map(type, values))))
-        seen, inner = set(map(id, self._held)), list(filter(None, self._held))
-        while inner:  # collections in collections
-            below = [v for held in inner for v in (held.values() if isinstance(held, dict) else held)]
-            inner = [held for held in below if type(held) in _HELD and id(held) not in seen]
+        self._held: list[Any] = []
+        self._tensors: list[tuple[Tensor, int]] = []
+        seen = {id(buffer) for module in modules for buffer in module._buffers.values()}
+        level = list(chain.from_iterable(map(dict.values, self._saved)))
+        for _ in range(_DEPTH):
+            kinds = list(map(type, level))
+            plain = list(compress(level, map(_PLAIN.__contains__, kinds)))
+            others = [v for v in compress(level, map(_keeps.__getitem__, kinds)) if id(v) not in seen]
+            held = [v for v in others if isinstance(v, _COLLECTIONS)]
+            held += [vars(v) for v in others if not isinstance(v, (*_COLLECTIONS, Tensor))]
+            self._held += plain + [v for v in held if not isinstance(v, tuple)]
+            tensors = [v for v in others if isinstance(v, Tensor) and not v.is_inference()]
+            self._tensors += [(tensor, tensor._version) for tensor in tensors]
+            inner = [v for v in filter(None, plain + held) if id(v) not in seen]
             seen.update(map(id, inner))
-            self._held += inner
-        self._filled = [(held, held.copy()) for held in filter(None, self._held)]
+            seen.update(map(id, others))
+            level = [v for own in inner for v in (own.values() if isinstance(own, dict) else own)]
+        self._filled = [(held, _content(held)) for held in filter(None, self._held)]
 
-    def put_back(self) -> None:
+    def put_back(self) -> bool:
+        """Put back all but the values of tensors; returns whether one was written into."""
         for live, saved in zip(self._live, self._saved, strict=True):
             if not _same(live, saved):
                 live.update(saved)
                 for name in live.keys() - saved.keys():
                     del live[name]
         filled = list(filter(None, self._held))
-        if len(filled) == len(self._filled) and all(map(_kept, filled, self._filled)):
-            return
-        before = {id(held): content for held, content in self._filled}
-        for held in self._held:
-            content = before.get(id(held), type(held)())
-            if not _kept(held, (held, content)):
-                held.clear()
-                held.extend(content) if isinstance(held, list) else held.update(content)
+        if len(filled) != len(self._filled) or not all(map(_kept, filled, self._filled)):
+            before = {id(held): content for held, content in self._filled}
+            for held in self._held:
+                content = before.get(id(held), {} if isinstance(held, dict) else [])
+                if not _kept(held, (held, content)):
+                    held.clear()
+                    held.extend(content) if isinstance(held, list | deque) else held.update(content)
+        return any(tensor._version != version for tensor, version in self._tensors)
+
+
+def _content(held: Any) -> Any:
+    """A copy of a collection, in a plain one."""
+    return dict(held) if isinstance(held, dict) else list(held)
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -85,6 +85,34 @@ def converted(model: Any, inputs: Tensor) -> Tensor:
     return model.head(model.narrow.float()(inputs))
 
 
+class Average:
+    value: Any = 0.0
+
+
+def remembers_in_an_object(model: Any, inputs: Tensor) -> Tensor:
+    before = model.object.value
+    model.object.value = float(inputs.mean())
+    return model.head(inputs - before)
+
+
+def through_data(model: Any, inputs: Tensor) -> Tensor:
+    model.head.weight.data[0] += float(inputs.mean())
+    return model.head(inputs).sum(1, keepdim=True) * torch.ones(
+        3
+    )  # what is written cannot be seen in the loss
+
+
+def a_tensor_among_the_attributes(model: Any, inputs: Tensor) -> Tensor:
+    model.memory["mean"].mul_(0.5).add_(0.5 * inputs.detach().mean(0))
+    return model.head(inputs)
+
+
+def left_on(model: Any, inputs: Tensor) -> Tensor:
+    outputs = model.head(inputs)
+    torch.set_autocast_enabled("cpu", True)
+    return outputs
+
+
 def batch(size: float = 1.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(5, 2, 6, generator=generator) * size, torch.tensor([0, 1, 2, 0, 1])
@@ -113,6 +141,17 @@ def test_nothing_makes_a_contribution_longer(run: Any, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
+def test_what_an_object_remembers_does_not_reach_the_next_example(engine: str) -> None:
+    torch.manual_seed(0)
+    model = Model(remembers_in_an_object, object=Average())
+    inputs, targets = batch()
+    found = clipped_gradient_sum(model, inputs, targets, FlatClip(BOUND), engine=engine)
+    plain = clipped_gradient_sum(model.head, inputs, targets, FlatClip(BOUND), engine=engine)
+    torch.testing.assert_close(found.sum, plain.sum)
+    assert model.object.value == 0.0
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
 @pytest.mark.parametrize("run", [frozen_average, only_with_gradients, converted])
 def test_a_forward_pass_that_writes_into_the_model_is_refused(run: Any, engine: str) -> None:
     torch.manual_seed(0)
@@ -121,6 +160,18 @@ def test_a_forward_pass_that_writes_into_the_model_is_refused(run: Any, engine: 
     with pytest.raises(ChangesState, match="must leave the model's parameters alone"):
         longest(model, engine)
     assert model.narrow.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
+def test_what_a_forward_pass_writes_past_autograd_is_refused(engine: str) -> None:
+    torch.manual_seed(0)
+    model = Model(through_data)
+    inputs, targets = batch()
+    with pytest.raises(ChangesState, match=r"writes to head.weight"):
+        clipped_gradient_sum(model, inputs, targets, FlatClip(BOUND), engine=engine)
+    model = Model(a_tensor_among_the_attributes, memory={"mean": torch.zeros(6)})
+    with pytest.raises(ChangesState, match="writes into a tensor among its attributes"):
+        clipped_gradient_sum(model, inputs, targets, FlatClip(BOUND), engine=engine)
 
 
 def test_hooks_in_the_forward_pass_are_called() -> None:
@@ -148,6 +199,10 @@ def test_an_autocast_around_the_call_rounds_nothing(engine: str) -> None:
     model = Model(lambda model, inputs: model.head(inputs))
     with torch.autocast("cpu", torch.bfloat16):
         assert longest(model, engine) <= 1.0 + 3e-6
+    try:
+        assert longest(Model(left_on), engine) <= 1.0 + 3e-6
+    finally:
+        torch.set_autocast_enabled("cpu", False)
 
 
 def test_a_long_but_finite_gradient_is_clipped_and_not_dropped() -> None:

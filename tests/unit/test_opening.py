@@ -246,6 +246,22 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train(small(SECURE), tmp_path / "a", resume=True)
 
 
+@pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl"])
+def test_a_run_whose_ledger_is_lost_is_refused_and_keeps_its_secret(left: str, out: Path) -> None:
+    interrupted(small(SECURE), out)
+    held = (out / "ledger.jsonl").rename(out.parent / "elsewhere")
+    for name in {"checkpoints", "metrics.jsonl"} - {left}:
+        (out / name).rename(out.parent / name)
+    (path,) = secrets()
+    with pytest.raises(InputError, match=rf"has the {left} of a run, but its ledger.jsonl is gone"):
+        train(small(SECURE), out, resume=True)
+    assert secrets() == [path]
+    for name in {"checkpoints", "metrics.jsonl"} - {left}:
+        (out.parent / name).rename(out / name)
+    held.rename(out / "ledger.jsonl")
+    assert train(small(SECURE), out, resume=True)["steps"]
+
+
 def test_a_secret_that_was_put_back_after_the_end_is_destroyed(tmp_path: Path) -> None:
     interrupted(small(SECURE), tmp_path / "run")
     (path,) = secrets()

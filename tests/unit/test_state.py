@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,11 @@ class Model(nn.Module):
         super().__init__()
         self.inner, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
         self.names, self.table, self.kinds, self.count = ["a"], {"one": 1}, {int}, 0
+        self.object, self.line = (
+            SimpleNamespace(count=0, rows=[SimpleNamespace(mean=1)], empty=[]),
+            deque([1, 2], 2),
+        )
+        self.defaults = defaultdict(list, {"a": [1]})
         self.register_buffer("mean", torch.tensor([1.0, float("nan")]))
         self.inner.weight.grad = torch.ones(3, 3)
 
@@ -38,6 +45,12 @@ def change_everything(model: Model) -> None:
     model.table["one"] = 2
     model.kinds.clear()
     model.count += 1
+    model.object.count, model.object.new = 1, 2
+    model.object.rows[0].mean = 2
+    model.object.empty.append(1)
+    model.line.append(3)
+    model.defaults["b"].append(2)
+    del model.defaults["a"]
     model.new = 3
     model.extra = nn.Linear(2, 2)
     model.register_buffer("cache", torch.ones(2))
@@ -104,6 +117,16 @@ def test_other_memory_of_a_parameter_is_put_back_and_refused() -> None:
     with pytest.raises(InputError, match=r"writes to inner.weight"), left_as_found(model):
         model.inner.weight.data = torch.full_like(before, 7.0)
     assert torch.equal(model.inner.weight, before)
+
+
+def test_writing_into_a_tensor_among_the_attributes_is_refused() -> None:
+    model = Model()
+    kept = torch.zeros(2)
+    for attribute in (kept, [kept], {"a": (kept, [kept])}, SimpleNamespace(own=kept)):
+        model.average = attribute
+        with pytest.raises(InputError, match=r"writes into a tensor among its attributes"):
+            in_the_block(model, lambda _: kept.add_(1.0))
+        in_the_block(model, lambda _: kept * 2.0)
 
 
 CHANGES: dict[str, Any] = {

@@ -106,20 +106,18 @@ class ConvUse(Use):
             self._kept = formed if self._kept is None else self._kept
             del self._inputs, self._gradient
         elif self.plan != "gram":
-            added = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self._lengths()
+            added = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms()
+            if self._standard is not None:
+                added *= float(self._standard.reach.max().sqrt())
             self.doubt = added if self.doubt is None else self.doubt + added
         self._output = None
         return found
 
-    def _lengths(self) -> Tensor:
-        """Bound (B,) on the lengths of an example's terms of the gradient, place by place, added up."""
+    def terms(self) -> Tensor:
+        """See `Use.terms`."""
         count = self.tape.examples
-        sizes = (
-            squared_norms(self._inputs.reshape(count, -1)),
-            squared_norms(self._gradient.reshape(count, -1)),
-        )
-        scale = 1.0 if self._standard is None else float(self._standard.counts[: self.shape[0]].max().sqrt())
-        return (sizes[0] * sizes[1] * math.prod(self.shape[2:])).sqrt_() * scale
+        inputs, gradient = (squared_norms(t.reshape(count, -1)) for t in (self._inputs, self._gradient))
+        return (inputs * gradient * math.prod(self.shape[2:])).sqrt_()
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
@@ -250,15 +248,22 @@ class ConvUse(Use):
             return squared_norms(formed), None
         by_row = self._by_row(formed)
         lengths = torch.linalg.vector_norm(by_row, dim=2)
+        terms = None
         if vectors is None:
             sums, along = by_row.sum(2), self._along(low, high)
+            own = slice(low * self._views, high * self._views)
+            images, places = (
+                widen(t[own]).unflatten(0, (high - low, -1)) for t in (self._inputs, self._gradient)
+            )
+            patches = squared_norms(images).mul_(math.prod(self.shape[2:])).sqrt_().unsqueeze(1)
+            terms = self._terms_along(torch.linalg.vector_norm(places, dim=(1, 3, 4)), patches)
         elif by_row.is_cuda:  # where products may be in TF32
             sums, along = ((by_row * own).sum(2) for own in vectors.unbind(1))
         else:
             sums, along = (
                 t.t() for t in torch.bmm(vectors.to(formed.dtype), by_row.permute(1, 2, 0)).unbind(1)
             )
-        found, doubt = standard.squares(lengths, sums, along, whole=True)
+        found, doubt = standard.squares(lengths, sums, along, terms)
         return found.clamp_(min=0.0), doubt
 
     def _gram_bytes(self) -> int:
@@ -275,8 +280,8 @@ class ConvUse(Use):
         weighted = places
         if standard is not None:
             weighted = places * standard.counts[: places.shape[2]].sqrt().to(places.dtype)
-            own = torch.linalg.vector_norm(places, dim=1)
-            bounds = own * patches.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_(min=0.0).sqrt_()
+            of_places = torch.linalg.vector_norm(places, dim=1)
+            of_patches = patches.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_(min=0.0).sqrt_()
         gram_of = batch_product(weighted, weighted.transpose(1, 2))
         # An entry of a patch's product is a sum over the kernel's places of products over channels.
         widths = self.shape[0], self.shape[1] + 8 * math.prod(self.shape[2:])
@@ -288,7 +293,8 @@ class ConvUse(Use):
         geometry = self._geometry
         ones = F.conv2d(box, kernel, None, geometry.stride, geometry.padding, geometry.dilation)
         sums = batch_product(ones.reshape(count, 1, -1), places)[:, 0]
-        taken, more = standard.squares(bounds, sums, self._along(low, high), whole=False)
+        lengths, terms = of_places * of_patches, self._terms_along(of_places, of_patches)
+        taken, more = standard.squares(lengths, sums, self._along(low, high), terms, whole=False)
         return (found + taken).clamp_(min=0.0), doubt + more
 
     @property
@@ -315,6 +321,20 @@ class ConvUse(Use):
             convolved = convolved - bias.view(-1, 1, 1)
         products = (convolved * widen(self._gradient[own])).sum((2, 3))
         return products.unflatten(0, (high - low, self._views)).sum(1)
+
+    def _terms_along(self, gradient: Tensor, patches: Tensor) -> Tensor:
+        """Bound (n, out) on the summed lengths of what `_along` adds up, for a direction of length 1.
+
+        Args:
+            gradient: its length, channel by channel, (n, out).
+            patches: length of all patches together, (n, 1).
+        """
+        bias = None if self._convolved is None else self._convolved[1]
+        if bias is not None:  # the output was rounded with it, at every place
+            assert self._standard is not None
+            places = self._views * math.prod(self._gradient.shape[2:])
+            patches = patches + bias.abs() * self._standard.unit.abs() * math.sqrt(places)
+        return gradient * patches
 
     def _patch_gram(self, inputs: Tensor, count: int, outputs: Pair) -> Tensor:
         """Gram matrix (n, places, places) of the patches, from that of the pixels."""

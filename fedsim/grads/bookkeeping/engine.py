@@ -77,7 +77,7 @@ def clipped_sum(
     given = [(array, array._version) for array in (*arrays(inputs), *arrays(targets))]
     with options.arithmetic(device), tape:
         groups, losses = _forward_and_backward(model, inputs, targets, views, loss, options, tape)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the model may have left one on
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for group in groups:
                 group.add_squares(tape)
             small = [_Small(tape, group) for group in range(len(tape.total))]
@@ -179,10 +179,11 @@ def _forward_and_backward(
             raise Unsupported(f"{names} reach the loss in a way that cannot be seen")
         groups = joint.groups(tape)
         if losses.requires_grad:
-            torch.autograd.backward(losses, torch.full_like(losses, 1.0 / views))
-            with torch.no_grad():
-                for fill in tape.after_backward:
-                    fill()
+            with torch.autocast(losses.device.type, enabled=False):  # the model may have left one on
+                torch.autograd.backward(losses, torch.full_like(losses, 1.0 / views))
+                with torch.no_grad():
+                    for fill in tape.after_backward:
+                        fill()
     return groups, losses.detach().mean(1)
 
 

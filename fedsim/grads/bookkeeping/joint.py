@@ -47,9 +47,7 @@ class Group:
                 squares = squared_norms(gradients)
                 group = tape.clip_groups[key]
                 tape.total[group][own] += squares
-                if piece.lengths is not None:
-                    rounding = 16.0 * of_sum(gradients.dtype)
-                    tape.doubt[group][own] += rounding * piece.lengths * squares.sqrt()
+                tape.doubt[group][own] += of_sum(gradients.dtype) * piece.rounded * squares.sqrt()
             if keep:
                 pieces.append(piece)
         self._kept = pieces if keep else None
@@ -69,14 +67,17 @@ class Group:
         uses = [use for use in self.uses if use.filled]
         entries = sum(p.numel() for p in self.parameters.values()) + sum(use.weight.numel() for use in uses)
         step = max(1, tape.scratch // (entries * tape.anchor.element_size()))
-        stretches = [0.0 if is_selection(use.weight) else _stretch(use) for use in uses]
+        stretches = [1.0 if is_selection(use.weight) else _stretch(use) for use in uses]
+        terms = [use.terms() for use in uses]
         for low in range(0, tape.examples if uses else 0, step):
-            piece = _Piece(low, min(low + step, tape.examples), {})
-            for use, stretch in zip(uses, stretches, strict=True):
-                rows = use.rows(low, piece.high)
-                if stretch:
-                    lengths = squared_norms(rows).sqrt() * stretch
-                    piece.lengths = lengths if piece.lengths is None else piece.lengths + lengths
+            high = min(low + step, tape.examples)
+            piece = _Piece(low, high, {}, torch.zeros_like(tape.total[0][low:high]))
+            for use, stretch, own in zip(uses, stretches, terms, strict=True):
+                rows = use.rows(low, high)
+                if not is_selection(use.weight):
+                    piece.rounded += 16.0 * stretch * squared_norms(rows).sqrt()
+                if own is not None:
+                    piece.rounded += 2.0 * stretch * own[low:high]
                 for parameter, part in use.pull_back(rows, use.leaves):
                     present = piece.gradients.get(id(parameter))
                     piece.gradients[id(parameter)] = part if present is None else present + part
@@ -90,9 +91,7 @@ class _Piece:
     low: int
     high: int
     gradients: dict[int, Tensor]
-    lengths: Tensor | None = (
-        None  # (high - low,) that gradients would have if nothing cancelled on the way back
-    )
+    rounded: Tensor  # (high - low,) lengths of what was rounded before it could cancel
 
 
 def _stretch(use: Use) -> float:

@@ -68,7 +68,7 @@ class LinearUse(Use):
             step = max(1, self.tape.scratch // (self.weight.numel() * 4))
             lows = range(0, count, step)
             found = torch.cat([squared_norms(self.rows(low, min(low + step, count))) for low in lows])
-            self.doubt = 2.0 * found.sqrt() * self._added(0, count)
+            self.doubt = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms()
             return found
         widths = inputs.shape[2], gradient.shape[2]
         if self._gram is not None:
@@ -83,11 +83,10 @@ class LinearUse(Use):
         found, self.doubt = (torch.cat(part) for part in zip(*parts, strict=True))
         return found
 
-    def _added(self, low: int, high: int) -> Tensor:
-        """Rounding (n,) of what an example adds to `weighted`."""
-        left, right = (widen(t[low:high]) for t in (self._left, self._right))
-        lengths = torch.linalg.vector_norm(left, dim=2) * torch.linalg.vector_norm(right, dim=2)
-        return of_sum(lengths.dtype) * lengths.double().sum(1)
+    def terms(self) -> Tensor:
+        """See `Use.terms`."""
+        left, right = (torch.linalg.vector_norm(widen(t), dim=2) for t in (self._left, self._right))
+        return (left * right).double().sum(1)
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""

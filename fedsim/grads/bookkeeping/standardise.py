@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,23 +60,37 @@ class Standardisation:
     share: Tensor
     unit: Tensor
 
-    def squares(self, lengths: Tensor, sums: Tensor, along: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def reach(self) -> Tensor:
+        """What the square of |G| counts if nothing cancels on the way back, (p,) float64.
+
+        G.u is rounded in proportion to |G|, and the gain's gradient may be all of what counts.
+        """
+        factor, _, along = self.counts.view(3, -1).abs()
+        return factor + along / self.unit.double().square()
+
+    def squares(
+        self, lengths: Tensor, sums: Tensor, along: Tensor, terms: Tensor | None = None, whole: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Squared norms (n,) in float64 by |G|, G.1 and G.direction, (n, p) each, and their rounding.
 
         Args:
+            terms: lengths (n, p) of what was added up to G.1 and G.direction; None: they are of G itself.
             whole: False where |G| is only an upper bound: the squares are then without those of |G|.
         """
         parts = torch.stack([lengths, sums, along]).double().square_() * self.counts.view(3, 1, -1)
-        own, less, other = parts
+        _, less, other = parts
         found = (parts if whole else parts[1:]).sum((0, 2))
         dtype, width = lengths.dtype, self.direction.shape[1]
         taken = less.abs() + other.abs()
-        mixed = (own * taken).abs_().sqrt_().sum(1)
+        size = (lengths if terms is None else terms).double().square()
+        mixed = (size * self.reach * taken).sqrt_().sum(1)
         doubt = 2.0 * of_product(width, dtype) * taken.sum(1) + 3.0 * of_entries(dtype) * mixed
         if whole:
             doubt += 8.0 * unit(dtype) * taken.sum(1)
         # The sum is rounded before it is pulled back: what is long there and short here must stay rare.
-        return found, doubt + 16.0 * of_sum(dtype) * (own.sum(1) * found.clamp(min=0.0)).sqrt()
+        long = (lengths.double().square() * self.reach).sum(1)
+        return found, doubt + 16.0 * of_sum(dtype) * (long * found.clamp(min=0.0)).sqrt()
 
     def pull_back(self, gradient: Tensor, out: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """Turn gradients (..., *kernel's shape) into those of weight and gain, as far as they are trainable.

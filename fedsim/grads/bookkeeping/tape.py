@@ -66,6 +66,13 @@ class Use(ABC):
     def rows(self, low: int, high: int) -> Tensor:
         """Per-example gradients (high - low, *weight.shape) of the examples low .. high - 1."""
 
+    def terms(self) -> Tensor | None:
+        """Bound (B,) float64 on the lengths of the terms, place by place, that an example's gradient adds up.
+
+        Where they cancel, digits depend on who shares the batch. None: they are added one after the other.
+        """
+        return None
+
     @abstractmethod
     def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """Sum over examples of coefficient * gradient, in the shape of `weight`.
