@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 
 class Process:
-    """`python -m module *arguments`, which calls `serve` once it is ready.
+    """`python -m module *arguments` in `folder`, which calls `serve` once it is ready.
 
     Attributes:
         facts: what the process says of itself.
@@ -24,7 +25,13 @@ class Process:
         RuntimeError: it ended before it was ready; its own message is on stderr.
     """
 
-    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self._module = module
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -32,6 +39,7 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
             env=None if environment is None else dict(environment),
+            cwd=folder,
         )
         self.facts: dict[str, Any] = self._answer()
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Before numpy and torch are imported: their pools of threads would wait for each other's work on full cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +20,7 @@ from torch import Tensor
 
 from fedsim import config as configs
 from fedsim.config import Config
+from fedsim.privacy import loss_distribution
 
 SMALL = (
     "data.train_examples=400",
@@ -40,6 +48,16 @@ SMALL = (
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _epsilon_of_holders_on_a_coarse_grid(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grids of whole holders take seconds each; a coarse one bounds epsilon too. Tests of epsilon itself
+    are marked `exact`."""
+    if request.node.get_closest_marker("exact") is None:
+        monkeypatch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", 250)
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +96,19 @@ def command(arguments: Sequence[str]) -> int:
     from fedsim.cli import main
 
     return main(list(arguments))
+
+
+def forked(arguments: Sequence[str], output: Path) -> int:
+    """Run the `fedsim` command in a process of its own, what it prints into a file; return its exit code."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+            code = command(arguments)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -133,13 +133,14 @@ def _published(options: argparse.Namespace) -> Any:
         raise InputError(f"no published setting contains {options.published!r}. Leave TEXT out to see all.")
     compared = published.compare(rows)
     if not options.json:
-        table = show.table("paper", "setting", "published", "RDP", "PLD", "Objax RDP", "status")
+        table = show.table("paper", "setting", "published", "RDP", "PLD", "Objax RDP", "N x delta", "status")
         for item in compared:
             values = (item.row.epsilon_published, item.rdp.value, item.pld.value)
             objax = None if item.rdp_objax is None else item.rdp_objax.value
             shown = [show.value(value) for value in (*values, objax)]
             shown[0] += " (differs)" if item.differs else ""
-            table.add_row(item.row.paper, item.row.setting, *shown, item.note)
+            n_delta = f"{item.row.population * item.row.delta:.2g}"
+            table.add_row(item.row.paper, item.row.setting, *shown, n_delta, item.note)
         Console(width=max(160, Console().width)).print(table)
     return compared
 

@@ -102,7 +102,10 @@ def _write(path: Path, shape: tuple[int, ...], batches: Iterator[NDArray[np.floa
         header = {"descr": DTYPE.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(handle, header)
         for batch in batches:
-            handle.write(batch.astype(DTYPE).tobytes())
+            features = batch.astype(DTYPE)
+            if not np.isfinite(features).all():
+                raise InputError(f"data.features: every feature must be within {DTYPE}, and finite.")
+            handle.write(features.tobytes())
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.float16]:

@@ -43,6 +43,7 @@ class Server:
         self.run = open_run(experiment, folder, resume)
         self.state = self.run.state
         self._seconds: dict[str, float] = {}
+        self._config_kept = False
         self._collector = Collector(experiment, transport, str(folder.root))
 
     def train(self, progress: ConsoleProgress | None = None) -> dict[str, Any]:
@@ -188,8 +189,9 @@ class Server:
 
     def _keep_config(self) -> None:
         """Write what was changed at resume, as soon as no step is left that was released without it."""
-        if self.run.ledger.steps == self.state.completed:
+        if not self._config_kept and self.run.ledger.steps == self.state.completed:
             self.folder.write_config(self.config)
+            self._config_kept = True
 
     def _draw_partition(self, board: TensorBoard) -> None:
         from fedsim.report import partition_picture  # imports matplotlib: only where a picture is drawn

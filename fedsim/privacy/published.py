@@ -113,9 +113,12 @@ def _row(entry: dict[str, str]) -> PublishedSetting:
 
 def _compare(row: PublishedSetting) -> PublishedComparison:
     event = row.event()
-    rdp = accountant.epsilon(event, row.delta, "rdp")
-    pld = accountant.epsilon(event, row.delta, "pld")
-    objax = accountant.epsilon(event, row.delta, "rdp_objax") if row.uses_objax else None
+
+    def spent(kind: str) -> EpsilonResult:
+        return accountant.epsilon(event, row.delta, kind).among(row.population)
+
+    rdp, pld = spent("rdp"), spent("pld")
+    objax = spent("rdp_objax") if row.uses_objax else None
     if row.epsilon_published is None:
         return PublishedComparison(row, rdp, pld, objax, False, row.status)
     stated = row.epsilon_published

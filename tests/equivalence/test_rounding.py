@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.grads import FlatClip
-from fedsim.grads.bookkeeping import Options, choose, clipped_sum
+from fedsim.grads.bookkeeping import Options, choose, clipped_sum, engine
+from fedsim.grads.bookkeeping.standardise import Origin, standardisations
 from fedsim.grads.norms import squared_norms
+from fedsim.models import layers
 from fedsim.models.layers import WSConv2d
 
 BOUND = 1e-3
@@ -129,6 +131,45 @@ def test_uses_that_cancel_are_measured_together(options: Options) -> None:
     for model, inputs in ((Twice(), _spread((5, 40), 50.0)), (sphere := OnTheSphere(), _along(sphere))):
         found, rounding = longest(model, inputs, options)
         assert found <= 1.0 + 1e-6 + rounding
+
+
+def test_the_gain_of_a_standardised_kernel_is_rounded_in_proportion_to_all_of_it() -> None:
+    """Long kernels make the weight's gradient short: the gain's is then all there is, and mostly cancels."""
+    for seed in range(50):
+        torch.manual_seed(seed)
+        layer = WSConv2d(12, 3, 1, bias=False)
+        with torch.no_grad():
+            layer.weight.mul_(1e4)
+        origin = Origin(layer.weight, layer.gain, layers.standardise(layer.weight, layer.gain))
+        (own,) = standardisations([origin])
+        rows = 1e4 * (1.0 + 1e-5 * torch.randn(1, 3, 12))
+        found, doubt = own.squares(rows.norm(dim=2), rows.sum(2), (rows * own.direction).sum(2))
+        exact = sum(
+            float(part.square().sum()) for _, part in own.pull_back(rows.double().view(1, 3, 12, 1, 1))
+        )
+        assert abs(float(found) - exact) <= float(doubt)
+
+
+def test_terms_that_cancel_before_the_way_back_are_told_from_ordinary_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[list[bool]] = []
+    judge = engine._too_short
+    monkeypatch.setattr(
+        engine, "_too_short", lambda *given: found.append((short := judge(*given)).tolist()) or short
+    )
+    torch.manual_seed(3)
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(30, 20, bias=False))
+    inputs = torch.randn(3, 1, 2, 30)
+    inputs[1, 0, 1] = inputs[1, 0, 0] * (1.0 + 1e-5)  # as much as the other place, with an opposite gradient
+    targets = torch.randn(3, 2, 20)
+    targets[1, 1] = -targets[1, 0]
+
+    def product(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs * targets).flatten(1).sum(1)
+
+    clipped_sum(model, inputs, targets, product, FlatClip(1e-9))
+    assert found[0] == [False, True, False]
 
 
 @pytest.mark.parametrize("plan", ["gram", "drop"])

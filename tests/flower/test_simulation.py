@@ -61,7 +61,7 @@ def test_simulation_equals_one_process_and_leaves_nothing_behind(tmp_path: Path)
 
 def test_a_node_process_that_dies_stops_the_run_which_resumes(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    slow = ["train.steps=150", "train.eval_every=150", "train.checkpoint_every=5", "engine.threads=1"]
+    slow = ["train.steps=60", "train.eval_every=60", "train.checkpoint_every=5", "engine.threads=1"]
     arguments = ["run", "base", *SMALL, *slow, "--engine", "flower", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedsim.cli", *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT

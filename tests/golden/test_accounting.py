@@ -12,6 +12,8 @@ from fedsim.privacy import accountant, published
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.published import PublishedSetting
 
+pytestmark = pytest.mark.exact
+
 ROWS = published.rows()
 KURAKIN = [row for row in ROWS if row.uses_objax]
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.paper[:6]}-{row.epsilon_pld:g}")

@@ -24,7 +24,7 @@ from tests.conftest import train
 from tests.strategies.test_contract import FORMS, PRIVATE, of
 
 ALARM = 1e-6
-EXAMPLES, BATCH, STEPS = 10_000, 1_500.0, 60
+EXAMPLES, BATCH, STEPS = 10_000, 1_500.0, 30
 HOLDERS_AS_UNITS = 2_000
 
 

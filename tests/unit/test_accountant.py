@@ -15,6 +15,8 @@ from fedsim.privacy.family import EventFamily
 from fedsim.privacy.loss_distribution import Part, mixture_weights
 from fedsim.validate import InputError
 
+pytestmark = pytest.mark.exact
+
 DELTA = 1e-5
 
 

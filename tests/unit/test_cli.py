@@ -69,8 +69,12 @@ def test_published_settings_show_both_values_where_they_differ(capsys: pytest.Ca
     assert [row["differs"] for row in rows] == [True, False]
     assert rows[0]["row"]["epsilon_published"] == 8
     assert rows[0]["rdp"]["value"] == pytest.approx(7.0985, rel=5e-3)
+    population, delta = rows[0]["row"]["population"], rows[0]["row"]["delta"]
+    assert rows[0]["rdp"]["n_delta"] == rows[0]["pld"]["n_delta"] == pytest.approx(population * delta)
     assert command(["epsilon", "--published", "TAN"]) == 0
-    assert "differs" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "differs" in shown
+    assert "N x delta" in shown
 
 
 def test_check_trains_nothing_and_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

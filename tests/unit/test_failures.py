@@ -198,7 +198,7 @@ def test_memory_that_runs_out_stops_the_run(
 def test_a_reader_that_leaves_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        f"{sys.executable} -m fedsim.cli epsilon --published --json | true; exit ${{PIPESTATUS[0]}}",
+        f"{sys.executable} -m fedsim.cli epsilon --published TAN --json | true; exit ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         env={**os.environ, "PYTHONPATH": root},

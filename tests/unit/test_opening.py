@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from fedsim.privacy import ledger, secret
 from fedsim.privacy.binding import holder_digests
 from fedsim.validate import InputError, RunError
 from strategies.base import Plan
-from tests.conftest import SMALL, command, final, small, train
+from tests.conftest import SMALL, command, final, forked, small, train
 from tests.unit.test_run import secrets, stop_at
 
 SECURE = "privacy.noise_source=secure"
@@ -298,21 +296,20 @@ def test_the_secret_is_gone_before_the_result_is_there(out: Path, monkeypatch: p
 def test_a_second_process_is_kept_out_of_a_running_folder(noise: str, out: Path) -> None:
     config = small(f"privacy.noise_source={noise}")
     interrupted(config, out)
-    answers: list[subprocess.CompletedProcess[str]] = []
-    second = [sys.executable, "-m", "fedsim.cli", "run", "base", *SMALL, f"privacy.noise_source={noise}"]
-    second += ["--resume", "--out", str(out)]
+    answers: list[int] = []
+    second = ["run", "base", *SMALL, f"privacy.noise_source={noise}", "--resume", "--out", str(out)]
 
     def client(message: Any, context: Any) -> Any:
         if not answers:
-            answers.append(subprocess.run(second, capture_output=True, text=True, check=False))
+            answers.append(forked(second, out.parent / "said"))
         from fedsim.flower.client_app import app
 
         return app(message, context)
 
     before = (out / "ledger.jsonl").read_bytes()
     result = train(config, out, resume=True, client=client)
-    assert answers[0].returncode == 2
-    assert "in use by another process" in answers[0].stderr
+    assert answers == [2]
+    assert "in use by another process" in (out.parent / "said").read_text()
     assert result["steps"] == 6
     assert (out / "ledger.jsonl").read_bytes().startswith(before)
 

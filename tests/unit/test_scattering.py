@@ -138,6 +138,24 @@ def test_cached_features_are_read_not_computed(cache: Path, monkeypatch: pytest.
     assert not list(cache.glob("*.part"))
 
 
+@pytest.mark.parametrize("value", [1e5, float("nan")])
+def test_features_that_float16_cannot_hold_are_refused(
+    value: float, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = RNG.integers(0, 256, (3, 12, 12, 1)).astype(np.uint8)
+    real = features.FEATURES["scattering"]
+
+    def compute(given: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
+        for batch in scattering.compute(given):
+            batch.flat[-1] = value
+            yield batch
+
+    monkeypatch.setitem(features.FEATURES, "scattering", FeatureMap(real.version, real.output_shape, compute))
+    with pytest.raises(InputError, match="every feature must be within float16"):
+        features.of_images("scattering", images)
+    assert not list(cache.glob("*.npy"))
+
+
 def test_another_version_of_the_map_is_another_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = RNG.integers(0, 256, (3, 12, 12, 1)).astype(np.uint8)
     features.of_images("scattering", images)
