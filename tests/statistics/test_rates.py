@@ -78,7 +78,7 @@ def settings(name: str) -> tuple[str, ...]:
     if name.startswith("local"):
         steps, holders = 24, 20  # every holder computes by itself
     if name.startswith("dp_fedavg"):
-        steps, holders = 2 * STEPS, HOLDERS_AS_UNITS
+        steps, holders = 4 * STEPS, HOLDERS_AS_UNITS
     batch = 2_000.0 if name in ("dp_ftrl",) else BATCH  # of which whole passes are made
     return (
         f"data.train_examples={EXAMPLES}",

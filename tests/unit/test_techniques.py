@@ -189,6 +189,7 @@ def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(tmp_path: Path)
     assert [r.noise_multiplier for r in book.records] != [1.0] * 6  # what a plan without levels would record
 
 
+@pytest.mark.exact
 def test_target_and_budget_of_a_scheduled_run(tmp_path: Path) -> None:
     config = scheduled("privacy.noise_multiplier=null", "privacy.target_epsilon=3")
     prepared = prepare(config)
