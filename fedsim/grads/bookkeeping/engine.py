@@ -14,6 +14,7 @@ from fedsim.grads.batch import Batch, arrays, call, each, expanded, sizes, take
 from fedsim.grads.bookkeeping import (
     attention,
     conv_rule,
+    cross_entropy,
     embedding,
     joint,
     linear,
@@ -39,9 +40,10 @@ RULES: dict[Any, Rule] = {
     **attention.RULES,
     **recurrent.RULES,
 }
-SHORTCUTS: dict[Any, Rule] = {**attention.SHORTCUTS}
+SHORTCUTS: dict[Any, Rule] = {**attention.SHORTCUTS, **cross_entropy.SHORTCUTS}
 DEFAULT = Options()
-TOLERATED = 1e-5
+TOLERATED = 1e-4
+OF_THE_SUM = 1e-5
 Answer = tuple[Tensor, Tensor, Tensor]
 
 
@@ -83,14 +85,19 @@ def clipped_sum(
             small = [_Small(tape, group) for group in range(len(tape.total))]
             for kept in small:
                 kept.add_squares()
-            norms = _one_or_all(tape, [(t + d).sqrt_() for t, d in zip(tape.total, tape.doubt, strict=True)])
+            norms = _norms(tape, slice(None))
             finite = torch.isfinite(overall(norms))
             if finite.all():
                 coefficients = clip.coefficients(norms)
                 alone = _too_short(tape, clip, coefficients)
-                apart = _formed(tape, clip, norms, coefficients) if examples == 1 and alone.any() else None
-                total = _weighted(tape, small, groups, coefficients * ~_like(alone, coefficients))
-                total = total * options.margin if apart is None else apart * options.margin
+                if alone is not None and examples == 1:
+                    total = _formed(tape, clip, norms, coefficients)
+                else:
+                    if alone is not None:
+                        coefficients = coefficients * ~_like(alone, coefficients)
+                    total = _weighted(tape, small, groups, coefficients)
+                if options.margin < 1.0:
+                    total *= options.margin
     if not finite.all():  # 0 * nan is nan: the others go again, alone
         if any(array._version != version for array, version in given):
             raise Unsupported("an example is not finite, and the forward pass has written into the others")
@@ -102,7 +109,7 @@ def clipped_sum(
         odd = take(inputs, ~finite), take(targets, ~finite)
         part, norms[~finite], _ = vmap_engine.clipped_sum(model, *odd, loss, clip)
         total += part * options.margin
-    elif examples > 1 and alone.any():
+    elif examples > 1 and alone is not None:
         # Nothing of the others may be in their digits, not even where they lay in memory.
         if any(array._version != version for array, version in given):
             raise Unsupported("a norm is a rounding error, and the forward pass has written into the inputs")
@@ -125,10 +132,26 @@ def _one_or_all(tape: Tape, by_group: list[Tensor]) -> Tensor:
     return by_group[0] if len(by_group) == 1 and not tape.grouped else torch.stack(by_group, dim=1)
 
 
-def _too_short(tape: Tape, clip: ClipRule, coefficients: Tensor) -> Tensor:
-    """Which examples (B,) would be scaled down by more than `TOLERATED` for the rounding of their norms."""
-    least = clip.coefficients(_one_or_all(tape, [total.sqrt() for total in tape.total]))
-    short = least - coefficients > TOLERATED * least
+def _norms(tape: Tape, doubts: slice) -> Tensor:
+    """Norms (B,), or (B, G) of clip groups, with these of the two doubts added to the squares."""
+    if not tape.doubted:
+        return _one_or_all(tape, [total.sqrt() for total in tape.total])
+    pairs = zip(tape.total, tape.doubt, strict=True)
+    return _one_or_all(tape, [(total + doubt[doubts].sum(0)).sqrt_() for total, doubt in pairs])
+
+
+def _too_short(tape: Tape, clip: ClipRule, coefficients: Tensor) -> Tensor | None:
+    """Which examples (B,) would be scaled down by more than `TOLERATED` for the rounding of their norms.
+
+    Or by more than `OF_THE_SUM` for that of what they add: it is in the digits of the others' sum. None where
+    there are none.
+    """
+    if not tape.doubted:
+        return None
+    least, with_sum = (clip.coefficients(_norms(tape, doubts)) for doubts in (slice(0), slice(1, 2)))
+    short = (least - coefficients > TOLERATED * least) | (least - with_sum > OF_THE_SUM * least)
+    if not short.any():
+        return None
     return short if short.dim() == 1 else short.any(1)
 
 

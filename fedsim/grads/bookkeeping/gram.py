@@ -17,12 +17,14 @@ from torch import Tensor
 from fedsim.grads.bookkeeping.precision import batch_product, of_entries, of_product, of_sum
 
 _STRIP = 32  # rows of Gram matrices that are formed at a time
+_WIDTH = 2048  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
 
 
 def strips(rows: Tensor) -> list[Tensor]:
     """Inner products of the rows (n, positions, width) of each example with each other.
 
-    The matrices are symmetric: on a CPU they are formed in strips of rows, each from its diagonal on.
+    The matrices are symmetric: on a CPU they are formed in strips of rows, each from its diagonal on. Rows
+    that are long are multiplied piece by piece.
     """
     positions = rows.shape[1]
     starts = [0]
@@ -33,14 +35,16 @@ def strips(rows: Tensor) -> list[Tensor]:
     for low, high in zip(starts, (*starts[1:], positions), strict=True):
         strip = rows[:, low:high]
         rest = strip if high == positions else rows[:, low:]
-        found.append(batch_product(strip, rest.transpose(1, 2)))
+        parts = [
+            batch_product(ours, theirs.transpose(1, 2))
+            for ours, theirs in zip(strip.split(_WIDTH, 2), rest.split(_WIDTH, 2), strict=True)
+        ]
+        found.append(sum(parts[1:], start=parts[0]))
     return found
 
 
 def inner(pairs: Iterable[tuple[Tensor, Tensor]], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Inner products (n,) in float64 of two Gram matrices, and how much more they may be by rounding.
-
-    The second is also enough for the rounding of what the examples' gradients add to a sum.
+    """Inner products (n,) in float64 of two Gram matrices, and the doubt (2, n) of them (`Use.doubt`).
 
     Args:
         pairs: (n, rows, columns) of both, strip by strip as of `strips`; overwritten.
@@ -61,9 +65,10 @@ def inner(pairs: Iterable[tuple[Tensor, Tensor]], widths: tuple[int, int]) -> tu
     own_size, other_size = parts[:, 5:].square().sum(0).sqrt()
     dtype = found[0].dtype
     products = products.clamp(min=0.0)
-    doubt = (of_product(widths[0], dtype) + of_product(widths[1], dtype)) * absolute
+    longest = [min(width, _WIDTH) + 8 * (width // _WIDTH) for width in widths]
+    doubt = (of_product(longest[0], dtype) + of_product(longest[1], dtype)) * absolute
     # Of the second matrix each entry beside the diagonal was counted once.
     doubt += of_entries(dtype) * (own_trace * other_size * math.sqrt(2.0) + other_trace * own_size)
     # What vanishes below the smallest number of the dtype.
     doubt += torch.finfo(dtype).tiny * (found[0].shape[1] + own_size + other_size)
-    return products, doubt + 2.0 * of_sum(dtype) * products.sqrt() * lengths
+    return products, torch.stack([doubt, 2.0 * of_sum(dtype) * products.sqrt() * lengths])

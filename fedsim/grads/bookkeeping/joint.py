@@ -47,7 +47,8 @@ class Group:
                 squares = squared_norms(gradients)
                 group = tape.clip_groups[key]
                 tape.total[group][own] += squares
-                tape.doubt[group][own] += of_sum(gradients.dtype) * piece.rounded * squares.sqrt()
+                tape.doubted = True
+                tape.doubt[group][1, own] += of_sum(gradients.dtype) * piece.rounded * squares.sqrt()
             if keep:
                 pieces.append(piece)
         self._kept = pieces if keep else None

@@ -40,7 +40,8 @@ class Use(ABC):
         closed: norms over the parameters `weight` was computed from are known in closed form.
         filled: the backward pass reached the operation.
         leaves: the parameters it reaches.
-        doubt: with `squares`, how much more (B,) they may be by rounding; None where that is below 1e-6.
+        doubt: with `squares`, how much more they may be, (2, B) float64: by their own rounding, and by that
+            of what the example adds to the sum. None where both are below 1e-6.
         version: of `weight`, to tell whether it was changed in place after the use.
         clip_groups: the clip groups of the parameters it reaches; one group if it stands alone.
     """
@@ -107,6 +108,11 @@ class Use(ABC):
         return [(p, part[:1]) for p, part in parts] if single else parts
 
 
+def of_the_sum(rounding: Tensor) -> Tensor:
+    """`Use.doubt` where squares have no rounding of their own."""
+    return torch.stack([torch.zeros_like(rounding), rounding])
+
+
 class Rows(Use):
     """A use whose per-example gradients are small, or kept in any case: biases, norm layers, positions."""
 
@@ -150,7 +156,8 @@ class Tape:
         scratch: bytes one temporary may take.
         anchor: an input of every recorded operation, so that autograd visits it.
         total: for each clip group, squared norms (B,) of the gradients' parts in it; one without groups.
-        doubt: how much more each of `total` may be by rounding.
+        doubt: of each of `total`, (2, B); see `Use.doubt`.
+        doubted: there is any.
         uses: in the order of the forward pass.
         after_backward: what fills uses that several operations share.
         blocks: memory for what stays until the end of the call.
@@ -178,7 +185,8 @@ class Tape:
         self.total = [
             torch.zeros(examples, dtype=torch.float64, device=first.device) for _ in range(max(groups) + 1)
         ]
-        self.doubt = [torch.zeros_like(total) for total in self.total]
+        self.doubt = [total.new_zeros(2, examples) for total in self.total]
+        self.doubted = False
         self.uses: list[Use] = []
         self.after_backward: list[Callable[[], None]] = []
         self.blocks = Blocks(budget)
@@ -253,7 +261,7 @@ class Tape:
             self.total[group] += use.squares()
             if use.doubt is not None:
                 self.doubt[group] += use.doubt
-                use.doubt = None
+                self.doubted, use.doubt = True, None
 
     def positions(self, tensor: Tensor) -> Tensor:
         """Reshape (B, ..., d) to (B, positions, d): all views and places of an example on one axis."""
