@@ -215,6 +215,27 @@ def rounds(name: str) -> str:
     return table(["what", "measured"], rows) + provenance(held)
 
 
+def versions(name: str) -> str:
+    """One row a case: time of this version relative to that of another, and to itself."""
+    held = _load(name)
+    if held is None:
+        return missing("python -m benchmarks.versions CHECKOUT", name)
+    rows = [
+        [
+            row["model"],
+            str(row["views"]),
+            str(row["examples"]),
+            f"{row['milliseconds']:.1f}",
+            f"{row['ratio']:.3f}",
+            f"{row['again']:.3f}",
+        ]
+        for row in held["rows"]
+    ]
+    head = ["model", "K", "examples", "ms", f"time relative to commit {held['other_commit']}", "again (A/A)"]
+    mean = f"\nGeometric mean {held['geometric_mean']:.3f}.\n"
+    return table(head, rows) + mean + provenance(held)
+
+
 def layers(name: str) -> str:
     """One row for each layer or model that was judged, and what is wrong, if anything."""
     held = _load(name)
@@ -286,6 +307,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "gradients-cpu-readings": lambda: readings("gradients_cpu.json"),
         "gradients-cpu-as-installed": lambda: gradients("gradients_cpu_as_installed.json"),
         "memory-cpu": lambda: memory("memory_cpu.json"),
+        "versions-cpu": lambda: versions("versions_cpu.json"),
         "gradients-gpu": lambda: gradients("gradients_gpu.json"),
         "memory-gpu": lambda: memory("memory_gpu.json"),
         "rounds-cpu": lambda: rounds("rounds_cpu.json"),
