@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import validate
+from fedsim.grads import arithmetic
 from fedsim.grads.microbatch import Loss
 from fedsim.grads.per_example import cross_entropy
 from fedsim.validate import InputError
 
 
+@arithmetic.float32()
 def class_accuracy(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
 ) -> list[float]:
@@ -33,6 +35,7 @@ def class_accuracy(
     return [float(value) for value in hits / counts]
 
 
+@arithmetic.float32()
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fedsim.grads import batch
+from fedsim.grads import arithmetic, batch
 from fedsim.grads.batch import Batch
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
@@ -149,7 +149,11 @@ def _losses(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss) -> Tens
     first = next(iter(trainable_parameters(model).values()))
     own = batch.placed(inputs, first.device, first.dtype)
     try:
-        with torch.enable_grad(), left_as_found(model):  # a model may behave otherwise without gradients
+        with (
+            torch.enable_grad(),
+            arithmetic.float32(),
+            left_as_found(model),
+        ):  # a model may behave otherwise without gradients
             losses = loss(batch.call(model, own), batch.placed(targets, first.device))
             check_losses(losses, len(batch.arrays(own)[0]))
     except Exception as problem:

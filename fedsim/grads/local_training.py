@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import validate
-from fedsim.grads import batch
+from fedsim.grads import arithmetic, batch
 from fedsim.grads.autograd import gradients_of
 from fedsim.grads.batch import Batch
 from fedsim.grads.flat import get_flat, trainable_parameters
@@ -38,6 +38,7 @@ class LocalTraining:
             validate.positive(getattr(self, name), f"{where}.local_{name}")
 
 
+@arithmetic.float32()
 def local_update(
     model: nn.Module,
     inputs: Batch,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from fedsim.grads import batch
+from fedsim.grads import arithmetic, batch
 from fedsim.grads.batch import Batch
 from fedsim.grads.batch_size import OverLimit
 from fedsim.grads.flat import trainable_parameters
@@ -81,7 +80,7 @@ def first_that_works(
     for name in names[names.index(begin) :]:
         own = batch.placed(inputs, first.device, first.dtype)
         try:
-            with torch.inference_mode(False), _full_precision(), left_as_found(model):
+            with torch.inference_mode(False), arithmetic.float32(), left_as_found(model):
                 answer = ways[name](model, own, batch.placed(targets, first.device), loss, *rest)
         except Exception as problem:
             if isinstance(problem, InputError) or out_of_memory(problem):
@@ -106,13 +105,6 @@ def first_that_works(
                 _log.warning("gradients of %s come from %s: %s.", type(model).__name__, by, "; ".join(ended))
             return answer
     raise AssertionError("unreachable: the last way returns or raises")
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Leave an autocast that happens to be on: products would be rounded more than the clip bound knows."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
 
 
 def out_of_memory(problem: Exception) -> bool:

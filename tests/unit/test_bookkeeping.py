@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.grads import FlatClip, NoClip, clipped_gradient_sum, vmap
-from fedsim.grads.bookkeeping import Options, clipped_sum
+from fedsim.grads.bookkeeping import Options, clipped_sum, norm
 from fedsim.grads.bookkeeping.repeat import _told
 from fedsim.grads.bookkeeping.tape import Unsupported
 from fedsim.grads.norms import BLOCK, squared_norms
@@ -485,9 +485,26 @@ def test_cuda_agrees_with_the_cpu(precision: str, tolerance: float) -> None:
     torch.testing.assert_close(found[1].cpu(), expected[1].double(), rtol=tolerance, atol=tolerance)
 
 
-@cuda
-def test_tf32_settings_return_to_what_they_were() -> None:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+@pytest.mark.parametrize(
+    "layer", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=["group", "instance"]
+)
+def test_norms_are_split_below_what_a_cuda_kernel_can_launch(
+    layer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block for each row and group along one axis: at most 65,535."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), layer, nn.Flatten(), nn.Linear(64, 5))
     inputs, targets = batch()
-    clipped_sum(net().cuda(), inputs.cuda(), targets.cuda(), cross_entropy, CLIP, Options(precision="tf32"))
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+    whole = clipped_sum(model, inputs, targets, cross_entropy, CLIP)
+    asked: list[int] = []
+    backward = norm._backward
+
+    def watched(*arguments: Any) -> Any:
+        asked.append(arguments[8])
+        return backward(*arguments)
+
+    monkeypatch.setattr(norm, "_backward", watched)
+    monkeypatch.setattr(norm, "_BLOCKS", 9)
+    found = clipped_sum(model, inputs, targets, cross_entropy, CLIP)
+    assert len(asked) > 1
+    assert max(asked) <= 9
+    torch.testing.assert_close(found[:2], whole[:2], rtol=1e-6, atol=1e-7)

@@ -20,6 +20,7 @@ from fedsim.grads.bookkeeping.repeat import repeated
 from fedsim.grads.bookkeeping.tape import Rows
 
 _backward = torch.ops.aten.native_group_norm_backward
+_BLOCKS = 65_535  # of a CUDA kernel, along the axis on which torch puts one for each row and group
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -50,22 +51,34 @@ class _GroupNorm(torch.autograd.Function):
         if weight is None:
             weight = mean.new_ones(channels)
         wanted = ctx.needs_input_grad[0]
-        before, gain, offset = _backward(
-            gradient.contiguous().view(1, rows * channels, size),
-            inputs.view(1, rows * channels, size),
-            mean.reshape(1, -1),
-            rstd.reshape(1, -1),
-            weight.repeat(rows),
-            1,
-            rows * channels,
-            size,
-            rows * ctx.groups,
-            (wanted, True, True),
-        )
-        for use, rows_of in zip(ctx.uses, (gain, offset), strict=True):
+        tensors = (gradient.contiguous(), inputs, mean, rstd)
+        pieces = [
+            _backward(
+                *(tensor.reshape(1, len(own) * channels, size) for tensor in (given, own)),
+                *(tensor.reshape(1, -1) for tensor in moments),
+                weight.repeat(len(own)),
+                1,
+                len(own) * channels,
+                size,
+                len(own) * ctx.groups,
+                (wanted, True, True),
+            )
+            for given, own, *moments in zip(
+                *(t.reshape(rows, -1).split(max(1, _BLOCKS // ctx.groups)) for t in tensors), strict=True
+            )
+        ]
+        before, *of_parameters = (_joined(parts) for parts in zip(*pieces, strict=True))
+        for use, rows_of in zip(ctx.uses, of_parameters, strict=True):
             if use is not None:
                 use.fill(widen(rows_of).view(*inputs.shape[:2], channels))
         return before.view(inputs.shape) if wanted else None, None, None, None, None, None, None
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """One tensor of several, flat; None of None."""
+    if len(parts) == 1 or parts[0] is None:
+        return parts[0]
+    return torch.cat([part.flatten() for part in parts])
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedsim import validate
+from fedsim.grads.arithmetic import products
 from fedsim.validate import InputError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -102,19 +103,9 @@ class Options:
     def arithmetic(self, device: torch.device) -> Iterator[None]:
         """Enter the chosen precision for forward and backward.
 
-        TF32 is a setting of the process in torch: another thread that runs CUDA products meanwhile is
-        affected, and the old value returns at the end.
-
         Raises:
             InputError: a reduced precision on a device other than CUDA.
         """
-        if self.precision == "float32":
-            yield
-            return
         self.check_device(device)
-        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        try:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        with products("ieee" if self.precision == "float32" else "tf32"):
             yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
