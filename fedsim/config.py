@@ -154,6 +154,9 @@ class EngineConfig:
             or off (YAML's true and false).
         device: auto, cpu, cuda or cuda:N. Auto takes CUDA where there is one, for node i number i modulo the
             number of devices its process sees.
+        deterministic: on CUDA, take only kernels that give the same bits again. Where it is off a step that
+            is repeated, after an interruption or for a node that failed, equals the first to rounding only,
+            and `shares_dpsgd` refuses to run. The CPU always repeats its bits.
         threads: torch threads of a process; None for all cores.
         cpus_per_node, gpus_per_node: what Flower's simulation reserves for a node.
 
@@ -171,6 +174,7 @@ class EngineConfig:
     precision: str = field(default="float32", metadata=read_with(gradients=("bookkeeping",)))
     channels_last: bool | str = field(default="auto", metadata=read_with(gradients=("bookkeeping",)))
     device: str = "auto"
+    deterministic: bool = True
     threads: int | None = None
     cpus_per_node: int = 1
     gpus_per_node: float = 0.0

@@ -146,6 +146,12 @@ class SharesDPSGD(Strategy[SharesOptions]):
         return holders if wanted is None else wanted
 
     def plan(self, facts: DataFacts) -> Plan:
+        if not self.config.engine.deterministic:
+            validate.conflicts(
+                "engine.deterministic is false, but a stage of the secure sum that is asked again must mask "
+                "the very integers it masked before.",
+                "Use engine.deterministic=true.",
+            )
         privacy, train = self.config.privacy, self.config.train
         rate = sampling_rate(train.expected_batch_size, facts.examples, self.config.federation.availability)
         family = EventFamily(lambda effective: events.renyi_gaussian_step(effective, rate))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from fedsim.grads.bookkeeping import Options
 from fedsim.grads.per_example import engine_of
 from fedsim.validate import InputError
 
+_log = logging.getLogger(__name__)
 SHARE = 0.5  # of free memory, for a physical batch; the rest is for what is not counted, and for others
+CUDA_CONTEXT = 600 * 2**20  # bytes a process takes on a GPU before its first tensor, with torch's libraries
 _UNITS = {
     "b": 1,
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
@@ -28,7 +32,7 @@ _CONTAINER = (
 
 
 def pick_device(name: str, node: int = 0) -> torch.device:
-    """Return the device a node computes on.
+    """Return the device a node computes on; one of CUDA has its index.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N". Auto takes CUDA when this process sees a device: number
@@ -47,7 +51,9 @@ def pick_device(name: str, node: int = 0) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"engine.device must be auto, cpu or cuda[:N], got {name!r}.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise InputError(
             f"engine.device is {name!r}, but this process sees {torch.cuda.device_count()} CUDA devices. "
             "Use engine.device=auto or cpu; in Flower's simulation also set engine.gpus_per_node."
@@ -55,6 +61,55 @@ def pick_device(name: str, node: int = 0) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"engine.device must be auto, cpu or cuda[:N], got {name!r}.")
     return device
+
+
+def check_simulation(config: Config) -> None:
+    """Refuse what nodes of Flower's simulation cannot have, and warn where a GPU would stand idle by them.
+
+    A node there sees the GPUs it reserves (`engine.gpus_per_node`), numbered from 0, and no other.
+
+    Raises:
+        InputError: says which of `engine.device` and `engine.gpus_per_node` to change.
+    """
+    engine, here = config.engine, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if engine.device.startswith("cuda") and not engine.gpus_per_node:
+        validate.conflicts(
+            f"engine.device is {engine.device}, but nodes of a simulation reserve no GPU and see none.",
+            "Set engine.gpus_per_node, to a share such as 0.5 where nodes shall have one together.",
+        )
+    if engine.device.startswith("cuda:") and int(engine.device[5:]) >= max(1, int(engine.gpus_per_node)):
+        validate.conflicts(
+            f"engine.device is {engine.device}, but a node of Flower's simulation sees the GPUs it reserves, "
+            f"numbered from 0, and engine.gpus_per_node is {engine.gpus_per_node:g}.",
+            "Use engine.device=auto or cuda.",
+        )
+    if engine.gpus_per_node > here:
+        validate.conflicts(
+            f"engine.gpus_per_node is {engine.gpus_per_node:g}, but this machine has {here} CUDA devices: "
+            "nodes would wait for ever.",
+            "Use engine.gpus_per_node=0.",
+        )
+    if here and engine.device == "auto" and not engine.gpus_per_node:
+        _log.warning(
+            "the nodes train on the CPU while %d CUDA devices stand idle: engine.gpus_per_node is 0. Set it, "
+            "to a share such as %g where all nodes shall have one together, or engine.device=cpu.",
+            here,
+            1 / config.federation.nodes,
+        )
+
+
+def make_deterministic(device: torch.device, wanted: bool) -> None:
+    """Let this process repeat its CUDA results bit for bit, or let it be faster; nothing changes on the CPU.
+
+    Kernels that add in any order (atomics) are then replaced, or refused by torch in its own words.
+    """
+    if device.type != "cuda":
+        return
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS starts
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    torch.backends.cudnn.benchmark = not wanted
 
 
 def set_threads(count: int | None) -> None:
@@ -79,7 +134,13 @@ def options_of(engine: EngineConfig) -> Options:
     else:
         budget = parse_bytes(engine.gradient_memory, "engine.gradient_memory", "Or use full or low.")
     last = layout if isinstance(layout, bool) else None
-    return Options(budget, channels_last=last, precision=engine.precision)
+    sharers = _sharers(engine.gpus_per_node)
+    return Options(budget, channels_last=last, precision=engine.precision, sharers=sharers)
+
+
+def _sharers(gpus_per_node: float) -> int:
+    """How many nodes of Flower's simulation may compute on one GPU at the same time."""
+    return max(1, round(1 / gpus_per_node)) if gpus_per_node else 1
 
 
 def check(config: Config) -> None:
@@ -129,10 +190,14 @@ def memory_limit(engine: EngineConfig, free: int, sharers: int) -> int:
     return parse_bytes(wanted, "engine.memory_limit", "Or give a share of the free memory, up to 1.0.")
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device: for the CPU of the machine, or of the container if less."""
+def free_memory(device: torch.device, processes: int = 0) -> int:
+    """Return the bytes that are free on a device: for the CPU of the machine, or of the container if less.
+
+    Args:
+        processes: that will still start to use the device; on CUDA each takes memory for its own context.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return max(0, int(torch.cuda.mem_get_info(device)[0]) - processes * CUDA_CONTEXT)
     free = int(psutil.virtual_memory().available)
     for limit, used in _CONTAINER:
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
@@ -153,5 +218,5 @@ def nodes_at_once(config: Config, device: torch.device, parallel: bool) -> int:
     federation, gpus = config.federation, config.engine.gpus_per_node
     asked = min(federation.nodes, federation.nodes_per_wave or federation.nodes)
     if device.type == "cuda" and gpus > 0:
-        return min(asked, max(1, int(1 / gpus)))
+        return min(asked, _sharers(gpus))
     return asked

@@ -2,7 +2,7 @@
 
 Pure: the answer depends on the configuration, the node's index, the task and the parameters, never on what
 was asked before, so a task can be asked again and any process can serve any node. What was asked before
-decides only whether there is an answer (fedsim.engine.asked).
+decides only whether there is an answer (fedsim.engine.asked), and its last bits once a GPU ran out of memory.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from fedsim import provenance, seeds
 from fedsim.config import Config
 from fedsim.data import batches, datasets, partition
 from fedsim.engine.asked import Asked
-from fedsim.engine.device import options_of, pick_device, set_threads
+from fedsim.engine.device import make_deterministic, options_of, pick_device, set_threads
 from fedsim.engine.experiment import build_model
 from fedsim.grads.clip import ClipRule
 from fedsim.grads.flat import get_flat, set_flat
@@ -35,6 +36,9 @@ from fedsim.sampling import HolderAvailability
 from fedsim.seeds import stream
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import InputError
+
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 NORM_EDGES = tuple(
     float(x) for x in np.logspace(-3, 4, 57)
@@ -68,12 +72,14 @@ class Node:
         self.ids = self.partition.ids_of_node(index, nodes)
         self.device = pick_device(config.engine.device, index)
         set_threads(config.engine.threads)
+        make_deterministic(self.device, config.engine.deterministic)
         if not isinstance(config.engine.physical_batch_size, int):
             raise InputError(
                 "engine.physical_batch_size must be a number by the time nodes start, got 'auto'. "
                 "Start the run by fedsim.flower.server_app.train, which chooses it, or give a number."
             )
         self.physical_batch_size = config.engine.physical_batch_size
+        self._halved = False
         self.options = options_of(config.engine)
         self.model = build_model(config, self.train, seed).to(self.device)
         self.dtype = get_flat(self.model).dtype
@@ -128,6 +134,28 @@ class Node:
 
     def clipped_sum(self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule) -> ClippedSum:
         """Return the clipped gradient sum of these examples, one physical batch in memory at a time."""
+        return self._in_memory(lambda: self._clipped_sum(ids, task, clip))
+
+    def _in_memory(self, compute: Callable[[], Result]) -> Result:
+        """Return `compute()`; where the GPU's memory is too small, once more with half the physical batch."""
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            half = max(self.config.train.augment_multiplicity, self.physical_batch_size // 2)
+            if half >= self.physical_batch_size or self._halved:
+                raise
+            _log.warning(
+                "%s has no memory for engine.physical_batch_size=%d; from here on node %d takes %d.",
+                self.device,
+                self.physical_batch_size,
+                self.index,
+                half,
+            )
+            self.physical_batch_size, self._halved = half, True
+        torch.cuda.empty_cache()
+        return compute()
+
+    def _clipped_sum(self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule) -> ClippedSum:
         parts: list[ClippedSum] = []
         total: torch.Tensor | None = None
         for _, inputs, targets in self._pieces(ids, task):
@@ -158,6 +186,11 @@ class Node:
 
         Examples of all holders share full physical batches: the time is that of one sum, not of H.
         """
+        return self._in_memory(lambda: self._clipped_sums(ids, task, clip))
+
+    def _clipped_sums(
+        self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule
+    ) -> tuple[torch.Tensor, ClippedSum]:
         rows = np.searchsorted(self.holders, self.owners(ids))
         totals = torch.zeros(
             (len(self.holders), self.zero_sum().numel()), dtype=self.dtype, device=self.device

@@ -79,9 +79,9 @@ def probe(experiment: Experiment, parallel: bool) -> Choice:
     """
     config = experiment.config
     device = _device(config, parallel)
-    limit = devices.memory_limit(
-        config.engine, devices.free_memory(device), devices.nodes_at_once(config, device, parallel)
-    )
+    nodes = devices.nodes_at_once(config, device, parallel)
+    free = devices.free_memory(device, processes=nodes if parallel else 0)
+    limit = devices.memory_limit(config.engine, free, nodes)
     expected = min(config.train.expected_batch_size, experiment.facts.examples)
     most = math.ceil(expected / config.federation.nodes)
     with _threads(config, parallel):

@@ -32,6 +32,7 @@ from fedsim import config as configs
 from fedsim import provenance, validate
 from fedsim.config import Config
 from fedsim.data import datasets
+from fedsim.engine import device
 from fedsim.engine.metrics import ConsoleProgress, numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
 from fedsim.validate import RunError
@@ -78,8 +79,10 @@ def simulate(
         progress: fed from metrics.jsonl as the run writes it, or None.
 
     Raises:
+        InputError: nodes cannot have the GPUs that are asked for.
         RunError: Flower could not start, or the run failed; says the cause and where the log is.
     """
+    device.check_simulation(config)
     remedy = f"Mend that, then continue with --resume --out {folder.root}."
     with validate.failures_as(RunError, "Flower's simulation could not go on", remedy):
         return _simulate(config, folder, resume, progress)

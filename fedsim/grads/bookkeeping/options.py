@@ -38,12 +38,14 @@ class Options:
             what CUDA wants in bfloat16.
         precision: "float32"; "tf32" and "bfloat16" (autocast) are for CUDA, and make forward and backward
             faster and less exact. Norms and sums are accumulated in float32 or wider in all of them.
+        sharers: processes that compute on one CUDA device at the same time, which have its memory together.
     """
 
     memory_budget: int | None = None
     scratch: int | None = None
     channels_last: bool | None = None
     precision: str = "float32"
+    sharers: int = 1
 
     def __post_init__(self) -> None:
         validate.one_of(self.precision, PRECISIONS, "engine.precision")
@@ -71,14 +73,14 @@ class Options:
         if self.memory_budget is not None:
             return self.memory_budget
         if device.type == "cuda":
-            return int(torch.cuda.get_device_properties(device).total_memory) // 8
+            return int(torch.cuda.get_device_properties(device).total_memory) // 8 // self.sharers
         return _BUDGET_CPU
 
     def scratch_on(self, device: torch.device) -> int:
         """Bytes of one temporary on `device`."""
         if self.scratch is not None:
             return self.scratch
-        return _SCRATCH_CUDA if device.type == "cuda" else _SCRATCH_CPU
+        return max(_SCRATCH_CPU, _SCRATCH_CUDA // self.sharers) if device.type == "cuda" else _SCRATCH_CPU
 
     def wants_channels_last(self, model: nn.Module, images: torch.Tensor) -> bool:
         """Whether `images` (n, channels, height, width) shall be laid out channels-last for `model`."""
