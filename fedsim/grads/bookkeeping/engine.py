@@ -180,12 +180,12 @@ def _forward_and_backward(
     model: nn.Module, inputs: Batch, targets: Batch, views: int, loss: Loss, options: Options, tape: Tape
 ) -> tuple[list[joint.Group], Tensor]:
     """Record the call on `tape` and fill every use; returns the losses (B,) too."""
-    bfloat16 = options.precision == "bfloat16"
+    bfloat16, device = options.precision == "bfloat16", tape.anchor.device.type
 
     def example_loss(own: Batch, target: Batch) -> Tensor:
         watch = Watch(tape, Level(), RULES, generic, standardise.DERIVATIONS, SHORTCUTS)
         with watch:
-            with torch.autocast("cuda", torch.bfloat16) if bfloat16 else nullcontext():
+            with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
                 outputs = call(model, own)
             if bfloat16 and isinstance(outputs, Tensor):
                 outputs = outputs.float()

@@ -177,6 +177,8 @@ def layer_norm(
     with level:
         uses = _uses(watch, weight, bias)
         rows, shape = level.lower(input).contiguous(), list(normalized_shape)
+        if torch.is_autocast_enabled(rows.device.type):  # which has layer norms in float32
+            rows = widen(rows)
         result = _LayerNorm.apply(rows, tape.anchor, _plain(weight), _plain(bias), shape, eps, uses)
     return level.lift(result)
 
