@@ -80,19 +80,20 @@ def _check_channels_last(what: str, shape: tuple[int, ...]) -> None:
 
 
 def finite(values: NDArray[Any], what: str) -> None:
-    """Refuse floats that are NaN or infinite, a block of rows at a time.
+    """Refuse floats that are NaN, infinite or beyond float32, a block of rows at a time.
 
     Raises:
         InputError: names `what` and the first row (example) that has one.
     """
     rows = max(1, BLOCK // max(1, math.prod(values.shape[1:])))
     for start in range(0, len(values), rows):
-        block = np.isfinite(values[start : start + rows]).reshape(len(values[start : start + rows]), -1)
+        block = values[start : start + rows]
+        block = (np.abs(block) <= np.finfo(np.float32).max).reshape(len(block), -1)
         if not block.all():
             row = start + int(np.argmin(block.all(axis=1)))
             raise InputError(
-                f"{what} must be finite, but row {row} holds NaN or infinity. Mend or leave out "
-                "such examples."
+                f"{what} must be finite in float32, but row {row} holds NaN, infinity or more than that. "
+                "Mend or leave out such examples."
             )
 
 

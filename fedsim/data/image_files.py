@@ -104,7 +104,7 @@ def _room(count: int, shape: tuple[int, ...], folder: Path) -> NDArray[np.uint8]
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a class folder, links followed, hidden ones left out, sorted by path."""
+    """All files below a class folder, of any depth, links followed, hidden ones left out, sorted by path."""
     found: list[Path] = []
     seen = {os.path.realpath(folder)}
 

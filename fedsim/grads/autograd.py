@@ -8,6 +8,7 @@ values mean here what they mean in ordinary training on that example alone. Memo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fedsim.grads.batch import Batch
 from fedsim.grads.clip import ClipRule, clip_and_sum, clip_and_sum_by_owner
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Answer, Loss, check_losses
-from fedsim.grads.state import left_as_found, same_bits, writes_parameters
+from fedsim.grads.state import ChangesState, left_as_found, same_bits, writes_parameters
 
 Ask = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
@@ -66,7 +67,8 @@ def example_gradients(
     """Yield for each example one gradient (1, *shape) a trainable parameter, unclipped, and its loss, ().
 
     Raises:
-        ChangesState: also, after the last example, where values of parameters were changed past autograd.
+        ChangesState: also, after the last example, where values of parameters were changed past autograd, or
+            where an example has another loss than it had: the forward pass remembers, somewhere.
     """
     named = trainable_parameters(model)
     parameters = list(named.values())
@@ -78,24 +80,41 @@ def example_gradients(
     twice = views == 1 and frozen
     views = 2 if twice else views
     ask: Ask = gradients_of
+    seen: list[Tensor] = []
+
+    def example_loss(row: int) -> Tensor:
+        device = parameters[0].device
+        own, target = (batch.placed(batch.take(given, row), device) for given in (inputs, targets))
+        if twice:
+            own = batch.each(lambda array: array.repeat(2, *[1] * (array.dim() - 1)), own)
+        losses = loss(batch.call(model, own), batch.expanded(target, views))
+        check_losses(losses, views)
+        return losses.mean()
+
     for row in range(examples):
-
-        def example_loss(row: int = row) -> Tensor:
-            device = parameters[0].device
-            own, target = (batch.placed(batch.take(given, row), device) for given in (inputs, targets))
-            if twice:
-                own = batch.each(lambda array: array.repeat(2, *[1] * (array.dim() - 1)), own)
-            losses = loss(batch.call(model, own), batch.expanded(target, views))
-            check_losses(losses, views)
-            return losses.mean()
-
         with torch.enable_grad(), left_as_found(model):  # examples do not meet in the model's attributes
-            found, value, ask = _differentiated(example_loss, parameters, ask)
+            found, value, ask = _differentiated(partial(example_loss, row), parameters, ask)
+        seen.append(value)
         yield [gradient[None] for gradient in found], value
+    for row in reversed(range(examples)):  # after others than before
+        with torch.enable_grad(), left_as_found(model):
+            again = example_loss(row).detach()
+        if not _near(seen[row], again):
+            raise ChangesState(
+                "the forward pass must not remember earlier ones, nor be random, but the loss of an example "
+                "is another after others ran. Through what is remembered examples would reach one another, "
+                "past clipping and noise. Let no average, counter, cache or generator enter the loss."
+            )
     # What is written through `.data` shows in the values alone.
     names = [n for n, old in zip(named, before, strict=True) if not same_bits(named[n].detach(), old)]
     if names:
         raise writes_parameters(names)
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether two losses are equal but for rounding, which depends on where tensors lie in memory."""
+    finite = torch.isfinite(one) & torch.isfinite(other)
+    return not finite or bool((one - other).abs() <= 1e-5 * torch.maximum(one.abs(), other.abs()) + 1e-7)
 
 
 def _differentiated(

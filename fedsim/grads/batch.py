@@ -20,7 +20,7 @@ Batch = Tensor | Mapping[str, Tensor]
 
 def arrays(batch: Batch) -> list[Tensor]:
     """Return the tensors of a batch."""
-    return [batch] if isinstance(batch, Tensor) else list(batch.values())
+    return list(batch.values()) if isinstance(batch, Mapping) else [batch]
 
 
 def each(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
@@ -43,6 +43,14 @@ def sizes(inputs: Batch, targets: Batch) -> tuple[int, int]:
     Raises:
         InputError: arrays that differ in them, that have no axes for them, no view, or no array at all.
     """
+    for array in (*arrays(inputs), *arrays(targets)):
+        if not isinstance(array, Tensor) or array.layout is not torch.strided or array.is_meta:
+            found = array.layout if isinstance(array, Tensor) else type(array).__name__
+            raise InputError(
+                "inputs and targets must be dense tensors, or mappings from names to such, got "
+                f"{'a meta tensor' if isinstance(array, Tensor) and array.is_meta else found}. "
+                "Use torch.as_tensor, and to_dense."
+            )
     shapes = [tuple(array.shape) for array in arrays(inputs)]
     wanted = [tuple(array.shape) for array in arrays(targets)]
     if (
@@ -77,12 +85,14 @@ def take(batch: Batch, rows: Any) -> Batch:
 def placed(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
     """Copy a batch to `device`, its floating arrays to `dtype` if given; ids and masks keep their own.
 
+    Of a complex `dtype` they get the precision.
+
     Always a copy, cut off from any graph: a model or loss that writes into its arguments does not reach the
     caller's data, nor what a second attempt sees.
     """
 
     def place(array: Tensor) -> Tensor:
-        wanted = dtype if array.is_floating_point() else None
+        wanted = None if dtype is None or not array.is_floating_point() else dtype.to_real()
         return array.detach().to(device, wanted, copy=True)
 
     return each(place, batch)

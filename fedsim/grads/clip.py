@@ -269,6 +269,16 @@ def overall(norms: Tensor) -> Tensor:
     return norms if norms.dim() == 1 else torch.linalg.vector_norm(norms, dim=1)
 
 
+def rounded_down(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers that `dtype` has (at least float32's), in float64, none above `coefficients`.
+
+    Those of very long gradients are subnormal: rounded up, they would lengthen a contribution.
+    """
+    near = coefficients.to(torch.promote_types(dtype, torch.float32))
+    below = torch.nextafter(near, torch.zeros_like(near))
+    return torch.where(near.double() > coefficients, below, near).double()
+
+
 def clip_and_sum(
     gradients: Sequence[Tensor], clip: ClipRule, groups: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -328,7 +338,7 @@ def _clipped(
         squares[place].append(squared_norms(row))
     parts = [torch.stack(own).sum(0).sqrt() for own in squares]
     norms = parts[0] if groups is None else torch.stack(parts, dim=1)
-    coefficients = clip.coefficients(norms)
+    coefficients = rounded_down(clip.coefficients(norms), rows[0].dtype)
     finite = torch.isfinite(overall(norms))
     if not finite.all():  # 0 * nan is nan: a zero coefficient alone would not keep it out of the sum
         rows = [row[finite] for row in rows]

@@ -12,7 +12,6 @@ from itertools import chain, compress
 from logging import Logger
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,9 @@ from fedsim.validate import InputError
 
 _PLAIN = frozenset((dict, OrderedDict, list, set))  # collections, most of them empty
 _COLLECTIONS = (dict, list, set, deque, tuple)
-_DEPTH = 4  # collections in collections, and attributes of objects in them, that are looked into
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_lock = threading.Lock()
+_MOST = 20_000  # objects in objects that are looked into
+_running: list[tuple[int, frozenset[int]]] = []  # thread, and ids of the modules it is in a block of
+_changed = threading.Condition()
 
 
 class ChangesState(InputError):
@@ -35,19 +34,17 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """Put back whatever the block changes on `model` but what it writes into parameters.
 
     Back come: every attribute of every module, modes, hooks, buffers and submodules among them, with the
-    content of collections and the attributes of objects in it, to a depth of four; attributes, hooks, flags,
-    memory and `.grad` of parameters; values of buffers. Not what closures, globals and arrays of numpy hold.
-    Also when an exception leaves the block, which then goes on. One thread at a time is in a block of one
-    model: it would put back for good what another left half done.
+    content of collections and the attributes of objects in it; attributes, hooks, flags, memory and `.grad`
+    of parameters; values of buffers and of other tensors. Not what closures, classes, globals, slots and
+    arrays of numpy hold. Also when an exception leaves the block, which then goes on. One thread at a time is
+    in a block of one module: it would put back for good what another left half done.
 
     Raises:
         ChangesState: the block changed the value of a buffer, or wrote into a parameter or another tensor of
             the model. Through it examples would reach one another, and later batches, past clip and noise.
     """
-    with _lock:
-        own = _locks.setdefault(model, threading.RLock())
-    with own:
-        modules = _modules(model)
+    modules = _modules(model)
+    with _alone(modules):
         attributes = _Attributes(modules)
         parameters = [_Parameter(p) for p in _all(module._parameters for module in modules)]
         buffers = _Buffers(modules)
@@ -78,6 +75,21 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             "attributes: through it examples would reach one another, past clipping and noise. "
             "Keep counters, averages and caches out of the model."
         )
+
+
+@contextmanager
+def _alone(modules: list[nn.Module]) -> Iterator[None]:
+    """Wait until no other thread is in a block of one of `modules`: models may share some."""
+    own = threading.get_ident(), frozenset(map(id, modules))
+    with _changed:
+        _changed.wait_for(lambda: all(who == own[0] or own[1].isdisjoint(ids) for who, ids in _running))
+        _running.append(own)
+    try:
+        yield
+    finally:
+        with _changed:
+            _running.remove(own)
+            _changed.notify_all()
 
 
 def writes_parameters(names: Iterable[str]) -> ChangesState:
@@ -112,16 +124,16 @@ def _all(named: Iterable[Any]) -> list[Any]:
 
 class _Keeps(dict[type, bool]):
     """Whether an object of a class, none of `_PLAIN`, can be a forward pass's memory: a collection, an object
-    with attributes, or a tensor that is no parameter."""
+    with attributes, or a tensor."""
 
     def __missing__(self, kind: type) -> bool:
-        if kind in _PLAIN or issubclass(kind, nn.Parameter):
+        if kind in _PLAIN:
             keeps = False
         elif issubclass(kind, (*_COLLECTIONS, Tensor)):
             keeps = True
         else:  # classes, functions and modules of a program have attributes, but are nobody's memory
             keeps = kind.__dictoffset__ != 0 and not issubclass(
-                kind, nn.Module | type | Enum | ModuleType | FunctionType | MethodType | Logger
+                kind, type | Enum | ModuleType | FunctionType | MethodType | Logger
             )
         self[kind] = keeps
         return keeps
@@ -137,18 +149,18 @@ class _Attributes:
         self._live = [vars(module) for module in modules]
         self._saved = [live.copy() for live in self._live]
         self._held: list[Any] = []
-        self._tensors: list[tuple[Tensor, int]] = []
-        seen = {id(buffer) for module in modules for buffer in module._buffers.values()}
+        self._tensors: list[tuple[Tensor, Tensor, Tensor]] = []  # each, where it was, and a copy
+        known = [modules, *(m._parameters.values() for m in modules), *(m._buffers.values() for m in modules)]
+        seen = set(map(id, chain.from_iterable(known)))
         level = list(chain.from_iterable(map(dict.values, self._saved)))
-        for _ in range(_DEPTH):
+        while level and len(seen) < _MOST:
             kinds = list(map(type, level))
             plain = list(compress(level, map(_PLAIN.__contains__, kinds)))
             others = [v for v in compress(level, map(_keeps.__getitem__, kinds)) if id(v) not in seen]
             held = [v for v in others if isinstance(v, _COLLECTIONS)]
             held += [vars(v) for v in others if not isinstance(v, (*_COLLECTIONS, Tensor))]
             self._held += plain + [v for v in held if not isinstance(v, tuple)]
-            tensors = [v for v in others if isinstance(v, Tensor) and not v.is_inference()]
-            self._tensors += [(tensor, tensor._version) for tensor in tensors]
+            self._tensors += [(v, v.data, v.detach().clone()) for v in others if _has_values(v)]
             inner = [v for v in filter(None, plain + held) if id(v) not in seen]
             seen.update(map(id, inner))
             seen.update(map(id, others))
@@ -156,7 +168,7 @@ class _Attributes:
         self._filled = [(held, _content(held)) for held in filter(None, self._held)]
 
     def put_back(self) -> bool:
-        """Put back all but the values of tensors; returns whether one was written into."""
+        """Put everything back; returns whether a tensor was written into."""
         for live, saved in zip(self._live, self._saved, strict=True):
             if not _same(live, saved):
                 live.update(saved)
@@ -170,7 +182,23 @@ class _Attributes:
                 if not _kept(held, (held, content)):
                     held.clear()
                     held.extend(content) if isinstance(held, list | deque) else held.update(content)
-        return any(tensor._version != version for tensor, version in self._tensors)
+        written = False
+        for tensor, place, copy in self._tensors:
+            if not _same_memory(tensor, place):
+                tensor.data = place
+                written = True
+            if not same_bits(tensor.detach(), copy):
+                with torch.no_grad():
+                    tensor.data.copy_(copy)
+                written = True
+        return written
+
+
+def _has_values(value: Any) -> bool:
+    """Whether a value is a tensor that can be copied and compared."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _content(held: Any) -> Any:
@@ -225,8 +253,8 @@ class _Parameter:
         return written
 
 
-def _same_memory(own: nn.Parameter, before: Tensor) -> bool:
-    """Whether a parameter still is where it was; a transform that ended may have left it nowhere."""
+def _same_memory(own: Tensor, before: Tensor) -> bool:
+    """Whether a tensor still is where it was; a transform that ended may have left it nowhere."""
     if torch._C._functorch.is_functorch_wrapped_tensor(own):
         return False
     return own.dtype == before.dtype and own.data_ptr() == before.data_ptr()

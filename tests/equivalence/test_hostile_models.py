@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from fedsim.grads import FlatClip, clipped_gradient_sum
 from fedsim.grads.state import ChangesState
+from fedsim.validate import InputError
 
 BOUND = 0.05
 
@@ -214,3 +218,141 @@ def test_a_long_but_finite_gradient_is_clipped_and_not_dropped() -> None:
     )
     torch.testing.assert_close(found.norms, oracle.norms, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(found.sum, oracle.sum, rtol=1e-5, atol=1e-7)
+
+
+class Complex(nn.Module):
+    """Complex weights: parameters themselves, or computed from real ones."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        kind = torch.complex128 if how == "layer" else torch.float64
+        self.weight = nn.Parameter(torch.randn(3, 4, 2, dtype=torch.float64))
+        if how == "layer":
+            self.weight = nn.Parameter(torch.view_as_complex(self.weight.detach()).to(kind))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight = self.weight if self.how == "layer" else torch.view_as_complex(self.weight)
+        rows = torch.fft.rfft(inputs)
+        return (rows @ weight.t() if self.how == "product" else F.linear(rows, weight)).abs()
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
+@pytest.mark.parametrize("how", ["layer", "linear", "product"])
+def test_gradients_of_complex_weights_are_those_of_autograd(how: str, engine: str) -> None:
+    torch.manual_seed(0)
+    model, (inputs, targets) = Complex(how), batch()
+    inputs = inputs.double()
+    found = clipped_gradient_sum(model, inputs, targets, FlatClip(1e9), engine=engine).sum
+    total = torch.zeros_like(found)
+    for views, target in zip(inputs, targets, strict=True):
+        loss = F.cross_entropy(model(views), target.expand(2))
+        total += torch.autograd.grad(loss, model.weight)[0].flatten()
+    torch.testing.assert_close(found, total)
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
+def test_parameters_that_are_computed_have_their_gradients(engine: str) -> None:
+    torch.manual_seed(0)
+    model, (inputs, targets) = nn.Linear(6, 3, bias=False), batch()
+    plain = clipped_gradient_sum(model, inputs, targets, FlatClip(1e9)).sum
+    base = nn.Parameter(model.weight.detach() / 2.0)
+    model._parameters["weight"] = base * 2.0  # type: ignore[assignment]
+    found = clipped_gradient_sum(model, inputs, targets, FlatClip(1e9), engine=engine).sum
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.1, 1e-3])
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
+def test_coefficients_below_the_smallest_normal_number_lengthen_nothing(engine: str, bound: float) -> None:
+    model = nn.Linear(10**5, 1, bias=False)
+    inputs = torch.full((1, 1, 10**5), 1.3e38)
+    found = clipped_gradient_sum(
+        model, inputs, torch.zeros(1), FlatClip(bound), loss=lambda y, _: y[:, 0], engine=engine
+    )
+    assert 0.9 * bound <= float(found.sum.double().norm()) <= bound * (1 + 1e-6)
+
+
+def _closure() -> Callable[[Any, Tensor], Tensor]:
+    held = [0.0]
+
+    def run(model: Any, inputs: Tensor) -> Tensor:
+        before = held[0]
+        held[0] += float(inputs.mean()) ** 3
+        return model.head(inputs) + before * torch.tensor([1.0, 0.0, 0.0])
+
+    return run
+
+
+def _array() -> Callable[[Any, Tensor], Tensor]:
+    held = np.zeros(1)
+
+    def run(model: Any, inputs: Tensor) -> Tensor:
+        before = float(held[0])
+        held[0] += float(inputs.mean()) ** 3
+        return model.head(inputs) + before * torch.tensor([1.0, 0.0, 0.0])
+
+    return run
+
+
+class Slots:
+    __slots__ = ("mean",)
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+
+def _slots() -> Callable[[Any, Tensor], Tensor]:
+    held = Slots()
+
+    def run(model: Any, inputs: Tensor) -> Tensor:
+        before = held.mean
+        held.mean += float(inputs.mean()) ** 3
+        return model.head(inputs) + before * torch.tensor([1.0, 0.0, 0.0])
+
+    return run
+
+
+@pytest.mark.parametrize("remembers", [_closure, _array, _slots])
+def test_memory_that_an_outlier_alone_moves_is_refused(remembers: Any) -> None:
+    """The look before the call takes the first examples, which move it by a millionth."""
+    torch.manual_seed(0)
+    inputs, targets = batch(1e-3)
+    inputs[3] *= 3e4
+    with pytest.raises(InputError, match="must not remember earlier ones"):
+        clipped_gradient_sum(Model(remembers()), inputs, targets, FlatClip(BOUND))
+
+
+def test_what_a_hidden_module_or_tensor_holds_is_put_back_and_refused() -> None:
+    def run(model: Any, inputs: Tensor) -> Tensor:
+        model.hidden[0].mean.data.add_(float(inputs.mean()))
+        return model.head(inputs)
+
+    hidden = nn.Module()
+    hidden.register_buffer("mean", torch.zeros(1))
+    inputs, targets = batch()
+    with pytest.raises(ChangesState, match="writes into a tensor among its attributes"):
+        clipped_gradient_sum(Model(run, hidden=[hidden]), inputs, targets, FlatClip(BOUND))
+    assert float(hidden.mean) == 0.0
+
+
+def test_models_that_share_a_module_in_threads() -> None:
+    torch.manual_seed(0)
+    shared, (inputs, targets) = nn.Linear(6, 6), batch()
+    models = [nn.Sequential(shared, nn.Tanh(), nn.Linear(6, 3)) for _ in range(3)]
+    before = dict(shared.named_parameters())
+
+    def total(model: nn.Module) -> Tensor:
+        return clipped_gradient_sum(model, inputs, targets, FlatClip(1.0), engine="vmap").sum
+
+    expected = [total(model) for model in models]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda turn: total(models[turn % 3]), range(60)))
+    finally:
+        sys.setswitchinterval(interval)
+    for turn, one in enumerate(found):
+        torch.testing.assert_close(one, expected[turn % 3])
+    assert dict(shared.named_parameters()) == before

@@ -264,7 +264,7 @@ def test_values_that_are_not_finite_are_refused_naming_array_and_row(
 ) -> None:
     inputs = np.zeros((6 if where == "train_inputs" else 3, 2), np.float32)
     inputs[2, 1] = bad
-    with pytest.raises(InputError, match=f"{where} must be finite, but row 2"):
+    with pytest.raises(InputError, match=f"{where} must be finite in float32, but row 2"):
         arrays(tmp_path, **{where: inputs})
 
 

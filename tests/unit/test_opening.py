@@ -260,6 +260,26 @@ def test_a_run_whose_ledger_is_lost_is_refused_and_keeps_its_secret(left: str, o
     assert train(small(SECURE), out, resume=True)["steps"]
 
 
+def test_a_secret_whose_run_never_began_is_destroyed_wherever_its_folder_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = secret.create
+
+    def dies_after(*arguments: Any) -> None:
+        real(*arguments)
+        raise OSError("died here")
+
+    monkeypatch.setattr(secret, "create", dies_after)
+    with pytest.raises((OSError, RunError, InputError)):
+        train(small(SECURE), tmp_path / "run")
+    monkeypatch.setattr(secret, "create", real)
+    (left,) = secrets()
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert train(small(SECURE), tmp_path / "elsewhere", resume=True)["steps"] == 6
+    assert not left.exists()
+    assert secrets() == []
+
+
 def test_a_secret_that_was_put_back_after_the_end_is_destroyed(tmp_path: Path) -> None:
     interrupted(small(SECURE), tmp_path / "run")
     (path,) = secrets()

@@ -379,7 +379,9 @@ def test_confirmations_of_others_sessions_and_pairs_do_not_count() -> None:
     assert len(reveal(holder, server).seeds) == 4
 
 
-@pytest.mark.parametrize(("holders", "degree", "corrupt"), [(10, 9, 0.0), (10, 9, 0.2), (300, 40, 0.05)])
+@pytest.mark.parametrize(
+    ("holders", "degree", "corrupt"), [(10, 9, 0.0), (10, 8, 0.0), (10, 9, 0.2), (300, 40, 0.05)]
+)
 def test_thresholds_stand_two_stories_with_the_corrupt_neighbours(
     holders: int, degree: int, corrupt: float
 ) -> None:

@@ -27,7 +27,7 @@ from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.options import Options
 from fedsim.grads.bookkeeping.repeat import generic
 from fedsim.grads.bookkeeping.tape import Pulled, Rows, Tape, Unsupported, Use
-from fedsim.grads.clip import ClipRule, overall
+from fedsim.grads.clip import ClipRule, overall, rounded_down
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
 from fedsim.grads.norms import squared_norms
@@ -95,7 +95,8 @@ def clipped_sum(
                 else:
                     if alone is not None:
                         coefficients = coefficients * ~_like(alone, coefficients)
-                    total = _weighted(tape, small, groups, coefficients)
+                    factors = rounded_down(coefficients, tape.anchor.dtype)
+                    total = _weighted(tape, small, groups, factors)
                 if options.margin < 1.0:
                     total *= options.margin
     if not finite.all():  # 0 * nan is nan: the others go again, alone
@@ -170,7 +171,7 @@ def _formed(tape: Tape, clip: ClipRule, norms: Tensor, coefficients: Tensor) -> 
         squares[tape.clip_groups[key]] += squared_norms(segment[None])
     norms.copy_(_one_or_all(tape, [square.sqrt() for square in squares]))
     coefficients.copy_(clip.coefficients(norms))
-    factors = coefficients.reshape(-1).tolist()
+    factors = rounded_down(coefficients, gradient.dtype).reshape(-1).tolist()
     for key, segment in segments.items():
         segment *= factors[tape.clip_groups[key]]
     return gradient

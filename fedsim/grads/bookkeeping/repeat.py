@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fedsim.grads.bookkeeping.mode import Watch
-from fedsim.grads.bookkeeping.tape import Rows, Unsupported
+from fedsim.grads.bookkeeping.tape import Rows
 
 _log = logging.getLogger(__name__)
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -53,8 +53,6 @@ class _Repeat(torch.autograd.Function):
 def repeated(watch: Watch, weight: Tensor) -> Tensor:
     """Return `weight` as a tensor of its shape that carries examples, and record that use."""
     tape = watch.tape
-    if weight.is_complex():
-        raise Unsupported(f"a weight computed in complex numbers, {tuple(weight.shape)}, meets examples")
     use = tape.use(Rows(tape, weight))
     with watch.level:
         copies = _Repeat.apply(tape.anchor, use, tape.examples)

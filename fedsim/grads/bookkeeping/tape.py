@@ -47,6 +47,8 @@ class Use(ABC):
     """
 
     def __init__(self, tape: Tape, weight: Tensor) -> None:
+        if weight.is_complex():  # the rules' products conjugate nothing
+            raise Unsupported(f"a weight in complex numbers, {tuple(weight.shape)}, meets examples")
         self.tape = tape
         self.weight = weight
         self.alone = True
@@ -176,6 +178,9 @@ class Tape:
         self.budget = budget
         self.scratch = scratch
         self.grouped = clip_groups is not None
+        computed = [name for name, parameter in named.items() if not parameter.is_leaf]
+        if computed:  # the graph of a use of one leads to what it was computed from, not to it
+            raise Unsupported(f"parameters that are computed from others: {', '.join(computed)}")
         self.parameters = {id(parameter): parameter for parameter in named.values()}
         self.names = {id(parameter): name for name, parameter in named.items()}
         first = next(iter(named.values()))
