@@ -25,6 +25,14 @@ class InputError(FedsimError, ValueError):
     exit_code = 2
 
 
+class PrivateInputError(InputError):
+    """Examples are wrong, and the message says how; `public` says what is expected, and nothing they hold."""
+
+    def __init__(self, message: str, public: str) -> None:
+        super().__init__(message)
+        self.public = public
+
+
 class RunError(FedsimError, RuntimeError):
     """A run that had started could not go on; what it wrote is intact and can be resumed."""
 

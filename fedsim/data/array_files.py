@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data.examples import ArrayDataset, Splits
-from fedsim.validate import InputError
+from fedsim.validate import InputError, PrivateInputError
 
 NEEDED = ("train_inputs", "train_labels", "test_inputs", "test_labels")
 NAMES = (*NEEDED, "train_groups")
@@ -48,6 +48,8 @@ def load(root: Path, classes: int | None) -> Splits:
         )
     try:
         return Splits(*(_split(name, arrays, classes) for name in ("train", "test")))
+    except PrivateInputError as error:
+        raise PrivateInputError(*(f"{said} Read from {root}." for said in (error, error.public))) from error
     except InputError as error:
         raise InputError(f"{error} Read from {root}.") from error
 
@@ -91,9 +93,10 @@ def finite(values: NDArray[Any], what: str) -> None:
         block = (np.abs(block) <= np.finfo(np.float32).max).reshape(len(block), -1)
         if not block.all():
             row = start + int(np.argmin(block.all(axis=1)))
-            raise InputError(
-                f"{what} must be finite in float32, but row {row} holds NaN, infinity or more than that. "
-                "Mend or leave out such examples."
+            expected, remedy = f"{what} must be finite in float32", "Mend or leave out such examples."
+            raise PrivateInputError(
+                f"{expected}, but row {row} holds NaN, infinity or more than that. {remedy}",
+                f"{expected}. {remedy}",
             )
 
 

@@ -24,7 +24,7 @@ from fedsim.config import DataConfig
 from fedsim.data import array_files, features, image_files
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.standard import EMBEDDED_DIR, STANDARD, SUBSET_FILE, Loader
-from fedsim.validate import InputError
+from fedsim.validate import InputError, PrivateInputError
 
 DATASETS: Mapping[str, Loader] = {**STANDARD, "image_folder": image_files.load, "arrays": array_files.load}
 
@@ -64,7 +64,7 @@ def _installed_embedded() -> list[Path]:
     return folders
 
 
-def load(config: DataConfig) -> Splits:
+def load(config: DataConfig, public_only: bool = False) -> Splits:
     """Return the splits that `config` describes; the same object for the same config in one process.
 
     `holdout_examples` = n takes n examples out of the training set, chosen by a fixed keyed shuffle that no
@@ -75,9 +75,15 @@ def load(config: DataConfig) -> Splits:
     from a cache on disk that the first call fills.
 
     Raises:
-        InputError: unknown name, files missing or malformed, or more examples asked for than there are.
+        InputError: unknown name, files missing or malformed, or more examples asked for than there are. With
+            `public_only` its message says nothing of what examples hold.
     """
-    return _load(resolve(config))
+    try:
+        return _load(resolve(config))
+    except PrivateInputError as error:
+        if not public_only:
+            raise
+        raise InputError(error.public) from None
 
 
 @functools.lru_cache(maxsize=4)

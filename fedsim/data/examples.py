@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim import validate
-from fedsim.validate import InputError
+from fedsim.validate import InputError, PrivateInputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +50,13 @@ class ArrayDataset:
             object.__setattr__(self, "groups", _read_only(_integers(self.name, "groups", self.groups, n)))
         validate.positive(self.num_classes, f"{self.name}: num_classes")
         if n and (self.labels.min() < 0 or self.labels.max() >= self.num_classes):
-            raise InputError(
-                f"{self.name}: labels must lie in 0 .. {self.num_classes - 1} (as many classes are "
-                f"declared), got {self.labels.min()} .. {self.labels.max()}. Number the classes from 0, or "
-                "declare as many as there can be."
+            expected = (
+                f"{self.name}: labels must lie in 0 .. {self.num_classes - 1} (as many classes are declared)"
+            )
+            remedy = "Number the classes from 0, or declare as many as there can be."
+            raise PrivateInputError(
+                f"{expected}, got {self.labels.min()} .. {self.labels.max()}. {remedy}",
+                f"{expected}. {remedy}",
             )
         channels = self.inputs.shape[-1] if self.is_image else 0
         if (len(self.mean), len(self.std)) != (channels, channels) or not all(s > 0 for s in self.std):

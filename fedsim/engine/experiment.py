@@ -45,7 +45,7 @@ def prepare(config: Config) -> Experiment:
     strategy = strategies.load(config)
     optim.check(config.optimizer)
     device.check(config)
-    splits = datasets.load(config.data)
+    splits = datasets.load(config.data, bool(config.monitor.public_only))
     augment.check(config.train.augmentations, splits.train.inputs[0])
     holders = partition.partition(splits.train.labels, splits.train.groups, config.federation, config.seed)
     model = build_model(config, splits.train, config.seed)

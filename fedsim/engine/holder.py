@@ -65,7 +65,7 @@ class Node:
         self.config = config
         self.index = index
         self.strategy = strategies.load(config)
-        self.train = datasets.load(config.data).train
+        self.train = datasets.load(config.data, bool(config.monitor.public_only)).train
         self.partition = partition.partition(self.train.labels, self.train.groups, config.federation, seed)
         nodes = config.federation.nodes
         self.holders = self.partition.holders_of_node(index, nodes)

@@ -274,7 +274,7 @@ def rounded_down(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
 
     Those of very long gradients are subnormal: rounded up, they would lengthen a contribution.
     """
-    near = coefficients.to(torch.promote_types(dtype, torch.float32))
+    near = coefficients.to(torch.promote_types(dtype.to_real(), torch.float32))
     below = torch.nextafter(near, torch.zeros_like(near))
     return torch.where(near.double() > coefficients, below, near).double()
 
@@ -291,8 +291,7 @@ def clip_and_sum(
 
     Returns:
         The sum (P,) in the gradients' dtype, and the norms in float64 before clipping, (n,), or (n, G) for a
-        rule with groups. A norm is not finite where an entry is not, or where a square overflows the dtype;
-        such an example adds exactly 0.
+        rule with groups. A norm is not finite where an entry is not; such an example adds exactly 0.
     """
     rows, factors, norms, _ = _clipped(gradients, clip, groups)
     with torch.autocast(rows[0].device.type, enabled=False):  # a model may have left one on

@@ -20,7 +20,7 @@ def check(model: nn.Module) -> None:
     with running statistics, spectral normalisation, dropout and other random layers with a rate above zero in
     train mode; Embedding with `max_norm`, and a model without trainable parameters.
     What the layer list cannot show (a parameter the forward pass never reads, examples mixed by hand) is left
-    to `examples_are_independent` and to the engines.
+    to the engines, which look before they compute (`fedsim.grads.independence`).
 
     Raises:
         InputError: names the layer, its path in the model, the reason and the replacement.

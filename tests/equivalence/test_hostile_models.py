@@ -254,10 +254,11 @@ def test_gradients_of_complex_weights_are_those_of_autograd(how: str, engine: st
 @pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
 def test_parameters_that_are_computed_have_their_gradients(engine: str) -> None:
     torch.manual_seed(0)
-    model, (inputs, targets) = nn.Linear(6, 3, bias=False), batch()
+    model = Model(lambda model, inputs: F.linear(inputs, model.head.weight * 1.0))
+    inputs, targets = batch()
     plain = clipped_gradient_sum(model, inputs, targets, FlatClip(1e9)).sum
-    base = nn.Parameter(model.weight.detach() / 2.0)
-    model._parameters["weight"] = base * 2.0  # type: ignore[assignment]
+    base = nn.Parameter(model.head.weight.detach() / 2.0)
+    model.head._parameters["weight"] = base * 2.0  # type: ignore[assignment]
     found = clipped_gradient_sum(model, inputs, targets, FlatClip(1e9), engine=engine).sum
     torch.testing.assert_close(found, plain)
 

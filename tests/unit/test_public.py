@@ -16,6 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from fedsim.data import datasets
 from fedsim.engine import holder
+from fedsim.engine.experiment import prepare
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.privacy import binding
@@ -212,3 +213,25 @@ def test_every_json_file_of_a_run_is_json(overrides: tuple[str, ...], tmp_path: 
     for path in files:
         for text in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
             strict(text)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"), [("labels", 7, "0 .. 7"), ("inputs", float("nan"), "row 3")]
+)
+@pytest.mark.parametrize("public_only", [True, False])
+def test_messages_about_wrong_examples_say_what_they_hold_only_where_they_may(
+    public_only: bool, column: str, value: float, told: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    held = {"inputs": rng.standard_normal((50, 4)).astype(np.float32), "labels": np.arange(50) % 3}
+    for split in ("train", "test"):
+        for name, array in held.items():
+            np.save(tmp_path / f"{split}_{name}.npy", array)
+    held[column][3] = value
+    np.save(tmp_path / f"train_{column}.npy", held[column])
+    data = ["data.name=arrays", "data.classes=3", f"data.root={tmp_path}", "model.name=linear"]
+    data += ["data.train_examples=null", "data.test_examples=null", f"monitor.public_only={public_only}"]
+    with pytest.raises(InputError) as refused:
+        prepare(small(*data))
+    assert (told in str(refused.value)) is not public_only
+    assert f"{column} must" in str(refused.value)
