@@ -33,6 +33,13 @@ class PrivateInputError(InputError):
         self.public = public
 
 
+def with_place(error: InputError, before: str = "", after: str = "") -> InputError:
+    """Return the same error with where it was found, before or after its message."""
+    if isinstance(error, PrivateInputError):
+        return PrivateInputError(f"{before}{error}{after}", f"{before}{error.public}{after}")
+    return InputError(f"{before}{error}{after}")
+
+
 class RunError(FedsimError, RuntimeError):
     """A run that had started could not go on; what it wrote is intact and can be resumed."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data.examples import ArrayDataset, Splits
-from fedsim.validate import InputError, PrivateInputError
+from fedsim.validate import InputError, PrivateInputError, with_place
 
 NEEDED = ("train_inputs", "train_labels", "test_inputs", "test_labels")
 NAMES = (*NEEDED, "train_groups")
@@ -48,10 +48,8 @@ def load(root: Path, classes: int | None) -> Splits:
         )
     try:
         return Splits(*(_split(name, arrays, classes) for name in ("train", "test")))
-    except PrivateInputError as error:
-        raise PrivateInputError(*(f"{said} Read from {root}." for said in (error, error.public))) from error
     except InputError as error:
-        raise InputError(f"{error} Read from {root}.") from error
+        raise with_place(error, after=f" Read from {root}.") from error
 
 
 def _split(name: str, arrays: Mapping[str, NDArray[Any]], classes: int) -> ArrayDataset:
@@ -69,7 +67,7 @@ def _split(name: str, arrays: Mapping[str, NDArray[Any]], classes: int) -> Array
     try:
         return ArrayDataset("arrays", inputs, labels, arrays.get(f"{name}_groups"), classes, half, half)
     except InputError as error:
-        raise InputError(f"The {name} split of {error}") from error
+        raise with_place(error, before=f"The {name} split of ") from error
 
 
 def _check_channels_last(what: str, shape: tuple[int, ...]) -> None:
