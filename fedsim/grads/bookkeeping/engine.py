@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedsim.grads import vmap as vmap_engine
+from fedsim.grads.arithmetic import float32
 from fedsim.grads.batch import Batch, arrays, call, each, expanded, sizes, take
 from fedsim.grads.bookkeeping import (
     attention,
@@ -42,7 +43,7 @@ RULES: dict[Any, Rule] = {
 }
 SHORTCUTS: dict[Any, Rule] = {**attention.SHORTCUTS, **cross_entropy.SHORTCUTS}
 DEFAULT = Options()
-TOLERATED = 1e-4
+TOLERATED = 2e-5
 OF_THE_SUM = 1e-5
 Answer = tuple[Tensor, Tensor, Tensor]
 
@@ -77,9 +78,11 @@ def clipped_sum(
     budget, scratch = options.budget_on(device), options.scratch_on(device)
     tape = Tape(model, named, examples, budget, scratch, clip_groups)
     given = [(array, array._version) for array in (*arrays(inputs), *arrays(targets))]
-    with options.arithmetic(device), tape:
-        groups, losses = _forward_and_backward(model, inputs, targets, views, loss, options, tape)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    tape.reduced = options.precision != "float32"
+    with tape:
+        with options.arithmetic(device):
+            groups, losses = _forward_and_backward(model, inputs, targets, views, loss, options, tape)
+        with torch.no_grad(), float32():
             for group in groups:
                 group.add_squares(tape)
             small = [_Small(tape, group) for group in range(len(tape.total))]

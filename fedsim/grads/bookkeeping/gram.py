@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsim.grads.bookkeeping.precision import batch_product, of_entries, of_product, of_sum
 
 _STRIP = 32  # rows of Gram matrices that are formed at a time
-_WIDTH = 2048  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
+_WIDTH = 512  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
 
 
 def strips(rows: Tensor) -> list[Tensor]:

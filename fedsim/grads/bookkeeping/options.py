@@ -37,7 +37,8 @@ class Options:
             the CPU for convolutional models without group norms (which want the other layout), and it is
             what CUDA wants in bfloat16.
         precision: "float32"; "tf32" and "bfloat16" (autocast) are for CUDA, and make forward and backward
-            faster and less exact. Norms and sums are accumulated in float32 or wider in all of them.
+            faster and less exact. What the engine itself multiplies, for norms and sums, is in float32 in
+            all of them, so that no contribution is longer than measured.
         sharers: processes that compute on one CUDA device at the same time, which have its memory together.
     """
 
@@ -59,10 +60,11 @@ class Options:
 
     @property
     def margin(self) -> float:
-        """Factor on every contribution for what the rounding of factors of its products may add to it.
+        """Factor on every contribution for what an example's company changes in its gradient.
 
-        TF32 and bfloat16 keep 10 and 7 bits after the first of the factors: a product of two is longer by at
-        most 2 ** -10 and 2 ** -7, which the next power of two covers with all that follows in float32.
+        Forward and backward pass of others round other digits when an example leaves the physical batch, and
+        TF32 and bfloat16 keep 10 and 7 bits after the first: a last digit of float32 that falls on the other
+        side changes a factor by up to 2 ** -10 and 2 ** -7.
         """
         return {"float32": 1.0, "tf32": 1.0 / (1.0 + 2.0**-9), "bfloat16": 1.0 / (1.0 + 2.0**-6)}[
             self.precision

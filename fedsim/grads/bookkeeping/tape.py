@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fedsim.grads.arithmetic import products
 from fedsim.grads.bookkeeping.memory import Blocks
 from fedsim.grads.bookkeeping.precision import widen
 from fedsim.grads.norms import squared_norms
@@ -157,6 +159,7 @@ class Tape:
             gradients instead would take.
         scratch: bytes one temporary may take.
         anchor: an input of every recorded operation, so that autograd visits it.
+        reduced: forward and backward pass multiply with fewer bits; what is measured and summed does not.
         total: for each clip group, squared norms (B,) of the gradients' parts in it; one without groups.
         doubt: of each of `total`, (2, B); see `Use.doubt`.
         doubted: there is any.
@@ -175,6 +178,7 @@ class Tape:
         clip_groups: Sequence[int] | None = None,
     ) -> None:
         self.examples = examples
+        self.reduced = False
         self.budget = budget
         self.scratch = scratch
         self.grouped = clip_groups is not None
@@ -263,7 +267,8 @@ class Tape:
         use.filled = True
         if use.alone and not isinstance(use, Rows):
             group = use.clip_groups[0]
-            self.total[group] += use.squares()
+            with products("ieee") if self.reduced else nullcontext():
+                self.total[group] += use.squares()
             if use.doubt is not None:
                 self.doubt[group] += use.doubt
                 self.doubted, use.doubt = True, None
