@@ -140,7 +140,7 @@ def options_of(engine: EngineConfig) -> Options:
 
 def _sharers(gpus_per_node: float) -> int:
     """How many nodes of Flower's simulation may compute on one GPU at the same time."""
-    return max(1, round(1 / gpus_per_node)) if gpus_per_node else 1
+    return max(1, int(1 / gpus_per_node + 1e-6)) if gpus_per_node else 1
 
 
 def check(config: Config) -> None:

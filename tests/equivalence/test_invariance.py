@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import final, small, train
 
-STEPS = "train.steps=12"
+STEPS = "train.steps=30"
 MODEL = {"float32": "mlp", "float64": "small_cnn"}
 VARIANTS = {
     "1 holder": ["federation.holders=1", "federation.nodes=1"],

@@ -147,7 +147,7 @@ def test_the_gain_of_a_standardised_kernel_is_rounded_in_proportion_to_all_of_it
         exact = sum(
             float(part.square().sum()) for _, part in own.pull_back(rows.double().view(1, 3, 12, 1, 1))
         )
-        assert abs(float(found) - exact) <= float(doubt[0])
+        assert abs(float(found) - exact) <= float(doubt)
 
 
 def test_terms_that_cancel_before_the_way_back_are_told_from_ordinary_ones(
@@ -173,7 +173,7 @@ def test_terms_that_cancel_before_the_way_back_are_told_from_ordinary_ones(
 
 @pytest.mark.parametrize("plan", ["gram", "drop"])
 def test_ordinary_norms_keep_their_digits(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound on rounding scales an example down by 2e-5 at most, and ordinary ones by less."""
+    """The bound on rounding scales an example down by 1e-5 at most, and ordinary ones by less."""
     torch.manual_seed(3)
     model, inputs = nn.Sequential(nn.Linear(192, 192), nn.Tanh(), nn.Linear(192, 50)), _spread((64, 192), 0.0)
     exact = clipped_sum(model, inputs, torch.zeros(6), loss, FlatClip(BOUND))[0]
@@ -182,7 +182,7 @@ def test_ordinary_norms_keep_their_digits(plan: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(choose, "linear", lambda *_: plan)
     found = clipped_sum(model, inputs, torch.zeros(6), loss, FlatClip(BOUND))[0]
     for other in (exact, kept):
-        assert (found - other).norm() < 2e-5 * kept.norm()
+        assert (found - other).norm() < 1e-5 * kept.norm()
 
 
 @pytest.mark.parametrize("width", [300, 512, 4096, 4100, 40_000])

@@ -95,7 +95,9 @@ def test_a_card_that_stands_idle_is_told(cards: Any, caplog: pytest.LogCaptureFi
         assert ("stand idle" in caplog.text) is told
 
 
-@pytest.mark.parametrize(("share", "nodes"), [(0.0, 1), (1.0, 1), (0.5, 2), (0.1, 10), (2.0, 1)])
+@pytest.mark.parametrize(
+    ("share", "nodes"), [(0.0, 1), (1.0, 1), (0.6, 1), (0.5, 2), (0.15, 6), (0.1, 10), (2.0, 1)]
+)
 def test_nodes_on_one_card_have_its_memory_together(share: float, nodes: int, cards: Any) -> None:
     cards(1)
     options = devices.options_of(EngineConfig(gpus_per_node=share))

@@ -28,7 +28,7 @@ from fedsim.grads.bookkeeping import choose, gather, gram
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.precision import batch_product, of_sum, widen
 from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
-from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use, of_the_sum
+from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use
 from fedsim.grads.norms import squared_norms
 
 _CACHE = 2**22  # bytes to work on at a time on a CPU, where nothing has to stay
@@ -101,7 +101,7 @@ class ConvUse(Use):
         squares, doubts = zip(*parts, strict=True)
         found = torch.cat(squares)
         if doubts[0] is not None:
-            self.doubt = torch.cat(doubts, dim=1)
+            self.doubt = torch.cat(doubts)
         if self.keep:
             self._kept = formed if self._kept is None else self._kept
             del self._inputs, self._gradient
@@ -109,7 +109,6 @@ class ConvUse(Use):
             added = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms()
             if self._standard is not None:
                 added *= float(self._standard.reach.max().sqrt())
-            added = of_the_sum(added)
             self.doubt = added if self.doubt is None else self.doubt + added
         self._output = None
         return found

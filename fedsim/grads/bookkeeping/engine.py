@@ -43,8 +43,7 @@ RULES: dict[Any, Rule] = {
 }
 SHORTCUTS: dict[Any, Rule] = {**attention.SHORTCUTS, **cross_entropy.SHORTCUTS}
 DEFAULT = Options()
-TOLERATED = 2e-5
-OF_THE_SUM = 1e-5
+TOLERATED = 1e-5
 Answer = tuple[Tensor, Tensor, Tensor]
 
 
@@ -88,7 +87,7 @@ def clipped_sum(
             small = [_Small(tape, group) for group in range(len(tape.total))]
             for kept in small:
                 kept.add_squares()
-            norms = _norms(tape, slice(None))
+            norms = _norms(tape)
             finite = torch.isfinite(overall(norms))
             if finite.all():
                 coefficients = clip.coefficients(norms)
@@ -136,24 +135,23 @@ def _one_or_all(tape: Tape, by_group: list[Tensor]) -> Tensor:
     return by_group[0] if len(by_group) == 1 and not tape.grouped else torch.stack(by_group, dim=1)
 
 
-def _norms(tape: Tape, doubts: slice) -> Tensor:
-    """Norms (B,), or (B, G) of clip groups, with these of the two doubts added to the squares."""
+def _norms(tape: Tape) -> Tensor:
+    """Norms (B,), or (B, G) of clip groups, rounded up."""
     if not tape.doubted:
         return _one_or_all(tape, [total.sqrt() for total in tape.total])
     pairs = zip(tape.total, tape.doubt, strict=True)
-    return _one_or_all(tape, [(total + doubt[doubts].sum(0)).sqrt_() for total, doubt in pairs])
+    return _one_or_all(tape, [(total + doubt).sqrt_() for total, doubt in pairs])
 
 
 def _too_short(tape: Tape, clip: ClipRule, coefficients: Tensor) -> Tensor | None:
-    """Which examples (B,) would be scaled down by more than `TOLERATED` for the rounding of their norms.
+    """Which examples (B,) would be scaled down by more than `TOLERATED` because their norms are rounded up.
 
-    Or by more than `OF_THE_SUM` for that of what they add: it is in the digits of the others' sum. None where
-    there are none.
+    None where there are none.
     """
     if not tape.doubted:
         return None
-    least, with_sum = (clip.coefficients(_norms(tape, doubts)) for doubts in (slice(0), slice(1, 2)))
-    short = (least - coefficients > TOLERATED * least) | (least - with_sum > OF_THE_SUM * least)
+    least = clip.coefficients(_one_or_all(tape, [total.sqrt() for total in tape.total]))
+    short = least - coefficients > TOLERATED * least
     if not short.any():
         return None
     return short if short.dim() == 1 else short.any(1)

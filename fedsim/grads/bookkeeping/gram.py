@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsim.grads.bookkeeping.precision import batch_product, of_entries, of_product, of_sum
 
 _STRIP = 32  # rows of Gram matrices that are formed at a time
-_WIDTH = 512  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
+_WIDTH = 256  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
 
 
 def strips(rows: Tensor) -> list[Tensor]:
@@ -44,7 +44,7 @@ def strips(rows: Tensor) -> list[Tensor]:
 
 
 def inner(pairs: Iterable[tuple[Tensor, Tensor]], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Inner products (n,) in float64 of two Gram matrices, and the doubt (2, n) of them (`Use.doubt`).
+    """Inner products (n,) in float64 of two Gram matrices, and the doubt (n,) of them (`Use.doubt`).
 
     Args:
         pairs: (n, rows, columns) of both, strip by strip as of `strips`; overwritten.
@@ -71,4 +71,4 @@ def inner(pairs: Iterable[tuple[Tensor, Tensor]], widths: tuple[int, int]) -> tu
     doubt += of_entries(dtype) * (own_trace * other_size * math.sqrt(2.0) + other_trace * own_size)
     # What vanishes below the smallest number of the dtype.
     doubt += torch.finfo(dtype).tiny * (found[0].shape[1] + own_size + other_size)
-    return products, torch.stack([doubt, 2.0 * of_sum(dtype) * products.sqrt() * lengths])
+    return products, doubt + 2.0 * of_sum(dtype) * products.sqrt() * lengths

@@ -48,7 +48,7 @@ class Group:
                 group = tape.clip_groups[key]
                 tape.total[group][own] += squares
                 tape.doubted = True
-                tape.doubt[group][1, own] += of_sum(gradients.dtype) * piece.rounded * squares.sqrt()
+                tape.doubt[group][own] += of_sum(gradients.dtype) * piece.rounded * squares.sqrt()
             if keep:
                 pieces.append(piece)
         self._kept = pieces if keep else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsim.grads.bookkeeping import choose, gram
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import affine, batch_product, of_sum, product, widen
-from fedsim.grads.bookkeeping.tape import Rows, Tape, Use, of_the_sum
+from fedsim.grads.bookkeeping.tape import Rows, Tape, Use
 from fedsim.grads.norms import squared_norms
 
 
@@ -68,7 +68,7 @@ class LinearUse(Use):
             step = max(1, self.tape.scratch // (self.weight.numel() * 4))
             lows = range(0, count, step)
             found = torch.cat([squared_norms(self.rows(low, min(low + step, count))) for low in lows])
-            self.doubt = of_the_sum(2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms())
+            self.doubt = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms()
             return found
         widths = inputs.shape[2], gradient.shape[2]
         if self._gram is not None:
@@ -80,7 +80,7 @@ class LinearUse(Use):
             gram.inner(zip(gram.strips(ours), gram.strips(theirs), strict=True), widths)
             for ours, theirs in zip(inputs.split(step), gradient.split(step), strict=True)
         ]
-        found, self.doubt = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        found, self.doubt = (torch.cat(part) for part in zip(*parts, strict=True))
         return found
 
     def terms(self) -> Tensor:
@@ -125,7 +125,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(inputs if weight_use is not None else None, weight)
         ctx.uses = weight_use, bias_use
         rows = inputs.flatten(0, -2)
-        if weight_use is not None and not rows.is_cuda:  # there maybe under autocast: norms would lose digits
+        if weight_use is not None and not weight_use.tape.reduced:  # else norms would lose digits here
             weight_use.see(rows)
         flat = affine(rows, weight, bias)
         # A plain view would forbid the model to work on the result in place.

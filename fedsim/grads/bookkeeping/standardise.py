@@ -72,7 +72,7 @@ class Standardisation:
     def squares(
         self, lengths: Tensor, sums: Tensor, along: Tensor, terms: Tensor | None = None, whole: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Squared norms (n,) in float64 by |G|, G.1 and G.direction, (n, p) each; their doubt (2, n).
+        """Squared norms (n,) in float64 by |G|, G.1 and G.direction, (n, p) each; their doubt (n,).
 
         Args:
             terms: lengths (n, p) of what was added up to G.1 and G.direction; None: they are of G itself.
@@ -90,7 +90,7 @@ class Standardisation:
             doubt += 8.0 * unit(dtype) * taken.sum(1)
         # The sum is rounded before it is pulled back: what is long there and short here must stay rare.
         long = (lengths.double().square() * self.reach).sum(1)
-        return found, torch.stack([doubt, 16.0 * of_sum(dtype) * (long * found.clamp(min=0.0)).sqrt()])
+        return found, doubt + 16.0 * of_sum(dtype) * (long * found.clamp(min=0.0)).sqrt()
 
     def pull_back(self, gradient: Tensor, out: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """Turn gradients (..., *kernel's shape) into those of weight and gain, as far as they are trainable.

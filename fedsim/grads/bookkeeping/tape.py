@@ -6,7 +6,7 @@ Nothing here outlives the call, but bare memory (`memory.Blocks`), and threads s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
@@ -42,8 +42,8 @@ class Use(ABC):
         closed: norms over the parameters `weight` was computed from are known in closed form.
         filled: the backward pass reached the operation.
         leaves: the parameters it reaches.
-        doubt: with `squares`, how much more they may be, (2, B) float64: by their own rounding, and by that
-            of what the example adds to the sum. None where both are below 1e-6.
+        doubt: with `squares`, how much more (B,) they may be, by their own rounding and by that of what the
+            example adds to the sum; None where that is below 1e-6.
         version: of `weight`, to tell whether it was changed in place after the use.
         clip_groups: the clip groups of the parameters it reaches; one group if it stands alone.
     """
@@ -112,11 +112,6 @@ class Use(ABC):
         return [(p, part[:1]) for p, part in parts] if single else parts
 
 
-def of_the_sum(rounding: Tensor) -> Tensor:
-    """`Use.doubt` where squares have no rounding of their own."""
-    return torch.stack([torch.zeros_like(rounding), rounding])
-
-
 class Rows(Use):
     """A use whose per-example gradients are small, or kept in any case: biases, norm layers, positions."""
 
@@ -161,7 +156,7 @@ class Tape:
         anchor: an input of every recorded operation, so that autograd visits it.
         reduced: forward and backward pass multiply with fewer bits; what is measured and summed does not.
         total: for each clip group, squared norms (B,) of the gradients' parts in it; one without groups.
-        doubt: of each of `total`, (2, B); see `Use.doubt`.
+        doubt: of each of `total`, (B,); see `Use.doubt`.
         doubted: there is any.
         uses: in the order of the forward pass.
         after_backward: what fills uses that several operations share.
@@ -194,7 +189,7 @@ class Tape:
         self.total = [
             torch.zeros(examples, dtype=torch.float64, device=first.device) for _ in range(max(groups) + 1)
         ]
-        self.doubt = [total.new_zeros(2, examples) for total in self.total]
+        self.doubt = [torch.zeros_like(total) for total in self.total]
         self.doubted = False
         self.uses: list[Use] = []
         self.after_backward: list[Callable[[], None]] = []
@@ -228,17 +223,10 @@ class Tape:
         if id(tensor) in self.parameters:
             return [self.parameters[id(tensor)]]
         found: dict[int, nn.Parameter] = {}
-        seen: set[Any] = set()
-        pending = [tensor.grad_fn]
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in _graph(tensor):
             variable = getattr(node, "variable", None)
             if variable is not None and id(variable) in self.parameters:
                 found[id(variable)] = self.parameters[id(variable)]
-            pending += [following for following, _ in node.next_functions]
         return list(found.values())
 
     def check_way_back(self, weight: Tensor) -> None:
@@ -246,16 +234,9 @@ class Tape:
 
         A custom function may do anything with a gradient, such as clamp it; torch's own are linear in it.
         """
-        seen: set[Any] = set()
-        pending = [weight.grad_fn]
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if isinstance(node, torch.autograd.function.BackwardCFunction) or weight._backward_hooks:
-                raise Unsupported("a weight is computed by a custom function, or has a hook")
-            pending += [following for following, _ in node.next_functions]
+        custom = torch.autograd.function.BackwardCFunction
+        if weight._backward_hooks or any(isinstance(node, custom) for node in _graph(weight)):
+            raise Unsupported("a weight is computed by a custom function, or has a hook")
 
     def use(self, use: AnyUse) -> AnyUse:
         """Record a use during the forward pass."""
@@ -284,3 +265,15 @@ class Tape:
             return False
         self.budget -= extra
         return True
+
+
+def _graph(tensor: Tensor) -> Iterator[Any]:
+    """Every node of the autograd graph that `tensor` came from, once."""
+    seen: set[Any] = set()
+    pending = [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending += [following for following, _ in node.next_functions]
