@@ -28,6 +28,15 @@ def squared_norms(rows: Tensor) -> Tensor:
     return squares
 
 
+def upper_squared_norms(rows: Tensor) -> Tensor:
+    """As `squared_norms`, or more; nothing is asked of the device, so that a GPU is not waited for.
+
+    Squares too small for float32 count as its smallest number, and are infinite where they are too large.
+    """
+    flat = rows.reshape(len(rows), -1)
+    return _in_blocks(flat) + flat.shape[1] * torch.finfo(torch.float32).tiny
+
+
 def _in_blocks(flat: Tensor) -> Tensor:
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()

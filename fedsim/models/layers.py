@@ -61,7 +61,7 @@ class WSConv2d(nn.Conv2d):
         self, channels: int, out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True
     ) -> None:
         super().__init__(channels, out, kernel, stride=stride, padding=padding, bias=bias)
-        self.gain = nn.Parameter(torch.empty(out))
+        self.gain = nn.Parameter(torch.ones(out))
 
     def reset(self, generator: torch.Generator) -> None:
         """Truncated normal kernel of variance 1 / fan in, zero bias, unit gain."""

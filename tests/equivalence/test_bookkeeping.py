@@ -377,13 +377,13 @@ def test_channels_last_agrees(case: str, views: int) -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("plan", ["loop", "grouped", "patches", "slices", "gram"])
+@pytest.mark.parametrize("plan", ["loop", "grouped", "shifts", "patches", "slices", "gram"])
 @pytest.mark.parametrize("case", [name for name in CASES if "conv" in name])
 def test_every_way_of_a_convolution_agrees(
     case: str, plan: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forced(tape: Tape, kernel: Any, inputs: Tensor, geometry: Geometry, *_: Any) -> Any:
-        if geometry.groups > 1 and plan in ("patches", "slices", "gram"):
+        if geometry.groups > 1 and plan in ("shifts", "patches", "slices", "gram"):
             return "loop", keep
         return plan, keep and plan != "gram"
 

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedsim.grads.bookkeeping import choose_gpu
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.tape import Tape
 
@@ -46,6 +47,8 @@ def linear(tape: Tape, positions: int, width_in: int, width_out: int, size: int)
     """Choose for a linear layer: "closed", "keep", "gram", or "drop" (form, take the norm, drop)."""
     if positions == 1:
         return "closed"
+    if tape.gpu:
+        return choose_gpu.linear(tape, positions, width_in, width_out)
     examples = tape.examples
     entries = width_in * width_out
     form = 2 * positions * entries * FLOP
@@ -74,12 +77,14 @@ def convolution(
     geometry: Geometry,
     standardised: bool,
 ) -> tuple[str, bool]:
-    """Choose for a convolution: the way ("loop", "grouped", "patches", ...) and whether to keep G.
+    """Choose for a convolution: the way ("loop", "grouped", "shifts", ...) and whether to keep G.
 
     Args:
         kernel: (out, in / groups, height, width).
         inputs: (B, images an example, channels, height, width).
     """
+    if tape.gpu:
+        return choose_gpu.convolution(tape, kernel, inputs, geometry, standardised)
     out, channels, _, width = kernel
     entries = math.prod(kernel)
     views, inputs = inputs.shape[1], inputs.flatten(0, 1)

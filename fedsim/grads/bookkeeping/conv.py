@@ -5,6 +5,7 @@ Ways to its norm (`choose.convolution` picks one by shape):
 
     loop, grouped            form G by torch's weight gradient, for one example at a time, or for many at once
                              with the examples as groups.
+    shifts                   form G as one batched product for each place of the kernel (`shifts`): on GPUs.
     patches, slices          form G as a matrix product with patches (`gather`), gathered place by place with
                              channels innermost, or for each place of the kernel as a slice of the image.
     gram                     <P P', g g'> without G. P P' is the sum, over the kernel's places, of shifted
@@ -24,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.grads.bookkeeping import choose, gather, gram
+from fedsim.grads import gpu
+from fedsim.grads.bookkeeping import choose, gather, gram, shifts
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
-from fedsim.grads.bookkeeping.precision import batch_product, of_sum, widen
+from fedsim.grads.bookkeeping.precision import batch_product, of_sum, squared_norms, widen
 from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use
-from fedsim.grads.norms import squared_norms
 
 _CACHE = 2**22  # bytes to work on at a time on a CPU, where nothing has to stay
 
@@ -108,7 +109,7 @@ class ConvUse(Use):
         elif self.plan != "gram":
             added = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms()
             if self._standard is not None:
-                added *= float(self._standard.reach.max().sqrt())
+                added *= self._standard.reach.max().sqrt()
             self.doubt = added if self.doubt is None else self.doubt + added
         self._output = None
         return found
@@ -130,12 +131,23 @@ class ConvUse(Use):
         if self._kept is not None:
             total = coefficients.to(self._kept.dtype) @ self._kept
             return self._ordered(total[None])[0]
+        if self.plan == "shifts" and self._inputs.dtype == torch.bfloat16:
+            return self._weighted_by_shifts(coefficients)
         factors = coefficients.repeat_interleave(self._views).view(-1, 1, 1, 1)
         gradient = widen(self._gradient)
         gradient = gradient * factors.to(gradient.dtype)
         blank = gradient.new_empty(self.shape)
         total = self._geometry.backward(gradient, widen(self._inputs), blank, (False, True, False))[1]
         return total.reshape(self.weight.shape)
+
+    def _weighted_by_shifts(self, coefficients: Tensor) -> Tensor:
+        """For bfloat16: torch's weight gradient would round the sum to it."""
+        step, views = self._step(), self._views
+        total = coefficients.new_zeros((self.shape[0], *self.shape[2:], self.shape[1]), dtype=torch.float32)
+        parts = self._inputs.split(step * views), self._gradient.split(step * views), coefficients.split(step)
+        for inputs, gradient, factors in zip(*parts, strict=True):
+            total += shifts.weighted(inputs, gradient, factors.float(), self.shape[2:], self._geometry)
+        return total.permute(0, 3, 1, 2).reshape(self.weight.shape)
 
     def pull_back(
         self, gradient: Tensor, parameters: Sequence[nn.Parameter], place: Place | None = None
@@ -149,7 +161,7 @@ class ConvUse(Use):
 
     @property
     def _by_patches(self) -> bool:
-        return self.plan == "patches"
+        return self.plan in ("patches", "shifts")
 
     @property
     def _turned(self) -> bool:
@@ -185,7 +197,13 @@ class ConvUse(Use):
         scratch = self.tape.scratch
         if self.plan == "gram":
             return max(1, scratch // self._gram_bytes())
-        cached = scratch if self._inputs.is_cuda else min(scratch, _CACHE)
+        if self.plan == "shifts":
+            outputs = self._gradient.shape[2], self._gradient.shape[3]
+            height, width = shifts.pitch(outputs, self.shape[2:], self._geometry)
+            rows = self.shape[1] * math.prod(self._geometry.stride) + self.shape[0]
+            laid_out = self._views * height * width * rows * self._inputs.element_size()
+            return max(1, scratch // (laid_out + (0 if self.keep else 4 * self.weight.numel())))
+        cached = scratch if gpu.on(self._inputs) else min(scratch, _CACHE)
         entries = self.weight.numel()
         if self._gathers:
             images = self.shape[1] * math.prod(self._geometry.padded(self._size))
@@ -196,8 +214,14 @@ class ConvUse(Use):
     def _form(self, low: int, high: int, out: Tensor | None = None) -> Tensor:
         """Per-example gradients (n, out * entries), in the order of the plan; in `out`, if it is given."""
         count, views = high - low, self._views
-        inputs = widen(self._inputs[low * views : high * views])
-        gradient = widen(self._gradient[low * views : high * views])
+        inputs, gradient = (t[low * views : high * views] for t in (self._inputs, self._gradient))
+        if self.plan == "shifts":
+            if out is None:
+                out = widen(inputs[:0]).new_empty((count, self.weight.numel()))
+            out_rows = out.view(count, self.shape[0], *self.shape[2:], self.shape[1])
+            shifts.form(out_rows, inputs, gradient, self._geometry)
+            return out
+        inputs, gradient = widen(inputs), widen(gradient)
         if self.plan == "grouped":
             formed = self._form_grouped(inputs, gradient, count)
             return formed if out is None else out.copy_(formed)
@@ -257,8 +281,6 @@ class ConvUse(Use):
             )
             patches = squared_norms(images).mul_(math.prod(self.shape[2:])).sqrt_().unsqueeze(1)
             terms = self._terms_along(torch.linalg.vector_norm(places, dim=(1, 3, 4)), patches)
-        elif by_row.is_cuda:  # where products may be in TF32
-            sums, along = ((by_row * own).sum(2) for own in vectors.unbind(1))
         else:
             sums, along = (
                 t.t() for t in torch.bmm(vectors.to(formed.dtype), by_row.permute(1, 2, 0)).unbind(1)

@@ -11,11 +11,14 @@ from torch import Tensor
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import widen
 from fedsim.grads.bookkeeping.tape import Tape, Unsupported, Use
-from fedsim.grads.norms import squared_norms
+from fedsim.grads.norms import upper_squared_norms
 
 
 class EmbeddingUse(Use):
-    """Use of a table (V, d) with ids (B, ...): one compact row for each (example, id) that occurs."""
+    """Use of a table (V, d) with ids (B, ...): one row for each (example, id) that occurs.
+
+    Rows are sorted by example and id. There are as many as ids; those of an id that occurs again are zero.
+    """
 
     def __init__(self, tape: Tape, weight: Tensor, ids: Tensor, padding: int | None) -> None:
         super().__init__(tape, weight)
@@ -27,26 +30,31 @@ class EmbeddingUse(Use):
         count, size = self.tape.examples, self.weight.shape[0]
         ids = self._ids.reshape(count, -1)
         keys = ids + size * torch.arange(count, device=ids.device).unsqueeze(1)
-        keys, places = keys.flatten().unique(return_inverse=True)
-        gradient = widen(gradient).reshape(-1, self.weight.shape[1])
-        sums = gradient.new_zeros((len(keys), self.weight.shape[1])).index_add_(0, places, gradient)
+        keys, order = keys.flatten().sort()
         self._example, self._id = keys // size, keys % size
+        gradient = widen(gradient).reshape(-1, self.weight.shape[1])[order]
         if self._padding is not None:
-            sums[self._id == self._padding] = 0.0
-        self._sums = sums
+            gradient = gradient.masked_fill((self._id == self._padding).unsqueeze(1), 0.0)
+        # Each run of equal keys is added up in its first row: how many runs there are is not asked of a GPU.
+        begins = keys != keys.roll(1)
+        begins[:1] = True
+        rows = torch.arange(len(keys), device=ids.device)
+        first = torch.where(begins, rows, 0).cummax(0).values
+        self._sums = torch.zeros_like(gradient).index_add_(0, first, gradient)
         self.tape.arrived(self)
 
     def squares(self) -> Tensor:
         """See `Use.squares`."""
         blank = torch.zeros_like(self.tape.total[0])
-        return blank.index_add_(0, self._example, squared_norms(self._sums))
+        return blank.index_add_(0, self._example, upper_squared_norms(self._sums))
 
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
-        inside = (self._example >= low) & (self._example < high)
-        result = self._sums.new_zeros((high - low, *self.weight.shape))
-        result[self._example[inside] - low, self._id[inside]] = self._sums[inside]
-        return result
+        each = len(self._sums) // self.tape.examples
+        own = slice(low * each, high * each)
+        places = (self._example[own] - low) * self.weight.shape[0] + self._id[own]
+        result = self._sums.new_zeros(((high - low) * self.weight.shape[0], self.weight.shape[1]))
+        return result.index_add_(0, places, self._sums[own]).view(-1, *self.weight.shape)
 
     def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Use.weighted`."""

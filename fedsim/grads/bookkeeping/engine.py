@@ -26,12 +26,12 @@ from fedsim.grads.bookkeeping import (
 from fedsim.grads.bookkeeping.level import Level
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.options import Options
+from fedsim.grads.bookkeeping.precision import squared_norms
 from fedsim.grads.bookkeeping.repeat import generic
 from fedsim.grads.bookkeeping.tape import Pulled, Rows, Tape, Unsupported, Use
 from fedsim.grads.clip import ClipRule, overall, rounded_down
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
-from fedsim.grads.norms import squared_norms
 
 RULES: dict[Any, Rule] = {
     **linear.RULES,
@@ -89,19 +89,20 @@ def clipped_sum(
                 kept.add_squares()
             norms = _norms(tape)
             finite = torch.isfinite(overall(norms))
-            if finite.all():
-                coefficients = clip.coefficients(norms)
-                alone = _too_short(tape, clip, coefficients)
-                if alone is not None and examples == 1:
-                    total = _formed(tape, clip, norms, coefficients)
-                else:
-                    if alone is not None:
-                        coefficients = coefficients * ~_like(alone, coefficients)
-                    factors = rounded_down(coefficients, tape.anchor.dtype)
-                    total = _weighted(tape, small, groups, factors)
-                if options.margin < 1.0:
-                    total *= options.margin
-    if not finite.all():  # 0 * nan is nan: the others go again, alone
+            coefficients = clip.coefficients(norms)
+            alone = _too_short(tape, clip, coefficients)
+            if examples == 1 and alone.any():
+                total = _formed(tape, clip, norms, coefficients)
+                alone = torch.zeros_like(alone)
+            else:
+                coefficients = coefficients * ~_like(alone, coefficients)
+                factors = rounded_down(coefficients, tape.anchor.dtype)
+                total = _weighted(tape, small, groups, factors)
+            if options.margin < 1.0:
+                total *= options.margin
+    # Asked once, when all is under way: a GPU that has nothing left to do waits.
+    all_finite, none_alone = torch.stack([finite.all(), ~alone.any()]).tolist()
+    if not all_finite:  # 0 * nan is nan: the others go again, alone
         if any(array._version != version for array, version in given):
             raise Unsupported("an example is not finite, and the forward pass has written into the others")
         total = torch.zeros_like(tape.anchor).expand(sum(p.numel() for p in tape.parameters.values())).clone()
@@ -112,7 +113,7 @@ def clipped_sum(
         odd = take(inputs, ~finite), take(targets, ~finite)
         part, norms[~finite], _ = vmap_engine.clipped_sum(model, *odd, loss, clip)
         total += part * options.margin
-    elif examples > 1 and alone is not None:
+    elif not none_alone:
         # Nothing of the others may be in their digits, not even where they lay in memory.
         if any(array._version != version for array, version in given):
             raise Unsupported("a norm is a rounding error, and the forward pass has written into the inputs")
@@ -143,17 +144,12 @@ def _norms(tape: Tape) -> Tensor:
     return _one_or_all(tape, [(total + doubt).sqrt_() for total, doubt in pairs])
 
 
-def _too_short(tape: Tape, clip: ClipRule, coefficients: Tensor) -> Tensor | None:
-    """Which examples (B,) would be scaled down by more than `TOLERATED` because their norms are rounded up.
-
-    None where there are none.
-    """
+def _too_short(tape: Tape, clip: ClipRule, coefficients: Tensor) -> Tensor:
+    """Which examples (B,) would be scaled down by more than `TOLERATED` because norms are rounded up."""
     if not tape.doubted:
-        return None
+        return torch.zeros_like(tape.total[0], dtype=torch.bool)
     least = clip.coefficients(_one_or_all(tape, [total.sqrt() for total in tape.total]))
     short = least - coefficients > TOLERATED * least
-    if not short.any():
-        return None
     return short if short.dim() == 1 else short.any(1)
 
 

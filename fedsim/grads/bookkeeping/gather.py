@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedsim.grads import gpu
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.precision import affine, for_onednn
 
@@ -51,7 +52,7 @@ def form(
         places = gradient.reshape(count, parts, out.shape[1], -1)
     else:
         places = gradient.permute(0, 2, 3, 1).reshape(count, parts, -1, out.shape[1]).transpose(2, 3)
-    limit = scratch if inputs.is_cuda else min(scratch, _CACHE)
+    limit = scratch if gpu.on(inputs) else min(scratch, _CACHE)
     step = max(1, limit // (patches.element_size() * math.prod(patches.shape[1:])))
     copies = patches.new_empty((min(step, count), *patches.shape[1:]))
     if channels_inside:

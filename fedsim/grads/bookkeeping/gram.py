@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fedsim.grads import gpu
 from fedsim.grads.bookkeeping.precision import batch_product, of_entries, of_product, of_sum
 
 _STRIP = 32  # rows of Gram matrices that are formed at a time
@@ -28,7 +29,7 @@ def strips(rows: Tensor) -> list[Tensor]:
     """
     positions = rows.shape[1]
     starts = [0]
-    if positions >= 2 * _STRIP and not rows.is_cuda:
+    if positions >= 2 * _STRIP and not gpu.on(rows):
         # The first takes the odd rows: widths that are no multiple of vector registers are slow.
         starts += range(_STRIP + positions % _STRIP, positions, _STRIP)
     found = []

@@ -8,7 +8,6 @@ formed, pulled back to the parameters and added before the norm, for as many exa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,9 +17,8 @@ from torch import Tensor, nn
 
 from fedsim.grads.bookkeeping import conv
 from fedsim.grads.bookkeeping.mode import is_selection
-from fedsim.grads.bookkeeping.precision import of_sum
+from fedsim.grads.bookkeeping.precision import of_sum, squared_norms
 from fedsim.grads.bookkeeping.tape import Pulled, Tape, Unsupported, Use
-from fedsim.grads.norms import squared_norms
 
 
 class Group:
@@ -95,15 +93,16 @@ class _Piece:
     rounded: Tensor  # (high - low,) lengths of what was rounded before it could cancel
 
 
-def _stretch(use: Use) -> float:
+def _stretch(use: Use) -> Tensor:
     """How much longer the way back to the parameters makes a gradient of `use.weight`, one of no direction.
 
     What comes back much shorter than that has cancelled, and its digits depend on who shares the batch.
     """
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(use.weight.shape, generator=generator).to(use.weight)
-    back = [float(torch.linalg.vector_norm(part)) for _, part in use.pull_back(probe, use.leaves)]
-    return math.hypot(*back) / max(float(torch.linalg.vector_norm(probe)), 1e-30)
+    weight = use.weight
+    steps = torch.arange(weight.numel(), dtype=torch.float64, device=weight.device) + 1.0
+    probe = (steps * (steps + 1.0).sqrt()).sin().to(weight.dtype).view(weight.shape)
+    back = [torch.linalg.vector_norm(part).double() for _, part in use.pull_back(probe, use.leaves)]
+    return torch.stack(back).square().sum().sqrt() / torch.linalg.vector_norm(probe).double().clamp(min=1e-30)
 
 
 def groups(tape: Tape) -> list[Group]:

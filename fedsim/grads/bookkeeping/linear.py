@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fedsim.grads.bookkeeping import choose, gram
 from fedsim.grads.bookkeeping.mode import Rule, Watch
-from fedsim.grads.bookkeeping.precision import affine, batch_product, of_sum, product, widen
+from fedsim.grads.bookkeeping.precision import affine, batch_product, of_sum, product, squared_norms, widen
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Use
-from fedsim.grads.norms import squared_norms
 
 
 class LinearUse(Use):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedsim.grads import gpu, norms
+
 _LARGE = 2**25  # multiplications from which a product goes to oneDNN
 _onednn = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -18,20 +20,54 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
-def batch_product(left: Tensor, right: Tensor) -> Tensor:
-    """Batch matrix product (n, a, b) x (n, b, c) in at least float32, accumulated in at least float32."""
+def squared_norms(rows: Tensor) -> Tensor:
+    """Squared norms (n,) in float64 of `rows` (n, ...); on a GPU rounded up, so as not to wait for it."""
+    return norms.upper_squared_norms(rows) if gpu.on(rows) else norms.squared_norms(rows)
+
+
+def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Batch matrix product (n, a, b) x (n, b, c) in at least float32, accumulated in at least float32.
+
+    Args:
+        out: where it goes, (n, a, c) in at least float32.
+    """
     if left.dtype == right.dtype and left.dtype in _HALF and left.is_cuda:
-        return torch.bmm(left, right, out_dtype=torch.float32)
+        return torch.bmm(left, right, out_dtype=torch.float32, out=out)
     left, right = _common(left, right)
-    return torch.bmm(left, right)
+    return torch.bmm(left, right, out=out)
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Matrix product (a, b) x (b, c), as `batch_product`; in `out`, where it can be."""
+    """Matrix product (a, b) x (b, c), as `batch_product`; in `out`, where it can be.
+
+    On a GPU, float32 times bfloat16 is three products of bfloat16, a sixth of the time of one of float32.
+    """
+    if {left.dtype, right.dtype} == {torch.float32, torch.bfloat16} and gpu.on(left):
+        wide = left.dtype == torch.float32
+        pairs = [(part, right) if wide else (left, part) for part in thirds(left if wide else right)]
+        first, second, third = (_product_of_halves(*pair) for pair in pairs)
+        return first + (second + third)
     if left.dtype == right.dtype and left.dtype in _HALF and left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
+        return _product_of_halves(left, right)
     left, right = _common(left, right)
     return torch.mm(left, right, out=out if out is not None and out.dtype == left.dtype else None)
+
+
+def thirds(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three tensors of bfloat16 that add up to `tensor` of float32: its 24 bits are three times eight.
+
+    Exactly so above 1e-31; below, the last bits are lost.
+    """
+    first = tensor.bfloat16()
+    rest = tensor - first
+    second = rest.bfloat16()
+    return first, second, (rest - second).bfloat16()
+
+
+def _product_of_halves(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())
 
 
 def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim.grads import gpu
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import of_entries, of_product, of_sum, unit
 from fedsim.models import layers
@@ -125,15 +126,16 @@ def standardisations(origins: Sequence[Origin]) -> list[Standardisation]:
         torch.cat(parts).detach().double() for parts in zip(*((m.scale, m.length) for m in made), strict=True)
     )
     channels, widths = zip(*(m.centred.shape for m in made), strict=True)
-    times = torch.tensor(channels, device=gains.device)
 
     def by_channel(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=gains.device, dtype=torch.float64).repeat_interleave(times)
+        return _of_layers(tuple(map(float, values)), channels, gains.device)
 
     multiplier = gains.clone()
+    of_kernel = [not gpu.on(gains)] * len(made)  # where asking for gains would wait for the GPU
     small = gains.abs() < 1e-2  # not to be divided by
-    of_kernel = [True] * len(made)
-    if bool(small.any()):
+    if gpu.on(gains):
+        multiplier = lengths.clamp(min=layers.SHORTEST)
+    elif bool(small.any()):
         of_kernel = [not bool(own.any()) for own in small.split(channels)]
         multiplier = torch.where(by_channel(of_kernel) > 0, gains, lengths.clamp(min=layers.SHORTEST))
     trained = by_channel([origin.weight.requires_grad for origin in origins])
@@ -154,6 +156,13 @@ def standardisations(origins: Sequence[Origin]) -> list[Standardisation]:
         )
         for origin, whole, own, factors in zip(origins, of_kernel, *split, strict=True)
     ]
+
+
+@lru_cache(maxsize=64)
+def _of_layers(values: tuple[float, ...], channels: tuple[int, ...], device: torch.device) -> Tensor:
+    """One value a layer for each of its channels, float64; kept: what is sent to a GPU is waited for."""
+    each = torch.tensor(values, dtype=torch.float64)
+    return each.repeat_interleave(torch.tensor(channels)).to(device)
 
 
 def standardised(watch: Watch, func: Any, weight: Tensor, gain: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedsim.grads import gpu
 from fedsim.grads.arithmetic import products
 from fedsim.grads.bookkeeping.memory import Blocks
-from fedsim.grads.bookkeeping.precision import widen
-from fedsim.grads.norms import squared_norms
+from fedsim.grads.bookkeeping.precision import squared_norms, widen
 
 Place = Callable[[Tensor], Tensor | None]
 Pulled = list[tuple[nn.Parameter, Tensor]]
@@ -154,6 +154,7 @@ class Tape:
             gradients instead would take.
         scratch: bytes one temporary may take.
         anchor: an input of every recorded operation, so that autograd visits it.
+        gpu: the call is to go the ways of GPUs.
         reduced: forward and backward pass multiply with fewer bits; what is measured and summed does not.
         total: for each clip group, squared norms (B,) of the gradients' parts in it; one without groups.
         doubt: of each of `total`, (B,); see `Use.doubt`.
@@ -184,6 +185,7 @@ class Tape:
         self.names = {id(parameter): name for name, parameter in named.items()}
         first = next(iter(named.values()))
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
+        self.gpu = gpu.on(self.anchor)
         groups = [0] * len(self.parameters) if clip_groups is None else clip_groups
         self.clip_groups = dict(zip(self.parameters, groups, strict=True))
         self.total = [
