@@ -78,7 +78,7 @@ def convolution(
         "gram": 2 * (pixels**2 * channels + places**2 * out) * _flop(size)
         + (2 * pixels**2 + (3 * area + 6) * places**2) * WIDE * BYTE
         + (2 * area * LAUNCH / tape.examples)
-        + (2 * native if standardised else 0.0)  # the convolution with the kernel's direction
+        + (2 * places * entries * FLOP if standardised else 0.0)  # the convolution with its direction
         + again,
     }
     best = "drop"

@@ -131,7 +131,7 @@ class ConvUse(Use):
         if self._kept is not None:
             total = coefficients.to(self._kept.dtype) @ self._kept
             return self._ordered(total[None])[0]
-        if self.plan == "shifts" and self._inputs.dtype == torch.bfloat16:
+        if self.plan in ("shifts", "gram") and self._inputs.dtype == torch.bfloat16 and self.tape.gpu:
             return self._weighted_by_shifts(coefficients)
         factors = coefficients.repeat_interleave(self._views).view(-1, 1, 1, 1)
         gradient = widen(self._gradient)
@@ -142,7 +142,7 @@ class ConvUse(Use):
 
     def _weighted_by_shifts(self, coefficients: Tensor) -> Tensor:
         """For bfloat16: torch's weight gradient would round the sum to it."""
-        step, views = self._step(), self._views
+        step, views = max(1, self.tape.scratch // self._row_bytes()), self._views
         total = coefficients.new_zeros((self.shape[0], *self.shape[2:], self.shape[1]), dtype=torch.float32)
         parts = self._inputs.split(step * views), self._gradient.split(step * views), coefficients.split(step)
         for inputs, gradient, factors in zip(*parts, strict=True):
@@ -198,11 +198,7 @@ class ConvUse(Use):
         if self.plan == "gram":
             return max(1, scratch // self._gram_bytes())
         if self.plan == "shifts":
-            outputs = self._gradient.shape[2], self._gradient.shape[3]
-            height, width = shifts.pitch(outputs, self.shape[2:], self._geometry)
-            rows = self.shape[1] * math.prod(self._geometry.stride) + self.shape[0]
-            laid_out = self._views * height * width * rows * self._inputs.element_size()
-            return max(1, scratch // (laid_out + (0 if self.keep else 4 * self.weight.numel())))
+            return max(1, scratch // (self._row_bytes() + (0 if self.keep else size * self.weight.numel())))
         cached = scratch if gpu.on(self._inputs) else min(scratch, _CACHE)
         entries = self.weight.numel()
         if self._gathers:
@@ -210,6 +206,13 @@ class ConvUse(Use):
             images += math.prod(self._gradient.shape[1:])  # it may have to be copied too
             return max(1, (scratch if self.keep else cached) // (size * (entries + self._views * images)))
         return max(1, cached // (size * entries))
+
+    def _row_bytes(self) -> int:
+        """Bytes of `shifts.Rows` of one example."""
+        outputs = self._gradient.shape[2], self._gradient.shape[3]
+        rows = math.prod(shifts.pitch(outputs, self.shape[2:], self._geometry))
+        widths = self.shape[1] * math.prod(self._geometry.stride) + self.shape[0]
+        return self._views * rows * widths * self._inputs.element_size()
 
     def _form(self, low: int, high: int, out: Tensor | None = None) -> Tensor:
         """Per-example gradients (n, out * entries), in the order of the plan; in `out`, if it is given."""

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedsim.grads import gpu
 from fedsim.grads.bookkeeping.conv import ConvUse
 from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.mode import Rule, Watch
-from fedsim.grads.bookkeeping.precision import widen
+from fedsim.grads.bookkeeping.precision import multiplied, under_autocast
 from fedsim.grads.bookkeeping.tape import Rows
 
 Size = int | Sequence[int]
@@ -58,8 +59,9 @@ class _Conv(torch.autograd.Function):
         if weight_use is not None:
             weight_use.fill(inputs, gradient)
         if bias_use is not None:
-            wide = widen(gradient)
-            sums = wide.flatten(2).sum(2) if gradient.is_contiguous() else wide.sum((2, 3))
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            flat = gradient.flatten(2) if gradient.is_contiguous() else gradient
+            sums = flat.sum(tuple(range(2, flat.dim())), dtype=wide)
             bias_use.fill(sums.unflatten(0, ctx.shape[:2]))
         return before, None, None, None, None, None
 
@@ -122,8 +124,8 @@ def _apply(
     geometry = Geometry(stride, padding, dilation, groups)
     weight_use = bias_use = None
     with level:
-        rows = level.lower(inputs)
-        kernel = weight.detach()
+        rows = _laid_out(level.lower(inputs))
+        kernel = under_autocast(weight.detach())
         kernel = kernel.unsqueeze(2) if kernel.dim() == 3 else kernel
         if watch.is_weight(weight):
             weight_use = tape.use(ConvUse(tape, weight, geometry, rows, watch.origin(weight)))
@@ -132,6 +134,15 @@ def _apply(
         offset = None if bias is None else bias.detach()
         result = _Conv.apply(rows, tape.anchor, kernel, offset, geometry, (weight_use, bias_use))
     return level.lift(result)
+
+
+def _laid_out(rows: Tensor) -> Tensor:
+    """Rows (B, K, channels, height, width) as they are multiplied: half precision with channels innermost."""
+    dtype = multiplied(rows)
+    if dtype == rows.dtype or not gpu.on(rows):
+        return rows.to(dtype)
+    images = rows.flatten(0, 1).to(dtype, memory_format=torch.channels_last)
+    return images.unflatten(0, rows.shape[:2])
 
 
 def _pad_to_same(inputs: Tensor, kernel: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from fedsim.grads.bookkeeping import choose, gram
 from fedsim.grads.bookkeeping.mode import Rule, Watch
-from fedsim.grads.bookkeeping.precision import affine, batch_product, of_sum, product, squared_norms, widen
+from fedsim.grads.bookkeeping.precision import (
+    affine,
+    batch_product,
+    of_sum,
+    product,
+    squared_norms,
+    under_autocast,
+    widen,
+)
 from fedsim.grads.bookkeeping.tape import Rows, Tape, Use
 
 
@@ -172,13 +180,14 @@ def _apply(watch: Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None, tr
     tape, level = watch.tape, watch.level
     weight_use = bias_use = None
     with level:
-        rows = level.lower(inputs)
+        rows = under_autocast(level.lower(inputs))
         if watch.is_weight(weight):
             positions = math.prod(rows.shape[1:-1])
             weight_use = tape.use(LinearUse(tape, weight, positions, transposed))
         if bias is not None and watch.is_weight(bias):
             bias_use = tape.use(Rows(tape, bias))
-        matrix = weight.detach().t() if transposed else weight.detach()
+        matrix = under_autocast(weight.detach())
+        matrix = matrix.t() if transposed else matrix
         offset = None if bias is None else bias.detach()
         result = _Linear.apply(rows, tape.anchor, matrix, offset, weight_use, bias_use)
     return level.lift(result)

@@ -136,7 +136,8 @@ def group_norm(
         uses = _uses(watch, weight, bias)
         # torch's channels-last kernel for the CPU is not used: it loses three digits of float32 (mean of
         # squares minus square of mean).
-        rows = widen(level.lower(input)).contiguous()
+        rows = level.lower(input)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32), memory_format=torch.contiguous_format)
         result = _GroupNorm.apply(rows, tape.anchor, _plain(weight), _plain(bias), num_groups, eps, uses)
     return level.lift(result)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,19 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
+def multiplied(tensor: Tensor) -> torch.dtype:
+    """The dtype in which an autocast that is on multiplies `tensor`; its own where there is none."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
+
+
+def under_autocast(tensor: Tensor) -> Tensor:
+    """Return `tensor` as it is multiplied: what is kept is then what was."""
+    return tensor.to(multiplied(tensor))
+
+
 def squared_norms(rows: Tensor) -> Tensor:
     """Squared norms (n,) in float64 of `rows` (n, ...); on a GPU rounded up, so as not to wait for it."""
     return norms.upper_squared_norms(rows) if gpu.on(rows) else norms.squared_norms(rows)
@@ -31,8 +46,8 @@ def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
     Args:
         out: where it goes, (n, a, c) in at least float32.
     """
-    if left.dtype == right.dtype and left.dtype in _HALF and left.is_cuda:
-        return torch.bmm(left, right, out_dtype=torch.float32, out=out)
+    if left.dtype == right.dtype and left.dtype in _HALF and gpu.on(left):
+        return of_halves(torch.bmm, left, right, out)
     left, right = _common(left, right)
     return torch.bmm(left, right, out=out)
 
@@ -43,12 +58,11 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     On a GPU, float32 times bfloat16 is three products of bfloat16, a sixth of the time of one of float32.
     """
     if {left.dtype, right.dtype} == {torch.float32, torch.bfloat16} and gpu.on(left):
-        wide = left.dtype == torch.float32
-        pairs = [(part, right) if wide else (left, part) for part in thirds(left if wide else right)]
-        first, second, third = (_product_of_halves(*pair) for pair in pairs)
-        return first + (second + third)
-    if left.dtype == right.dtype and left.dtype in _HALF and left.is_cuda:
-        return _product_of_halves(left, right)
+        if left.dtype == torch.float32:
+            return added(of_halves(torch.mm, part, right) for part in thirds(left))
+        return added(of_halves(torch.mm, left, part) for part in thirds(right))
+    if left.dtype == right.dtype and left.dtype in _HALF and gpu.on(left):
+        return of_halves(torch.mm, left, right)
     left, right = _common(left, right)
     return torch.mm(left, right, out=out if out is not None and out.dtype == left.dtype else None)
 
@@ -64,10 +78,24 @@ def thirds(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, (rest - second).bfloat16()
 
 
-def _product_of_halves(left: Tensor, right: Tensor) -> Tensor:
+def parts_for(wide: Tensor, other: torch.dtype) -> tuple[Tensor, ...]:
+    """What to multiply in place of `wide` of float32, where the other factor is of dtype `other`."""
+    return thirds(wide) if other == torch.bfloat16 and gpu.on(wide) else (wide,)
+
+
+def added(products: Iterable[Tensor]) -> Tensor:
+    """Sum of the products of `parts_for`, the small ones first."""
+    first, *rest = products
+    return first + (rest[0] + rest[1]) if rest else first
+
+
+def of_halves(
+    operation: Callable[..., Tensor], left: Tensor, right: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """`torch.mm` or `torch.bmm` of factors of 16 bits, whose products float32 has, added in float32."""
     if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left.float(), right.float())
+        return operation(left, right, out_dtype=torch.float32, out=out)
+    return operation(left.float(), right.float(), out=out)
 
 
 def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
-from fedsim.grads.bookkeeping.precision import batch_product, product, widen
+from fedsim.grads.bookkeeping.precision import added, batch_product, parts_for, product, widen
 
 
 def pitch(outputs: Pair, kernel: Pair, geometry: Geometry) -> Pair:
@@ -96,8 +96,9 @@ def weighted(inputs: Tensor, gradient: Tensor, factors: Tensor, kernel: Pair, ge
     # Examples lie one after the other, too: a run that goes on into the next one meets zeros there.
     places = (widen(rows.places) * factors.view(-1, 1, 1)).flatten(0, 1)
     length = len(places) - rows.beyond
-    places = places[:length].t()
-    total = factors.new_empty((places.shape[0], *kernel, inputs.shape[1]))
+    parts = [part[:length].t() for part in parts_for(places, inputs.dtype)]
+    total = factors.new_empty((places.shape[1], *kernel, inputs.shape[1]))
     for i, j, pixels, shift in rows.runs():
-        total[:, i, j] = product(places, pixels.flatten(0, 1)[shift : shift + length])
+        run = pixels.flatten(0, 1)[shift : shift + length]
+        total[:, i, j] = added(product(part, run) for part in parts)
     return total

@@ -161,8 +161,8 @@ def standardisations(origins: Sequence[Origin]) -> list[Standardisation]:
 @lru_cache(maxsize=64)
 def _of_layers(values: tuple[float, ...], channels: tuple[int, ...], device: torch.device) -> Tensor:
     """One value a layer for each of its channels, float64; kept: what is sent to a GPU is waited for."""
-    each = torch.tensor(values, dtype=torch.float64)
-    return each.repeat_interleave(torch.tensor(channels)).to(device)
+    each = [value for value, count in zip(values, channels, strict=True) for _ in range(count)]
+    return torch.tensor(each, dtype=torch.float64, device=device)
 
 
 def standardised(watch: Watch, func: Any, weight: Tensor, gain: Tensor) -> Tensor:
