@@ -45,9 +45,29 @@ def views(
         dtype: of floating inputs.
         device: where the result lives.
     """
+    return placed(prepared(dataset, ids, train, key), dataset, dtype, device)
+
+
+def prepared(
+    dataset: ArrayDataset, ids: NDArray[np.int64], train: TrainConfig, key: bytes, pinned: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return what of `views` the host does: raw inputs (n, K, ...), as the data set has them, and targets.
+
+    Args:
+        pinned: put them where a GPU fetches them from while the host goes on.
+    """
     raw = augment.views(dataset.inputs[ids], ids, train.augment_multiplicity, key, train.augmentations)
-    inputs = normalise(raw, dataset, dtype, device)
-    return inputs, torch.from_numpy(dataset.labels[ids]).to(device)
+    # Copies: the data set's arrays are read-only.
+    parts = torch.tensor(raw), torch.from_numpy(dataset.labels[ids])
+    return (parts[0].pin_memory(), parts[1].pin_memory()) if pinned else parts
+
+
+def placed(
+    parts: tuple[Tensor, Tensor], dataset: ArrayDataset, dtype: torch.dtype, device: torch.device
+) -> tuple[Batch, Batch]:
+    """Return inputs and targets as `views` does, of what is `prepared`."""
+    raw, targets = (part.to(device, non_blocking=True) for part in parts)
+    return normalise(raw, dataset, dtype, device), targets
 
 
 def placeholder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ class Splits:
 
 
 def normalise(
-    batch: NDArray[Any],
+    batch: NDArray[Any] | torch.Tensor,
     dataset: ArrayDataset,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -122,13 +123,22 @@ def normalise(
         (..., C, H, W) tensor (x / 255 - mean) / std for images; features unchanged but for their dtype.
         Each value depends on its own pixel alone, so batching never changes it.
     """
-    tensor = torch.tensor(batch, device=device)  # copies: the data set's arrays are read-only
+    # Copies an array: those of the data set are read-only.
+    tensor = batch.to(device) if isinstance(batch, torch.Tensor) else torch.tensor(batch, device=device)
     if not dataset.is_image:
         return tensor.to(dtype)
-    mean = torch.tensor(dataset.mean, dtype=dtype, device=device).view(-1, 1, 1)
-    std = torch.tensor(dataset.std, dtype=dtype, device=device).view(-1, 1, 1)
+    mean, std = (
+        _of_channels(tuple(map(float, values)), dtype, torch.device(device))
+        for values in (dataset.mean, dataset.std)
+    )
     planes = tensor.movedim(-1, -3).to(dtype, memory_format=torch.contiguous_format)
     return planes.div_(255.0).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _of_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One value a channel, (C, 1, 1), kept: what is sent to a GPU is waited for."""
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _check_inputs(name: str, inputs: NDArray[Any]) -> None:

@@ -63,6 +63,11 @@ def pick_device(name: str, node: int = 0) -> torch.device:
     return device
 
 
+def evaluation_device(engine: EngineConfig) -> torch.device:
+    """Return where the server evaluates: on a GPU if it sees one, unless `engine.device` says cpu."""
+    return pick_device("cpu" if engine.device == "cpu" else "auto")
+
+
 def check_simulation(config: Config) -> None:
     """Refuse what nodes of Flower's simulation cannot have, and warn where a GPU would stand idle by them.
 

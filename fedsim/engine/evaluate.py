@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +15,42 @@ from fedsim.grads.per_example import cross_entropy
 from fedsim.validate import InputError
 
 
+@contextmanager
+def on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within the block, have the model on `device`."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block, eval mode and no gradients; every module is back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @arithmetic.float32()
 def class_accuracy(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
 ) -> list[float]:
     """Return the accuracy on the examples of each class, NaN for a class without examples; eval mode."""
     hits, counts = torch.zeros(num_classes), torch.zeros(num_classes)
-    modes = [(module, module.training) for module in model.modules()]
-    first = next(model.parameters())
-    try:
-        model.eval()
-        with torch.no_grad():
-            for inputs, targets in batches:
-                right = model(inputs.to(first.device)).argmax(1).cpu() == targets
-                counts += torch.bincount(targets, minlength=num_classes)
-                hits += torch.bincount(targets[right], minlength=num_classes)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        for inputs, targets in batches:
+            right = model(inputs.to(device)).argmax(1).cpu() == targets
+            counts += torch.bincount(targets, minlength=num_classes)
+            hits += torch.bincount(targets[right], minlength=num_classes)
     return [float(value) for value in hits / counts]
 
 
@@ -61,29 +80,24 @@ def evaluate(
         InputError: no example at all, or `top_k` outside 1 .. classes.
     """
     first = next(model.parameters())
-    modes = [(module, module.training) for module in model.modules()]
-    examples, hits, top_hits, loss_sum = 0, 0, 0, 0.0
-    try:
-        model.eval()
-        with torch.no_grad():
-            for inputs, targets in batches:
-                if not len(targets):
-                    continue
-                inputs = inputs.to(first.device, first.dtype if inputs.is_floating_point() else None)
-                targets = targets.to(first.device)
-                logits = model(inputs)
-                validate.in_range(top_k, 1, logits.shape[1], "top_k")
-                right = logits.topk(top_k, dim=1).indices == targets.unsqueeze(1)
-                right &= torch.isfinite(logits).all(1, keepdim=True)
-                examples += len(targets)
-                hits += int(right[:, 0].sum())
-                top_hits += int(right.sum())
-                loss_sum += float(loss(logits, targets).double().sum())
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    examples = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=first.device)  # asked once: asking waits for a GPU
+    with _evaluating(model):
+        for inputs, targets in batches:
+            if not len(targets):
+                continue
+            inputs = inputs.to(first.device, first.dtype if inputs.is_floating_point() else None)
+            targets = targets.to(first.device)
+            logits = model(inputs)
+            validate.in_range(top_k, 1, logits.shape[1], "top_k")
+            right = logits.topk(top_k, dim=1).indices == targets.unsqueeze(1)
+            right &= torch.isfinite(logits).all(1, keepdim=True)
+            examples += len(targets)
+            found = right[:, 0].sum(), right.sum(), loss(logits, targets).double().sum()
+            sums += torch.stack([part.double() for part in found])
     if not examples:
         raise InputError("evaluation must get at least one example, got none. Check data.test_examples.")
+    hits, top_hits, loss_sum = sums.tolist()
     result = {"accuracy": hits / examples, "loss": loss_sum / examples}
     if top_k > 1:
         result[f"top_{top_k}_accuracy"] = top_hits / examples

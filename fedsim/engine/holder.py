@@ -25,6 +25,7 @@ from fedsim import config as configs
 from fedsim import provenance, seeds
 from fedsim.config import Config
 from fedsim.data import batches, datasets, partition
+from fedsim.engine.ahead import ahead
 from fedsim.engine.asked import Asked
 from fedsim.engine.device import make_deterministic, options_of, pick_device, set_threads
 from fedsim.engine.experiment import build_model
@@ -218,9 +219,16 @@ class Node:
         """Yield (place in ids, inputs, targets) of one physical batch after the other; one at least."""
         train, key = self.config.train, task.keys["augment"]
         chunk = max(1, self.physical_batch_size // train.augment_multiplicity)
-        for start in range(0, max(1, len(ids)), chunk):
-            piece = slice(start, start + chunk)
-            yield piece, *batches.views(self.train, ids[piece], train, key, self.dtype, self.device)
+        pieces = [slice(start, start + chunk) for start in range(0, max(1, len(ids)), chunk)]
+        on_gpu = self.device.type == "cuda"
+
+        def prepare(piece: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            return batches.prepared(self.train, ids[piece], train, key, pinned=on_gpu)
+
+        # On a CPU, the core that prepares the next piece would be taken from this one.
+        ready = ahead(prepare, pieces) if on_gpu else map(prepare, pieces)
+        for piece, parts in zip(pieces, ready, strict=True):
+            yield piece, *batches.placed(parts, self.train, self.dtype, self.device)
 
 
 def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ EVALUATION_BATCH = 500
 def scores_of(model: nn.Module, splits: examples.Splits, dtype: torch.dtype, *, held_out: bool) -> Numbers:
     """Return "accuracy" and "loss" of the model on the evaluation split: public on test data, sensitive where
     the split was `held_out` of the training examples."""
-    measured = evaluate.evaluate(model, _batches(splits.test, dtype))
+    measured = evaluate.evaluate(model, _batches(splits.test, dtype, model))
     kind = Sensitive if held_out else Public
     return {name: kind(measured[name]) for name in ("accuracy", "loss")}
 
@@ -34,7 +34,7 @@ def holder_accuracy(
     with no holder left the answer is empty.
     """
     classes = splits.train.num_classes
-    by_class = np.asarray(evaluate.class_accuracy(model, _batches(splits.test, dtype), classes))
+    by_class = np.asarray(evaluate.class_accuracy(model, _batches(splits.test, dtype, model), classes))
     known = ~np.isnan(by_class)
     counts = partition.label_counts(splits.train.labels, classes)[:, known]
     counts = counts[counts.any(axis=1)]
@@ -44,7 +44,12 @@ def holder_accuracy(
     return Sensitive({f"{q}%": float(np.percentile(mine, q)) for q in (5, 50, 95)})
 
 
-def _batches(data: examples.ArrayDataset, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    data: examples.ArrayDataset, dtype: torch.dtype, model: nn.Module
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs on the model's device, and labels on the host."""
+    device = next(model.parameters()).device
     for start in range(0, len(data), EVALUATION_BATCH):
         rows = slice(start, start + EVALUATION_BATCH)
-        yield examples.normalise(data.inputs[rows], data, dtype), torch.from_numpy(data.labels[rows].copy())
+        inputs = examples.normalise(data.inputs[rows], data, dtype, device)
+        yield inputs, torch.from_numpy(data.labels[rows].copy())

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.engine import checkpoint, outcome, scoring
+from fedsim.engine import checkpoint, evaluate, outcome, scoring
 from fedsim.engine.collect import Collector
+from fedsim.engine.device import evaluation_device
 from fedsim.engine.experiment import Experiment, spent
 from fedsim.engine.metrics import ConsoleProgress, JsonLines, Metrics, TensorBoard, Writer
 from fedsim.engine.opening import open_run
@@ -177,11 +178,16 @@ class Server:
         set_flat(self.experiment.model, self.state.released())
         splits, dtype = self.experiment.splits, self.state.parameters.dtype
         held_out = bool(self.config.data.holdout_examples)
-        scores = scoring.scores_of(self.experiment.model, splits, dtype, held_out=held_out)
+        with self._on_its_device():
+            scores = scoring.scores_of(self.experiment.model, splits, dtype, held_out=held_out)
         if not self.experiment.strategy.private:
             return scores
         epsilon = self.run.ledger.view().until(self.state.completed).epsilon()
         return {**scores, "epsilon": Public(epsilon.value), "n_delta": Public(epsilon.n_delta)}
+
+    def _on_its_device(self) -> contextlib.AbstractContextManager[None]:
+        """Have the model where it is evaluated: the rest of the server's work is on the CPU."""
+        return evaluate.on(self.experiment.model, evaluation_device(self.config.engine))
 
     def _save(self) -> None:
         self.run.save()
@@ -211,7 +217,8 @@ class Server:
         scores = {name: final[name] for name in ("accuracy", "loss")}
         seconds_of = {**self._seconds, "run": seconds}
         so_far = spent(self.run.ledger.view(), self.experiment.facts)
-        result = outcome.result_of(self.experiment, self.state, scores, so_far, seconds_of)
+        with self._on_its_device():
+            result = outcome.result_of(self.experiment, self.state, scores, so_far, seconds_of)
         self.run.destroy_secret()
         self.folder.write_result(result)
         return result

@@ -55,6 +55,15 @@ def test_nodes_of_one_process_spread_over_the_cards(cards: Any) -> None:
         devices.pick_device("cuda:2")
 
 
+@pytest.mark.parametrize(
+    ("count", "device", "where"),
+    [(2, "auto", "cuda:0"), (2, "cuda:1", "cuda:0"), (2, "cpu", "cpu"), (0, "auto", "cpu")],
+)
+def test_the_server_evaluates_on_a_gpu_that_it_sees(count: int, device: str, where: str, cards: Any) -> None:
+    cards(count)
+    assert str(devices.evaluation_device(EngineConfig(device=device))) == where
+
+
 def simulated(*overrides: str) -> Config:
     return small(*[f"engine.{setting}" for setting in overrides])
 

@@ -91,7 +91,7 @@ def clipped_sum(
             finite = torch.isfinite(overall(norms))
             coefficients = clip.coefficients(norms)
             alone = _too_short(tape, clip, coefficients)
-            if examples == 1 and alone.any():
+            if examples == 1 and alone.any():  # nobody's digits to keep it out of
                 total = _formed(tape, clip, norms, coefficients)
                 alone = torch.zeros_like(alone)
             else:
@@ -100,9 +100,9 @@ def clipped_sum(
                 total = _weighted(tape, small, groups, factors)
             if options.margin < 1.0:
                 total *= options.margin
-    # Asked once, when all is under way: a GPU that has nothing left to do waits.
-    all_finite, none_alone = torch.stack([finite.all(), ~alone.any()]).tolist()
-    if not all_finite:  # 0 * nan is nan: the others go again, alone
+    if bool((finite & ~alone).all()):  # the one question a GPU is asked, when all its work is under way
+        return total.detach(), norms, losses
+    if not finite.all():  # 0 * nan is nan: the others go again, alone
         if any(array._version != version for array, version in given):
             raise Unsupported("an example is not finite, and the forward pass has written into the others")
         total = torch.zeros_like(tape.anchor).expand(sum(p.numel() for p in tape.parameters.values())).clone()
@@ -113,7 +113,7 @@ def clipped_sum(
         odd = take(inputs, ~finite), take(targets, ~finite)
         part, norms[~finite], _ = vmap_engine.clipped_sum(model, *odd, loss, clip)
         total += part * options.margin
-    elif not none_alone:
+    else:
         # Nothing of the others may be in their digits, not even where they lay in memory.
         if any(array._version != version for array, version in given):
             raise Unsupported("a norm is a rounding error, and the forward pass has written into the inputs")
