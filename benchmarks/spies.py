@@ -27,17 +27,19 @@ from fedsim.grads import gpu
 from fedsim.grads.bookkeeping import Options, precision, standardise
 
 _aten = torch.ops.aten
-_FREE = {
-    "view", "_unsafe_view", "_reshape_alias", "select", "slice", "detach", "unsqueeze", "squeeze", "squeeze_",
-    "expand", "permute", "transpose", "t", "unbind", "split", "split_with_sizes", "as_strided", "alias",
-    "diagonal", "unfold", "movedim", "device", "empty", "new_empty", "empty_like", "promote_types", "lift_fresh",
-    "result_type", "unsafe_split", "is_same_size", "_has_compatible_shallow_copy_type", "size", "stride", "chunk",
-    "empty_strided", "new_empty_strided", "numel", "dim", "is_contiguous", "storage_offset", "unsqueeze_",
-}  # fmt: skip
-_WAITS = {
-    "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2",
-    "repeat_interleave", "unique_consecutive", "item",
-}  # fmt: skip
+_FREE = """
+_has_compatible_shallow_copy_type _reshape_alias _unsafe_view alias as_strided chunk detach device diagonal
+dim empty empty_like empty_strided expand is_contiguous is_same_size lift_fresh movedim new_empty
+new_empty_strided numel permute promote_types result_type select size slice split split_with_sizes squeeze
+squeeze_ storage_offset stride t transpose unbind unfold unsafe_split unsqueeze unsqueeze_ view
+"""
+_WAITS = """
+_local_scalar_dense _unique2 equal is_nonzero item masked_select nonzero repeat_interleave unique_consecutive
+unique_dim
+"""
+FREE, WAITS = frozenset(_FREE.split()), frozenset(_WAITS.split())
+"""Operations that only make another view, or ask for what the host knows; and those whose result, or its
+size, the host waits for."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Count:
         waits: operations whose result the host waits for, by name.
         copies: tensors sent to the device or fetched from it.
         seconds: the least time on a card, one operation after the other.
+        by: the same, by name.
+        by: that of operations by name.
     """
 
     launched: Counter[str] = field(default_factory=Counter)
@@ -98,7 +102,7 @@ class Spy(TorchDispatchMode):
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
         if self._whole:
             return func(*args, **kwargs)
-        if name in _WAITS:
+        if name in WAITS:
             self.count.waits[name] += 1
             if name == "_local_scalar_dense" and self._answer is not None:
                 return self._answer(args[0])
@@ -106,11 +110,10 @@ class Spy(TorchDispatchMode):
         given, made = (_tensors(values) for values in ((args, kwargs), result))
         if {t.device.type for t in given if t.dim()} | {t.device.type for t in made} >= {"cpu", "meta"}:
             self.count.copies += 1
-        if name not in _FREE and name not in _WAITS and (made or name.endswith("_")):
-            flops = (
-                flop_registry[func.overloadpacket](*args, **kwargs, out_val=result) if _counts(func) else 0
-            )
-            self._add(name, given, made, flops)
+        if name not in FREE and name not in WAITS and (made or name.endswith("_")):
+            flops = flop_registry.get(func.overloadpacket)
+            done = flops(*args, **kwargs, out_val=result) if flops else 0
+            self._add(name, given, made, done)
         return result
 
     def _add(self, name: str, given: list[Tensor], made: list[Tensor], flops: int) -> None:
@@ -138,18 +141,14 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _counts(func: Any) -> bool:
-    return func.overloadpacket in flop_registry
-
-
 @contextmanager
 def as_on_a_gpu(spy: Spy) -> Iterator[None]:
     """Go the ways of GPUs, in any precision, on whatever device the tensors are."""
     standardise._of_layers.cache_clear()
     with (
-        mock.patch.object(gpu, "on", lambda _: True),
+        mock.patch.object(gpu, "on", return_value=True),
         mock.patch.object(precision, "of_halves", spy.as_one),
-        mock.patch.object(Options, "check_device", lambda *_: None),
+        mock.patch.object(Options, "check_device"),
     ):
         yield
     standardise._of_layers.cache_clear()
@@ -165,7 +164,7 @@ def counted(
     """
     spy = Spy(answer=lambda asked: True if asked.dtype == torch.bool else 1.0)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        twin = copy.deepcopy(model) if not isinstance(model, nn.Module) else _faked(model, fake)
+        twin = _faked(model, fake)
         inputs, targets = torch.empty(shapes), torch.zeros(shapes[0], dtype=torch.int64)
         with as_on_a_gpu(spy):
             for _ in range(warm):

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "command": f"python -m benchmarks.versions CHECKOUT {' '.join(sys.argv[2:])}",
         "commit": provenance.commit(),
-        "other_commit": _commit(given.checkout),
+        "other_commit": commit_of(given.checkout),
         "hardware": provenance.hardware(),
         "seed": SEED,
         "threads": 1,
@@ -103,7 +103,8 @@ def _row(case: Case, views: int, other: Path, here: Path, repeats: int) -> dict[
     }
 
 
-def _commit(checkout: Path) -> str:
+def commit_of(checkout: Path) -> str:
+    """The commit that is checked out there."""
     found = subprocess.run(
         ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"],
         capture_output=True,

@@ -1,6 +1,8 @@
 """Hostile random trials of the bound on contributions: see `benchmarks.bound.judge`.
 
-    python -m benchmarks.bound [--cases N] [--first TRIAL] [--json FILE]
+    python -m benchmarks.bound [--reduced] [--cases N] [--first TRIAL] [--json FILE]
+
+With --reduced in bfloat16 and TF32: see `benchmarks.bound.reduced`.
 
 Trials are numbered, and a number draws the same trial again. Exit code 1 where a contribution is too long.
 """
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.bound import reduced
 from benchmarks.bound.judge import Trial, trial
 from benchmarks.bound.rules import RULES
 from fedsim import provenance
@@ -32,14 +35,17 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    rules: Sequence[str] = list(reduced.MODELS if arguments.reduced else RULES)
+    one = reduced.trial if arguments.reduced else trial
+    least = arguments.cases or (reduced.CASES if arguments.reduced else CASES)
     trials: list[Trial] = []
     cases = 0
-    while cases < arguments.cases or len(trials) % len(RULES):
-        trials.append(trial(arguments.first + len(trials)))
+    while cases < least or len(trials) % len(rules):
+        trials.append(one(arguments.first + len(trials)))
         cases += trials[-1].cases
         if trials[-1].wrong:
             print(f"WRONG {trials[-1]}", flush=True)
-    rows = [_row(rule, [t for t in trials if t.rule == rule]) for rule in RULES]
+    rows = [_row(rule, [t for t in trials if t.rule == rule]) for rule in rules]
     for row in rows:
         print(f"{row['rule']:26} {row['cases']:6} cases  {row['wrong']:4} wrong  {row['longest']:.7f} C")
     wrong = [t for t in trials if t.wrong]
@@ -79,7 +85,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=CASES, help="judge at least as many")
+    parser.add_argument("--cases", type=int, help="judge at least as many")
+    parser.add_argument("--reduced", action="store_true", help="bfloat16 and TF32, whole models")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

@@ -108,27 +108,38 @@ def trial(number: int, sums: dict[str, Sum] = SUMS) -> Trial:
             shape = drawn.model(batch.flatten(0, 1)[:1]).shape[1:]
         targets = FILLS[steep](draw, (examples, *shape))
         clip_name, way = draw.choice(CLIPS), draw.choice(WAYS)
-    clip = _clip(
-        clip_name, drawn.model, _scale(drawn.model, batch, targets) * 10 ** draw.uniform(-2, 0.3), draw
+    clip = clip_of(
+        clip_name, drawn.model, scale(drawn.model, batch, targets) * 10 ** draw.uniform(-2, 0.3), draw
     )
     found = rule, kind, steep, clip_name, way, examples
     try:
-        excess, longest = _contributions(drawn.model, batch, targets, clip, sums[way])
+        excess, longest = contributions(
+            drawn.model,
+            batch,
+            targets,
+            clip,
+            sums[way],
+            stays=sums[way] is by_owner,  # so that the others keep their owners
+        )
     except Exception as problem:
         return Trial(number, *found, math.inf, math.inf, f"{type(problem).__name__}: {problem}"[:200])
     return Trial(number, *found, excess, longest)
 
 
-def _contributions(
-    model: nn.Module, inputs: Tensor, targets: Tensor, clip: ClipRule, sums: Sum
+def contributions(
+    model: nn.Module, inputs: Tensor, targets: Tensor, clip: ClipRule, sums: Sum, stays: bool
 ) -> tuple[float, float]:
-    """Return the largest excess, and the largest length, of what examples add to the parts of the sum."""
+    """Return the largest excess, and the largest length, of what examples add to the parts of the sum.
+
+    Args:
+        stays: an example is left out by giving its gradient the weight zero, and stays in the batch.
+    """
     everyone = torch.arange(len(inputs))
     pieces = _pieces(model, clip)
     with_all = sums(model, inputs, targets, clip).double()
     worst, longest = -math.inf, 0.0
     for example in everyone:
-        if sums is by_owner:  # its weight is zero: it stays, so that the others keep their owners
+        if stays:
             rest = targets.clone()
             rest[example] = 0.0
             without = sums(model, inputs, rest, clip).double()
@@ -156,7 +167,7 @@ def _pieces(model: nn.Module, clip: ClipRule) -> list[tuple[Tensor, float]]:
     return [((of_entry == group).nonzero().flatten(), bound) for group, bound in enumerate(bounds)]
 
 
-def _scale(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+def scale(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     """Length of a typical gradient, by plain autograd, one example at a time; 1 where there is none."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     lengths = []
@@ -168,7 +179,7 @@ def _scale(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     return middle if math.isfinite(middle) and middle > 1e-30 else 1.0
 
 
-def _clip(name: str, model: nn.Module, bound: float, draw: random.Random) -> ClipRule:
+def clip_of(name: str, model: nn.Module, bound: float, draw: random.Random) -> ClipRule:
     names = trainable_names(model)
     if name == "normalised":
         return NormalisedClip(bound, bound * draw.choice((1e-3, 1.0)))

@@ -1,7 +1,7 @@
 """Where the engine works differently on a GPU.
 
 There, launches and waiting for the device cost, and products of many small matrices do not. What differs asks
-`on`, so that a machine without a GPU can go the same ways (`tests/emulated.py`).
+`on`, so that a machine without a GPU can go the same ways (tests/equivalence/test_gpu_ways.py).
 """
 
 from __future__ import annotations

@@ -11,45 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim import models
-from fedsim.config import ModelConfig
+from benchmarks.bound import reduced
+from benchmarks.bound.reduced import MODELS, build
+from benchmarks.emulated import Tf32, to_tf32
 from fedsim.grads import FlatClip, gpu
 from fedsim.grads.bookkeeping import Options, clipped_sum
 from fedsim.grads.per_example import cross_entropy
-from tests.emulated import Tf32, to_tf32
 
 BOUND = 1e-2
 REDUCED = ("tf32", "bfloat16")
-
-
-class BertMini(nn.Module):
-    """Token ids to logits: embeddings, one layer of attention, a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(30, 16), nn.Embedding(6, 16)
-        self.norm = nn.LayerNorm(16)
-        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        ids = inputs.flatten(1).abs().mul(3.0).clamp(max=29.0).long()[:, :6]
-        rows = self.words(ids) + self.places(torch.arange(6))
-        rows = self.norm(rows) * inputs.flatten(1).abs().amax(1).view(-1, 1, 1)
-        return self.head(self.layer(rows).mean(1))
-
-
-def family(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: models.build(ModelConfig(name, options), (3, 16, 16), 5, 0)
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": family("mlp"),
-    "cnn": family("cifar_cnn"),
-    "wide resnet": family("wide_resnet", depth=10, width=1),
-    "vision transformer": family("vit", width=48, depth=2),
-    "bert": BertMini,
-}
 
 
 @pytest.fixture(autouse=True, params=["on a CPU", "on a GPU"])
@@ -59,15 +29,6 @@ def _on_any_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def build(name: str) -> nn.Module:
-    model = MODELS[name]()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():  # a last layer that starts at zero would hide what is behind it
-                parameter.normal_(0.0, 0.1)
-    return model
 
 
 def ordinary(seed: int = 2) -> Tensor:
@@ -156,3 +117,11 @@ def test_gradients_are_those_of_ordinary_training_in_that_precision(name: str, p
     expected = plain(model, inputs, precision)
     margin = Options(precision=precision).margin
     assert (found / margin - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.usefixtures("_on_any_device")
+def test_hostile_trials_of_whole_models() -> None:
+    """Some of those of `python -m benchmarks.bound --reduced`."""
+    trials = [reduced.trial(number) for number in range(3 * len(MODELS))]
+    assert not [t for t in trials if t.wrong]
+    assert max(t.longest for t in trials) > 0.999

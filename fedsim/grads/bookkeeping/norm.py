@@ -115,7 +115,7 @@ class _LayerNorm(torch.autograd.Function):
             weight_use.fill(widen(torch.bmm(factors, centred)))
         if bias_use is not None:
             width = bias_use.weight.numel()
-            bias_use.fill(widen(gradient).reshape(examples, -1, width))
+            bias_use.fill(gradient.reshape(examples, -1, width))
         return before, None, None, None, None, None, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedsim.grads import gpu
 from fedsim.grads.arithmetic import products
 from fedsim.grads.bookkeeping.memory import Blocks
-from fedsim.grads.bookkeeping.precision import squared_norms, widen
+from fedsim.grads.bookkeeping.precision import squared_norms
 
 Place = Callable[[Tensor], Tensor | None]
 Pulled = list[tuple[nn.Parameter, Tensor]]
@@ -120,8 +120,9 @@ class Rows(Use):
     def fill(self, gradients: Tensor) -> None:
         """Take gradients (B, m, *weight.shape); m parts of one example are added. m may have no axis."""
         count = self.tape.examples
-        flat = widen(gradients).reshape(count, -1, self.weight.numel())
-        self.gradients = flat[:, 0] if flat.shape[1] == 1 else flat.sum(1)
+        flat = gradients.reshape(count, -1, self.weight.numel())
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        self.gradients = flat[:, 0].to(wide) if flat.shape[1] == 1 else flat.sum(1, dtype=wide)
         self.tape.arrived(self)
 
     def squares(self) -> Tensor:
