@@ -11,7 +11,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: run test lint data results clean
+.PHONY: run test lint gpu data results clean
 
 run: $(READY)  ## the main job: federated DP-SGD by Flower's simulation, then the same recipe centralized
 	@rm -rf runs/quickstart
@@ -24,6 +24,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu: $(READY)  ## on a machine with a CUDA GPU: correctness, the owed measurements, in at most 25 minutes
+	$(BIN)/python -m benchmarks.gpu
 
 data: $(READY)  ## fetch the full Fashion-MNIST into data/
 	$(BIN)/python -m fedsim.data.fetch --root data

@@ -125,7 +125,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _row(case: Case, views: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    examples = case.examples if views == 1 else max(1, case.examples * 2 // views)
+    full = case.gpu_examples if arguments.device == "cuda" else case.examples
+    examples = full if views == 1 else max(1, full * 2 // views)
     parameters = sum(p.numel() for p in case.model().parameters())
     possible = [*methods(arguments.device, len(case.shape) == 3), jax_peer.BASE, jax_peer.METHOD]
     names = [name for name in possible if applies(name, parameters, examples, views)]
@@ -171,11 +172,21 @@ def _row(case: Case, views: int, arguments: argparse.Namespace) -> dict[str, Any
 
 
 def _steps(case: Case, names: Sequence[str], examples: int, views: int, device: str) -> dict[str, Step]:
-    """The methods of these names, each with a model of its own."""
+    """The methods of these names, each with a model of its own; on a GPU those its memory is enough for."""
     inputs, targets = (tensor.to(device) for tensor in case.batch(examples, views))
     model = case.model().to(device)
     makers = methods(device, len(case.shape) == 3)
-    return {name: makers[name](copy.deepcopy(model), inputs, targets) for name in names}
+    steps = {name: makers[name](copy.deepcopy(model), inputs, targets) for name in names}
+    if device != "cuda":
+        return steps
+    fitting = {}
+    for name, step in steps.items():
+        try:
+            step()
+            fitting[name] = step
+        except torch.OutOfMemoryError:
+            print(f"{case.name} K={views} B={examples}: no memory for {name}", flush=True)
+    return fitting
 
 
 def _timed(step: Any, device: str) -> float:

@@ -24,6 +24,7 @@ class Case:
         shape: of one view.
         classes: width of the output.
         examples: physical batch for K = 1 when timing; for K = 16 it is divided by 8.
+        gpu_examples: the same on a GPU, which few examples do not fill.
         memory_examples: physical batch for K = 1 when measuring memory.
         options: of the family.
     """
@@ -33,6 +34,7 @@ class Case:
     shape: tuple[int, ...]
     classes: int
     examples: int
+    gpu_examples: int
     memory_examples: int
     options: dict[str, Any]
 
@@ -51,11 +53,11 @@ _IMAGE = (3, 32, 32)
 CASES = {
     case.name: case
     for case in (
-        Case("cnn", "cifar_cnn", _IMAGE, 10, 64, 128, {}),
-        Case("wrn-16-4", "wide_resnet", _IMAGE, 10, 16, 32, {}),
-        Case("vit-tiny", "vit", _IMAGE, 10, 16, 32, {}),
-        Case("linear-10", "linear", (1280,), 10, 4096, 4096, {"zero_init": False}),
-        Case("linear-100", "linear", (1280,), 100, 4096, 4096, {"zero_init": False}),
-        Case("linear-1000", "linear", (1280,), 1000, 4096, 4096, {"zero_init": False}),
+        Case("cnn", "cifar_cnn", _IMAGE, 10, 64, 1024, 128, {}),
+        Case("wrn-16-4", "wide_resnet", _IMAGE, 10, 16, 256, 32, {}),
+        Case("vit-tiny", "vit", _IMAGE, 10, 16, 256, 32, {}),
+        Case("linear-10", "linear", (1280,), 10, 4096, 16384, 4096, {"zero_init": False}),
+        Case("linear-100", "linear", (1280,), 100, 4096, 16384, 4096, {"zero_init": False}),
+        Case("linear-1000", "linear", (1280,), 1000, 4096, 4096, 4096, {"zero_init": False}),
     )
 }

@@ -29,7 +29,7 @@ from fedsim.grads import ClipRule, clipped_gradient_sum, gpu
 from fedsim.grads.bookkeeping import Options
 
 CASES = 5_000
-PRECISIONS = ("tf32", "bfloat16")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 PLACES = ("CPU", "GPU")
 SHAPE = (3, 16, 16)
 CLASSES = 5
@@ -49,7 +49,7 @@ class BertMini(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, ...) to (n, classes)."""
         ids = inputs.flatten(1).abs().mul(3.0).clamp(max=29.0).long()[:, :6]
-        rows = self.words(ids) + self.places(torch.arange(6))
+        rows = self.words(ids) + self.places(torch.arange(6, device=inputs.device))
         rows = self.norm(rows) * inputs.flatten(1).abs().amax(1).view(-1, 1, 1)
         return self.head(self.layer(rows).mean(1))
 
@@ -93,7 +93,14 @@ def sums(precision: str) -> Callable[[nn.Module, Tensor, Tensor, ClipRule], Tens
     """The public function in a precision."""
     options = Options(precision=precision)
     return lambda model, inputs, targets, clip: clipped_gradient_sum(
-        model, inputs, targets, clip, loss=product, engine="bookkeeping", options=options
+        model,
+        inputs,
+        targets,
+        clip,
+        loss=product,
+        engine="bookkeeping",
+        physical_batch_size=MOST * inputs.shape[1],
+        options=options,
     ).sum[None]
 
 

@@ -108,6 +108,16 @@ def expanded(target: Batch, views: int) -> Batch:
     return each(lambda array: array.expand(views, *array.shape), target)
 
 
+def filled(batch: Batch, examples: int) -> Batch:
+    """Return a batch (B, ...) with copies of its first example up to so many; itself if they are there."""
+
+    def longer(array: Tensor) -> Tensor:
+        missing = examples - len(array)
+        return torch.cat([array, array[:1].expand(missing, *array.shape[1:])]) if missing else array
+
+    return each(longer, batch)
+
+
 def call(model: nn.Module, views: Batch) -> Any:
     """Call `model` with what it expects; see `arguments`."""
     positional, named = arguments(model, views)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -97,13 +98,17 @@ def clipped_gradient_sum(
             is seen to mix examples or to be random (`fedsim.grads.independence`).
     """
     options = Options() if options is None else options
+    examples, views = batch.sizes(inputs, targets)
+    validate.positive(physical_batch_size, "engine.physical_batch_size")
+    most = max(1, physical_batch_size // views)
+    if engine == "bookkeeping":
+        # A single example takes kernels of its own; where fewer bits are kept, all pieces are of one size.
+        options = dataclasses.replace(options, fill=min(2, most) if options.precision == "float32" else most)
     chain: dict[str, Engine] = {
         engine: engine_of(engine, options),
-        "vmap": vmap.clipped_sum,
+        "vmap": functools.partial(vmap.clipped_sum, fill=min(2, most)),
         ways.LAST: autograd.clipped_sum,
     }
-    validate.positive(physical_batch_size, "engine.physical_batch_size")
-    examples, views = batch.sizes(inputs, targets)
     parameters = list(trainable_parameters(model).values())
     device = parameters[0].device
     total = parameters[0].detach().new_zeros(sum(p.numel() for p in parameters))

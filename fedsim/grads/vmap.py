@@ -17,14 +17,19 @@ from fedsim.grads.flat import trainable_names, trainable_parameters
 from fedsim.grads.microbatch import Answer, CannotFollow, Loss, check_losses
 
 
-def clipped_sum(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, clip: ClipRule) -> Answer:
+def clipped_sum(
+    model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, clip: ClipRule, fill: int = 2
+) -> Answer:
     """Clipped gradient sum of one physical batch; see `microbatch.Engine`.
+
+    Args:
+        fill: see `example_gradients`.
 
     Raises:
         CannotFollow: a parameter reaches the loss past the module it belongs to.
         RuntimeError: the model draws random numbers, or does what functorch cannot transform.
     """
-    gradients, losses = example_gradients(model, inputs, targets, loss)
+    gradients, losses = example_gradients(model, inputs, targets, loss, fill)
     total, norms = clip_and_sum(gradients, clip, clip.group_of(trainable_names(model)))
     return total, norms, losses
 
@@ -49,11 +54,17 @@ def clipped_sums(
 
 
 def example_gradients(
-    model: nn.Module, inputs: Batch, targets: Batch, loss: Loss
+    model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, fill: int = 2
 ) -> tuple[list[Tensor], Tensor]:
-    """Return one gradient tensor (n, *shape) a parameter, unclipped, and the losses (n,)."""
+    """Return one gradient tensor (n, *shape) a parameter, unclipped, and the losses (n,).
+
+    Args:
+        fill: examples that are computed at least, copies of the first among them. A single one takes kernels
+            of its own, so that its digits would tell whether another is there.
+    """
     parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
-    views = batch.arrays(inputs)[0].shape[1]
+    examples, views = batch.sizes(inputs, targets)
+    inputs, targets = (batch.filled(own, max(fill, examples)) for own in (inputs, targets))
 
     def example_loss(values: dict[str, Tensor], own: Batch, target: Batch) -> Tensor:
         positional, named = batch.arguments(model, own)
@@ -68,4 +79,4 @@ def example_gradients(
     # The parameters that were put in have no graph here. What has one came another way, without its gradient.
     if losses.requires_grad:
         raise CannotFollow("a trainable parameter reaches the loss past the module it belongs to")
-    return [gradients[name] for name in parameters], losses
+    return [gradients[name][:examples] for name in parameters], losses[:examples]

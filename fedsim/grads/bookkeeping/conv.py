@@ -64,7 +64,7 @@ class ConvUse(Use):
 
     def remember(self, output: Tensor, bias: Tensor | None) -> None:
         """Take the convolution's output, if `squares` is cheaper with it at hand."""
-        if self.origin is None:
+        if self.origin is None or output.dtype != self.weight.dtype:  # rounded to fewer bits
             return
         places = self._views * math.prod(output.shape[1:])
         if self.plan == "gram" or (self.keep and 2 * places < self.weight.numel()):

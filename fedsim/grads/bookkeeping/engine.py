@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from fedsim.grads import batch
 from fedsim.grads import vmap as vmap_engine
 from fedsim.grads.arithmetic import float32
 from fedsim.grads.batch import Batch, arrays, call, each, expanded, sizes, take
@@ -71,16 +73,18 @@ def clipped_sum(
         Exception: whatever vmap, or the model under it, raises.
     """
     examples, views = sizes(inputs, targets)
+    given = [(array, array._version) for array in (*arrays(inputs), *arrays(targets))]
+    filled = max(examples, options.fill)
     named = trainable_parameters(model)
     device = next(iter(named.values())).device
     clip_groups = clip.group_of(tuple(named))
     budget, scratch = options.budget_on(device), options.scratch_on(device)
-    tape = Tape(model, named, examples, budget, scratch, clip_groups)
-    given = [(array, array._version) for array in (*arrays(inputs), *arrays(targets))]
+    tape = Tape(model, named, filled, budget, scratch, clip_groups)
     tape.reduced = options.precision != "float32"
     with tape:
         with options.arithmetic(device):
-            groups, losses = _forward_and_backward(model, inputs, targets, views, loss, options, tape)
+            rows = batch.filled(inputs, filled), batch.filled(targets, filled)
+            groups, losses = _forward_and_backward(model, *rows, views, loss, options, tape, examples)
         with torch.no_grad(), float32():
             for group in groups:
                 group.add_squares(tape)
@@ -91,7 +95,7 @@ def clipped_sum(
             finite = torch.isfinite(overall(norms))
             coefficients = clip.coefficients(norms)
             alone = _too_short(tape, clip, coefficients)
-            if examples == 1 and alone.any():  # nobody's digits to keep it out of
+            if filled == 1 and alone.any():  # nobody's digits to keep it out of
                 total = _formed(tape, clip, norms, coefficients)
                 alone = torch.zeros_like(alone)
             else:
@@ -100,6 +104,7 @@ def clipped_sum(
                 total = _weighted(tape, small, groups, factors)
             if options.margin < 1.0:
                 total *= options.margin
+            norms, finite, alone = norms[:examples], finite[:examples], alone[:examples]
     if bool((finite & ~alone).all()):  # the one question a GPU is asked, when all its work is under way
         return total.detach(), norms, losses
     if not finite.all():  # 0 * nan is nan: the others go again, alone
@@ -119,9 +124,8 @@ def clipped_sum(
             raise Unsupported("a norm is a rounding error, and the forward pass has written into the inputs")
         for example in alone.nonzero()[:, 0].tolist():
             own = slice(example, example + 1)
-            part, norms[own], _ = clipped_sum(
-                model, take(inputs, own), take(targets, own), loss, clip, options
-            )
+            only = dataclasses.replace(options, fill=1)
+            part, norms[own], _ = clipped_sum(model, take(inputs, own), take(targets, own), loss, clip, only)
             total += part
     return total.detach(), norms, losses
 
@@ -175,9 +179,16 @@ def _formed(tape: Tape, clip: ClipRule, norms: Tensor, coefficients: Tensor) -> 
 
 
 def _forward_and_backward(
-    model: nn.Module, inputs: Batch, targets: Batch, views: int, loss: Loss, options: Options, tape: Tape
+    model: nn.Module,
+    inputs: Batch,
+    targets: Batch,
+    views: int,
+    loss: Loss,
+    options: Options,
+    tape: Tape,
+    examples: int,
 ) -> tuple[list[joint.Group], Tensor]:
-    """Record the call on `tape` and fill every use; returns the losses (B,) too."""
+    """Record the call on `tape` and fill every use; returns the losses (B,) of the first `examples` too."""
     bfloat16, device = options.precision == "bfloat16", tape.anchor.device.type
 
     def example_loss(own: Batch, target: Batch) -> Tensor:
@@ -201,11 +212,13 @@ def _forward_and_backward(
         groups = joint.groups(tape)
         if losses.requires_grad:
             with torch.autocast(losses.device.type, enabled=False):  # the model may have left one on
-                torch.autograd.backward(losses, torch.full_like(losses, 1.0 / views))
+                weights = torch.full_like(losses, 1.0 / views)
+                weights[examples:] = 0.0
+                torch.autograd.backward(losses, weights)
                 with torch.no_grad():
                     for fill in tape.after_backward:
                         fill()
-    return groups, losses.detach().mean(1)
+    return groups, losses.detach()[:examples].mean(1)
 
 
 def _laid_out(array: Tensor, model: nn.Module, options: Options) -> Tensor:

@@ -39,6 +39,9 @@ class Options:
         precision: "float32"; "tf32" and "bfloat16" (autocast) are for CUDA, and make forward and backward
             faster and less exact. What the engine itself multiplies, for norms and sums, is in float32 in
             all of them, so that no contribution is longer than measured.
+        fill: examples that a call is filled up to, with copies of its first that count nothing. Kernels
+            differ with the size of a batch, and with them the digits of all in it: so that it does not
+            matter to the others who is missing. `clipped_gradient_sum` sets it.
         sharers: processes that compute on one CUDA device at the same time, which have its memory together.
     """
 
@@ -47,6 +50,7 @@ class Options:
     channels_last: bool | None = None
     precision: str = "float32"
     sharers: int = 1
+    fill: int = 1
 
     def __post_init__(self) -> None:
         validate.one_of(self.precision, PRECISIONS, "engine.precision")
