@@ -236,6 +236,50 @@ def versions(name: str) -> str:
     return table(head, rows) + mean + provenance(held)
 
 
+def launches(name: str) -> str:
+    """One row a piece: what it asks of a GPU, and the least time by the figures of a card."""
+    held = _load(name)
+    if held is None:
+        return missing("python -m benchmarks.launches", name)
+    head = [
+        "model",
+        "K",
+        "launched",
+        "waits",
+        "copies",
+        "launched, before",
+        "least ms",
+        "ordinary, least ms",
+        "ratio",
+    ]
+    rows = [
+        [
+            row["model"],
+            str(row["views"]),
+            f"{row['launched']:,}",
+            str(row["waits"]),
+            str(row["copies"]),
+            f"{row['before']['launched']:,}" if "before" in row else "-",
+            f"{row['least_ms']:.1f}",
+            f"{row['ordinary_least_ms']:.1f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in held["rows"]
+    ]
+    (wide,) = (row for row in held["rows"] if row["model"] == "wrn-16-4" and row["views"] == 16)
+    step = (
+        f"\nA step of WRN-16-4 with B = 4,096 and K = 16: {wide['launched_a_step']:,} launched, "
+        f"{wide['waits_a_step']} waits"
+    )
+    if "before" in wide:
+        earlier, pieces = wide["before"], wide["launched_a_step"] // wide["launched"]
+        step += (
+            f"; before (commit {held['before_commit']}): {earlier['launched_a_step']:,} launched, "
+            f"{pieces * earlier['convolution_backward']:,} of them `convolution_backward`"
+        )
+    return table(head, rows) + f"{step}. Card: {held['card']}.\n" + provenance(held)
+
+
 def layers(name: str) -> str:
     """One row for each layer or model that was judged, and what is wrong, if anything."""
     held = _load(name)
@@ -301,6 +345,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/layers.md": {
         "layers": lambda: layers("layers.json"),
         "bound": lambda: bound("bound.json"),
+        "bound-reduced": lambda: bound("bound_reduced.json"),
     },
     "docs/benchmarks.md": {
         "gradients-cpu": lambda: gradients("gradients_cpu.json"),
@@ -308,6 +353,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "gradients-cpu-as-installed": lambda: gradients("gradients_cpu_as_installed.json"),
         "memory-cpu": lambda: memory("memory_cpu.json"),
         "versions-cpu": lambda: versions("versions_cpu.json"),
+        "launches": lambda: launches("launches.json"),
         "gradients-gpu": lambda: gradients("gradients_gpu.json"),
         "memory-gpu": lambda: memory("memory_gpu.json"),
         "rounds-cpu": lambda: rounds("rounds_cpu.json"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.bound import reduced
 from benchmarks.bound.reduced import MODELS, build
 from benchmarks.emulated import Tf32, to_tf32
-from fedsim.grads import FlatClip, gpu
+from fedsim.grads import FlatClip, clipped_gradient_sum, gpu
 from fedsim.grads.bookkeeping import Options, clipped_sum
 from fedsim.grads.per_example import cross_entropy
 
@@ -125,3 +125,55 @@ def test_hostile_trials_of_whole_models() -> None:
     trials = [reduced.trial(number) for number in range(3 * len(MODELS))]
     assert not [t for t in trials if t.wrong]
     assert max(t.longest for t in trials) > 0.999
+
+
+def weighed(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of labels (n, 2) with a weight each."""
+    return F.cross_entropy(outputs, targets[:, 0].long(), reduction="none") * targets[:, 1]
+
+
+@pytest.mark.parametrize("examples", [2, 5])
+@pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
+@pytest.mark.parametrize("precision", ["float32", *REDUCED])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_example_that_is_missing_changes_no_bit_of_the_others(
+    name: str, precision: str, engine: str, examples: int
+) -> None:
+    """A piece has the size it would have with it: where single examples, and others, take other kernels."""
+    if engine == "vmap" and (precision != "float32" or examples > 2):
+        pytest.skip("vmap is in float32, and its pieces are filled up to two")
+    model, inputs = build(name), HOSTILE["views that cancel"](ordinary(7))[:examples]
+    targets = torch.stack([torch.arange(examples) % 5, torch.ones(examples)], dim=1)
+    options = Options(precision=precision) if engine == "bookkeeping" else None
+
+    def summed(kept: Tensor, labels: Tensor) -> Tensor:
+        with Tf32():
+            return clipped_gradient_sum(
+                model,
+                kept,
+                labels,
+                FlatClip(1e-3),
+                loss=weighed,
+                engine=engine,
+                physical_batch_size=2 * examples,
+                options=options,
+            ).sum
+
+    without = targets.clone()
+    without[-1, 1] = 0.0
+    there, missing = summed(inputs, without), summed(inputs[:-1], targets[:-1])
+    if precision == "float32" and examples > 2:  # rounding of the addition
+        assert (there - missing).norm() <= 1e-6 * missing.norm()
+    else:
+        assert torch.equal(there, missing)
+
+
+def test_what_a_batch_is_filled_up_with_does_not_count() -> None:
+    model, inputs = build("cnn"), ordinary(7)
+    sums = [
+        clipped_sum(model, inputs[:2], TARGETS[:2], cross_entropy, FlatClip(0.1), Options(fill=fill))
+        for fill in (1, 5)
+    ]
+    for one, other in zip(*sums, strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other)

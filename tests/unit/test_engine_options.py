@@ -67,7 +67,7 @@ def test_a_node_hands_them_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
     keys = node.strategy.keys(0, 0)
     task = StepTask(step=0, wave=0, stage="", sampling_rate=0.1, keys=keys)
     node.clipped_sum(node.ids[:3], task, node.strategy.clip_rule())
-    assert seen == [Options(memory_budget=0, channels_last=False)]
+    assert seen == [Options(memory_budget=0, channels_last=False, fill=2)]
 
 
 @pytest.mark.parametrize(
