@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -65,7 +65,10 @@ def pick_device(name: str, node: int = 0) -> torch.device:
 
 def evaluation_device(engine: EngineConfig) -> torch.device:
     """Return where the server evaluates: on a GPU if it sees one, unless `engine.device` says cpu."""
-    return pick_device("cpu" if engine.device == "cpu" else "auto")
+    if engine.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    seen = engine.device.startswith("cuda:") and int(engine.device[5:]) < torch.cuda.device_count()
+    return pick_device(engine.device if seen else "auto")
 
 
 def check_simulation(config: Config) -> None:
@@ -110,9 +113,9 @@ def make_deterministic(device: torch.device, wanted: bool) -> None:
     """
     if device.type != "cuda":
         return
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS starts
     torch.use_deterministic_algorithms(wanted)
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.backends.cudnn.deterministic = wanted
     torch.backends.cudnn.benchmark = not wanted
 

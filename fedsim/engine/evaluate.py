@@ -19,8 +19,8 @@ from fedsim.validate import InputError
 def on(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the block, have the model on `device`."""
     home = next(model.parameters()).device
-    model.to(device)
     try:
+        model.to(device)
         yield
     finally:
         model.to(home)

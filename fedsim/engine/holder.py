@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from fedsim.grads.clip import ClipRule
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.per_example import clipped_gradient_sum, clipped_gradient_sums
+from fedsim.grads.ways import out_of_memory
 from fedsim.sampling import HolderAvailability
 from fedsim.seeds import stream
 from fedsim.types import ClippedSum, HolderReply, StepTask
@@ -141,7 +143,9 @@ class Node:
         """Return `compute()`; where the GPU's memory is too small, once more with half the physical batch."""
         try:
             return compute()
-        except torch.OutOfMemoryError:
+        except Exception as problem:
+            if not out_of_memory(problem):
+                raise
             half = max(self.config.train.augment_multiplicity, self.physical_batch_size // 2)
             if half >= self.physical_batch_size or self._halved:
                 raise
@@ -166,7 +170,7 @@ class Node:
                 targets,
                 clip,
                 engine=self.config.engine.gradients,
-                physical_batch_size=self.physical_batch_size,
+                physical_batch_size=self._chunk(task) * self.config.train.augment_multiplicity,
                 options=self.options,
             )
             total = part.sum if total is None else total.add_(part.sum)
@@ -199,7 +203,8 @@ class Node:
         norms, losses, clipped = [], [], []
         for piece, inputs, targets in self._pieces(ids, task):
             owners = torch.from_numpy(rows[piece])
-            answer = clipped_gradient_sums(self.model, inputs, targets, clip, owners, totals)
+            fill = self._chunk(task) if self.device.type == "cuda" else 2
+            answer = clipped_gradient_sums(self.model, inputs, targets, clip, owners, totals, fill=fill)
             norms.append(answer[0])
             losses.append(answer[1])
             clipped.append(answer[2])
@@ -213,12 +218,21 @@ class Node:
         )
         return totals, together
 
+    def _chunk(self, task: StepTask) -> int:
+        """Examples of a physical batch: no more than a draw has in all likelihood.
+
+        A GPU computes physical batches of one size, whoever is in them.
+        """
+        expected = task.sampling_rate * len(self.ids)
+        likely = math.ceil(expected + 6.0 * math.sqrt(expected)) + 1
+        return max(1, min(self.physical_batch_size // self.config.train.augment_multiplicity, likely))
+
     def _pieces(
         self, ids: NDArray[np.int64], task: StepTask
     ) -> Iterator[tuple[slice, batches.Batch, batches.Batch]]:
         """Yield (place in ids, inputs, targets) of one physical batch after the other; one at least."""
         train, key = self.config.train, task.keys["augment"]
-        chunk = max(1, self.physical_batch_size // train.augment_multiplicity)
+        chunk = self._chunk(task)
         pieces = [slice(start, start + chunk) for start in range(0, max(1, len(ids)), chunk)]
         on_gpu = self.device.type == "cuda"
 

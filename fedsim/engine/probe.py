@@ -79,6 +79,7 @@ def probe(experiment: Experiment, parallel: bool) -> Choice:
     """
     config = experiment.config
     device = _device(config, parallel)
+    devices.make_deterministic(device, config.engine.deterministic)
     nodes = devices.nodes_at_once(config, device, parallel)
     free = devices.free_memory(device, processes=nodes if parallel else 0)
     limit = devices.memory_limit(config.engine, free, nodes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim import validate
-from fedsim.grads import autograd, batch, bookkeeping, independence, opacus_engine, vmap, ways
+from fedsim.grads import autograd, batch, bookkeeping, gpu, independence, opacus_engine, vmap, ways
 from fedsim.grads.batch import Batch
 from fedsim.grads.bookkeeping import Options
 from fedsim.grads.clip import ClipRule, overall
@@ -42,15 +43,15 @@ def engine_of(name: str, options: Options) -> Engine:
         InputError: no such engine, or options given to one other than bookkeeping, which alone has them.
     """
     check_engine(name)
-    if options == Options():
-        return ENGINES[name]
-    if name != "bookkeeping":
+    if name == "bookkeeping":
+        return functools.partial(bookkeeping.clipped_sum, options=options)
+    if dataclasses.replace(options, sharers=1, fill=1) != Options():
         validate.conflicts(
             "engine.precision, engine.channels_last and engine.gradient_memory are settings of the "
             f"bookkeeping engine, but engine.gradients is {name!r}.",
             "Leave them at float32, auto and full, or use engine.gradients=bookkeeping.",
         )
-    return functools.partial(bookkeeping.clipped_sum, options=options)
+    return ENGINES[name]
 
 
 def clipped_gradient_sum(
@@ -100,16 +101,18 @@ def clipped_gradient_sum(
     options = Options() if options is None else options
     examples, views = batch.sizes(inputs, targets)
     validate.positive(physical_batch_size, "engine.physical_batch_size")
+    parameters = list(trainable_parameters(model).values())
+    # Kernels of a CPU know one from several; those of a GPU any size, and where fewer bits are kept it shows.
     most = max(1, physical_batch_size // views)
+    same = gpu.on(parameters[0]) or options.precision != "float32"
+    fill = most if same else min(2, most)
     if engine == "bookkeeping":
-        # A single example takes kernels of its own; where fewer bits are kept, all pieces are of one size.
-        options = dataclasses.replace(options, fill=min(2, most) if options.precision == "float32" else most)
+        options = dataclasses.replace(options, fill=fill)
     chain: dict[str, Engine] = {
         engine: engine_of(engine, options),
-        "vmap": functools.partial(vmap.clipped_sum, fill=min(2, most)),
+        "vmap": functools.partial(vmap.clipped_sum, fill=fill),
         ways.LAST: autograd.clipped_sum,
     }
-    parameters = list(trainable_parameters(model).values())
     device = parameters[0].device
     total = parameters[0].detach().new_zeros(sum(p.numel() for p in parameters))
     groups = clip.group_of(trainable_names(model))
@@ -134,6 +137,7 @@ def clipped_gradient_sums(
     owners: Tensor,
     totals: Tensor,
     loss: Loss = cross_entropy,
+    fill: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Add the clipped gradients of one physical batch to the sums of their owners.
 
@@ -145,6 +149,7 @@ def clipped_gradient_sums(
         owners: (B,) int64, each example's row in `totals`.
         totals: (owners, P) in the parameters' dtype and on their device, changed in place; of no use after an
             exception.
+        fill: examples that are computed at least: see `vmap.example_gradients`.
 
     Returns:
         Norms before clipping and losses, (B,) float64 each, and `ClippedSum.clipped`.
@@ -156,7 +161,10 @@ def clipped_gradient_sums(
         empty = torch.zeros(0, dtype=torch.float64, device=device)
         return empty, empty, None if groups is None else empty > 0
     independence.check(model, inputs, targets, loss)
-    chain = {"vmap": vmap.clipped_sums, ways.LAST: autograd.clipped_sums}
+    chain: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+        "vmap": functools.partial(vmap.clipped_sums, fill=fill),
+        ways.LAST: autograd.clipped_sums,
+    }
     rest = (clip, owners.to(device), totals)
     norms, losses = ways.first_that_works(chain, model, inputs, targets, loss, *rest)
     return overall(norms), losses.to(torch.float64), None if groups is None else clip.clipped(norms)

@@ -42,13 +42,14 @@ def clipped_sums(
     clip: ClipRule,
     owners: Tensor,
     totals: Tensor,
+    fill: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Add the clipped gradients to the rows of `totals` (owners, P) that `owners` (n,) names.
 
     Returns norms and losses, as `clipped_sum`, which says the rest. All gradients are there before `totals`
     is changed.
     """
-    gradients, losses = example_gradients(model, inputs, targets, loss)
+    gradients, losses = example_gradients(model, inputs, targets, loss, fill)
     groups = clip.group_of(trainable_names(model))
     return clip_and_sum_by_owner(gradients, clip, owners, totals, groups), losses
 

@@ -111,7 +111,9 @@ def out_of_memory(problem: Exception) -> bool:
     """Whether an exception is about memory, and says nothing about model and way."""
     if isinstance(problem, MemoryError | torch.OutOfMemoryError | OverLimit):
         return True
-    return isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)  # torch on the CPU
+    # torch on the CPU, and the libraries under it on CUDA
+    words = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
+    return isinstance(problem, RuntimeError) and any(word in str(problem) for word in words)
 
 
 def code_of(loss: Loss) -> object:

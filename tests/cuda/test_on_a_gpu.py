@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.bound.hostile import FILLS
-from benchmarks.bound.judge import contributions, scale
+from benchmarks.bound.judge import contributions, product, scale
 from benchmarks.bound.reduced import CLASSES, MODELS, SHAPE, build, sums
 from benchmarks.models import CASES as SIZES
 from fedsim.data import batches
@@ -92,6 +92,36 @@ def test_contributions_are_within_the_bound(name: str, precision: str, stays: bo
             model.to(DEVICE), inputs.to(DEVICE), targets.to(DEVICE), clip, sums(precision), stays
         )
         assert excess <= 0.0, longest
+
+
+@pytest.mark.parametrize("examples", [2, 7])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_an_example_that_is_missing_changes_no_bit_of_the_others(
+    name: str, precision: str, examples: int
+) -> None:
+    model = build(name).to(DEVICE)
+    inputs = torch.randn((examples, 2, *SHAPE), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    targets = torch.randn((examples, CLASSES), generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    without = targets.clone()
+    without[-1] = 0.0
+    there, missing = (
+        clipped_gradient_sum(
+            model,
+            inputs[: len(own)],
+            own,
+            FlatClip(1e-3),
+            loss=product,
+            engine="bookkeeping",
+            physical_batch_size=2 * examples,
+            options=Options(precision=precision),
+        ).sum
+        for own in (without, targets[:-1])
+    )
+    if DEVICE == "cpu" and examples > 2:
+        torch.testing.assert_close(there, missing)
+    else:
+        assert torch.equal(there, missing)
 
 
 @on_a_gpu_only

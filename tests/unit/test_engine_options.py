@@ -235,3 +235,10 @@ def test_a_node_asks_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("fedsim.engine.holder.pick_device", pick)
     Node(small(), 1, 0)
     assert asked == [("auto", 1)]
+
+
+def test_other_engines_may_share_a_gpu() -> None:
+    """How many nodes are on it is no setting of the bookkeeping engine."""
+    assert per_example.engine_of("vmap", Options(sharers=2, fill=5)) is per_example.ENGINES["vmap"]
+    with pytest.raises(InputError, match="settings of the bookkeeping engine"):
+        per_example.engine_of("vmap", Options(memory_budget=0))

@@ -70,7 +70,7 @@ def convolution(
     runs = area * rows * (out + channels) * size * BYTE
     native = max(2 * rows * entries * _flop(size), runs)
     form = layout + native + entries * WIDE * BYTE + area * LAUNCH / tape.examples
-    again = layout + native * PARTS if size == 2 else 2 * places * entries * _flop(size)
+    again = layout + native * (PARTS if size == 2 else 1)
     passes = entries * WIDE * BYTE * (2 if standardised else 1)
     cost = {
         "keep": form + passes + entries * WIDE * BYTE,

@@ -32,6 +32,7 @@ from fedsim.grads.bookkeeping.precision import batch_product, of_sum, squared_no
 from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use
 
+_GROUPS = 4096  # of one convolution on a GPU
 _CACHE = 2**22  # bytes to work on at a time on a CPU, where nothing has to stay
 
 
@@ -131,7 +132,7 @@ class ConvUse(Use):
         if self._kept is not None:
             total = coefficients.to(self._kept.dtype) @ self._kept
             return self._ordered(total[None])[0]
-        if self.plan in ("shifts", "gram") and self._inputs.dtype == torch.bfloat16 and self.tape.gpu:
+        if self.plan in ("shifts", "gram") and self.tape.gpu:
             return self._weighted_by_shifts(coefficients)
         factors = coefficients.repeat_interleave(self._views).view(-1, 1, 1, 1)
         gradient = widen(self._gradient)
@@ -141,12 +142,16 @@ class ConvUse(Use):
         return total.reshape(self.weight.shape)
 
     def _weighted_by_shifts(self, coefficients: Tensor) -> Tensor:
-        """For bfloat16: torch's weight gradient would round the sum to it."""
+        """For GPUs: torch's weight gradient would be rounded to bfloat16, or come from another algorithm."""
         step, views = max(1, self.tape.scratch // self._row_bytes()), self._views
-        total = coefficients.new_zeros((self.shape[0], *self.shape[2:], self.shape[1]), dtype=torch.float32)
+        total = coefficients.new_zeros(
+            (self.shape[0], *self.shape[2:], self.shape[1]), dtype=widen(self._gradient[:0]).dtype
+        )
         parts = self._inputs.split(step * views), self._gradient.split(step * views), coefficients.split(step)
         for inputs, gradient, factors in zip(*parts, strict=True):
-            total += shifts.weighted(inputs, gradient, factors.float(), self.shape[2:], self._geometry)
+            total += shifts.weighted(
+                inputs, gradient, factors.to(total.dtype), self.shape[2:], self._geometry
+            )
         return total.permute(0, 3, 1, 2).reshape(self.weight.shape)
 
     def pull_back(
@@ -205,6 +210,10 @@ class ConvUse(Use):
             images = self.shape[1] * math.prod(self._geometry.padded(self._size))
             images += math.prod(self._gradient.shape[1:])  # it may have to be copied too
             return max(1, (scratch if self.keep else cached) // (size * (entries + self._views * images)))
+        if self.tape.gpu:  # of many groups, and so of inputs and output gradients laid out anew
+            images = self._views * sum(math.prod(t.shape[1:]) for t in (self._inputs, self._gradient))
+            groups = _GROUPS // self._geometry.groups
+            return max(1, min(groups, scratch // (size * (entries + images))))
         return max(1, cached // (size * entries))
 
     def _row_bytes(self) -> int:

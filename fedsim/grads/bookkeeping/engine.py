@@ -99,15 +99,21 @@ def clipped_sum(
                 total = _formed(tape, clip, norms, coefficients)
                 alone = torch.zeros_like(alone)
             else:
-                coefficients = coefficients * ~_like(alone, coefficients)
+                counts = ~alone
+                if filled > examples:  # copies have gradients like any other, and count nothing
+                    counts = counts & (torch.arange(filled, device=device) < examples)
+                coefficients = coefficients * _like(counts, coefficients)
                 factors = rounded_down(coefficients, tape.anchor.dtype)
                 total = _weighted(tape, small, groups, factors)
             if options.margin < 1.0:
                 total *= options.margin
-            norms, finite, alone = norms[:examples], finite[:examples], alone[:examples]
-    if bool((finite & ~alone).all()):  # the one question a GPU is asked, when all its work is under way
+            norms, alone = norms[:examples], alone[:examples]
+    if bool(finite.all() & ~alone.any()):  # the one question a GPU is asked, when all its work is under way
         return total.detach(), norms, losses
     if not finite.all():  # 0 * nan is nan: the others go again, alone
+        finite = finite[:examples]
+        if finite.all():  # but a copy is not
+            options = dataclasses.replace(options, fill=1)
         if any(array._version != version for array, version in given):
             raise Unsupported("an example is not finite, and the forward pass has written into the others")
         total = torch.zeros_like(tape.anchor).expand(sum(p.numel() for p in tape.parameters.values())).clone()
@@ -212,9 +218,7 @@ def _forward_and_backward(
         groups = joint.groups(tape)
         if losses.requires_grad:
             with torch.autocast(losses.device.type, enabled=False):  # the model may have left one on
-                weights = torch.full_like(losses, 1.0 / views)
-                weights[examples:] = 0.0
-                torch.autograd.backward(losses, weights)
+                torch.autograd.backward(losses, torch.full_like(losses, 1.0 / views))
                 with torch.no_grad():
                     for fill in tape.after_backward:
                         fill()
