@@ -30,7 +30,7 @@ class EmbeddingUse(Use):
         count, size = self.tape.examples, self.weight.shape[0]
         ids = self._ids.reshape(count, -1)
         keys = ids + size * torch.arange(count, device=ids.device).unsqueeze(1)
-        keys, order = keys.flatten().sort()
+        keys, order = keys.flatten().sort(stable=True)  # so that no one's order follows from the others
         self._example, self._id = keys // size, keys % size
         gradient = widen(gradient).reshape(-1, self.weight.shape[1])[order]
         if self._padding is not None:
