@@ -242,3 +242,31 @@ def test_other_engines_may_share_a_gpu() -> None:
     assert per_example.engine_of("vmap", Options(sharers=2, fill=5)) is per_example.ENGINES["vmap"]
     with pytest.raises(InputError, match="settings of the bookkeeping engine"):
         per_example.engine_of("vmap", Options(memory_budget=0))
+
+
+@pytest.mark.parametrize(
+    ("precision", "on_gpu", "fill"), [("float32", False, 2), ("float32", True, 5), ("bfloat16", False, 5)]
+)
+def test_pieces_of_fewer_bits_and_of_gpus_have_one_size(
+    precision: str, on_gpu: bool, fill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real: Any = clipped_sum
+
+    def spy(*arguments: Any, options: Options) -> Any:
+        seen.append(options.fill)
+        return real(*arguments, options=options)
+
+    monkeypatch.setattr(per_example.bookkeeping, "clipped_sum", spy)
+    monkeypatch.setattr(per_example.gpu, "on", lambda _: on_gpu)
+    monkeypatch.setattr(Options, "check_device", lambda *_: None)
+    per_example.clipped_gradient_sum(
+        torch.nn.Linear(3, 2),
+        torch.randn(7, 2, 3),
+        torch.zeros(7, dtype=torch.int64),
+        FlatClip(1.0),
+        engine="bookkeeping",
+        physical_batch_size=10,
+        options=Options(precision=precision),
+    )
+    assert seen == [fill, fill]
