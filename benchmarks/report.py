@@ -11,24 +11,22 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import json
 import math
 import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from scipy import stats
 
 import strategies
-from benchmarks import pictures
+from benchmarks import pictures, tables
+from benchmarks.tables import load
 from fedsim.report.markers import missing, provenance, table, update
 from fedsim.validate import FedsimError
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results"
 
 
 def trust_models() -> str:
@@ -64,7 +62,7 @@ COMPARISON_COLUMNS = (
 
 def comparison(name: str, columns: Sequence[str] = COMPARISON_COLUMNS) -> str:
     """The table of configs/compare/NAME.yaml as it was last run."""
-    held = _load(f"{name}.json")
+    held = load(f"{name}.json")
     if held is None:
         return (
             f"Not measured yet. Run `fedsim compare compare/{name}`, then `python -m benchmarks.trust_models "
@@ -77,7 +75,7 @@ def comparison(name: str, columns: Sequence[str] = COMPARISON_COLUMNS) -> str:
 
 def ablation() -> str:
     """What taking out one technique does to accuracy, seed by seed against the first variant."""
-    held = _load("ablation.json")
+    held = load("ablation.json")
     if held is None:
         return comparison("ablation")
     accuracy: dict[str, dict[int, float]] = {}
@@ -110,224 +108,6 @@ def _with_error(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
 
 
-def gradients(name: str) -> str:
-    """Ratios to the non-private step, one row a model and number of views, one column a method."""
-    held = _load(name)
-    if held is None:
-        return missing("python -m benchmarks.gradients", name)
-    shown: list[tuple[str, dict[str, Any]]] = []
-    for row in held["rows"]:
-        reading: dict[str, Any] | None = row
-        while reading is not None:  # replaced readings stay in sight
-            shown.append((row["model"] if reading is row else f"{row['model']}, replaced", reading))
-            reading = reading.get("replaced")
-    methods = list(dict.fromkeys(m for _, row in shown for m in row["ratios"]))
-    rows = [
-        [label, str(row["views"]), str(row["examples"])]
-        + [f"{row['ratios'][m]:.2f}" if m in row["ratios"] else "-" for m in methods]
-        for label, row in shown
-    ]
-    heads = ["model", "K", "examples", *methods, "ours / best Opacus"]
-    for cells, (_, row) in zip(rows, shown, strict=True):
-        opacus = [ratio for method, ratio in row["ratios"].items() if method.startswith("Opacus")]
-        cells.append(f"{row['ratios']['ours'] / min(opacus):.2f}" if opacus else "-")
-    if any("jax" in row for _, row in shown):
-        heads.append("jax_privacy / JAX non-private")
-        for cells, (_, row) in zip(rows, shown, strict=True):
-            own = row.get("jax", {}).get("ratio_to_own_step")
-            cells.append("-" if own is None else f"{own:.2f}")
-    again: dict[str, list[str]] = {}
-    for row in held["rows"]:
-        if "measured" in row:
-            line = provenance({**held, **row["measured"]})
-            again.setdefault(line, []).append(f"{row['model']} K = {row['views']}")
-    notes = [f"\nMeasured again, {', '.join(which)}: {line.strip()}\n" for line, which in again.items()]
-    return table(heads, rows) + provenance(held) + "".join(notes)
-
-
-def readings(name: str) -> str:
-    """Both ways of taking our ratios from the turns of `gradients`, and how far the turns differ."""
-    held = _load(name)
-    if held is None:
-        return missing("python -m benchmarks.gradients", name)
-    rows = []
-    for row in held["rows"]:
-        seconds = row["seconds"]
-        base = seconds["non-private"]
-        for method in (m for m in ("ours", "ours, channels-last") if m in seconds):
-            turns = [own / plain for own, plain in zip(seconds[method], base, strict=True)]
-            low, middle, high = statistics.quantiles(turns, n=4, method="inclusive")
-            medians = statistics.median(seconds[method]) / statistics.median(base)
-            label = [row["model"], str(row["views"]), method, str(len(turns))]
-            rows.append([*label, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{medians:.2f}"])
-    heads = ["model", "K", "method", "turns", "median of ratios", "middle half", "ratio of medians"]
-    return table(heads, rows)
-
-
-def memory(name: str) -> str:
-    """Peak memory of the non-private step in megabytes a view, and of the methods relative to it."""
-    held = _load(name)
-    if held is None:
-        return missing("python -m benchmarks.memory", name)
-    found = [row["megabytes_per_view"] for row in held["rows"]]
-    methods = [m for m in dict.fromkeys(m for row in found for m in row) if m != "non-private"]
-    rows = []
-    for row, own in zip(held["rows"], found, strict=True):
-        base = own["non-private"]
-        ratios = [f"{own[m] / base:.2f}" if m in own else "-" for m in methods]
-        rows.append([row["model"], str(row["views"]), str(row["examples"]), f"{base:.3g} MB", *ratios])
-    return table(["model", "K", "examples", "non-private, a view", *methods], rows) + provenance(held)
-
-
-def rounds(name: str) -> str:
-    """Federation overhead, from benchmarks.rounds."""
-    held = _load(name)
-    if held is None:
-        return missing("python -m benchmarks.rounds", name)
-    rows: list[list[str]] = []
-    for case, row in held.get("hosted", {}).items():
-        ratios = {"the node": row["ratio_of_node"], "the whole step": row["ratio"]}
-        for part, ratio in ratios.items():
-            rows.append([f"local engine, trivial clients, {case}: {part}", f"{ratio:.2f} x the plain loop"])
-    for model, row in held.get("work", {}).items():
-        for case, ratio in row["ratio_to_one_holder"].items():
-            rows.append([f"local engine, {model} gradients, {case}", f"{ratio:.2f} x one holder"])
-    if "server" in held:
-        rows.append(
-            ["server work a step, 2.75 M parameters", f"{1e3 * held['server']['seconds_per_step']:.0f} ms"]
-        )
-    for case, row in held.get("pfl", {}).items():
-        for method, seconds in row["seconds"].items():
-            ratio = f"{row['ratio_to_plain_loop'][method]:.2f} x the plain loop"
-            rows.append([f"{case}: {method}", f"{1e3 * seconds:.0f} ms an iteration, {ratio}"])
-    for model, row in held.get("flower", {}).items():
-        rows.append(
-            [
-                f"Flower simulation, {model}, 1,000 holders on 2 nodes, added a step",
-                f"{row['seconds_added_per_step']:.2f} s",
-            ]
-        )
-    for case, seconds in held.get("crowd", {}).get("seconds", {}).items():
-        ratio = f"{seconds / held['crowd']['seconds']['one Flower client a holder']:.3f}"
-        rows.append(
-            [f"Flower simulation, 1,000 holders, 0.5 MB: {case}", f"{seconds:.2f} s a step, {ratio} x"]
-        )
-    return table(["what", "measured"], rows) + provenance(held)
-
-
-def versions(name: str) -> str:
-    """One row a case: time of this version relative to that of another, and to itself."""
-    held = _load(name)
-    if held is None:
-        return missing("python -m benchmarks.versions CHECKOUT", name)
-    rows = [
-        [
-            row["model"],
-            str(row["views"]),
-            str(row["examples"]),
-            f"{row['milliseconds']:.1f}",
-            f"{row['ratio']:.3f}",
-            f"{row['again']:.3f}",
-        ]
-        for row in held["rows"]
-    ]
-    head = ["model", "K", "examples", "ms", f"time relative to commit {held['other_commit']}", "again (A/A)"]
-    mean = f"\nGeometric mean {held['geometric_mean']:.3f}.\n"
-    return table(head, rows) + mean + provenance(held)
-
-
-def launches(name: str) -> str:
-    """One row a piece: what it asks of a GPU, and the least time by the figures of a card."""
-    held = _load(name)
-    if held is None:
-        return missing("python -m benchmarks.launches", name)
-    head = [
-        "model",
-        "K",
-        "launched",
-        "waits",
-        "copies",
-        "launched, before",
-        "least ms",
-        "ordinary, least ms",
-        "ratio",
-    ]
-    rows = [
-        [
-            row["model"],
-            str(row["views"]),
-            f"{row['launched']:,}",
-            str(row["waits"]),
-            str(row["copies"]),
-            f"{row['before']['launched']:,}" if "before" in row else "-",
-            f"{row['least_ms']:.1f}",
-            f"{row['ordinary_least_ms']:.1f}",
-            f"{row['ratio']:.2f}",
-        ]
-        for row in held["rows"]
-    ]
-    (wide,) = (row for row in held["rows"] if row["model"] == "wrn-16-4" and row["views"] == 16)
-    step = (
-        f"\nA step of WRN-16-4 with B = 4,096 and K = 16: {wide['launched_a_step']:,} launched, "
-        f"{wide['waits_a_step']} waits"
-    )
-    if "before" in wide:
-        earlier, pieces = wide["before"], wide["launched_a_step"] // wide["launched"]
-        step += (
-            f"; before (commit {held['before_commit']}): {earlier['launched_a_step']:,} launched, "
-            f"{pieces * earlier['convolution_backward']:,} of them `convolution_backward`"
-        )
-    return table(head, rows) + f"{step}. Card: {held['card']}.\n" + provenance(held)
-
-
-def layers(name: str) -> str:
-    """One row for each layer or model that was judged, and what is wrong, if anything."""
-    held = _load(name)
-    if held is None:
-        return missing("python -m benchmarks.layers", name)
-    head = ["layer or model", "served by", "float64 error", "float32 error", "plain float32", "longest / C"]
-    parts = []
-    for group in dict.fromkeys(row["group"] for row in held["rows"]):
-        rows = []
-        for row in (row for row in held["rows"] if row["group"] == group):
-            seen = row["moments"]
-            pairs = [" / ".join(f"{m[key]:.0e}" for m in seen) for key in ("error64", "error32", "plain32")]
-            lengths = " / ".join(f"{m['longest']:.6f}" for m in seen)
-            served = "refused, as it must be" if row["refused"] else row["served"]
-            wrong = f" **wrong: {'; '.join(row['wrong'])}**".replace("|", "/").replace("\n", " ")
-            rows.append([row["name"], served + (wrong if row["wrong"] else ""), *pairs, lengths])
-        parts.append(f"### {group[0].upper()}{group[1:]}\n\n{table(head, rows)}\n")
-    wrong = sum(bool(row["wrong"]) for row in held["rows"])
-    first = f"{len(held['rows'])} rows, {wrong} of them wrong.\n\n"
-    return first + "".join(parts).rstrip("\n") + "\n" + provenance(held)
-
-
-def bound(name: str) -> str:
-    """One row for each kind of layer: hostile cases, and the longest contribution."""
-    held = _load(name)
-    if held is None:
-        return missing("python -m benchmarks.bound", name)
-    rows = [
-        [
-            row["rule"].replace("_", " "),
-            f"{row['cases']:,}",
-            str(row["wrong"]),
-            f"{row['longest']:.7f}",
-            row["of"].replace("_", " "),
-        ]
-        for row in held["rows"]
-    ]
-    ways = ", ".join(f"{way} {cases:,}" for way, cases in held["by_way"].items())
-    head = [
-        "kind of layer",
-        "cases",
-        "trials wrong",
-        "closest to its bound / C",
-        "inputs, gradients, rule, way",
-    ]
-    return f"{held['cases']:,} cases ({ways}).\n\n" + table(head, rows) + provenance(held)
-
-
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "trust-models": trust_models,
@@ -343,20 +123,20 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
     "docs/layers.md": {
-        "layers": lambda: layers("layers.json"),
-        "bound": lambda: bound("bound.json"),
-        "bound-reduced": lambda: bound("bound_reduced.json"),
+        "layers": lambda: tables.layers("layers.json"),
+        "bound": lambda: tables.bound("bound.json"),
+        "bound-reduced": lambda: tables.bound("bound_reduced.json"),
     },
     "docs/benchmarks.md": {
-        "gradients-cpu": lambda: gradients("gradients_cpu.json"),
-        "gradients-cpu-readings": lambda: readings("gradients_cpu.json"),
-        "gradients-cpu-as-installed": lambda: gradients("gradients_cpu_as_installed.json"),
-        "memory-cpu": lambda: memory("memory_cpu.json"),
-        "versions-cpu": lambda: versions("versions_cpu.json"),
-        "launches": lambda: launches("launches.json"),
-        "gradients-gpu": lambda: gradients("gradients_gpu.json"),
-        "memory-gpu": lambda: memory("memory_gpu.json"),
-        "rounds-cpu": lambda: rounds("rounds_cpu.json"),
+        "gradients-cpu": lambda: tables.gradients("gradients_cpu.json"),
+        "gradients-cpu-readings": lambda: tables.readings("gradients_cpu.json"),
+        "gradients-cpu-as-installed": lambda: tables.gradients("gradients_cpu_as_installed.json"),
+        "memory-cpu": lambda: tables.memory("memory_cpu.json"),
+        "versions-cpu": lambda: tables.versions("versions_cpu.json"),
+        "launches": lambda: tables.launches("launches.json"),
+        "gradients-gpu": lambda: tables.gradients("gradients_gpu.json"),
+        "memory-gpu": lambda: tables.memory("memory_gpu.json"),
+        "rounds-cpu": lambda: tables.rounds("rounds_cpu.json"),
     },
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
 }
@@ -364,7 +144,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
 
 def planted_defects() -> str:
     """By test file: what it guarantees, in its own first sentence, and the planted defects it caught."""
-    held = _load("planted.json")
+    held = load("planted.json")
     if held is None:
         return missing("python -m benchmarks.planted", "planted.json")
     caught: dict[str, list[str]] = {}
@@ -389,11 +169,6 @@ def _first_sentence(path: Path) -> str:
 PICTURES = {"docs/kurakin_law.svg": ("kurakin_law.json", pictures.batch_law)}
 
 
-def _load(name: str) -> Any:
-    path = RESULTS / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def main() -> int:
     """Bring all files up to date, or say which are not."""
     parser = argparse.ArgumentParser(
@@ -405,7 +180,7 @@ def main() -> int:
         written = update(ROOT, PARTS, check=check)
         if not check:
             for name, (source, draw) in PICTURES.items():
-                pictures.write(draw(_load(source)), ROOT / name)
+                pictures.write(draw(load(source)), ROOT / name)
     except FedsimError as error:
         print(error, file=sys.stderr)
         return error.exit_code
