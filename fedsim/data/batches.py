@@ -57,8 +57,7 @@ def prepared(
         pinned: put them where a GPU fetches them from while the host goes on.
     """
     raw = augment.views(dataset.inputs[ids], ids, train.augment_multiplicity, key, train.augmentations)
-    # Copies: the data set's arrays are read-only.
-    parts = torch.tensor(raw), torch.from_numpy(dataset.labels[ids])
+    parts = torch.tensor(raw), torch.from_numpy(dataset.labels[ids])  # copies: the data set is read-only
     return (parts[0].pin_memory(), parts[1].pin_memory()) if pinned else parts
 
 

@@ -22,16 +22,23 @@ from fedsim.grads.microbatch import Answer, CannotFollow, Loss, check_losses
 from fedsim.grads.state import left_as_found
 
 
-def clipped_sum(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, clip: ClipRule) -> Answer:
+def clipped_sum(
+    model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, clip: ClipRule, fill: int = 2
+) -> Answer:
     """Clipped gradient sum of one physical batch; see `microbatch.Engine`.
 
     All views go through the model at once: what one of them gives must not depend on the others.
+
+    Args:
+        fill: examples that are computed at least: see `vmap.example_gradients`.
 
     Raises:
         CannotFollow: Opacus would leave out a part of the gradient.
         NotImplementedError: Opacus refuses the model (a trainable layer with buffers).
     """
     examples, views = batch.sizes(inputs, targets)
+    filled = max(fill, examples)
+    inputs, targets = (batch.filled(own, filled) for own in (inputs, targets))
     named = trainable_parameters(model)
     _check_modes(model)
     with left_as_found(model), torch.enable_grad(), warnings.catch_warnings():
@@ -43,14 +50,14 @@ def clipped_sum(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, cli
         wrapped = _grad_sample_module()(model, loss_reduction="sum", strict=True)
         try:
             losses = loss(wrapped(*positional, **keywords), batch.repeated(targets, views))
-            check_losses(losses, examples * views)
+            check_losses(losses, filled * views)
             if losses.requires_grad:
                 losses.sum().backward()
-            gradients = [_over_views(name, p, examples, views) for name, p in named.items()]
+            gradients = [_over_views(name, p, filled, views)[:examples] for name, p in named.items()]
         finally:
             wrapped.remove_hooks()
     total, norms = clip_and_sum(gradients, clip, clip.group_of(tuple(named)))
-    return total, norms, losses.detach().unflatten(0, (examples, views)).mean(1)
+    return total, norms, losses.detach().unflatten(0, (filled, views)).mean(1)[:examples]
 
 
 def _check_modes(model: nn.Module) -> None:

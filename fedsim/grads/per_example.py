@@ -16,10 +16,10 @@ from fedsim.grads.batch import Batch
 from fedsim.grads.bookkeeping import Options
 from fedsim.grads.clip import ClipRule, overall
 from fedsim.grads.flat import trainable_names, trainable_parameters
-from fedsim.grads.microbatch import Engine, Loss, slices
+from fedsim.grads.microbatch import Answer, Engine, Loss, slices
 from fedsim.types import ClippedSum
 
-ENGINES: dict[str, Engine] = {
+ENGINES: dict[str, Callable[..., Answer]] = {
     "bookkeeping": bookkeeping.clipped_sum,
     "vmap": vmap.clipped_sum,
     "opacus": opacus_engine.clipped_sum,
@@ -51,7 +51,7 @@ def engine_of(name: str, options: Options) -> Engine:
             f"bookkeeping engine, but engine.gradients is {name!r}.",
             "Leave them at float32, auto and full, or use engine.gradients=bookkeeping.",
         )
-    return ENGINES[name]
+    return functools.partial(ENGINES[name], fill=options.fill)
 
 
 def clipped_gradient_sum(
@@ -84,7 +84,8 @@ def clipped_gradient_sum(
         clip: clip rule; also the source of the sensitivity.
         loss: (outputs of n views, targets (n, ...)) -> one loss a view, (n,). It gets what the model returns.
         engine: key of `ENGINES`.
-        physical_batch_size: views through the model at once; an example with more views goes alone.
+        physical_batch_size: views through the model at once; an example with more views goes alone. On a GPU
+            so many are computed whoever is there, so that no kernel is another one: no more than are needed.
         options: of the bookkeeping engine; None for its defaults.
 
     Returns:
@@ -106,10 +107,8 @@ def clipped_gradient_sum(
     most = max(1, physical_batch_size // views)
     same = gpu.on(parameters[0]) or options.precision != "float32"
     fill = most if same else min(2, most)
-    if engine == "bookkeeping":
-        options = dataclasses.replace(options, fill=fill)
     chain: dict[str, Engine] = {
-        engine: engine_of(engine, options),
+        engine: engine_of(engine, dataclasses.replace(options, fill=fill)),
         "vmap": functools.partial(vmap.clipped_sum, fill=fill),
         ways.LAST: autograd.clipped_sum,
     }

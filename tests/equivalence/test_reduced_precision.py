@@ -22,13 +22,21 @@ BOUND = 1e-2
 REDUCED = ("tf32", "bfloat16")
 
 
-@pytest.fixture(autouse=True, params=["on a CPU", "on a GPU"])
-def _on_any_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+PLACES = ("on a CPU", "on a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _in_any_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Options, "check_device", lambda *_: None)
-    monkeypatch.setattr(gpu, "on", lambda _: request.param == "on a GPU")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def go(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Go the ways of one of `PLACES`."""
+    return lambda place: monkeypatch.setattr(gpu, "on", lambda _: place == "on a GPU")
 
 
 def ordinary(seed: int = 2) -> Tensor:
@@ -70,18 +78,28 @@ def test_tf32_keeps_eleven_bits() -> None:
     assert to_tf32(torch.tensor([float("inf")])).isinf().all()
 
 
-HARD = [(data, cross_entropy) for data in HOSTILE] + [("views that cancel", alternating)]
+# The rest on the ways of CPUs, which nobody goes in these precisions: `python -m benchmarks.bound --reduced`.
+HARD = [
+    *[("on a GPU", data, cross_entropy) for data in HOSTILE],
+    *[("on a CPU", data, cross_entropy) for data in ("an offset", "views that cancel")],
+    *[(place, "views that cancel", alternating) for place in PLACES],
+]
 
 
-@pytest.mark.parametrize(("data", "loss"), HARD)
+@pytest.mark.parametrize(("place", "data", "loss"), HARD)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("precision", REDUCED)
 def test_contributions_are_within_the_bound(
-    precision: str, name: str, data: str, loss: Any, monkeypatch: pytest.MonkeyPatch
+    precision: str,
+    name: str,
+    place: str,
+    data: str,
+    loss: Any,
+    go: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Here, where an example's company changes nothing, without the margin that is kept for it."""
-    if not gpu.on(TARGETS) and data not in ("an offset", "views that cancel"):
-        pytest.skip("on the ways of GPUs, and in `python -m benchmarks.bound --reduced`")
+    go(place)
     monkeypatch.setattr(Options, "margin", 1.0)
     torch.manual_seed(7)
     model, inputs = build(name), HOSTILE[data](ordinary(7))
@@ -113,9 +131,13 @@ def plain(model: nn.Module, inputs: Tensor, precision: str) -> Tensor:
     return sums
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("precision", REDUCED)
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_those_of_ordinary_training_in_that_precision(name: str, precision: str) -> None:
+def test_gradients_are_those_of_ordinary_training_in_that_precision(
+    name: str, precision: str, place: str, go: Callable[[str], None]
+) -> None:
+    go(place)
     model, inputs = build(name), ordinary()
     found, _, _ = total(model, inputs, list(range(5)), cross_entropy, FlatClip(1e9), precision)
     expected = plain(model, inputs, precision)
@@ -123,7 +145,6 @@ def test_gradients_are_those_of_ordinary_training_in_that_precision(name: str, p
     assert (found / margin - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.usefixtures("_on_any_device")
 def test_hostile_trials_of_whole_models() -> None:
     """Some of those of `python -m benchmarks.bound --reduced`."""
     trials = [reduced.trial(number) for number in range(2 * len(MODELS))]
@@ -136,16 +157,22 @@ def weighed(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets[:, 0].long(), reduction="none") * targets[:, 1]
 
 
-@pytest.mark.parametrize("examples", [2, 5])
-@pytest.mark.parametrize("engine", ["bookkeeping", "vmap"])
-@pytest.mark.parametrize("precision", ["float32", *REDUCED])
+# vmap and Opacus are in float32.
+WAYS = [
+    *[("bookkeeping", precision, count) for precision in ("float32", *REDUCED) for count in (2, 5)],
+    ("vmap", "float32", 2),
+    ("opacus", "float32", 2),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("engine", "precision", "examples"), WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_an_example_that_is_missing_changes_no_bit_of_the_others(
-    name: str, precision: str, engine: str, examples: int
+    name: str, engine: str, precision: str, examples: int, place: str, go: Callable[[str], None]
 ) -> None:
     """A piece has the size it would have with it: where single examples, and others, take other kernels."""
-    if engine == "vmap" and (precision != "float32" or examples > 2):
-        pytest.skip("vmap is in float32, and its pieces are filled up to two")
+    go(place)
     model, inputs = build(name), HOSTILE["views that cancel"](ordinary(7))[:examples]
     targets = torch.stack([torch.arange(examples) % 5, torch.ones(examples)], dim=1)
     options = Options(precision=precision) if engine == "bookkeeping" else None
@@ -166,7 +193,7 @@ def test_an_example_that_is_missing_changes_no_bit_of_the_others(
     without = targets.clone()
     without[-1, 1] = 0.0
     there, missing = summed(inputs, without), summed(inputs[:-1], targets[:-1])
-    if precision == "float32" and examples > 2:  # rounding of the addition
+    if precision == "float32" and examples > 2 and place == "on a CPU":  # rounding of the addition
         assert (there - missing).norm() <= 1e-6 * missing.norm()
     else:
         assert torch.equal(there, missing)

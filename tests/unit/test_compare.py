@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from benchmarks import report, trust_models
+from benchmarks import report, tables, trust_models
 from fedsim import compare, provenance
 from fedsim.config import CONFIG_DIR
 from fedsim.engine.experiment import prepare
@@ -183,7 +183,7 @@ def test_a_finished_comparison_becomes_a_result_file(
     assert held["hardware"] == provenance.hardware()
     assert held["rows"] == list(csv.DictReader(io.StringIO((finished / "table.csv").read_text())))
     assert len(held["cells"]) == 6
-    monkeypatch.setattr(report, "RESULTS", out.parent)
+    monkeypatch.setattr(tables, "RESULTS", out.parent)
     text = markers.fill(
         "a\n<!-- holders -->\nold\n<!-- end holders -->\nb",
         {"holders": report.PARTS["docs/comparisons.md"]["holders"]},

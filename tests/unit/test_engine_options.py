@@ -239,7 +239,9 @@ def test_a_node_asks_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_other_engines_may_share_a_gpu() -> None:
     """How many nodes are on it is no setting of the bookkeeping engine."""
-    assert per_example.engine_of("vmap", Options(sharers=2, fill=5)) is per_example.ENGINES["vmap"]
+    engine: Any = per_example.engine_of("vmap", Options(sharers=2, fill=5))
+    assert engine.func is per_example.ENGINES["vmap"]
+    assert engine.keywords == {"fill": 5}
     with pytest.raises(InputError, match="settings of the bookkeeping engine"):
         per_example.engine_of("vmap", Options(memory_budget=0))
 

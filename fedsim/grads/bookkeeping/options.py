@@ -64,11 +64,12 @@ class Options:
 
     @property
     def margin(self) -> float:
-        """Factor on every contribution for what an example's company changes in its gradient.
+        """Factor on every contribution, as an allowance for kernels of GPUs that are not known.
 
-        Forward and backward pass of others round other digits when an example leaves the physical batch, and
-        TF32 and bfloat16 keep 10 and 7 bits after the first: a last digit of float32 that falls on the other
-        side changes a factor by up to 2 ** -10 and 2 ** -7.
+        Where an example leaves a physical batch, the others move up. Should a kernel add in another order for
+        another row, a last digit of float32 may fall on the other side, and TF32 and bfloat16 keep 10 and 7
+        bits after the first: a factor changes by up to 2 ** -10 and 2 ** -7. What follows from it is not
+        bounded: it is no proof.
         """
         return {"float32": 1.0, "tf32": 1.0 / (1.0 + 2.0**-9), "bfloat16": 1.0 / (1.0 + 2.0**-6)}[
             self.precision
