@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 _aten = torch.ops.aten
 _MATMUL = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default, _aten.mm.out}
@@ -55,3 +55,69 @@ class Tf32(TorchDispatchMode):
 
 def _rounded(value: Any) -> Any:
     return to_tf32(value) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+class Graph:
+    """`torch.cuda.CUDAGraph` on the CPU: what a recording asked is asked again, of the same memory.
+
+    Between recording and replay, whatever the recording made is overwritten: on a GPU it was never computed.
+
+    Attributes:
+        replays: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
+        self.replays = 0
+
+    def add(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Record one operation."""
+        given = {id(t.untyped_storage()._cdata): t for t in _tensors((args, kwargs))}
+        known = {t.untyped_storage()._cdata for t in given.values()}
+        new = [None if t.untyped_storage()._cdata in known else t.detach() for t in _tensors(result)]
+        own = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
+        self._calls.append((func, *own, new))  # detached, for graphs of autograd lead to the model
+
+    def forget(self) -> None:
+        """Overwrite everything that was made."""
+        for *_, new in self._calls:
+            for tensor in new:
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
+
+    def replay(self) -> None:
+        """Ask everything again."""
+        self.replays += 1
+        with torch.no_grad():
+            for func, args, kwargs, new in self._calls:
+                for place, tensor in zip(new, _tensors(func(*args, **kwargs)), strict=True):
+                    if place is not None:
+                        place.copy_(tensor)
+
+
+class Recorder(TorchDispatchMode):
+    """`torch.cuda.graph` on the CPU, for `Graph`: refuses to wait for values, as on a GPU."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "repeat_interleave")
+
+    def __init__(self, graph: Graph, capture_error_mode: str = "global") -> None:
+        super().__init__()
+        assert capture_error_mode == "thread_local"
+        self._graph = graph
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.name.split("::")[1] in self.WAITS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = func(*args, **(kwargs or {}))
+        self._graph.add(func, args, kwargs or {}, result)
+        return result
+
+    def __exit__(self, *problem: Any) -> None:
+        super().__exit__(*problem)
+        self._graph.forget()
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -7,6 +7,7 @@ stays wrapped; for K > 1 its per-view samples are averaged, which its ghost mode
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,8 @@ def ours(options: Options) -> Make:
     """The bookkeeping engine."""
 
     def make(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-        return lambda: clipped_sum(model, inputs, targets, cross_entropy, CLIP, options)
+        filled = dataclasses.replace(options, fill=len(inputs))
+        return lambda: clipped_sum(model, inputs, targets, cross_entropy, CLIP, filled)
 
     return make
 
@@ -132,6 +134,7 @@ def methods(device: str, image: bool) -> dict[str, Make]:
     if device == "cuda":
         found["non-private, bfloat16"] = non_private_bfloat16
         found["ours, bfloat16"] = ours(Options(precision="bfloat16"))
+        found["ours, bfloat16, graphs"] = ours(Options(precision="bfloat16", cuda_graphs=True))
     found |= {
         "Opacus hooks": opacus(False),
         "Opacus functorch": opacus(True),

@@ -152,6 +152,8 @@ class EngineConfig:
             and less exact (norms and sums are accumulated in float32 or wider in all of them).
         channels_last: of the bookkeeping engine, layout of images: auto (where it was measured to help), on
             or off (YAML's true and false).
+        cuda_graphs: of the bookkeeping engine on CUDA: record what a physical batch launches, and replay it.
+            For steps that wait for Python; the model's own code must do the same in every call.
         device: auto, cpu, cuda or cuda:N. Auto takes CUDA where there is one, for node i number i modulo the
             number of devices its process sees.
         deterministic: on CUDA, take only kernels that give the same bits again. Where it is off a step that
@@ -173,6 +175,7 @@ class EngineConfig:
     gradient_memory: int | str = field(default="full", metadata=read_with(gradients=("bookkeeping",)))
     precision: str = field(default="float32", metadata=read_with(gradients=("bookkeeping",)))
     channels_last: bool | str = field(default="auto", metadata=read_with(gradients=("bookkeeping",)))
+    cuda_graphs: bool = field(default=False, metadata=read_with(gradients=("bookkeeping",)))
     device: str = "auto"
     deterministic: bool = True
     threads: int | None = None

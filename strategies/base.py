@@ -161,7 +161,13 @@ Ask = Callable[[str, Mapping[str, NDArray[Any]]], list[HolderReply]]
 """(stage, arrays to send along) -> one checked reply from every node, sorted by node."""
 
 
-ENGINE_SETTINGS = ("engine.gradients", "engine.gradient_memory", "engine.precision", "engine.channels_last")
+ENGINE_SETTINGS = (
+    "engine.gradients",
+    "engine.gradient_memory",
+    "engine.precision",
+    "engine.channels_last",
+    "engine.cuda_graphs",
+)
 """What only `NodeView.clipped_sum` reads."""
 
 

@@ -143,7 +143,13 @@ def options_of(engine: EngineConfig) -> Options:
         budget = parse_bytes(engine.gradient_memory, "engine.gradient_memory", "Or use full or low.")
     last = layout if isinstance(layout, bool) else None
     sharers = _sharers(engine.gpus_per_node)
-    return Options(budget, channels_last=last, precision=engine.precision, sharers=sharers)
+    return Options(
+        budget,
+        channels_last=last,
+        precision=engine.precision,
+        sharers=sharers,
+        cuda_graphs=engine.cuda_graphs,
+    )
 
 
 def _sharers(gpus_per_node: float) -> int:

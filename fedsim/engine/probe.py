@@ -114,7 +114,7 @@ class _Call:
                 self._clip,
                 engine=config.engine.gradients,
                 physical_batch_size=examples * config.train.augment_multiplicity,
-                options=devices.options_of(config.engine),
+                options=replace(devices.options_of(config.engine), cuda_graphs=False),
             ).sum
         holders = math.ceil(config.federation.holders / config.federation.nodes)
         owners = torch.arange(examples) % holders

@@ -47,9 +47,9 @@ def engine_of(name: str, options: Options) -> Engine:
         return functools.partial(bookkeeping.clipped_sum, options=options)
     if dataclasses.replace(options, sharers=1, fill=1) != Options():
         validate.conflicts(
-            "engine.precision, engine.channels_last and engine.gradient_memory are settings of the "
-            f"bookkeeping engine, but engine.gradients is {name!r}.",
-            "Leave them at float32, auto and full, or use engine.gradients=bookkeeping.",
+            "engine.precision, engine.channels_last, engine.gradient_memory and engine.cuda_graphs are "
+            f"settings of the bookkeeping engine, but engine.gradients is {name!r}.",
+            "Leave them at float32, auto, full and false, or use engine.gradients=bookkeeping.",
         )
     return functools.partial(ENGINES[name], fill=options.fill)
 

@@ -173,6 +173,39 @@ def test_a_piece_waits_once(name: str, precision: str) -> None:
 
 
 @on_a_gpu_only
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recorded_piece_gives_the_bits_of_a_computed_one(
+    name: str, precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_deterministic(torch.device("cuda", 0), True)
+    try:
+        model = build(name).cuda()
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            inputs = torch.randn((8 - seed % 2, 2, *SHAPE), generator=generator).cuda()
+            targets = (torch.arange(len(inputs)) % CLASSES).cuda()
+            found, expected = (
+                clipped_sum(
+                    model,
+                    inputs,
+                    targets,
+                    cross_entropy,
+                    FlatClip(0.1),
+                    Options(precision=precision, fill=8, cuda_graphs=graphs),
+                )
+                for graphs in (True, False)
+            )
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.99)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not caplog.records  # it was recorded
+
+
+@on_a_gpu_only
 def test_group_norms_of_many_views_run() -> None:
     layer = torch.nn.Sequential(torch.nn.Conv2d(1, 64, 1), torch.nn.InstanceNorm2d(64, affine=True)).cuda()
     inputs = torch.randn(2048, 1, 1, 4, 4, device="cuda")

@@ -11,6 +11,7 @@ geometry, gather
             where a kernel meets its input; gradients as products with gathered patches
 standardise weight-standardised kernels in closed form
 joint       weights used more than once, or computed from parameters
+graphs      what a call launches, recorded and replayed
 choose      which way is cheapest, under a byte guard
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedsim.grads.bookkeeping import (
     conv_rule,
     cross_entropy,
     embedding,
+    graphs,
     joint,
     linear,
     norm,
@@ -72,51 +74,25 @@ def clipped_sum(
         Unsupported: a trainable parameter reaches the loss in a way that cannot be seen.
         Exception: whatever vmap, or the model under it, raises.
     """
-    examples, views = sizes(inputs, targets)
+    examples, _ = sizes(inputs, targets)
     given = [(array, array._version) for array in (*arrays(inputs), *arrays(targets))]
     filled = max(examples, options.fill)
-    named = trainable_parameters(model)
-    device = next(iter(named.values())).device
-    clip_groups = clip.group_of(tuple(named))
-    budget, scratch = options.budget_on(device), options.scratch_on(device)
-    tape = Tape(model, named, filled, budget, scratch, clip_groups)
-    tape.reduced = options.precision != "float32"
-    with tape:
-        with options.arithmetic(device):
-            rows = batch.filled(inputs, filled), batch.filled(targets, filled)
-            groups, losses = _forward_and_backward(model, *rows, views, loss, options, tape, examples)
-        with torch.no_grad(), float32():
-            for group in groups:
-                group.add_squares(tape)
-            small = [_Small(tape, group) for group in range(len(tape.total))]
-            for kept in small:
-                kept.add_squares()
-            norms = _norms(tape)
-            finite = torch.isfinite(overall(norms))
-            coefficients = clip.coefficients(norms)
-            alone = _too_short(tape, clip, coefficients)
-            if filled == 1 and alone.any():  # nobody's digits to keep it out of
-                total = _formed(tape, clip, norms, coefficients)
-                alone = torch.zeros_like(alone)
-            else:
-                counts = ~alone
-                if filled > examples:  # copies have gradients like any other, and count nothing
-                    counts = counts & (torch.arange(filled, device=device) < examples)
-                coefficients = coefficients * _like(counts, coefficients)
-                factors = rounded_down(coefficients, tape.anchor.dtype)
-                total = _weighted(tape, small, groups, factors)
-            if options.margin < 1.0:
-                total *= options.margin
-            norms, alone = norms[:examples], alone[:examples]
+    device = next(iter(trainable_parameters(model).values())).device
+    rows = batch.filled(inputs, filled), batch.filled(targets, filled)
+    present = torch.arange(filled, device=device) < examples
+    record = options.cuda_graphs and filled == options.fill > 1
+    way = functools.partial(graphs.computed, _piece) if record else _piece
+    total, norms, losses, finite, alone = way(model, *rows, present, loss, clip, options)
+    norms, losses, alone = norms[:examples], losses[:examples], alone[:examples]
     if bool(finite.all() & ~alone.any()):  # the one question a GPU is asked, when all its work is under way
-        return total.detach(), norms, losses
+        return total, norms, losses
     if not finite.all():  # 0 * nan is nan: the others go again, alone
         finite = finite[:examples]
         if finite.all():  # but a copy is not
             options = dataclasses.replace(options, fill=1)
         if any(array._version != version for array, version in given):
             raise Unsupported("an example is not finite, and the forward pass has written into the others")
-        total = torch.zeros_like(tape.anchor).expand(sum(p.numel() for p in tape.parameters.values())).clone()
+        total = torch.zeros_like(total)
         if finite.any():
             rest = take(inputs, finite), take(targets, finite)
             total, norms[finite], _ = clipped_sum(model, *rest, loss, clip, options)
@@ -134,6 +110,54 @@ def clipped_sum(
             part, norms[own], _ = clipped_sum(model, take(inputs, own), take(targets, own), loss, clip, only)
             total += part
     return total.detach(), norms, losses
+
+
+def _piece(
+    model: nn.Module,
+    inputs: Batch,
+    targets: Batch,
+    present: Tensor,
+    loss: Loss,
+    clip: ClipRule,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Everything of a call that needs no answer from the device.
+
+    Args:
+        present: which examples (B,) count: the others are copies.
+
+    Returns:
+        The sum (P,) over those that are present and need not be taken alone; of all examples (B,), copies
+        among them, norms, losses, whether they are finite, and whether they must be taken alone.
+    """
+    named, device = trainable_parameters(model), present.device
+    clip_groups = clip.group_of(tuple(named))
+    budget, scratch = options.budget_on(device), options.scratch_on(device)
+    tape = Tape(model, named, len(present), budget, scratch, clip_groups)
+    tape.reduced = options.precision != "float32"
+    with tape:
+        with options.arithmetic(device):
+            groups, losses = _forward_and_backward(model, inputs, targets, loss, options, tape)
+        with torch.no_grad(), float32():
+            for group in groups:
+                group.add_squares(tape)
+            small = [_Small(tape, group) for group in range(len(tape.total))]
+            for kept in small:
+                kept.add_squares()
+            norms = _norms(tape)
+            finite = torch.isfinite(overall(norms))
+            coefficients = clip.coefficients(norms)
+            alone = _too_short(tape, clip, coefficients)
+            if len(present) == 1 and alone.any():  # nobody's digits to keep it out of
+                total = _formed(tape, clip, norms, coefficients)
+                alone = torch.zeros_like(alone)
+            else:  # copies have gradients like any other, and count nothing
+                coefficients = coefficients * _like(present & ~alone, coefficients)
+                factors = rounded_down(coefficients, tape.anchor.dtype)
+                total = _weighted(tape, small, groups, factors)
+            if options.margin < 1.0:
+                total *= options.margin
+    return total.detach(), norms, losses, finite, alone
 
 
 def _like(chosen: Tensor, coefficients: Tensor) -> Tensor:
@@ -188,13 +212,12 @@ def _forward_and_backward(
     model: nn.Module,
     inputs: Batch,
     targets: Batch,
-    views: int,
     loss: Loss,
     options: Options,
     tape: Tape,
-    examples: int,
 ) -> tuple[list[joint.Group], Tensor]:
-    """Record the call on `tape` and fill every use; returns the losses (B,) of the first `examples` too."""
+    """Record the call on `tape` and fill every use; returns the losses (B,) too."""
+    _, views = sizes(inputs, targets)
     bfloat16, device = options.precision == "bfloat16", tape.anchor.device.type
 
     def example_loss(own: Batch, target: Batch) -> Tensor:
@@ -222,7 +245,7 @@ def _forward_and_backward(
                 with torch.no_grad():
                     for fill in tape.after_backward:
                         fill()
-    return groups, losses.detach()[:examples].mean(1)
+    return groups, losses.detach().mean(1)
 
 
 def _laid_out(array: Tensor, model: nn.Module, options: Options) -> Tensor:

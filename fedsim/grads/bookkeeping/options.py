@@ -42,6 +42,8 @@ class Options:
         fill: examples that a call is filled up to, with copies of its first that count nothing. Kernels
             differ with the size of a batch, and with them the digits of all in it: so that it does not
             matter to the others who is missing. `clipped_gradient_sum` sets it.
+        cuda_graphs: record what a full physical batch launches, and replay it: see `bookkeeping.graphs`. On
+            CUDA, for models whose code does the same in every call.
         sharers: processes that compute on one CUDA device at the same time, which have its memory together.
     """
 
@@ -51,6 +53,7 @@ class Options:
     precision: str = "float32"
     sharers: int = 1
     fill: int = 1
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         validate.one_of(self.precision, PRECISIONS, "engine.precision")
@@ -101,7 +104,11 @@ class Options:
         )
 
     def check_device(self, device: torch.device) -> None:
-        """Raise InputError for a reduced precision on a device other than CUDA."""
+        """Raise InputError for a reduced precision, or CUDA graphs, on a device other than CUDA."""
+        if self.cuda_graphs and device.type != "cuda":
+            raise InputError(
+                f"engine.cuda_graphs must be false on {device.type}: graphs are of a CUDA device."
+            )
         if self.precision != "float32" and device.type != "cuda":
             raise InputError(
                 f"engine.precision must be float32 on {device.type}, got {self.precision!r}. "
