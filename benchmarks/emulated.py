@@ -98,7 +98,8 @@ class Graph:
 class Recorder(TorchDispatchMode):
     """`torch.cuda.graph` on the CPU, for `Graph`: refuses to wait for values, as on a GPU."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "repeat_interleave")
+    REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "repeat_interleave")
+    REFUSED += ("lift_fresh",)  # a tensor made of the host's numbers, to be copied to the device
 
     def __init__(self, graph: Graph, capture_error_mode: str = "global") -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func._schema.name.split("::")[1] in self.WAITS:
+        if func._schema.name.split("::")[1] in self.REFUSED:
             raise RuntimeError("operation not permitted when stream is capturing")
         result = func(*args, **(kwargs or {}))
         self._graph.add(func, args, kwargs or {}, result)

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fedsim.grads import gpu
-from fedsim.grads.bookkeeping import Options, precision, standardise
+from fedsim.grads import constants, gpu
+from fedsim.grads.bookkeeping import Options, precision
 
 _aten = torch.ops.aten
 _FREE = """
@@ -144,14 +144,14 @@ def _tensors(values: Any) -> list[Tensor]:
 @contextmanager
 def as_on_a_gpu(spy: Spy) -> Iterator[None]:
     """Go the ways of GPUs, in any precision, on whatever device the tensors are."""
-    standardise._of_layers.cache_clear()
+    constants.spread.cache_clear()
     with (
         mock.patch.object(gpu, "on", return_value=True),
         mock.patch.object(precision, "of_halves", spy.as_one),
         mock.patch.object(Options, "check_device"),
     ):
         yield
-    standardise._of_layers.cache_clear()
+    constants.spread.cache_clear()
 
 
 def counted(

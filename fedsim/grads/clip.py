@@ -22,7 +22,8 @@ from torch import Tensor
 from fedsim import config as configs
 from fedsim import validate
 from fedsim.config import PrivacyConfig
-from fedsim.grads.norms import squared_norms
+from fedsim.grads import constants
+from fedsim.grads.norms import squared_norms_of
 from fedsim.validate import InputError
 
 
@@ -145,7 +146,8 @@ class _ClipByGroup(ClipRule):
         return (norms > self._bounds_like(norms)).any(1)
 
     def _bounds_like(self, norms: Tensor) -> Tensor:
-        return norms.new_tensor(self.bounds(norms.shape[1]))
+        count = norms.shape[1]
+        return constants.spread(self.bounds(count), (1,) * count, norms.dtype, norms.device)
 
 
 @dataclass(frozen=True)
@@ -317,33 +319,34 @@ def clip_and_sum_by_owner(
         The norms in float64 before clipping, as `clip_and_sum`.
     """
     rows, factors, norms, finite = _clipped(gradients, clip, groups)
-    start = 0
+    owners, start = owners if finite is None else owners[finite], 0
     for row, factor in zip(rows, factors, strict=True):
         part = totals[:, start : start + row.shape[1]]
-        part.index_add_(0, owners[finite], factor.to(row.dtype)[:, None] * row)
+        part.index_add_(0, owners, factor.to(row.dtype)[:, None] * row)
         start += row.shape[1]
     return norms
 
 
 def _clipped(
     gradients: Sequence[Tensor], clip: ClipRule, groups: Sequence[int] | None
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:
     """Return rows and coefficients, one of each a parameter, of the finite gradients, the norms of all, and
-    which are finite."""
+    which are finite; None if all are."""
     rows = [gradient.reshape(len(gradient), -1) for gradient in gradients]
     places = [0] * len(rows) if groups is None else groups
     squares: list[list[Tensor]] = [[] for _ in range(max(places) + 1)]
-    for row, place in zip(rows, places, strict=True):
-        squares[place].append(squared_norms(row))
-    parts = [torch.stack(own).sum(0).sqrt() for own in squares]
+    for own, place in zip(squared_norms_of(rows), places, strict=True):
+        squares[place].append(own)
+    parts = [torch.stack(of_group).sum(0).sqrt() for of_group in squares]
     norms = parts[0] if groups is None else torch.stack(parts, dim=1)
     coefficients = rounded_down(clip.coefficients(norms), rows[0].dtype)
     finite = torch.isfinite(overall(norms))
-    if not finite.all():  # 0 * nan is nan: a zero coefficient alone would not keep it out of the sum
+    whole = bool(finite.all())
+    if not whole:  # 0 * nan is nan: a zero coefficient alone would not keep it out of the sum
         rows = [row[finite] for row in rows]
         coefficients = coefficients[finite]
     factors = [coefficients] if groups is None else coefficients.t().contiguous().unbind()
-    return rows, [factors[place] for place in places], norms, finite
+    return rows, [factors[place] for place in places], norms, None if whole else finite
 
 
 def _zero_unless_finite(coefficients: Tensor, norms: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +19,18 @@ def squared_norms(rows: Tensor) -> Tensor:
     float64. One float32 reduction of 4,096 equal entries comes out 7e-6 too small, of 512 at most 1e-6, so
     that a norm is off by less than 5e-7.
     """
-    squares = _in_blocks(rows.reshape(len(rows), -1))
+    return squared_norms_of([rows])[0]
+
+
+def squared_norms_of(parts: Sequence[Tensor]) -> Tensor:
+    """As `squared_norms` of each of several `parts` (n, ...), as (parts, n): a GPU is asked once for all."""
+    squares = torch.stack([_in_blocks(rows.reshape(len(rows), -1)) for rows in parts])
     # Squares of entries below 1e-19 vanish in float32, and those above 2e19 overflow.
-    least, most = torch.aminmax(squares) if len(squares) else (_SMALL, 0.0)
+    least, most = torch.aminmax(squares) if squares.numel() else (_SMALL, 0.0)
     if not (least >= _SMALL and most < math.inf):
         odd = ~((squares >= _SMALL) & torch.isfinite(squares))
-        for row in odd.nonzero()[:, 0].tolist():  # one at a time: they may be all, and long
-            squares[row] = rows[row].double().square().sum()
+        for part, row in odd.nonzero().tolist():  # one at a time: they may be all, and long
+            squares[part, row] = parts[part][row].double().square().sum()
     return squares
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import launches, spies
 from benchmarks.bound.reduced import BertMini
 from benchmarks.models import CASES
-from fedsim.grads import gpu, independence
+from fedsim.grads import constants, gpu, independence
 from fedsim.grads.bookkeeping import gram, precision, shifts, standardise
 from fedsim.grads.bookkeeping.engine import clipped_sum
 from fedsim.grads.bookkeeping.geometry import Geometry
@@ -84,7 +84,7 @@ def test_a_copy_to_the_device_is_seen() -> None:
 
 def test_what_needs_no_autograd_stays_on_the_device_and_in_float32() -> None:
     """On fake tensors of CUDA: a constant made on the CPU, or a product of bfloat16 alone, shows."""
-    standardise._of_layers.cache_clear()
+    constants.spread.cache_clear()
     with FakeTensorMode(), mock.patch.object(gpu, "on", return_value=True):
         half = {"device": "cuda", "dtype": torch.bfloat16}
         inputs, gradient = torch.empty(6, 8, 9, 9, **half), torch.empty(6, 4, 5, 5, **half)
@@ -103,7 +103,7 @@ def test_what_needs_no_autograd_stays_on_the_device_and_in_float32() -> None:
         for tensor in (*made, *found, *squares, precision.squared_norms(out)):
             assert tensor.device.type == "cuda"
             assert tensor.dtype in (torch.float32, torch.float64)
-    standardise._of_layers.cache_clear()
+    constants.spread.cache_clear()
 
 
 def test_every_launch_of_a_real_call_is_one_of_the_faked_one() -> None:

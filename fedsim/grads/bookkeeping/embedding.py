@@ -37,9 +37,9 @@ class EmbeddingUse(Use):
             gradient = gradient.masked_fill((self._id == self._padding).unsqueeze(1), 0.0)
         # Each run of equal keys is added up in its first row: how many runs there are is not asked of a GPU.
         begins = keys != keys.roll(1)
-        begins[:1] = True
+        begins[:1].fill_(True)
         rows = torch.arange(len(keys), device=ids.device)
-        first = torch.where(begins, rows, 0).cummax(0).values
+        first = rows.masked_fill_(~begins, 0).cummax(0).values
         self._sums = torch.zeros_like(gradient).index_add_(0, first, gradient)
         self.tape.arrived(self)
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.grads import gpu
+from fedsim.grads import constants, gpu
 from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import of_entries, of_product, of_sum, unit
 from fedsim.models import layers
@@ -128,7 +128,7 @@ def standardisations(origins: Sequence[Origin]) -> list[Standardisation]:
     channels, widths = zip(*(m.centred.shape for m in made), strict=True)
 
     def by_channel(values: Sequence[float]) -> Tensor:
-        return _of_layers(tuple(map(float, values)), channels, gains.device)
+        return constants.spread(tuple(map(float, values)), channels, torch.float64, gains.device)
 
     multiplier = gains.clone()
     of_kernel = [not gpu.on(gains)] * len(made)  # where asking for gains would wait for the GPU
@@ -156,13 +156,6 @@ def standardisations(origins: Sequence[Origin]) -> list[Standardisation]:
         )
         for origin, whole, own, factors in zip(origins, of_kernel, *split, strict=True)
     ]
-
-
-@lru_cache(maxsize=64)
-def _of_layers(values: tuple[float, ...], channels: tuple[int, ...], device: torch.device) -> Tensor:
-    """One value a layer for each of its channels, float64; kept: what is sent to a GPU is waited for."""
-    each = [value for value, count in zip(values, channels, strict=True) for _ in range(count)]
-    return torch.tensor(each, dtype=torch.float64, device=device)
 
 
 def standardised(watch: Watch, func: Any, weight: Tensor, gain: Tensor) -> Tensor:
