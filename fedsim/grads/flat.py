@@ -113,7 +113,7 @@ def set_flat(model: nn.Module, vector: Tensor) -> None:
     dtype = next(iter(parameters.values())).dtype
     if vector.dtype != dtype:
         raise InputError(f"flat vector must have the model's dtype {dtype}, got {vector.dtype}.")
-    parts = spec(model).split(vector.detach())
+    parts = spec(model).split(vector.detach().to(next(iter(parameters.values())).device))  # in one copy
     with torch.no_grad():
         for parameter, part in zip(parameters.values(), parts, strict=True):
             parameter.copy_(part)

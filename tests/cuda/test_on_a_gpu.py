@@ -22,10 +22,12 @@ from fedsim.data import batches
 from fedsim.engine import evaluate
 from fedsim.engine.device import make_deterministic
 from fedsim.grads import FlatClip, clipped_gradient_sum, vmap
+from fedsim.grads.arithmetic import float32
 from fedsim.grads.bookkeeping import Options, clipped_sum
 from fedsim.grads.per_example import cross_entropy
 from tests.conftest import final, small, train
 from tests.equivalence.test_bookkeeping import CASES, TIGHT, loss, make
+from tests.equivalence.test_rounding import excess_of_products
 
 DEVICE = os.environ.get("FEDSIM_TEST_DEVICE", "cuda")
 HERE = DEVICE == "cpu" or torch.cuda.is_available()
@@ -122,6 +124,13 @@ def test_an_example_that_is_missing_changes_no_bit_of_the_others(
         torch.testing.assert_close(there, missing)
     else:
         assert torch.equal(there, missing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7, 64, 513, 4096, 20_000])
+def test_products_are_as_exact_as_the_bound_takes_them_to_be(length: int, dtype: torch.dtype) -> None:
+    with float32():
+        assert excess_of_products(length, DEVICE, dtype) <= 1.0
 
 
 @on_a_gpu_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsim.grads import FlatClip
-from fedsim.grads.bookkeeping import Options, choose, clipped_sum, engine
+from fedsim.grads import FlatClip, vmap
+from fedsim.grads.bookkeeping import Options, choose, clipped_sum, engine, gram, precision
+from fedsim.grads.bookkeeping.precision import SUMMED
 from fedsim.grads.bookkeeping.standardise import Origin, standardisations
 from fedsim.grads.norms import squared_norms
 from fedsim.models import layers
@@ -143,7 +145,9 @@ def test_the_gain_of_a_standardised_kernel_is_rounded_in_proportion_to_all_of_it
         origin = Origin(layer.weight, layer.gain, layers.standardise(layer.weight, layer.gain))
         (own,) = standardisations([origin])
         rows = 1e4 * (1.0 + 1e-5 * torch.randn(1, 3, 12))
-        found, doubt = own.squares(rows.norm(dim=2), rows.sum(2), (rows * own.direction).sum(2))
+        found, doubt = own.squares(
+            rows.norm(dim=2), rows.sum(2), (rows * own.direction).sum(2), (SUMMED, SUMMED)
+        )
         exact = sum(
             float(part.square().sum()) for _, part in own.pull_back(rows.double().view(1, 3, 12, 1, 1))
         )
@@ -198,3 +202,76 @@ def test_norms_of_equal_entries_are_exact_to_a_millionth(width: int) -> None:
 def test_norms_of_entries_whose_squares_float32_does_not_have(size: float) -> None:
     rows = torch.full((3, 700), size)
     torch.testing.assert_close(squared_norms(rows), rows.double().square().sum(1), rtol=2e-6, atol=0.0)
+
+
+def excess_of_products(length: int, device: str, dtype: torch.dtype = torch.float32) -> float:
+    """Largest error of inner products of `length`, over what `precision.of_product` allows them."""
+    generator = torch.Generator().manual_seed(length)
+    worst = 0.0
+    for left, right in ((1.0 / 3.0, 1.0 / 7.0), (0.7, 1.0 + 2.0**-12), (1.9999, 1.3)):
+        for noise in (0.0, 1e-3, 1.0):
+            one = left + noise * torch.randn(8, 40, length, generator=generator)
+            other = right + noise * torch.randn(8, length, 24, generator=generator)
+            one, other = (factor.to(device, dtype) for factor in (one, other))
+            exact = torch.bmm(one.double(), other.double())
+            allowed = torch.bmm(one.double().abs(), other.double().abs())
+            allowed = allowed * precision.of_product(length, torch.float32)
+            for found in (
+                precision.batch_product(one, other),
+                torch.stack([precision.product(a, b) for a, b in zip(one, other, strict=True)]),
+            ):
+                worst = max(worst, float(((found.double() - exact).abs() / allowed).max()))
+    return worst
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 100, 513, 4096, 20_000])
+def test_products_are_as_exact_as_the_bound_takes_them_to_be(length: int) -> None:
+    """A measured number (`precision.of_product`), measured again wherever the tests run."""
+    assert excess_of_products(length, "cpu") <= 1.0
+
+
+def rows_that_round_one_way(kind: str, positions: int, width: int, generator: torch.Generator) -> Tensor:
+    """Rows (20, positions, width) in whose inner products all additions may round to one side."""
+    rows = (torch.rand(20, 1, 1, generator=generator) + 0.5).expand(20, positions, width).clone()
+    if kind == "halves":  # sums go up, and down again
+        rows[:, 1::2, width // 2 :] *= -1.0
+    elif kind == "nearly equal":
+        rows *= 1.0 + 1e-6 * torch.randn(rows.shape, generator=generator)
+    elif kind == "one large":
+        rows[:, :, 0] *= 1024.0
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["equal", "halves", "nearly equal", "one large"])
+@pytest.mark.parametrize("positions", [1, 2, 4, 16, 70])
+@pytest.mark.parametrize("width", [16, 64, 150, 256, 1000])
+def test_norms_by_gram_matrices_are_rounded_up(width: int, positions: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(width + positions)
+    first, second = (rows_that_round_one_way(kind, positions, n, generator) for n in (width, 256))
+    grams = zip(gram.strips(first), gram.strips(second), strict=True)
+    found, doubt = gram.inner(grams, (gram.length(width), gram.length(256)))
+    exact = (second.double().mT @ first.double()).square().sum((1, 2))
+    assert (found + doubt >= exact).all()
+    assert (doubt <= 1e-5 * exact).all()
+
+
+@pytest.mark.parametrize("plan", [("gram", False), ("loop", False), ("loop", True), ("slices", True)])
+@pytest.mark.parametrize("stretch", [0.1, 0.3, 0.6])
+def test_norms_of_inputs_along_a_standardised_kernel_are_rounded_up(
+    plan: tuple[str, bool], stretch: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of equal size and sign: the gradient along the kernel is off by as much as can be."""
+    torch.manual_seed(4)
+    layer = WSConv2d(64, 8, 3, bias=False)
+    signs = torch.ones(8, 64 * 9)
+    signs[:, 1::2] = -1.0
+    with torch.no_grad():
+        layer.weight.copy_(signs.view_as(layer.weight))
+        layer.gain.copy_(stretch * (torch.rand(8) + 0.5))
+    _conv(*plan)(monkeypatch)
+    sizes = torch.rand(40, 1, 1, 1, 1) + 0.5
+    inputs = sizes * signs[0].view(64, 3, 3)
+    targets = torch.zeros(40)
+    norms = clipped_sum(layer, inputs, targets, loss, FlatClip(1.0))[1]
+    exact = vmap.clipped_sum(copy.deepcopy(layer).double(), inputs.double(), targets, loss, FlatClip(1.0))[1]
+    assert (norms >= exact / (1.0 + 1e-6)).all(), float((exact / norms).max() - 1.0)

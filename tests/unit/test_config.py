@@ -155,6 +155,7 @@ UNREAD = [
     ("engine.precision=bfloat16", "engine.gradients=vmap", "engine.gradients=bookkeeping"),
     ("engine.gradient_memory=low", "engine.gradients=opacus", "engine.gradients=bookkeeping"),
     ("engine.channels_last=on", "engine.gradients=vmap", "engine.gradients=bookkeeping"),
+    ("engine.cuda_graphs=true", "engine.gradients=vmap", "engine.gradients=bookkeeping"),
 ]
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedsim.grads import gpu
 from fedsim.grads.bookkeeping import choose, gather, gram, shifts
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
-from fedsim.grads.bookkeeping.precision import batch_product, of_sum, squared_norms, widen
+from fedsim.grads.bookkeeping.precision import SUMMED, of_sum, squared_norms, widen
 from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use
 
@@ -88,7 +88,7 @@ class ConvUse(Use):
         count = self.tape.examples
         pieces = -(-count // self._step())
         step = -(-count // pieces)
-        vectors = self._vectors()
+        direction = self._direction()
         # A grouped convolution that gives all at once has its own memory, and a copy would cost time.
         if self.keep and not (self.plan == "grouped" and pieces == 1):
             self._kept = self.tape.blocks.take(count, self.weight.numel(), widen(self._inputs[:0]))
@@ -99,7 +99,7 @@ class ConvUse(Use):
                 parts.append(self._squares_by_gram(low, high))
                 continue
             formed = self._form(low, high, None if self._kept is None else self._kept[low:high])
-            parts.append(self._squares_of(formed, low, high, vectors))
+            parts.append(self._squares_of(formed, low, high, direction))
         squares, doubts = zip(*parts, strict=True)
         found = torch.cat(squares)
         if doubts[0] is not None:
@@ -263,20 +263,20 @@ class ConvUse(Use):
         formed = self._geometry.backward(fold(gradient), fold(inputs), blank, (False, True, False), groups)[1]
         return formed.reshape(count, -1)
 
-    def _vectors(self) -> Tensor | None:
-        """For each channel 1 and the standardisation's direction, (out, 2, entries), laid out as G is.
+    def _direction(self) -> Tensor | None:
+        """The standardisation's direction (out, entries), laid out as G is.
 
-        None where products of G with them are not needed, or come from the convolution's output.
+        None where products of G with it are not needed, or come from the convolution's output.
         """
         if self._standard is None or self.plan == "gram" or self._convolved is not None:
             return None
         direction = self._standard.direction
         if self._by_patches:
             direction = direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
-        return torch.stack([torch.ones_like(direction), direction], dim=1)
+        return direction
 
     def _squares_of(
-        self, formed: Tensor, low: int, high: int, vectors: Tensor | None
+        self, formed: Tensor, low: int, high: int, direction: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Squared norms (n,) of formed gradients, and their rounding where there is some."""
         standard = self._standard
@@ -285,8 +285,9 @@ class ConvUse(Use):
         by_row = self._by_row(formed)
         lengths = torch.linalg.vector_norm(by_row, dim=2)
         terms = None
-        if vectors is None:
-            sums, along = by_row.sum(2), self._along(low, high)
+        sums = by_row.sum(2)
+        if direction is None:
+            along, of_along = self._along(low, high)
             own = slice(low * self._views, high * self._views)
             images, places = (
                 widen(t[own]).unflatten(0, (high - low, -1)) for t in (self._inputs, self._gradient)
@@ -294,10 +295,8 @@ class ConvUse(Use):
             patches = squared_norms(images).mul_(math.prod(self.shape[2:])).sqrt_().unsqueeze(1)
             terms = self._terms_along(torch.linalg.vector_norm(places, dim=(1, 3, 4)), patches)
         else:
-            sums, along = (
-                t.t() for t in torch.bmm(vectors.to(formed.dtype), by_row.permute(1, 2, 0)).unbind(1)
-            )
-        found, doubt = standard.squares(lengths, sums, along, terms)
+            along, of_along = (by_row * direction.to(formed.dtype)).sum(2), SUMMED
+        found, doubt = standard.squares(lengths, sums, along, (SUMMED, of_along), terms)
         return found.clamp_(min=0.0), doubt
 
     def _gram_bytes(self) -> int:
@@ -316,19 +315,22 @@ class ConvUse(Use):
             weighted = places * standard.counts[: places.shape[2]].sqrt().to(places.dtype)
             of_places = torch.linalg.vector_norm(places, dim=1)
             of_patches = patches.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_(min=0.0).sqrt_()
-        gram_of = batch_product(weighted, weighted.transpose(1, 2))
+        gram_of = gram.products(weighted, weighted.transpose(1, 2))
         # An entry of a patch's product is a sum over the kernel's places of products over channels.
-        widths = self.shape[0], self.shape[1] + 8 * math.prod(self.shape[2:])
-        found, doubt = gram.inner([(gram_of, patches)], widths)
+        kernel_places = math.prod(self.shape[2:])
+        lengths = gram.length(self.shape[0]), gram.length(self.shape[1]) + kernel_places
+        found, doubt = gram.inner([(gram_of, patches)], lengths)
         if standard is None:
             return found, doubt
         box = inputs.sum(1, keepdim=True)
         kernel = box.new_ones((1, 1, *self.shape[2:]))
         geometry = self._geometry
         ones = F.conv2d(box, kernel, None, geometry.stride, geometry.padding, geometry.dilation)
-        sums = batch_product(ones.reshape(count, 1, -1), places)[:, 0]
-        lengths, terms = of_places * of_patches, self._terms_along(of_places, of_patches)
-        taken, more = standard.squares(lengths, sums, self._along(low, high), terms, whole=False)
+        sums = gram.products(ones.reshape(count, 1, -1), places)[:, 0]
+        of_sums = SUMMED + kernel_places + gram.length(places.shape[1])
+        along, of_along = self._along(low, high)
+        upper, terms = of_places * of_patches, self._terms_along(of_places, of_patches)
+        taken, more = standard.squares(upper, sums, along, (of_sums, of_along), terms, whole=False)
         return (found + taken).clamp_(min=0.0), doubt + more
 
     @property
@@ -338,8 +340,9 @@ class ConvUse(Use):
             return None
         return self._output[0], self._output[2]
 
-    def _along(self, low: int, high: int) -> Tensor:
-        """G.direction (n, out): sum over places of g times what the convolution with it gives there."""
+    def _along(self, low: int, high: int) -> tuple[Tensor, int]:
+        """G.direction (n, out): sum over places of g times what the convolution with it gives there; and the
+        length of inner products that is rounded like it."""
         own = slice(low * self._views, high * self._views)
         standard, geometry = self._standard, self._geometry
         assert standard is not None
@@ -354,7 +357,8 @@ class ConvUse(Use):
         if bias is not None:
             convolved = convolved - bias.view(-1, 1, 1)
         products = (convolved * widen(self._gradient[own])).sum((2, 3))
-        return products.unflatten(0, (high - low, self._views)).sum(1)
+        along = products.unflatten(0, (high - low, self._views)).sum(1)
+        return along, math.prod(self.shape[1:]) + SUMMED
 
     def _terms_along(self, gradient: Tensor, patches: Tensor) -> Tensor:
         """Bound (n, out) on the summed lengths of what `_along` adds up, for a direction of length 1.
@@ -374,7 +378,7 @@ class ConvUse(Use):
         """Gram matrix (n, places, places) of the patches, from that of the pixels."""
         views, size = self._views, inputs.shape[2:]
         pixels = _by_place(inputs, count)
-        of_pixels = batch_product(pixels, pixels.transpose(1, 2)).view(count, views, *size, views, *size)
+        of_pixels = gram.products(pixels, pixels.transpose(1, 2)).view(count, views, *size, views, *size)
         total = of_pixels.new_zeros((count, views, *outputs, views, *outputs))
         meeting = self._geometry.meeting
         for i in range(self.shape[2]):

@@ -15,17 +15,37 @@ import torch
 from torch import Tensor
 
 from fedsim.grads import gpu
-from fedsim.grads.bookkeeping.precision import batch_product, of_entries, of_product, of_sum
+from fedsim.grads.bookkeeping.precision import (
+    SUMMED,
+    add_batch_product,
+    batch_product,
+    of_entries,
+    of_product,
+    of_sum,
+)
 
 _STRIP = 32  # rows of Gram matrices that are formed at a time
-_WIDTH = 256  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
+_WIDTH = 32  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """Batch matrix product (n, a, width) x (n, width, b), long ones piece by piece, for `length` of it."""
+    total = None
+    for ours, theirs in zip(left.split(_WIDTH, 2), right.split(_WIDTH, 1), strict=True):
+        total = batch_product(ours, theirs) if total is None else add_batch_product(total, ours, theirs)
+    assert total is not None
+    return total
+
+
+def length(width: int) -> int:
+    """What the rounding of `products` is that of, an inner product of so many entries: see `of_product`."""
+    return min(width, _WIDTH) + width // _WIDTH
 
 
 def strips(rows: Tensor) -> list[Tensor]:
     """Inner products of the rows (n, positions, width) of each example with each other.
 
-    The matrices are symmetric: on a CPU they are formed in strips of rows, each from its diagonal on. Rows
-    that are long are multiplied piece by piece.
+    The matrices are symmetric: on a CPU they are formed in strips of rows, each from its diagonal on.
     """
     positions = rows.shape[1]
     starts = [0]
@@ -36,40 +56,36 @@ def strips(rows: Tensor) -> list[Tensor]:
     for low, high in zip(starts, (*starts[1:], positions), strict=True):
         strip = rows[:, low:high]
         rest = strip if high == positions else rows[:, low:]
-        parts = [
-            batch_product(ours, theirs.transpose(1, 2))
-            for ours, theirs in zip(strip.split(_WIDTH, 2), rest.split(_WIDTH, 2), strict=True)
-        ]
-        found.append(sum(parts[1:], start=parts[0]))
+        found.append(products(strip, rest.transpose(1, 2)))
     return found
 
 
-def inner(pairs: Iterable[tuple[Tensor, Tensor]], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def inner(pairs: Iterable[tuple[Tensor, Tensor]], lengths: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Inner products (n,) in float64 of two Gram matrices, and the doubt (n,) of them (`Use.doubt`).
 
     Args:
         pairs: (n, rows, columns) of both, strip by strip as of `strips`; overwritten.
-        widths: lengths of the inner products that made the entries of both.
+        lengths: of the inner products that made the entries of both, as of `length`.
     """
     found = []
     for own, theirs in pairs:
+        dtype = own.dtype
         diagonals = [t.diagonal(dim1=1, dim2=2).clamp(min=0.0) for t in (own, theirs)]
-        lengths = (diagonals[0] * diagonals[1]).sqrt().sum(1)
+        rows, traces = (diagonals[0] * diagonals[1]).sqrt().sum(1), (d.sum(1) for d in diagonals)
         if own.shape[2] > own.shape[1]:
             own[:, :, own.shape[1] :].mul_(2.0)  # also what lies below the diagonal
         sizes = [torch.linalg.vector_norm(t, dim=(1, 2)) for t in (own, theirs)]
         product = theirs.mul_(own)
-        sums = product.sum((1, 2)), torch.linalg.vector_norm(product, 1, dim=(1, 2))
-        found.append(torch.stack([*sums, lengths, *(d.sum(1) for d in diagonals), *sizes]))
-    parts = torch.stack(found).double()
-    products, absolute, lengths, own_trace, other_trace = parts[:, :5].sum(0)
+        sums = product.sum(2), torch.linalg.vector_norm(product, 1, dim=2)
+        wide = (t.sum(1, dtype=torch.float64) for t in sums)  # there may be too many for float32
+        found.append(torch.stack([*wide, rows, *traces, *sizes]))
+    parts = torch.stack(found)
+    whole, absolute, terms, own_trace, other_trace = parts[:, :5].sum(0)
     own_size, other_size = parts[:, 5:].square().sum(0).sqrt()
-    dtype = found[0].dtype
-    products = products.clamp(min=0.0)
-    longest = [min(width, _WIDTH) + 8 * (width // _WIDTH) for width in widths]
-    doubt = (of_product(longest[0], dtype) + of_product(longest[1], dtype)) * absolute
+    whole = whole.clamp(min=0.0)
+    doubt = sum(of_product(longest, dtype) for longest in (*lengths, SUMMED)) * absolute
     # Of the second matrix each entry beside the diagonal was counted once.
     doubt += of_entries(dtype) * (own_trace * other_size * math.sqrt(2.0) + other_trace * own_size)
     # What vanishes below the smallest number of the dtype.
     doubt += torch.finfo(dtype).tiny * (found[0].shape[1] + own_size + other_size)
-    return products, doubt + 2.0 * of_sum(dtype) * products.sqrt() * lengths
+    return whole, doubt + 2.0 * of_sum(dtype) * whole.sqrt() * terms

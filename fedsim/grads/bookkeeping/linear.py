@@ -77,7 +77,7 @@ class LinearUse(Use):
             found = torch.cat([squared_norms(self.rows(low, min(low + step, count))) for low in lows])
             self.doubt = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms()
             return found
-        widths = inputs.shape[2], gradient.shape[2]
+        widths = gram.length(inputs.shape[2]), gram.length(gradient.shape[2])
         if self._gram is not None:
             pairs = zip(self._gram, gram.strips(gradient), strict=True)
             found, self.doubt = gram.inner(pairs, widths)

@@ -52,6 +52,13 @@ def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
     return torch.bmm(left, right, out=out)
 
 
+def add_batch_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add `batch_product(left, right)` to `total` (n, a, c), in at least float32, and return it."""
+    if left.dtype in _HALF or right.dtype in _HALF:
+        return total.add_(batch_product(left, right))
+    return total.baddbmm_(*_common(left, right))
+
+
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Matrix product (a, b) x (b, c), as `batch_product`; in `out`, where it can be.
 
@@ -113,11 +120,15 @@ def unit(dtype: torch.dtype) -> float:
 def of_product(length: int, dtype: torch.dtype) -> float:
     """Error of an inner product of `length` in `dtype`, relative to that of the absolute values.
 
-    Twice the largest seen of products of equal entries, which round all to one side (1 / 16 of a unit an
-    entry); products of mixed signs come out within a few units. Worst-case analysis (Higham 2002, section
-    3.1) gives one unit an entry.
+    Worst-case analysis gives one unit an entry, in any order of additions (Higham 2002, section 3.1), and
+    kernels that add one after the other come near to it: three quarters where entries are rounded away
+    beside a large one, a quarter where all are equal (tests/equivalence/test_rounding.py).
     """
-    return unit(dtype) * (4.0 + length / 8.0)
+    return unit(dtype) * (4.0 + length)
+
+
+SUMMED = 16
+"""What `of_product` is to be told of sums of up to a million by `Tensor.sum`, which adds in blocks."""
 
 
 def of_entries(dtype: torch.dtype) -> float:

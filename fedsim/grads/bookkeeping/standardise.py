@@ -71,22 +71,30 @@ class Standardisation:
         return factor + along / self.unit.double().square()
 
     def squares(
-        self, lengths: Tensor, sums: Tensor, along: Tensor, terms: Tensor | None = None, whole: bool = True
+        self,
+        lengths: Tensor,
+        sums: Tensor,
+        along: Tensor,
+        rounded: tuple[int, int],
+        terms: Tensor | None = None,
+        whole: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Squared norms (n,) in float64 by |G|, G.1 and G.direction, (n, p) each; their doubt (n,).
 
         Args:
+            rounded: lengths of inner products that are rounded like `sums` and `along` (`of_product`).
             terms: lengths (n, p) of what was added up to G.1 and G.direction; None: they are of G itself.
             whole: False where |G| is only an upper bound: the squares are then without those of |G|.
         """
         parts = torch.stack([lengths, sums, along]).double().square_() * self.counts.view(3, 1, -1)
         _, less, other = parts
         found = (parts if whole else parts[1:]).sum((0, 2))
-        dtype, width = lengths.dtype, self.direction.shape[1]
+        dtype = lengths.dtype
         taken = less.abs() + other.abs()
+        own = sum(of_product(n, dtype) * t.abs() for n, t in zip(rounded, (less, other), strict=True))
         size = (lengths if terms is None else terms).double().square()
         mixed = (size * self.reach * taken).sqrt_().sum(1)
-        doubt = 2.0 * of_product(width, dtype) * taken.sum(1) + 3.0 * of_entries(dtype) * mixed
+        doubt = 2.0 * own.sum(1) + 3.0 * of_entries(dtype) * mixed
         if whole:
             doubt += 8.0 * unit(dtype) * taken.sum(1)
         # The sum is rounded before it is pulled back: what is long there and short here must stay rare.
