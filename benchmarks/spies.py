@@ -125,6 +125,16 @@ class Spy(TorchDispatchMode):
         self.count.seconds += max(card.launch, most)
         self.count.by[name] += max(card.launch, most)
 
+    def added_as_one(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """`precision.add_of_halves`, one operation on a GPU."""
+        self._whole = True
+        try:
+            total.baddbmm_(left.float(), right.float())
+        finally:
+            self._whole = False
+        self._add("baddbmm", [left, right, total], [total], 2 * total.numel() * left.shape[-1])
+        return total
+
     def as_one(self, operation: Any, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         """`precision.of_halves`, one operation on a GPU."""
         self._whole = True
@@ -148,6 +158,7 @@ def as_on_a_gpu(spy: Spy) -> Iterator[None]:
     with (
         mock.patch.object(gpu, "on", return_value=True),
         mock.patch.object(precision, "of_halves", spy.as_one),
+        mock.patch.object(precision, "add_of_halves", spy.added_as_one),
         mock.patch.object(Options, "check_device"),
     ):
         yield

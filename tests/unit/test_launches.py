@@ -85,7 +85,12 @@ def test_a_copy_to_the_device_is_seen() -> None:
 def test_what_needs_no_autograd_stays_on_the_device_and_in_float32() -> None:
     """On fake tensors of CUDA: a constant made on the CPU, or a product of bfloat16 alone, shows."""
     constants.spread.cache_clear()
-    with FakeTensorMode(), mock.patch.object(gpu, "on", return_value=True):
+    with (
+        FakeTensorMode(),
+        mock.patch.object(gpu, "on", return_value=True),
+        # torch takes its out_dtype for a factor where tensors are fake.
+        mock.patch.object(torch, "baddbmm", lambda total, left, right, out_dtype, out: out),
+    ):
         half = {"device": "cuda", "dtype": torch.bfloat16}
         inputs, gradient = torch.empty(6, 8, 9, 9, **half), torch.empty(6, 4, 5, 5, **half)
         geometry = Geometry((2, 2), (1, 1), (1, 1), 1)
@@ -99,7 +104,7 @@ def test_what_needs_no_autograd_stays_on_the_device_and_in_float32() -> None:
         weight, gain = torch.empty(4, 8, 3, 3, device="cuda"), torch.empty(4, device="cuda")
         origin = standardise.Origin(weight, gain, layers.standardise(weight, gain))
         (own,) = standardise.standardisations([origin])
-        squares = own.squares(*(torch.empty(3, 4, device="cuda") for _ in range(3)))
+        squares = own.squares(*(torch.empty(3, 4, device="cuda") for _ in range(3)), (27, 27))
         for tensor in (*made, *found, *squares, precision.squared_norms(out)):
             assert tensor.device.type == "cuda"
             assert tensor.dtype in (torch.float32, torch.float64)

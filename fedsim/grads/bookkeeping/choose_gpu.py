@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedsim.grads.bookkeeping import shifts
+from fedsim.grads.bookkeeping import gram, shifts
 from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.tape import Tape
 
@@ -35,10 +35,11 @@ def linear(tape: Tape, positions: int, width_in: int, width_out: int) -> str:
     rows = positions * widths * size * BYTE
     form = max(2 * positions * entries * _flop(size), rows) + entries * WIDE * BYTE
     again = max(2 * positions * entries * _flop(size), rows) * (PARTS if size == 2 else 1)
+    passes = gram.passes(width_in) + gram.passes(width_out) + 6
     cost = {
         "keep": form + 2 * entries * WIDE * BYTE,
         "drop": form + entries * WIDE * BYTE + again,
-        "gram": 2 * positions**2 * widths * _flop(size) + rows + 8 * positions**2 * WIDE * BYTE + again,
+        "gram": 2 * positions**2 * widths * _flop(size) + rows + passes * positions**2 * WIDE * BYTE + again,
     }
     allowed = {"drop", "gram"} if positions**2 * 2 * WIDE <= tape.scratch else {"drop"}
     best = min(allowed, key=cost.__getitem__)
@@ -76,7 +77,8 @@ def convolution(
         "keep": form + passes + entries * WIDE * BYTE,
         "drop": form + passes + again,
         "gram": 2 * (pixels**2 * channels + places**2 * out) * _flop(size)
-        + (2 * pixels**2 + (3 * area + 6) * places**2) * WIDE * BYTE
+        + (gram.passes(channels) + 1) * pixels**2 * WIDE * BYTE
+        + (gram.passes(out) + 3 * area + 5) * places**2 * WIDE * BYTE
         + (2 * area * LAUNCH / tape.examples)
         + (2 * places * entries * FLOP if standardised else 0.0)  # the convolution with its direction
         + again,

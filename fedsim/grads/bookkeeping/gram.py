@@ -26,20 +26,30 @@ from fedsim.grads.bookkeeping.precision import (
 
 _STRIP = 32  # rows of Gram matrices that are formed at a time
 _WIDTH = 32  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
+_LONG = 8 * _WIDTH  # entries of rows whose pieces are added one after the other
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
     """Batch matrix product (n, a, width) x (n, width, b), long ones piece by piece, for `length` of it."""
-    total = None
-    for ours, theirs in zip(left.split(_WIDTH, 2), right.split(_WIDTH, 1), strict=True):
-        total = batch_product(ours, theirs) if total is None else add_batch_product(total, ours, theirs)
+    total: Tensor | None = None
+    for longer in zip(left.split(_LONG, 2), right.split(_LONG, 1), strict=True):
+        part: Tensor | None = None
+        for ours, theirs in zip(longer[0].split(_WIDTH, 2), longer[1].split(_WIDTH, 1), strict=True):
+            part = batch_product(ours, theirs) if part is None else add_batch_product(part, ours, theirs)
+        assert part is not None
+        total = part if total is None else total.add_(part)
     assert total is not None
     return total
 
 
 def length(width: int) -> int:
-    """What the rounding of `products` is that of, an inner product of so many entries: see `of_product`."""
-    return min(width, _WIDTH) + width // _WIDTH
+    """What `of_product` is to be told of `products`: their additions, as many as come one after the other."""
+    return min(width, _WIDTH) + min(width, _LONG) // _WIDTH + width // _LONG
+
+
+def passes(width: int) -> int:
+    """How often `products` writes a matrix, or reads what it has of it."""
+    return 2 * -(-width // _WIDTH) - 1
 
 
 def strips(rows: Tensor) -> list[Tensor]:

@@ -54,8 +54,8 @@ def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
 
 def add_batch_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add `batch_product(left, right)` to `total` (n, a, c), in at least float32, and return it."""
-    if left.dtype in _HALF or right.dtype in _HALF:
-        return total.add_(batch_product(left, right))
+    if left.dtype == right.dtype and left.dtype in _HALF and gpu.on(left):
+        return add_of_halves(total, left, right)
     return total.baddbmm_(*_common(left, right))
 
 
@@ -103,6 +103,13 @@ def of_halves(
     if left.is_cuda:
         return operation(left, right, out_dtype=torch.float32, out=out)
     return operation(left.float(), right.float(), out=out)
+
+
+def add_of_halves(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add `of_halves` of `torch.bmm` to `total` of float32, and return it."""
+    if left.is_cuda:
+        return torch.baddbmm(total, left, right, out_dtype=torch.float32, out=total)
+    return total.baddbmm_(left.float(), right.float())
 
 
 def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
