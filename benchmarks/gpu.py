@@ -113,7 +113,7 @@ def _recipes(device: str, seconds: float) -> dict[str, Any]:
     ended = time.monotonic() + seconds
     found = {}
     for recipe, steps in (("de2022/fashion_gpu", 12), ("kurakin2022/fashion_gpu", 3)):
-        settings = [f"train.steps={steps}", f"train.eval_every={steps}", "optimizer.warmup_epochs=0"]
+        settings = [f"train.steps={steps}", f"train.eval_every={steps}", "optimizer.warmup_epochs=null"]
         settings += ["monitor.tensorboard=false", "monitor.progress=false", f"engine.device={device}"]
         if not FULL.exists():
             settings += ["data.name=fashion_mnist_subset", "train.expected_batch_size=2048"]

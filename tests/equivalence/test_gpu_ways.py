@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.grads import gpu
-from fedsim.grads.bookkeeping import Options, choose, precision
+from fedsim.grads import FlatClip, gpu, vmap
+from fedsim.grads.bookkeeping import Options, choose, clipped_sum, precision
 from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.tape import Tape
-from tests.equivalence.test_bookkeeping import CASES, TIGHT, assert_agrees, make
+from tests.equivalence.test_bookkeeping import CASES, TIGHT, assert_agrees, loss, make
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +29,44 @@ def test_every_layer_kind_agrees_with_the_oracle(case: str, views: int) -> None:
     assert_agrees(model, inputs, torch.float64)
     assert_agrees(model, inputs, torch.float32)
     assert_agrees(model, inputs, torch.float64, TIGHT)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "prelu (no rule)"])
+def test_every_layer_kind_takes_bfloat16(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and sums near those in float64. (torch has no PReLU of mixed dtypes under vmap.)"""
+    monkeypatch.setattr(Options, "check_device", lambda *_: None)
+    model, inputs = make(case, 4, 2)
+    wide = inputs.double() if inputs.is_floating_point() else inputs
+    targets = torch.linspace(-1.0, 1.0, 4)
+    expected = vmap.clipped_sum(copy.deepcopy(model).double(), wide, targets, loss, FlatClip(1e6))
+    narrow = inputs.float() if inputs.is_floating_point() else inputs
+    options = Options(precision="bfloat16", fill=2)
+    total, norms, _ = clipped_sum(model.float(), narrow, targets, loss, FlatClip(1e6), options)
+    assert (total - expected[0]).norm() <= 0.15 * expected[0].norm()
+    assert (norms - expected[1]).abs().max() <= 0.06 * expected[1].max()
+
+
+class _Dtypes(TorchDispatchMode):
+    """What layer norms are computed of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.startswith("aten::native_layer_norm"):
+            self.found |= {value.dtype for value in args if isinstance(value, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_layer_norms_are_of_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA's autocast has them: its kernel takes no bfloat16 with a gradient of float32."""
+    monkeypatch.setattr(Options, "check_device", lambda *_: None)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 1))
+    inputs, targets = torch.randn(4, 2, 6), torch.randn(4)
+    with _Dtypes() as seen:
+        clipped_sum(model, inputs, targets, loss, FlatClip(1.0), Options(precision="bfloat16"))
+    assert seen.found == {torch.float32}
 
 
 @pytest.mark.parametrize("keep", [True, False])
