@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fedsim.validate import InputError
+
+if TYPE_CHECKING:  # torch takes longer to import than most of what is counted without it
+    import torch
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def generator(key: bytes) -> np.random.Generator:
 
 def torch_stream(root: Root, purpose: str, *ids: int) -> torch.Generator:
     """Return a CPU torch generator for one purpose (model initialisation)."""
+    import torch
+
     seed = int.from_bytes(derive(root, purpose, *ids)[:8], "little") & (2**63 - 1)
     return torch.Generator().manual_seed(seed)
 
