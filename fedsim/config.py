@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsim import rules, validate
+from fedsim import registry, rules, validate
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
@@ -222,6 +222,10 @@ class Config:
                 node = node[section]
             del node[key]
         return body
+
+    def references(self) -> tuple[str, ...]:
+        """Return what is named that fedsim does not bring (`fedsim.registry`)."""
+        return tuple(filter(registry.is_reference, (self.model.name, self.strategy.name)))
 
     def digest(self) -> str:
         """Return a hash of what defines the result."""

@@ -6,8 +6,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from fedsim import rules, validate
+from fedsim import registry, rules
 from fedsim.config import Config, parse_options
+from fedsim.validate import InputError
 from strategies.base import Strategy
 
 
@@ -23,9 +24,18 @@ def load(config: Config) -> Strategy[Any]:
     Raises:
         InputError: unknown strategy or option (with the nearest valid one), or a setting it does not read.
     """
-    validate.one_of(config.strategy.name, names(), "strategy.name")
-    module = importlib.import_module(f"strategies.{config.strategy.name}")
-    cls: type[Strategy[Any]] = module.STRATEGY
+    name = config.strategy.name
+    registry.check(name, names(), "strategy.name")
+    if registry.is_reference(name):
+        found = registry.resolve(name, "strategy.name")
+        if not (isinstance(found, type) and issubclass(found, Strategy)):
+            raise InputError(
+                f"strategy.name must name a class derived from strategies.base.Strategy, but {name} is "
+                f"{found!r}."
+            )
+        cls: type[Strategy[Any]] = found
+    else:
+        cls = importlib.import_module(f"strategies.{name}").STRATEGY
     options = parse_options(config.strategy.options, cls.Options, "strategy.options")
     strategy = cls(config, options)
     rules.refuse_set(config, strategy.unread(), f"strategy.name = {config.strategy.name}")

@@ -83,7 +83,7 @@ class Collector:
         nodes = experiment.config.federation.nodes
         count, dtype = self._parameters.size, self._parameters.dtype
         return Expectation(
-            code_hash=provenance.code_hash(),
+            code_hash=provenance.code_hash(*experiment.config.references()),
             holders_of_node=lambda node: experiment.partition.holders_of_node(node, nodes),
             arrays=lambda reply: strategy.reply_arrays(reply, count, dtype),
             counted_at_most=lambda task, node: strategy.counted_at_most(

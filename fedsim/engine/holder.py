@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import strategies
 from fedsim import config as configs
-from fedsim import provenance, seeds
+from fedsim import provenance, registry, seeds
 from fedsim.config import Config
 from fedsim.data import batches, datasets, partition
 from fedsim.engine.ahead import ahead
@@ -273,6 +273,7 @@ def node_for(setup: str, index: int) -> Node:
     """Return the node for what `setup_of` says, built once per process."""
     sent = json.loads(setup)
     config = configs.from_json(json.dumps(sent["config"]))
+    registry.check_allowed(config.references())
     keys = {purpose: bytes.fromhex(key) for purpose, key in sent["keys"].items()}
     return Node(dataclasses.replace(config, seed=seeds.WITHHELD), index, seeds.Granted(keys))
 
@@ -299,7 +300,7 @@ def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -
         wave=task.wave,
         node=node.index,
         holders=node.holders,
-        code_hash=provenance.code_hash(),
+        code_hash=provenance.code_hash(*node.config.references()),
         arrays=arrays,
         count=result.count,
         statistics=statistics(result),

@@ -62,7 +62,7 @@ def result_of(
         "seed": config.seed,
         "config": config.digest(),
         "commit": provenance.commit(),
-        "code_hash": provenance.code_hash(),
+        "code_hash": provenance.code_hash(*config.references()),
         "hardware": provenance.hardware(),
         "physical_batch_size": config.engine.physical_batch_size,
         "public_only": public_only,

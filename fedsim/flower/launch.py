@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from fedsim import config as configs
-from fedsim import provenance, validate
+from fedsim import provenance, registry, validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import device
@@ -164,19 +164,25 @@ def _environment(base: Path, config: Config) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "FEDSIM_COMMIT": provenance.commit(),
+        registry.ALLOWED: ",".join(config.references()),
         "FEDSIM_DATA": str(data_root or datasets.default_root()),
         ADOPTED: base.name,
     }
 
 
 def _stage(base: Path, config: Config) -> Path:
-    """Write the app Flower packages: this code and the resolved configuration, nothing else."""
+    """Write the app Flower packages: this code, that of references, and the resolved configuration."""
     app = base / "app"
     for package in provenance.PACKAGES:
         for source in (provenance.PROJECT / package).rglob("*.py"):
             target = app / source.relative_to(provenance.PROJECT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+    for reference in config.references():
+        if not registry.installed(reference):
+            for name, source in registry.sources(reference).items():
+                (app / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, app / name)
     (app / "configs").mkdir()
     (app / "configs" / "launch.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
     (app / "pyproject.toml").write_text(PYPROJECT.format(version="0.1.0"), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim import seeds, validate
+from fedsim import registry, seeds, validate
 from fedsim.config import ModelConfig, parse_options
 from fedsim.data.examples import ArrayDataset
 from fedsim.models import weights
@@ -69,6 +69,8 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
     models of one seed are different draws. Then public weights, where `config` names some, take their place,
     and what it freezes is not trained (fedsim.models.weights).
 
+    A name with a colon is a model of the user's own: `_own`.
+
     Args:
         config: family name, options of that family, dtype.
         input_shape: shape of one example: (channels, height, width) or (features,).
@@ -79,6 +81,8 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
         InputError: unknown family, option or dtype (with the nearest valid one), a value out of range, an
             input shape the family cannot take, or a layer that `check` refuses.
     """
+    if registry.is_reference(config.name):
+        return _own(config, input_shape, num_classes, seed)
     model = skeleton(config, input_shape, num_classes)
     try:
         model = model.to_empty(device="cpu")
@@ -100,7 +104,9 @@ def skeleton(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int
     Raises:
         InputError: as `build`.
     """
-    validate.one_of(config.name, FAMILIES, "model.name")
+    registry.check(config.name, FAMILIES, "model.name")
+    if registry.is_reference(config.name):
+        return _own(config, input_shape, num_classes, 0).to("meta")
     validate.one_of(config.dtype, _DTYPES, "model.dtype")
     validate.positive(num_classes, "num_classes")
     for size in input_shape:
@@ -112,6 +118,34 @@ def skeleton(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int
     weights.freeze(model, config)
     check(model)
     return model.to(_DTYPES[config.dtype])
+
+
+def _own(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, seed: seeds.Root) -> nn.Module:
+    """Build a model of the user's own: what its constructor draws or loads is kept.
+
+    The constructor gets `model.options`, and `input_shape` and `num_classes` if it has parameters of these
+    names. While it runs, the global generators of torch, numpy and Python stand where `seed` says, so that
+    every process draws the same; they are put back.
+
+    Raises:
+        InputError: as `registry.resolve` and `registry.called`; what is made is no module, or as `build`.
+    """
+    validate.one_of(config.dtype, _DTYPES, "model.dtype")
+    make = registry.resolve(config.name, "model.name")
+    known = {"input_shape": tuple(input_shape), "num_classes": num_classes}
+    with registry.generators(seeds.derive(seed, "model")):
+        model = registry.called(make, config.options, known, "model.options")
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model.name must name something that makes a torch.nn.Module, but {config.name} makes "
+            f"{type(model).__name__}."
+        )
+    model = model.to("cpu", _DTYPES[config.dtype])
+    weights.load(model, config)
+    weights.freeze(model, config)
+    model = for_training(model)
+    check(model)
+    return model
 
 
 def for_dataset(config: ModelConfig, dataset: ArrayDataset, seed: seeds.Root) -> nn.Module:
