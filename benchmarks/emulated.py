@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.spies import WAITS
+
 _aten = torch.ops.aten
 _MATMUL = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default, _aten.mm.out}
 _MATMUL |= {
@@ -82,8 +84,8 @@ class Graph:
         """Overwrite everything that was made."""
         for *_, new in self._calls:
             for tensor in new:
-                if tensor is not None and tensor.is_floating_point():
-                    tensor.fill_(torch.nan)
+                if tensor is not None:
+                    tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
 
     def replay(self) -> None:
         """Ask everything again."""
@@ -98,10 +100,9 @@ class Graph:
 class Recorder(TorchDispatchMode):
     """`torch.cuda.graph` on the CPU, for `Graph`: refuses to wait for values, as on a GPU."""
 
-    REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "repeat_interleave")
-    REFUSED += ("lift_fresh",)  # a tensor made of the host's numbers, to be copied to the device
+    REFUSED = WAITS | {"lift_fresh"}  # a tensor made of the host's numbers, to be copied to the device
 
-    def __init__(self, graph: Graph, capture_error_mode: str = "global") -> None:
+    def __init__(self, graph: Graph, stream: object = None, capture_error_mode: str = "global") -> None:
         super().__init__()
         assert capture_error_mode == "thread_local"
         self._graph = graph
@@ -109,7 +110,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func._schema.name.split("::")[1] in self.REFUSED:
+        name = func._schema.name.split("::")[1]
+        by_mask = name.startswith("index") and any(t.dtype == torch.bool for t in _tensors(args[1:]))
+        if name in self.REFUSED or by_mask:
             raise RuntimeError("operation not permitted when stream is capturing")
         result = func(*args, **(kwargs or {}))
         self._graph.add(func, args, kwargs or {}, result)

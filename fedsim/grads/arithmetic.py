@@ -36,8 +36,13 @@ def products(cuda: str) -> Iterator[None]:
             switch.fp32_precision = value
 
 
+def off(device: str) -> torch.autocast:
+    """No autocast, nor what one has kept of weights: their values may be others by now."""
+    return torch.autocast(device, enabled=False, cache_enabled=False)
+
+
 @contextmanager
 def float32() -> Iterator[None]:
     """Multiply float32 in full, and let no autocast that happens to be on change a dtype."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), products("ieee"):
+    with off("cpu"), off("cuda"), products("ieee"):
         yield

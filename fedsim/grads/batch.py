@@ -85,15 +85,16 @@ def take(batch: Batch, rows: Any) -> Batch:
 def placed(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
     """Copy a batch to `device`, its floating arrays to `dtype` if given; ids and masks keep their own.
 
-    Of a complex `dtype` they get the precision.
+    Of a complex `dtype` they get the precision. However the arrays lie in memory, the copies lie in the order
+    of their axes: kernels differ with the layout too.
 
     Always a copy, cut off from any graph: a model or loss that writes into its arguments does not reach the
     caller's data, nor what a second attempt sees.
     """
 
     def place(array: Tensor) -> Tensor:
-        wanted = None if dtype is None or not array.is_floating_point() else dtype.to_real()
-        return array.detach().to(device, wanted, copy=True)
+        wanted = array.dtype if dtype is None or not array.is_floating_point() else dtype.to_real()
+        return torch.empty(array.shape, dtype=wanted, device=device).copy_(array.detach())
 
     return each(place, batch)
 
@@ -109,11 +110,19 @@ def expanded(target: Batch, views: int) -> Batch:
 
 
 def filled(batch: Batch, examples: int) -> Batch:
-    """Return a batch (B, ...) with copies of its first example up to so many; itself if they are there."""
+    """Return a batch (B, ...) with copies of its first example up to so many, in the order of its axes.
+
+    Itself if they are there and it lies in memory like that: who is missing must not change the layout.
+    """
 
     def longer(array: Tensor) -> Tensor:
-        missing = examples - len(array)
-        return torch.cat([array, array[:1].expand(missing, *array.shape[1:])]) if missing else array
+        count = len(array)
+        if count == examples and array.stride() == torch.empty(array.shape, device="meta").stride():
+            return array
+        whole = array.new_empty((examples, *array.shape[1:]))
+        whole[:count] = array
+        whole[count:] = array[:1]
+        return whole
 
     return each(longer, batch)
 

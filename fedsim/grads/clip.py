@@ -23,6 +23,7 @@ from fedsim import config as configs
 from fedsim import validate
 from fedsim.config import PrivacyConfig
 from fedsim.grads import constants
+from fedsim.grads.arithmetic import off
 from fedsim.grads.norms import squared_norms_of
 from fedsim.validate import InputError
 
@@ -296,7 +297,7 @@ def clip_and_sum(
         rule with groups. A norm is not finite where an entry is not; such an example adds exactly 0.
     """
     rows, factors, norms, _ = _clipped(gradients, clip, groups)
-    with torch.autocast(rows[0].device.type, enabled=False):  # a model may have left one on
+    with off(rows[0].device.type):  # a model may have left one on
         sums = [factor.to(row.dtype) @ row for row, factor in zip(rows, factors, strict=True)]
     return torch.cat(sums), norms
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsim.grads import FlatClip, vmap
+from benchmarks.bound import judge, reduced
+from benchmarks.bound.hostile import FILLS
+from fedsim.grads import FlatClip, clipped_gradient_sum, vmap
 from fedsim.grads.bookkeeping import Options, choose, clipped_sum, engine, gram, precision
 from fedsim.grads.bookkeeping.precision import SUMMED
 from fedsim.grads.bookkeeping.standardise import Origin, standardisations
 from fedsim.grads.norms import squared_norms
 from fedsim.models import layers
 from fedsim.models.layers import WSConv2d
+from fedsim.types import ClippedSum
 
 BOUND = 1e-3
 
@@ -256,7 +260,7 @@ def test_norms_by_gram_matrices_are_rounded_up(width: int, positions: int, kind:
     found, doubt = gram.inner(grams, (gram.length(width), gram.length(256)))
     exact = (second.double().mT @ first.double()).square().sum((1, 2))
     assert (found + doubt >= exact).all()
-    assert (doubt <= 1e-5 * exact).all()
+    assert (doubt <= 2.0 * engine.TOLERATED * exact).all()  # or every such example would be taken alone
 
 
 @pytest.mark.parametrize("plan", [("gram", False), ("loop", False), ("loop", True), ("slices", True)])
@@ -279,3 +283,69 @@ def test_norms_of_inputs_along_a_standardised_kernel_are_rounded_up(
     norms = clipped_sum(layer, inputs, targets, loss, FlatClip(1.0))[1]
     exact = vmap.clipped_sum(copy.deepcopy(layer).double(), inputs.double(), targets, loss, FlatClip(1.0))[1]
     assert (norms >= exact / (1.0 + 1e-6)).all(), float((exact / norms).max() - 1.0)
+
+
+class Added(nn.Module):
+    """A layer, a multiple of whose outputs is added up: output gradients are all equal."""
+
+    def __init__(self, layer: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.layer, self.factor = layer, factor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (self.layer(inputs) * self.factor).flatten(1).sum(1)
+
+
+HOW: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[pytest.MonkeyPatch], None]]] = {
+    "linear, drop": (lambda: nn.Linear(600, 8, bias=False), (400, 600), _linear("drop")),
+    "linear, gram": (lambda: nn.Linear(600, 8, bias=False), (gram.MOST, 600), _linear("gram")),
+    **{
+        f"convolution, {plan}": (lambda: nn.Conv2d(32, 4, 3, bias=False), (32, 20, 20), _conv(plan, False))
+        for plan in ("loop", "grouped", "patches", "slices")
+    },
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_is_added_is_as_long_as_was_measured(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many equal terms, in the norm's product and the sum's: both round, and not to the same side."""
+    build, shape, force = HOW[how]
+    force(monkeypatch)
+    generator = torch.Generator().manual_seed(5)
+    options = Options(memory_budget=0)
+    for _ in range(12):
+        size, factor, bound = (torch.rand(3, generator=generator) + 0.2).tolist()
+        model, clip = Added(build(), factor), FlatClip(0.1 * bound)
+        inputs, targets = torch.full((2, 1, *shape), size), torch.tensor([100.0, 0.0])
+        arguments = torch.mul, clip, options
+        whole, norms, _ = clipped_sum(model, inputs, targets, *arguments)
+        assert norms[0] > clip.clip_norm
+        rest = clipped_sum(model, inputs[1:], targets[1:], *arguments)[0]
+        assert (whole.double() - rest.double()).norm() <= clip.clip_norm * (1.0 + 1e-6)
+
+
+@pytest.mark.parametrize("engine_name", ["bookkeeping", "vmap"])
+@pytest.mark.parametrize("steep", ["plain", "equal"])
+def test_how_inputs_lie_in_memory_changes_nothing(engine_name: str, steep: str) -> None:
+    """Channels last, as from a picture: copies that fill a batch up would lie otherwise."""
+    torch.manual_seed(10)
+    draw, model = random.Random(10), reduced.build("wide resnet")
+    inputs, targets = FILLS["cancelling"](draw, (2, 1, 3, 16, 16)), FILLS[steep](draw, (2, 5))
+    turned = inputs.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+    def sum_of(inputs: Tensor, targets: Tensor, bound: float) -> ClippedSum:
+        return clipped_gradient_sum(
+            model,
+            inputs,
+            targets,
+            FlatClip(bound),
+            loss=judge.product,
+            engine=engine_name,
+            physical_batch_size=2,
+        )
+
+    bound = float(sum_of(inputs, targets, 1.0).norms.median()) * 1e-2
+    for given in (inputs, turned):
+        whole, alone = (sum_of(given[:n], targets[:n], bound).sum.double() for n in (2, 1))
+        assert (whole - alone).norm() <= bound * (1.0 + 1e-6) + 1e-6 * whole.norm()
+    assert torch.equal(sum_of(turned, targets, bound).sum, sum_of(inputs, targets, bound).sum)

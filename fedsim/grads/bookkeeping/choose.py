@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedsim.grads.bookkeeping import choose_gpu
+from fedsim.grads.bookkeeping import choose_gpu, gram
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.tape import Tape
 
@@ -57,10 +57,10 @@ def linear(tape: Tape, positions: int, width_in: int, width_out: int, size: int)
     cost = {
         "keep": form + entries * LINEAR_ENTRY,
         "gram": form + again + 2 * positions**2 * (widths * GRAM_FLOP + INNER_ENTRY),
-        "drop": 2 * form + again + entries * ENTRY,
+        "drop": 2 * form + 2 * entries * ENTRY,
     }
     allowed = {"drop"}
-    if positions**2 * 8 <= tape.scratch:
+    if positions <= gram.MOST and positions**2 * 8 <= tape.scratch:
         allowed.add("gram")
     best = min(allowed, key=cost.__getitem__)
     if cost["keep"] < cost[best] and tape.reserve(
@@ -119,9 +119,9 @@ def convolution(
     formed = min(cost, key=cost.__getitem__)
     entry = _entry(entries * size)
     cost["keep"] = cost[formed] + entries * entry
-    cost["drop"] = cost[formed] + entries * entry / 2 + native
+    cost["drop"] = 2 * cost[formed] + entries * entry
     best = "drop"
-    if geometry.groups == 1 and (pixels**2 + 3 * places**2) * 4 <= tape.scratch:
+    if geometry.groups == 1 and places <= gram.MOST and (pixels**2 + 3 * places**2) * 4 <= tape.scratch:
         cost["gram"] = (
             native
             + 2 * (pixels**2 * channels + places**2 * out) * GRAM_FLOP

@@ -38,10 +38,11 @@ def linear(tape: Tape, positions: int, width_in: int, width_out: int) -> str:
     passes = gram.passes(width_in) + gram.passes(width_out) + 6
     cost = {
         "keep": form + 2 * entries * WIDE * BYTE,
-        "drop": form + entries * WIDE * BYTE + again,
+        "drop": 2 * (form + entries * WIDE * BYTE),
         "gram": 2 * positions**2 * widths * _flop(size) + rows + passes * positions**2 * WIDE * BYTE + again,
     }
-    allowed = {"drop", "gram"} if positions**2 * 2 * WIDE <= tape.scratch else {"drop"}
+    possible = positions <= gram.MOST and positions**2 * 2 * WIDE <= tape.scratch
+    allowed = {"drop", "gram"} if possible else {"drop"}
     best = min(allowed, key=cost.__getitem__)
     kept, held = (tape.examples * count for count in (entries * WIDE, positions * width_out * size))
     if cost["keep"] < cost[best] and tape.reserve(kept, held):
@@ -75,7 +76,7 @@ def convolution(
     passes = entries * WIDE * BYTE * (2 if standardised else 1)
     cost = {
         "keep": form + passes + entries * WIDE * BYTE,
-        "drop": form + passes + again,
+        "drop": 2 * form + passes + entries * WIDE * BYTE,
         "gram": 2 * (pixels**2 * channels + places**2 * out) * _flop(size)
         + (gram.passes(channels) + 1) * pixels**2 * WIDE * BYTE
         + (gram.passes(out) + 3 * area + 5) * places**2 * WIDE * BYTE
@@ -84,7 +85,7 @@ def convolution(
         + again,
     }
     best = "drop"
-    if (pixels**2 + 3 * places**2) * WIDE <= tape.scratch:
+    if places <= gram.MOST and (pixels**2 + 3 * places**2) * WIDE <= tape.scratch:
         best = min(best, "gram", key=cost.__getitem__)
     if cost["keep"] < cost[best] and tape.reserve(kept, held):
         return "shifts", True

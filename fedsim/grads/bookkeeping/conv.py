@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedsim.grads import gpu
 from fedsim.grads.bookkeeping import choose, gather, gram, shifts
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
-from fedsim.grads.bookkeeping.precision import SUMMED, of_sum, squared_norms, widen
+from fedsim.grads.bookkeeping.precision import SUMMED, squared_norms, widen
 from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use
 
@@ -86,15 +86,13 @@ class ConvUse(Use):
     def squares(self) -> Tensor:
         """See `Use.squares`."""
         count = self.tape.examples
-        pieces = -(-count // self._step())
-        step = -(-count // pieces)
+        ranges = self._ranges()
         direction = self._direction()
         # A grouped convolution that gives all at once has its own memory, and a copy would cost time.
-        if self.keep and not (self.plan == "grouped" and pieces == 1):
+        if self.keep and not (self.plan == "grouped" and len(ranges) == 1):
             self._kept = self.tape.blocks.take(count, self.weight.numel(), widen(self._inputs[:0]))
         parts: list[tuple[Tensor, Tensor | None]] = []
-        for low in range(0, count, step):
-            high = min(low + step, count)
+        for low, high in ranges:
             if self.plan == "gram":
                 parts.append(self._squares_by_gram(low, high))
                 continue
@@ -107,11 +105,6 @@ class ConvUse(Use):
         if self.keep:
             self._kept = formed if self._kept is None else self._kept
             del self._inputs, self._gradient
-        elif self.plan != "gram":
-            added = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms()
-            if self._standard is not None:
-                added *= self._standard.reach.max().sqrt()
-            self.doubt = added if self.doubt is None else self.doubt + added
         self._output = None
         return found
 
@@ -132,7 +125,13 @@ class ConvUse(Use):
         if self._kept is not None:
             total = coefficients.to(self._kept.dtype) @ self._kept
             return self._ordered(total[None])[0]
-        if self.plan in ("shifts", "gram") and self.tape.gpu:
+        if self.plan != "gram":  # another product would round in another way
+            total = coefficients.new_zeros(self.weight.numel(), dtype=widen(self._gradient[:0]).dtype)
+            for low, high in self._ranges():
+                formed = self._form(low, high)
+                total.addmv_(formed.t(), coefficients[low:high].to(formed.dtype))
+            return self._ordered(total[None])[0]
+        if self.tape.gpu:
             return self._weighted_by_shifts(coefficients)
         factors = coefficients.repeat_interleave(self._views).view(-1, 1, 1, 1)
         gradient = widen(self._gradient)
@@ -195,6 +194,13 @@ class ConvUse(Use):
     @property
     def _size(self) -> Pair:
         return self._inputs.shape[2], self._inputs.shape[3]
+
+    def _ranges(self) -> list[Pair]:
+        """First example and the end of each piece to work on: the same for norms and sums."""
+        count = self.tape.examples
+        pieces = -(-count // self._step())
+        step = -(-count // pieces)
+        return [(low, min(low + step, count)) for low in range(0, count, step)]
 
     def _step(self) -> int:
         """Examples to work on at a time."""

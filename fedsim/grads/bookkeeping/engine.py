@@ -13,7 +13,7 @@ from torch.func import vmap
 
 from fedsim.grads import batch
 from fedsim.grads import vmap as vmap_engine
-from fedsim.grads.arithmetic import float32
+from fedsim.grads.arithmetic import float32, off
 from fedsim.grads.batch import Batch, arrays, call, each, expanded, sizes, take
 from fedsim.grads.bookkeeping import (
     attention,
@@ -223,7 +223,7 @@ def _forward_and_backward(
     def example_loss(own: Batch, target: Batch) -> Tensor:
         watch = Watch(tape, Level(), RULES, generic, standardise.DERIVATIONS, SHORTCUTS)
         with watch:
-            with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
+            with torch.autocast(device, torch.bfloat16, cache_enabled=False) if bfloat16 else nullcontext():
                 outputs = call(model, own)
             if bfloat16 and isinstance(outputs, Tensor):
                 outputs = outputs.float()
@@ -240,7 +240,7 @@ def _forward_and_backward(
             raise Unsupported(f"{names} reach the loss in a way that cannot be seen")
         groups = joint.groups(tape)
         if losses.requires_grad:
-            with torch.autocast(losses.device.type, enabled=False):  # the model may have left one on
+            with off(losses.device.type):  # the model may have left one on
                 torch.autograd.backward(losses, torch.full_like(losses, 1.0 / views))
                 with torch.no_grad():
                     for fill in tape.after_backward:

@@ -22,8 +22,10 @@ from fedsim.grads.bookkeeping.precision import (
     of_entries,
     of_product,
     of_sum,
+    unit,
 )
 
+MOST = 128  # rows: of more, what a sum may lose of an example is not tolerable
 _STRIP = 32  # rows of Gram matrices that are formed at a time
 _WIDTH = 32  # entries of rows that are multiplied at a time: the error of longer products is not tolerable
 _LONG = 8 * _WIDTH  # entries of rows whose pieces are added one after the other
@@ -77,8 +79,9 @@ def inner(pairs: Iterable[tuple[Tensor, Tensor]], lengths: tuple[int, int]) -> t
         pairs: (n, rows, columns) of both, strip by strip as of `strips`; overwritten.
         lengths: of the inner products that made the entries of both, as of `length`.
     """
-    found = []
+    found, rows_of_each = [], 0
     for own, theirs in pairs:
+        rows_of_each += own.shape[1]
         dtype = own.dtype
         diagonals = [t.diagonal(dim1=1, dim2=2).clamp(min=0.0) for t in (own, theirs)]
         rows, traces = (diagonals[0] * diagonals[1]).sqrt().sum(1), (d.sum(1) for d in diagonals)
@@ -94,6 +97,8 @@ def inner(pairs: Iterable[tuple[Tensor, Tensor]], lengths: tuple[int, int]) -> t
     own_size, other_size = parts[:, 5:].square().sum(0).sqrt()
     whole = whole.clamp(min=0.0)
     doubt = sum(of_product(longest, dtype) for longest in (*lengths, SUMMED)) * absolute
+    # The sum is another product: its terms, one a row, may all be rounded to one side, a quarter unit each.
+    doubt += unit(dtype) * rows_of_each * whole
     # Of the second matrix each entry beside the diagonal was counted once.
     doubt += of_entries(dtype) * (own_trace * other_size * math.sqrt(2.0) + other_trace * own_size)
     # What vanishes below the smallest number of the dtype.

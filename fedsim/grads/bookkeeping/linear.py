@@ -8,6 +8,7 @@ The gradient of one example is sum_t g_t x_t' over its positions t (places and v
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from fedsim.grads.bookkeeping.mode import Rule, Watch
 from fedsim.grads.bookkeeping.precision import (
     affine,
     batch_product,
-    of_sum,
     product,
     squared_norms,
     under_autocast,
@@ -70,13 +70,8 @@ class LinearUse(Use):
             self._kept = self.rows(0, self.tape.examples)
             del self._left, self._right
             return squared_norms(self._kept)
-        count = len(inputs)
         if self.plan == "drop":
-            step = max(1, self.tape.scratch // (self.weight.numel() * 4))
-            lows = range(0, count, step)
-            found = torch.cat([squared_norms(self.rows(low, min(low + step, count))) for low in lows])
-            self.doubt = 2.0 * of_sum(self.weight.dtype) * found.sqrt() * self.terms()
-            return found
+            return torch.cat([squared_norms(rows) for _, rows in self._formed()])
         widths = gram.length(inputs.shape[2]), gram.length(gradient.shape[2])
         if self._gram is not None:
             pairs = zip(self._gram, gram.strips(gradient), strict=True)
@@ -89,6 +84,13 @@ class LinearUse(Use):
         ]
         found, self.doubt = (torch.cat(part) for part in zip(*parts, strict=True))
         return found
+
+    def _formed(self) -> Iterator[tuple[slice, Tensor]]:
+        """Gradients of all examples, some at a time, the same in every bit whenever they are formed."""
+        step, count = max(1, self.tape.scratch // (self.weight.numel() * 4)), self.tape.examples
+        for low in range(0, count, step):
+            own = slice(low, min(low + step, count))
+            yield own, self.rows(own.start, own.stop)
 
     def terms(self) -> Tensor:
         """See `Use.terms`."""
@@ -106,6 +108,11 @@ class LinearUse(Use):
         if self._kept is not None:
             row = None if out is None else out.view(1, -1)
             total = product(coefficients.to(self._kept.dtype)[None], self._kept.flatten(1), row)
+            return total.view(self.weight.shape)
+        if self.plan == "drop":  # another product would round in another way
+            total = coefficients.new_zeros(self.weight.numel(), dtype=widen(self._left[:0]).dtype)
+            for own, rows in self._formed():
+                total.addmv_(rows.flatten(1).t(), coefficients[own].to(rows.dtype))
             return total.view(self.weight.shape)
         left, right = self._left, self._right
         factors = coefficients.view(-1, 1, 1)
