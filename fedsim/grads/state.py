@@ -266,8 +266,12 @@ class _Buffers:
     def __init__(self, modules: list[nn.Module]) -> None:
         self._owners = [(module, dict(module._buffers.items())) for module in modules if len(module._buffers)]
         self._kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        self._sparse: list[tuple[Tensor, Tensor]] = []
         for buffer in _all(own for _, own in self._owners):
-            self._kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+            if buffer.layout is torch.strided:
+                self._kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+            else:
+                self._sparse.append((buffer, buffer.clone()))
         self._copies = {kind: _joined(buffers) for kind, buffers in self._kinds.items()}
 
     def put_back(self) -> set[int]:
@@ -276,6 +280,10 @@ class _Buffers:
         A new tensor in the place of a buffer counts by its value too; the caller puts the old one back.
         """
         changed: set[int] = set()
+        for sparse, before in self._sparse:
+            if not torch.equal(sparse.to_dense(), before.to_dense()):
+                changed.add(id(sparse))
+                sparse.copy_(before)
         for module, own in self._owners:
             present = dict(module._buffers.items())
             for name, buffer in own.items():

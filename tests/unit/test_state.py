@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.grads import FlatClip, clipped_gradient_sum
-from fedsim.grads.state import left_as_found
+from fedsim.grads.state import ChangesState, left_as_found
 from fedsim.validate import InputError
 
 
@@ -226,3 +226,24 @@ def test_engines_run_the_model_in_the_modes_it_is_in(engine: str) -> None:
         value = nn.functional.cross_entropy(model(inputs[row]), targets[row : row + 1])
         parts = torch.autograd.grad(value, parameters)
         torch.testing.assert_close(torch.cat([g.flatten() for g in parts]).norm().double(), norm)
+
+
+def test_a_sparse_buffer_is_served_and_put_back() -> None:
+    class Graph(nn.Module):
+        def __init__(self, writes: bool) -> None:
+            super().__init__()
+            self.inner, self.writes = nn.Linear(3, 2), writes
+            self.register_buffer("edges", torch.eye(3).to_sparse())
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if self.writes:
+                self.edges.mul_(2.0)
+            return self.inner(inputs)
+
+    inputs = torch.randn(2, 3)
+    with left_as_found(model := Graph(writes=False)):
+        model(inputs)
+    model = Graph(writes=True)
+    with pytest.raises(ChangesState, match="edges"), left_as_found(model):
+        model(inputs)
+    assert torch.equal(model.edges.to_dense(), torch.eye(3))
