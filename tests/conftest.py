@@ -21,6 +21,8 @@ from torch import Tensor
 from fedsim import config as configs
 from fedsim.config import Config
 from fedsim.privacy import loss_distribution
+from fedsim.privacy.accountant import EpsilonResult
+from fedsim.privacy.ledger_view import LedgerView
 
 SMALL = (
     "data.train_examples=400",
@@ -58,6 +60,23 @@ def _epsilon_of_holders_on_a_coarse_grid(
     are marked `exact`."""
     if request.node.get_closest_marker("exact") is None:
         monkeypatch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", 250)
+
+
+def without_epsilon(patch: pytest.MonkeyPatch) -> None:
+    """Let ledgers answer at once, always the same: for tests of runs that look at no epsilon."""
+    nothing = EpsilonResult(1.0, 1e-5, "", "", "example", "")
+    for name in ("epsilon", "holder_epsilon"):
+        patch.setattr(LedgerView, name, lambda self, *_: nothing)
+    patch.setattr(
+        LedgerView,
+        "example_epsilon",
+        lambda self: None if self.header.example_noise_factor is None else nothing,
+    )
+
+
+@pytest.fixture
+def epsilon_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_epsilon(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
