@@ -246,8 +246,10 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
     merged = _schema()
     for path, content in reversed(_chain(find(source))):
         merged = _located(_merge(merged, content, str(path)), content, path.parent)
-    given = _dotlist(overrides)
-    return _freeze(_located(_merge(merged, given, "command line"), given, folder))
+    if overrides:
+        given = _dotlist(overrides)
+        merged = _located(_merge(merged, given, "command line"), given, folder)
+    return _freeze(merged)
 
 
 def located(overrides: Sequence[str], folder: Path) -> list[str]:
