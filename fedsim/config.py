@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsim import registry, rules, validate
@@ -246,11 +248,12 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
             exclude each other or that nothing reads, missing or unreadable file.
     """
     merged = _schema()
-    for path in reversed(_chain(find(source))):
-        content = read(path)
+    for path, content in reversed(_chain(find(source))):
         merged = _located(_merge(merged, content, str(path)), content, path.parent)
-    given = _dotlist(overrides)
-    return _freeze(_located(_merge(merged, given, "command line"), given, folder))
+    if overrides:
+        given = _dotlist(overrides)
+        merged = _located(_merge(merged, given, "command line"), given, folder)
+    return _freeze(merged)
 
 
 def located(overrides: Sequence[str], folder: Path) -> list[str]:
@@ -337,7 +340,9 @@ def clip_groups(privacy: PrivacyConfig) -> dict[str, ClipGroupConfig]:
     return groups
 
 
+@functools.cache
 def _schema() -> DictConfig:
+    """The schema to merge with; one for all, which merging leaves as it is."""
     return _thaw(OmegaConf.structured(Config))
 
 
@@ -367,29 +372,41 @@ def find(source: str | Path, folder: Path = Path()) -> Path:
     )
 
 
-def _chain(path: Path) -> list[Path]:
-    """The file and those it extends, nearest first."""
-    paths: list[Path] = []
+def _chain(path: Path) -> list[tuple[Path, DictConfig]]:
+    """The file and those it extends with what they hold, nearest first."""
+    chain: list[tuple[Path, DictConfig]] = []
     current: Path | None = path
     while current is not None:
+        paths = [p for p, _ in chain]
         if current.resolve() in [p.resolve() for p in paths]:
             raise InputError(f"{path}: 'extends' must not form a circle, got {[str(p) for p in paths]}.")
-        paths.append(current)
-        parent = read(current)._get_node("extends")
+        content = read(current)
+        chain.append((current, content))
+        parent = content._get_node("extends")
         parent = None if parent is None else parent._value()  # as written: nothing is merged yet
         current = None if parent is None else find(str(parent), current.parent)
-    return paths
+    return chain
 
 
 def read(path: Path) -> DictConfig:
-    """Return the mapping that a YAML file holds; raises InputError where it is none."""
+    """Return the mapping that a YAML file holds, to be merged and never changed: it is one for all.
+
+    Raises:
+        InputError: the file holds none.
+    """
     try:
-        loaded = OmegaConf.load(path)
+        loaded = _parsed(path.read_text(encoding="utf-8"))
     except Exception as error:
         raise InputError(f"{path}: expected a readable YAML mapping. {error}") from error
     if not isinstance(loaded, DictConfig):
         raise InputError(f"{path}: expected a YAML mapping, got {type(loaded).__name__}.")
     return loaded
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> DictConfig | ListConfig:
+    """What YAML text holds; parsing takes longer than all the rest of loading."""
+    return OmegaConf.load(io.StringIO(text))
 
 
 def _dotlist(overrides: Sequence[str]) -> DictConfig:

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from fedsim import config as configs
 from fedsim.config import Config
-from fedsim.privacy import loss_distribution
+from fedsim.privacy import accountant, loss_distribution
+from fedsim.privacy.accountant import EpsilonResult
+from fedsim.privacy.ledger_view import LedgerView
 
 SMALL = (
     "data.train_examples=400",
@@ -45,19 +47,52 @@ SMALL = (
 )
 
 
+FULL_GRID = loss_distribution._MAX_SINGLE_MIXTURE
+_of_the_last_test = [False]  # whether it was marked `exact`
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _epsilon_of_holders_on_a_coarse_grid() -> Iterator[None]:
+    """The grids of whole holders take seconds each; a coarse one bounds epsilon too. For the whole session:
+    also for the runs that fixtures of a module make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", 250)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _epsilon_of_holders_on_a_coarse_grid(
+def _epsilon_of_holders_on_its_own_grid(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The grids of whole holders take seconds each; a coarse one bounds epsilon too. Tests of epsilon itself
-    are marked `exact`."""
-    if request.node.get_closest_marker("exact") is None:
-        monkeypatch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", 250)
+    """Tests of epsilon itself are marked `exact`."""
+    exact = request.node.get_closest_marker("exact") is not None
+    if exact:
+        monkeypatch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", FULL_GRID)
+    if exact is not _of_the_last_test[0]:
+        _of_the_last_test[0] = exact
+        accountant._epsilon.cache_clear()  # does not ask for the grid of what it holds
+
+
+def without_epsilon(patch: pytest.MonkeyPatch) -> None:
+    """Let ledgers answer at once, always the same: for tests of runs that look at no epsilon."""
+    nothing = EpsilonResult(1.0, 1e-5, "", "", "example", "")
+    for name in ("epsilon", "holder_epsilon"):
+        patch.setattr(LedgerView, name, lambda self, *_: nothing)
+    patch.setattr(
+        LedgerView,
+        "example_epsilon",
+        lambda self: None if self.header.example_noise_factor is None else nothing,
+    )
+
+
+@pytest.fixture
+def epsilon_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_epsilon(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -271,11 +271,18 @@ def public_only(setup: str) -> bool:
 @functools.lru_cache(maxsize=8)
 def node_for(setup: str, index: int) -> Node:
     """Return the node for what `setup_of` says, built once per process."""
+    config, keys = _sent(setup)
+    return Node(config, index, seeds.Granted(keys))
+
+
+@functools.lru_cache(maxsize=8)
+def _sent(setup: str) -> tuple[Config, dict[str, bytes]]:
+    """Return the configuration and the keys that `setup_of` says, read once for all nodes of a process."""
     sent = json.loads(setup)
     config = configs.from_json(json.dumps(sent["config"]))
     registry.check_allowed(config.references())
     keys = {purpose: bytes.fromhex(key) for purpose, key in sent["keys"].items()}
-    return Node(dataclasses.replace(config, seed=seeds.WITHHELD), index, seeds.Granted(keys))
+    return dataclasses.replace(config, seed=seeds.WITHHELD), keys
 
 
 def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -> HolderReply:

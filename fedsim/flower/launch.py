@@ -38,6 +38,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.validate import RunError
 
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 5.0  # between looks at a run's state: every look starts a Python process
 SUPERLINK_SECONDS = 60.0
 ANSWER_SECONDS = 300.0
 PREFIX = "fedsim-"
@@ -310,7 +311,7 @@ def _follow(
     run_id: str, folder: RunFolder, environment: dict[str, str], base: Path, progress: ConsoleProgress | None
 ) -> str:
     """Wait for the run's end, showing the steps it writes; return Flower's status."""
-    shown, next_look = -1, 0.0
+    shown, next_look = -1, time.monotonic() + LOOK_SECONDS
     while True:
         if progress is not None:
             for line in read_steps(folder.metrics):
@@ -321,7 +322,7 @@ def _follow(
             status = str(_listed(run_id, environment, base)["status"])
             if status.startswith("finished"):
                 return status
-            next_look = time.monotonic() + 5.0  # every look starts a Python process
+            next_look = time.monotonic() + LOOK_SECONDS
         time.sleep(POLL_SECONDS)
 
 

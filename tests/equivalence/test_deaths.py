@@ -12,8 +12,6 @@ import pytest
 from fedsim.engine.experiment import prepare
 from fedsim.engine.run_folder import RunFolder
 from fedsim.privacy import ledger, secret
-from fedsim.privacy.accountant import EpsilonResult
-from fedsim.privacy.ledger_view import LedgerView
 from tests.conftest import small, train
 
 CHANGES = ("open", "write", "pwrite", "fsync", "link", "unlink", "replace", "rename", "mkdir", "ftruncate")
@@ -26,14 +24,7 @@ CONFIG = small(
     "train.expected_batch_size=20",
 )
 DIED = 77
-pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(autouse=True)
-def _epsilon_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = EpsilonResult(1.0, 1e-5, "", "", "example", "")
-    monkeypatch.setattr(LedgerView, "epsilon", lambda self, *_: nothing)
-    monkeypatch.setattr(LedgerView, "holder_epsilon", lambda self, *_: nothing)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("epsilon_takes_no_time")]
 
 
 def dies_at(moment: int, out: Path, resume: bool) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import final, small, train
+from tests.conftest import final, small, train, without_epsilon
 
-STEPS = "train.steps=30"
+STEPS = "train.steps=12"
 MODEL = {"float32": "mlp", "float64": "small_cnn"}
 VARIANTS = {
     "1 holder": ["federation.holders=1", "federation.nodes=1"],
@@ -24,6 +25,13 @@ VARIANTS = {
     "opacus": ["engine.gradients=opacus"],
     "vmap": ["engine.gradients=vmap"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _epsilon_takes_no_time() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        without_epsilon(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,47 +10,58 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from fedsim.flower import launch
 from fedsim.flower.launch import ADOPTED
 from fedsim.privacy import ledger
-from tests.conftest import SMALL, final, small, train
+from tests.conftest import SMALL, command, final, small, train
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(400)]
 
 
-def fedsim(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fedsim.cli", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-
-
-def strays() -> list[str]:
-    """Processes of any launch that are still there."""
+def adopted() -> list[tuple[str, psutil.Process]]:
+    """Every process of any launch, with the launch's mark."""
     found = []
     for process in psutil.process_iter():
         try:
-            if ADOPTED in process.environ() and process.pid != os.getpid():
-                found.append(" ".join(process.cmdline()))
+            if (mark := process.environ().get(ADOPTED)) and process.pid != os.getpid():
+                found.append((mark, process))
         except psutil.Error:
             continue
     return found
 
 
-def test_simulation_equals_one_process_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    done = fedsim(
-        "run", "base", *SMALL, "engine.threads=1", "--engine", "flower", "--out", str(tmp_path / "flower")
+def strays() -> list[str]:
+    """Processes of any launch that are still there."""
+    found = []
+    for _, process in adopted():
+        with suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+def actors_of(pid: int) -> list[psutil.Process]:
+    """The node processes of the launch that process `pid` made, and of no other beside it."""
+    children = {child.pid for child in psutil.Process(pid).children()}
+    (own,) = {mark for mark, process in adopted() if process.pid in children}
+    return [p for mark, p in adopted() if mark == own and "ClientAppActor" in " ".join(p.cmdline())]
+
+
+def test_simulation_equals_one_process_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 60.0)  # the result tells the end
+    code = command(
+        ["run", "base", *SMALL, "engine.threads=1", "--engine", "flower", "--out", str(tmp_path / "flower")]
     )
-    assert done.returncode == 0, done.stderr
+    assert code == 0, capsys.readouterr().err
     train(small(), tmp_path / "local")
     assert torch.max(torch.abs(final(tmp_path / "flower") - final(tmp_path / "local"))) <= 1e-5
     books = [ledger.read(tmp_path / name / "ledger.jsonl") for name in ("flower", "local")]
@@ -69,7 +80,7 @@ def test_a_node_process_that_dies_stops_the_run_which_resumes(tmp_path: Path) ->
     metrics = out / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 10):
         time.sleep(0.05)
-    actors = [p for p in psutil.process_iter() if "ClientAppActor" in " ".join(p.cmdline() or [p.name()])]
+    actors = actors_of(process.pid)
     assert actors, "the simulation must have started its actors"
     os.kill(actors[0].pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
@@ -79,8 +90,7 @@ def test_a_node_process_that_dies_stops_the_run_which_resumes(tmp_path: Path) ->
     assert not (out / "result.json").exists()
     assert strays() == []
 
-    done = fedsim("run", "base", *SMALL, *slow, "--resume", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    assert command(["run", "base", *SMALL, *slow, "--resume", "--out", str(out)]) == 0
     train(small(*slow), tmp_path / "unbroken")
     assert torch.max(torch.abs(final(out) - final(tmp_path / "unbroken"))) <= 1e-5
 
@@ -113,7 +123,8 @@ def test_plain_flwr_run_with_overrides(tmp_path: Path, private_flower: dict[str,
     neutral = tmp_path / "cwd"
     neutral.mkdir()
     out = tmp_path / "out"
-    settings = f"config='smoke/central_dpsgd' overrides='train.steps=3 privacy.target_epsilon=4' out='{out}'"
+    overrides = "train.steps=3 privacy.target_epsilon=4 monitor.tensorboard=false"
+    settings = f"config='smoke/central_dpsgd' overrides='{overrides}' out='{out}'"
     done = subprocess.run(
         ["flwr", "run", str(ROOT), "--stream", "--run-config", settings],
         env=private_flower,

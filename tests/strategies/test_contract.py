@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,19 @@ class Flaky:
         return app(message, context)
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], torch.Tensor]:
+    """The parameters that the small configuration ends in, under a strategy or form, trained once."""
+
+    @functools.cache
+    def parameters(name: str) -> torch.Tensor:
+        folder = tmp_path_factory.mktemp("unbroken")
+        train(of(name), folder)
+        return final(folder)
+
+    return parameters
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_says_what_it_trusts(name: str) -> None:
     strategy = strategies.load(configs.load(f"smoke/{name}"))
@@ -85,6 +99,7 @@ def test_learns_on_its_smoke_config(name: str, tmp_path: Path) -> None:
     assert result["accuracy"] > 0.5, "ten balanced classes: chance is 0.1"
 
 
+@pytest.mark.usefixtures("epsilon_takes_no_time")
 @pytest.mark.parametrize("name", PRIVATE)
 def test_vanishing_noise_and_clipping_equal_the_noiseless_form(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,6 +129,7 @@ def test_event_has_a_finite_epsilon_by_both_accountants(name: str) -> None:
         assert 0 < value < math.inf
 
 
+@pytest.mark.usefixtures("epsilon_takes_no_time")
 @pytest.mark.parametrize("name", [*ALL, *FORMS])
 def test_empty_draw_is_an_ordinary_step(name: str, tmp_path: Path) -> None:
     result = train(of(name, "train.expected_batch_size=1e-6", "optimizer.learning_rate=1e-9"), tmp_path)
@@ -124,24 +140,29 @@ def test_empty_draw_is_an_ordinary_step(name: str, tmp_path: Path) -> None:
     assert (moved > 0) == (name != "nonprivate"), "noise is added to an empty sum, and nothing else is"
 
 
+@pytest.mark.usefixtures("epsilon_takes_no_time")
 @pytest.mark.parametrize("name", [*ALL, *FORMS])
-def test_a_node_that_fails_once_is_asked_again_with_the_same_keys(name: str, tmp_path: Path) -> None:
-    train(of(name), tmp_path / "a", client=Flaky(lambda n: n == 3))
-    train(of(name), tmp_path / "b")
-    assert torch.equal(final(tmp_path / "a"), final(tmp_path / "b"))
+def test_a_node_that_fails_once_is_asked_again_with_the_same_keys(
+    name: str, tmp_path: Path, unbroken: Callable[[str], torch.Tensor]
+) -> None:
+    train(of(name), tmp_path, client=Flaky(lambda n: n == 3))
+    assert torch.equal(final(tmp_path), unbroken(name))
 
 
+@pytest.mark.usefixtures("epsilon_takes_no_time")
 @pytest.mark.parametrize("name", [*ALL, *FORMS])
-def test_a_node_that_fails_twice_stops_the_run_which_resumes_exactly(name: str, tmp_path: Path) -> None:
+def test_a_node_that_fails_twice_stops_the_run_which_resumes_exactly(
+    name: str, tmp_path: Path, unbroken: Callable[[str], torch.Tensor]
+) -> None:
     with pytest.raises(RunError, match="disk of this holder is gone"):
-        train(of(name), tmp_path / "a", client=Flaky(lambda n: n >= 4))
-    assert not (tmp_path / "a" / "result.json").exists()
-    train(of(name), tmp_path / "a", resume=True)
-    train(of(name), tmp_path / "b")
-    assert torch.equal(final(tmp_path / "a"), final(tmp_path / "b"))
-    assert ledger.read(tmp_path / "a" / "ledger.jsonl").steps == 6
+        train(of(name), tmp_path, client=Flaky(lambda n: n >= 4))
+    assert not (tmp_path / "result.json").exists()
+    train(of(name), tmp_path, resume=True)
+    assert torch.equal(final(tmp_path), unbroken(name))
+    assert ledger.read(tmp_path / "ledger.jsonl").steps == 6
 
 
+@pytest.mark.usefixtures("epsilon_takes_no_time")
 @pytest.mark.parametrize("name", [*PRIVATE, *FORMS])
 def test_noise_is_added_once_whatever_the_number_of_holders(name: str, tmp_path: Path) -> None:
     """With no example drawn the update is the noise alone, of the scale the strategy states for its sum."""

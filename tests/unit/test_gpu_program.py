@@ -27,6 +27,8 @@ def test_stages_are_written_as_they_end_and_one_that_fails_does_not_end_the_rest
         raise RuntimeError(f"on {device}, within {seconds:.0f} s")
 
     monkeypatch.setitem(gpu.STAGES, "memory", gpu.Stage(5.0, fails))
+    little = ("train.steps=1", "federation.holders=1000", "federation.partition=iid")  # of one example each
+    monkeypatch.setattr(gpu, "SHORT", (*gpu.SHORT, *little))
     out = tmp_path / "gpu.json"
     assert gpu.main(["--device", "cpu", "--json", str(out), "--only", "memory", "differs"]) == 1
     held = json.loads(out.read_text(encoding="utf-8"))
