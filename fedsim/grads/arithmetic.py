@@ -37,8 +37,8 @@ def products(cuda: str) -> Iterator[None]:
 
 
 def off(device: str) -> torch.autocast:
-    """No autocast, nor what one has kept of weights: their values may be others by now."""
-    return torch.autocast(device, enabled=False, cache_enabled=False)
+    """No autocast on `device`."""
+    return torch.autocast(device, enabled=False)
 
 
 @contextmanager

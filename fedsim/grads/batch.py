@@ -85,16 +85,15 @@ def take(batch: Batch, rows: Any) -> Batch:
 def placed(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
     """Copy a batch to `device`, its floating arrays to `dtype` if given; ids and masks keep their own.
 
-    Of a complex `dtype` they get the precision. However the arrays lie in memory, the copies lie in the order
-    of their axes: kernels differ with the layout too.
+    Of a complex `dtype` they get the precision.
 
     Always a copy, cut off from any graph: a model or loss that writes into its arguments does not reach the
     caller's data, nor what a second attempt sees.
     """
 
     def place(array: Tensor) -> Tensor:
-        wanted = array.dtype if dtype is None or not array.is_floating_point() else dtype.to_real()
-        return torch.empty(array.shape, dtype=wanted, device=device).copy_(array.detach())
+        wanted = None if dtype is None or not array.is_floating_point() else dtype.to_real()
+        return array.detach().to(device, wanted, copy=True)
 
     return each(place, batch)
 

@@ -218,6 +218,7 @@ def _forward_and_backward(
 ) -> tuple[list[joint.Group], Tensor]:
     """Record the call on `tape` and fill every use; returns the losses (B,) too."""
     _, views = sizes(inputs, targets)
+    # No cast of a weight is kept: autocasts around this one would hand it on to calls with other values.
     bfloat16, device = options.precision == "bfloat16", tape.anchor.device.type
 
     def example_loss(own: Batch, target: Batch) -> Tensor:
