@@ -23,6 +23,8 @@ from fedsim.types import ClippedSum
 from tests.conftest import train
 from tests.strategies.test_contract import FORMS, PRIVATE, of
 
+pytestmark = pytest.mark.usefixtures("epsilon_takes_no_time")
+
 ALARM = 1e-6
 EXAMPLES, BATCH, STEPS = 10_000, 1_500.0, 30
 HOLDERS_AS_UNITS = 2_000
