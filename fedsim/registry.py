@@ -96,21 +96,21 @@ def sources(reference: str) -> dict[str, Path]:
         InputError: as `resolve`; or a module without a Python file, which can neither be compared nor sent.
     """
     name = reference.partition(":")[0]
-    top = name.partition(".")[0]
-    module = _module(name if installed(reference) else top, "source")
+    package, module = _module(name.partition(".")[0], "source"), _module(name, "source")
+    whole = not installed(reference) and getattr(package, "__file__", None) is not None
+    module = package if whole else module  # a folder without __init__.py has no file
     file = getattr(module, "__file__", None)
     if file is None or not file.endswith(".py"):
         raise InputError(f"{reference}: {module.__name__} must have a Python file, got {file or 'none'}.")
     path = Path(file).resolve()
-    if path.name == "__init__.py" and not installed(reference):
+    if whole and path.name == "__init__.py":
         return {p.relative_to(path.parents[1]).as_posix(): p for p in sorted(path.parent.rglob("*.py"))}
     return {f"{module.__name__.replace('.', '/')}.py": path}
 
 
 def installed(reference: str) -> bool:
     """Whether a reference leads into Python's library or an installed package: nodes have those."""
-    module = _module(reference.partition(":")[0].partition(".")[0], "source")
-    file = getattr(module, "__file__", None)
+    file = getattr(_module(reference.partition(":")[0], "source"), "__file__", None)
     if file is None:
         return True
     kept = {Path(folder).resolve() for folder in sysconfig.get_paths().values()}

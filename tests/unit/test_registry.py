@@ -133,6 +133,12 @@ def test_the_source_is_part_of_the_code_hash(folder: Path) -> None:
     after = [provenance.code_hash(name) for name in names]
     assert all(one != other for one, other in zip(before, after, strict=True))
     assert registry.installed("torch.nn:Linear")
+    assert list(registry.sources("torch.nn.modules.linear:Linear")) == ["torch/nn/modules/linear.py"]
+    assert [p.name for p in registry.sources("torch:compile").values()] == ["__init__.py"]
+    (folder / "own_package" / "__init__.py").unlink()
+    sys.modules.pop("own_package"), sys.modules.pop("own_package.nets")
+    assert list(registry.sources(names[1])) == ["own_package/nets.py"]
+    assert not registry.installed(names[1])
     assert not registry.installed(names[0])
 
 
