@@ -21,6 +21,7 @@ from fedsim.config import Config
 from fedsim.engine.experiment import prepare
 from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
+from fedsim.metric import Metric
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
 from fedsim.validate import InputError, RunError
@@ -132,7 +133,7 @@ def run(comparison_: Comparison, overrides: list[str], out: Path, runner: Runner
     """
     done: list[Cell] = []
     for cell, folder, result in finish(cells(comparison_, overrides), out, runner, log):
-        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, _curve(folder)))
+        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, _curve(folder, Metric.of(result))))
         with validate.failures_as(RunError, f"the report in {out} was not written", "Repeat the command."):
             comparison.write(done, comparison_.title, out)
     return done
@@ -149,7 +150,7 @@ def finish(
     for cell in planned:
         if cell.config.monitor.public_only:
             validate.conflicts(
-                "monitor.public_only withholds what runs are compared by (seconds, accuracy over holders).",
+                "monitor.public_only withholds what runs are compared by (seconds, scores over holders).",
                 "Leave it null: studies of several runs are for simulation.",
             )
         RunFolder(out / "runs" / cell.folder).check(cell.config, resume=True)
@@ -164,7 +165,7 @@ def finish(
         yield cell, folder, runner(cell.config, folder)
 
 
-def _curve(folder: RunFolder) -> list[tuple[int, float]]:
-    """(step, test accuracy) wherever the run evaluated."""
-    numbers = [(line["step"], numbers_of(line).get("accuracy")) for line in read_steps(folder.metrics)]
-    return [(step, accuracy) for step, accuracy in numbers if accuracy is not None]
+def _curve(folder: RunFolder, headline: Metric) -> list[tuple[int, float]]:
+    """(step, headline on the test data) wherever the run evaluated."""
+    numbers = [(line["step"], numbers_of(line).get(headline.name)) for line in read_steps(folder.metrics)]
+    return [(step, score) for step, score in numbers if score is not None]

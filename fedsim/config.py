@@ -11,25 +11,23 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
-from fedsim import registry, rules, validate
+from fedsim import references, rules, validate
+from fedsim.merging import Choice, choices, dotlist, merge, parse_options, read, schema_of, to_dataclass
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
-PATHS = (("data", "root"), ("model", "init_from"))  # settings that name files
-_ADAPTIVE = ("adam", "adamw", "lamb")
+PATHS = ("data.root", "model.init_from", "federation.partition.options.file")
+"""Settings that name files."""
 
 FREE = (
     "extends",
@@ -49,12 +47,12 @@ FREE = (
 @dataclass(frozen=True)
 class DataConfig:
     name: str = "fashion_mnist_subset"
+    options: dict[str, Any] = field(default_factory=dict)
     root: str | None = None
-    classes: int | None = field(default=None, metadata=read_with(name=("arrays", "image_folder")))
     train_examples: int | None = None
     test_examples: int | None = None
     holdout_examples: int = 0
-    features: str | None = None
+    features: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,7 @@ class ModelConfig:
 class FederationConfig:
     holders: int = 100
     nodes: int = 2
-    partition: str = "dirichlet"
-    dirichlet_alpha: float = field(default=0.5, metadata=read_with(partition=("dirichlet",)))
-    shards_per_holder: int = field(default=2, metadata=read_with(partition=("shards",)))
-    power_law_exponent: float = field(default=1.5, metadata=read_with(partition=("power_law",)))
+    partition: Choice = field(default_factory=lambda: Choice("dirichlet"))
     examples_per_holder_at_most: int | None = None
     nodes_per_wave: int | None = None
     availability: float = 1.0
@@ -121,17 +116,13 @@ class TrainConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: str = "sgd"
+    options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1.0
     scale_with_batch: float | None = None
-    momentum: float = field(default=0.0, metadata=read_with(name=("momentum", "nesterov")))
-    beta1: float = field(default=0.9, metadata=read_with(name=_ADAPTIVE))
-    beta2: float = field(default=0.999, metadata=read_with(name=_ADAPTIVE))
-    epsilon: float = field(default=1e-8, metadata=read_with(name=_ADAPTIVE))
     weight_decay: float = 0.0
-    schedule: str = "constant"
+    schedule: Choice = field(default_factory=lambda: Choice("constant"))
     warmup_steps: int = 0
     warmup_epochs: float | None = None
-    final_fraction: float = field(default=0.0, metadata=read_with(schedule=("linear", "cosine")))
 
 
 @dataclass(frozen=True)
@@ -200,6 +191,7 @@ class Config:
     title: str = ""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
+    task: Choice = field(default_factory=lambda: Choice("classification"))
     model: ModelConfig = field(default_factory=ModelConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -226,8 +218,10 @@ class Config:
         return body
 
     def references(self) -> tuple[str, ...]:
-        """Return what is named that fedsim does not bring (`fedsim.registry`)."""
-        return tuple(filter(registry.is_reference, (self.model.name, self.strategy.name)))
+        """Return what is named that fedsim does not bring (`fedsim.references`)."""
+        chosen = (_at(self, path) for path in choices(Config))
+        names = [choice.name for choice in chosen if choice is not None]
+        return tuple(dict.fromkeys(filter(references.is_reference, names)))
 
     def digest(self) -> str:
         """Return a hash of what defines the result."""
@@ -249,10 +243,10 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
     """
     merged = _schema()
     for path, content in reversed(_chain(find(source))):
-        merged = _located(_merge(merged, content, str(path)), content, path.parent)
+        merged = _located(merge(merged, content, str(path)), content, path.parent)
     if overrides:
-        given = _dotlist(overrides)
-        merged = _located(_merge(merged, given, "command line"), given, folder)
+        given = dotlist(overrides)
+        merged = _located(merge(merged, given, "command line"), given, folder)
     return _freeze(merged)
 
 
@@ -263,27 +257,40 @@ def located(overrides: Sequence[str], folder: Path) -> list[str]:
         InputError: an override that is not "key.path=value".
     """
     out = list(overrides)
-    for section, name in PATHS:
+    for path in PATHS:
         for item in overrides:
-            given = OmegaConf.select(_dotlist([item]), f"{section}.{name}")
+            given = OmegaConf.select(dotlist([item]), path)
             if given is not None:
-                out.append(f"{section}.{name}={json.dumps(str(_absolute(str(given), folder)))}")
+                out.append(f"{path}={json.dumps(str(_absolute(str(given), folder)))}")
     return out
 
 
 def _located(merged: DictConfig, written: DictConfig, folder: Path | None) -> DictConfig:
     """Make the paths that `written` sets absolute: processes of a run work in other folders."""
-    for section, name in PATHS:
-        if (OmegaConf.to_container(written).get(section) or {}).get(name) is None:  # type: ignore[union-attr]
+    for path in PATHS:
+        if _written(written, path) is None:
             continue
-        value = merged[section][name]
+        value = str(OmegaConf.select(merged, path))
         if folder is None and not _expanded(value).is_absolute():
             raise InputError(
-                f"{section}.{name} must be an absolute path here (the runtime changes folders), "
-                f"got {value!r}."
+                f"{path} must be an absolute path here (the runtime changes folders), got {value!r}."
             )
-        merged[section][name] = str(_absolute(value, folder or Path()))
+        OmegaConf.update(merged, path, str(_absolute(value, folder or Path())))
     return merged
+
+
+def _written(written: DictConfig, path: str) -> Any:
+    """What a file or command line says at a dotted path, as written; None for nothing."""
+    node: Any = OmegaConf.to_container(written)
+    for part in path.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _at(settings: Any, path: str) -> Any:
+    for part in path.split("."):
+        settings = getattr(settings, part)
+    return settings
 
 
 def _absolute(path: str, folder: Path) -> Path:
@@ -299,25 +306,12 @@ def _expanded(path: str | Path) -> Path:
 
 def from_json(text: str) -> Config:
     """Rebuild a Config from `Config.to_json`, as nodes do; checked like a file."""
-    return _freeze(_merge(_schema(), OmegaConf.create(json.loads(text)), "message"))
+    return _freeze(merge(_schema(), OmegaConf.create(json.loads(text)), "message"))
 
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML; loading it gives an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.create({**dataclasses.asdict(config), "extends": None}))
-
-
-def parse_options(options: dict[str, Any], schema: type[Any], where: str) -> Any:
-    """Return `schema(**options)` for a frozen dataclass of options, with typed conversion.
-
-    Raises:
-        InputError: unknown option (with the nearest valid one), wrong type, or one that nothing reads.
-    """
-    typed = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(typed, False)
-    parsed = _to_dataclass(_merge(typed, OmegaConf.create(options), where), schema)
-    rules.refuse_unread(parsed, where)
-    return parsed
 
 
 def clip_groups(privacy: PrivacyConfig) -> dict[str, ClipGroupConfig]:
@@ -342,16 +336,8 @@ def clip_groups(privacy: PrivacyConfig) -> dict[str, ClipGroupConfig]:
 
 @functools.cache
 def _schema() -> DictConfig:
-    """The schema to merge with; one for all, which merging leaves as it is."""
-    return _thaw(OmegaConf.structured(Config))
-
-
-def _thaw(node: DictConfig) -> DictConfig:
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        if OmegaConf.is_config(child := node._get_node(key)) and isinstance(child, DictConfig):
-            _thaw(child)
-    return node
+    """The schema to merge with; one for all."""
+    return schema_of(Config)
 
 
 def find(source: str | Path, folder: Path = Path()) -> Path:
@@ -388,97 +374,8 @@ def _chain(path: Path) -> list[tuple[Path, DictConfig]]:
     return chain
 
 
-def read(path: Path) -> DictConfig:
-    """Return the mapping that a YAML file holds, to be merged and never changed: it is one for all.
-
-    Raises:
-        InputError: the file holds none.
-    """
-    try:
-        loaded = _parsed(path.read_text(encoding="utf-8"))
-    except Exception as error:
-        raise InputError(f"{path}: expected a readable YAML mapping. {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise InputError(f"{path}: expected a YAML mapping, got {type(loaded).__name__}.")
-    return loaded
-
-
-@functools.lru_cache(maxsize=64)
-def _parsed(text: str) -> DictConfig | ListConfig:
-    """What YAML text holds; parsing takes longer than all the rest of loading."""
-    return OmegaConf.load(io.StringIO(text))
-
-
-def _dotlist(overrides: Sequence[str]) -> DictConfig:
-    for item in overrides:
-        if not re.match(r"^[A-Za-z_][\w.]*=", item):
-            raise InputError(f"override must look like key.path=value, got {item!r}.")
-        if item.startswith("extends="):
-            raise InputError(f"extends must stand in a configuration file, got the override {item!r}.")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:
-        raise InputError(f"overrides must hold YAML values, got {list(overrides)}. {error}") from error
-
-
-def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
-    for key in _leaves(update):
-        if not _known(base, key):
-            valid = sorted(_leaves(base, keep_sections=True))
-            raise InputError(f"{where}: unknown key '{key}'. {validate.did_you_mean(key, valid)}".rstrip())
-    try:
-        merged = OmegaConf.merge(base, update)
-        OmegaConf.resolve(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or "?"
-        wanted = str(error).splitlines()[0]
-        raise InputError(f"{where}: wrong value for '{key}'. {wanted}.") from error
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _known(base: DictConfig, key: str) -> bool:
-    node: Any = base
-    for part in key.split("."):
-        if not isinstance(node, DictConfig):
-            return False
-        if OmegaConf.get_type(node) is dict:  # a free mapping takes any key
-            return True
-        if part not in node:
-            return False
-        node = node._get_node(part)
-    return True
-
-
-def _leaves(node: DictConfig, prefix: str = "", keep_sections: bool = False) -> list[str]:
-    out: list[str] = []
-    for key in node:
-        child = node._get_node(key)
-        name = prefix + str(key)
-        if isinstance(child, DictConfig) and not child._is_none() and len(child):
-            out += [name] if keep_sections else []
-            out += _leaves(child, f"{name}.", keep_sections)
-        else:
-            out.append(name)
-    return out
-
-
-def _to_dataclass(node: Any, schema: type[Any]) -> Any:
-    values: dict[str, Any] = {}
-    for entry in dataclasses.fields(schema):
-        value = node[entry.name]
-        nested = entry.default_factory if entry.default_factory is not dataclasses.MISSING else None
-        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
-            values[entry.name] = _to_dataclass(value, nested)
-        elif OmegaConf.is_config(value):
-            values[entry.name] = OmegaConf.to_container(value)
-        else:
-            values[entry.name] = value
-    return schema(**values)
-
-
 def _freeze(merged: DictConfig) -> Config:
-    config: Config = _to_dataclass(merged, Config)
+    config: Config = to_dataclass(merged, Config)
     clip_groups(config.privacy)  # refuses groups that are malformed
     rules.check(config)
     return config

@@ -16,14 +16,20 @@ from numpy.typing import NDArray
 import strategies
 from fedsim import models, validate
 from fedsim.config import Config
-from fedsim.data import augment, datasets, partition, sizes
+from fedsim.data import augment, batches, datasets, partition, sizes
+from fedsim.data.targets import Targets
 from fedsim.engine import optim
 from fedsim.engine.experiment import Experiment, epsilons, facts_of, planned, prepare
+from fedsim.grads import batch
+from fedsim.grads.batch import Batch
 from fedsim.grads.cost import Cost, cost
 from fedsim.grads.flat import spec, trainable_names
+from fedsim.optimizers import OPTIMIZERS
+from fedsim.partitions import Material
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.published import AGREEMENT
+from fedsim.tasks import TASKS, Task
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, Tagged, shown
 from strategies.base import DataFacts, Plan, Strategy
@@ -44,7 +50,9 @@ class _Known:
     facts: DataFacts
     holders: Tagged[dict[str, float]]
     shape: tuple[int, ...]
-    classes: int
+    outputs: int
+    task: Task
+    view: tuple[Batch, Batch]
     source: str
 
 
@@ -120,14 +128,20 @@ def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any]
 
 
 def _from_data(experiment: Experiment) -> _Known:
-    train = experiment.splits.train
+    train, task = experiment.splits.train, experiment.task
+    strata, cpu = task.strata(train.targets), torch.device("cpu")
+    views, target = batches.placeholder(train, 1, np.random.default_rng(0), torch.float32, cpu)
     return _Known(
         strategy=experiment.strategy,
         plan=experiment.plan,
         facts=experiment.facts,
-        holders=Sensitive(experiment.partition.summary(train.labels)),
+        holders=Sensitive(
+            experiment.partition.summary(np.zeros(len(train), int) if strata is None else strata)
+        ),
         shape=train.example_shape,
-        classes=train.num_classes,
+        outputs=task.outputs(train.declared),
+        task=task,
+        view=(batch.each(lambda array: array[0], views), target),
         source=f"{train.name}, read",
     )
 
@@ -136,12 +150,14 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     strategy = strategies.load(config)
     datasets.resolve(config.data)  # refuses unknown names
     augment.check(config.train.augmentations, _example(config, size))
-    skeleton = models.skeleton(config.model, size.shape, size.classes)
+    task, declared = TASKS.make(config.task), Targets("class", size.classes)
+    task.check(declared)
+    skeleton = models.skeleton(config.model, size.shape, task.outputs(declared))
     strategy.clip_rule().group_of(trainable_names(skeleton))  # refuses groups that do not fit the model
     optimizer = optim.resolved(config.optimizer, config.train, size.train)
     optim.ServerOptimizer(optimizer, config.train, spec(skeleton))  # refuses a warm-up as long as the run
     labels = np.arange(size.train, dtype=np.int64) % size.classes
-    held = partition.partition(labels, None, config.federation, config.seed)
+    held = partition.partition(Material(size.train, labels), config.federation, config.seed)
     facts = facts_of(config, held, sum(p.numel() for p in skeleton.parameters() if p.requires_grad))
     shape = " x ".join(map(str, size.shape))
     source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} even classes"
@@ -151,7 +167,9 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
         facts,
         Public(held.summary(labels)),
         size.shape,
-        size.classes,
+        task.outputs(declared),
+        task,
+        (torch.empty(1, *size.shape), torch.zeros(1, dtype=torch.long)),
         source,
     )
 
@@ -179,7 +197,8 @@ def _spent(known: _Known, config: Config) -> dict[str, Tagged[EpsilonResult]]:
 def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
     """Operations of the run, hours at a rate, bytes of a step and memory of its processes."""
     train, facts, plan = config.train, known.facts, known.plan
-    one = cost(models.skeleton(config.model, known.shape, known.classes), torch.empty(1, *known.shape))
+    skeleton = models.skeleton(config.model, known.shape, known.outputs)
+    one = cost(skeleton, *known.view, known.task.loss)
     itemsize = 8 if config.model.dtype == "float64" else 4
     vector = facts.parameters * itemsize
     views = plan.steps * plan.sampling_rate * facts.examples * train.augment_multiplicity
@@ -227,7 +246,7 @@ def _memory(config: Config, one: Cost, vector: int, itemsize: int) -> dict[str, 
     examples = max(1, views // config.train.augment_multiplicity)
     extra = views * one.output_bytes if bookkeeping else examples * vector
     batch = one.fixed_bytes + views * one.saved_bytes + extra
-    slots = len(optim.SLOTS[config.optimizer.name]) + bool(config.train.ema_decay)
+    slots = len(OPTIMIZERS.find(config.optimizer.name).slots) + bool(config.train.ema_decay)
     return {
         f"physical batch of {views} views": batch,
         "one more view": one.saved_bytes + (one.output_bytes if bookkeeping else 0),

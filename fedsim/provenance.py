@@ -12,19 +12,17 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from fedsim import registry
-
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fedsim", "strategies")
 
 
 @functools.cache
-def code_hash(*references: str) -> str:
-    """Return a digest of every Python file of `fedsim` and `strategies`, and of what `references` name
-    (`fedsim.registry`); server and nodes must agree."""
+def code_hash(*named: str) -> str:
+    """Return a digest of every Python file of `fedsim` and `strategies`, and of what `named` references lead to
+    (`fedsim.references`); server and nodes must agree."""
     digest = hashlib.sha256()
-    for reference in sorted(set(references)):
-        for name, path in registry.sources(reference).items():
+    for reference in sorted(set(named)):
+        for name, path in references.sources(reference).items():
             digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     for package in PACKAGES:
         for path in sorted((PROJECT / package).rglob("*.py")):

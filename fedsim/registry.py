@@ -1,180 +1,163 @@
-"""What a configuration names that fedsim does not bring: `package.module:Object`.
+"""One axis of a configuration: what can be chosen there, from inside or outside.
 
-The object is found as Python finds it, or in the current folder. Its source is part of what was run: it is in
-the code hash that server and nodes compare, and goes along to the nodes of Flower's simulation unless it is
-of an installed package.
+A variant is a frozen dataclass: its fields are its options, its methods do the work. Those that fedsim brings
+stand one or a few a file in the axis's own package, each under `@AXIS.register("name")`; a new file is found
+without being listed anywhere. From outside come `package.module:Object`, and what an installed package offers
+as an entry point of the group "fedsim.AXIS".
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import inspect
-import os
-import random
-import sys
-import sysconfig
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+import pkgutil
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any, Generic, TypeVar
 
-import numpy as np
-
-from fedsim import validate
+from fedsim import references, validate
+from fedsim.merging import Choice, parse_options
 from fedsim.validate import InputError
 
-ALLOWED = "FEDSIM_REFERENCES"
-"""Environment variable of a node: references it may be sent, with commas between."""
+T = TypeVar("T")
+Class = TypeVar("Class", bound=type[Any])
 
 
-_resolved: set[str] = set()
+class Registry(Generic[T]):
+    """The variants of one axis.
+
+    Args:
+        setting: where a configuration chooses, such as "data.name" or "federation.partition".
+        package: whose modules register the variants; imported when the first one is asked for.
+        base: class that every variant derives from.
+        adapt: makes a `base` of what an object from outside gave, where that is something simpler.
+    """
+
+    def __init__(
+        self, setting: str, package: str, base: type[Any], adapt: Callable[[Any], T | None] | None = None
+    ) -> None:
+        self.setting = setting
+        self.axis = package.rpartition(".")[2]
+        self.base = base
+        self._package = package
+        self._adapt = adapt
+        self._own: dict[str, type[Any]] = {}
+        self._complete = False
+
+    @property
+    def options(self) -> str:
+        """Where a configuration gives the options."""
+        return f"{self.setting.removesuffix('.name')}.options"
+
+    def register(self, name: str) -> Callable[[Class], Class]:
+        """Register the decorated class under `name`; its docstring's first line describes it in lists."""
+
+        def put(variant: Class) -> Class:
+            assert name not in self._own, f"{self.setting} {name} is registered twice"
+            self._own[name] = variant
+            return variant
+
+        return put
+
+    def own(self) -> Mapping[str, type[Any]]:
+        """Return fedsim's own variants by name, in the order of their files."""
+        if not self._complete:
+            package = importlib.import_module(self._package)
+            for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+                importlib.import_module(f"{self._package}.{module}")
+            self._complete = True
+        return self._own
+
+    def names(self) -> list[str]:
+        """Return the names that can be chosen: fedsim's own, and those of installed packages."""
+        return [*self.own(), *sorted(entry_points(self.axis))]
+
+    def find(self, name: str) -> Any:
+        """Return the class, or other callable, that a name means.
+
+        Raises:
+            InputError: there is none; suggests the nearest name.
+        """
+        if name in self.own():
+            return self.own()[name]
+        if name in (offered := entry_points(self.axis)):
+            return references.resolve(offered[name], self.setting)
+        references.check(name, self.names(), self.setting)
+        return references.resolve(name, self.setting)
+
+    def make(self, choice: Choice, **known: Any) -> T:
+        """Return the variant that is chosen, with its options.
+
+        Args:
+            choice: name and options.
+            known: what an object from outside is given beside its options where it has parameters of these
+                names.
+
+        Raises:
+            InputError: no such variant, an option it does not take or of a wrong type, what it raises itself
+                for a wrong value, or an object that makes something else.
+        """
+        found = self.find(choice.name)
+        if isinstance(found, type) and dataclasses.is_dataclass(found):
+            made = parse_options(choice.options, found, self.options)
+        elif isinstance(found, self.base):  # an instance in a module: its options are set
+            made = found
+            if choice.options:
+                raise InputError(f"{self.options} must be empty for {choice.name}, got {choice.options}.")
+        else:
+            made = references.called(found, choice.options, known, self.options)
+        if not isinstance(made, self.base) and self._adapt is not None:
+            made = self._adapt(made)
+        if not isinstance(made, self.base):
+            raise InputError(
+                f"{self.setting} must name a {self.base.__module__}.{self.base.__name__} or what makes one, "
+                f"but {choice.name} gives {type(made).__name__}."
+            )
+        return made
+
+    def described(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return, by name, the first line of a variant's docstring and its options with their defaults."""
+        return {name: (_first_line(variant), options_of(variant)) for name, variant in self.own().items()}
 
 
-def is_reference(name: str) -> bool:
-    """Whether `name` is `package.module:Object`, and no name of fedsim's own."""
-    return ":" in name
+@functools.cache
+def entry_points(axis: str) -> dict[str, str]:
+    """Return what installed packages offer for an axis, as references by name."""
+    return {point.name: point.value for point in metadata.entry_points(group=f"fedsim.{axis}")}
 
 
-def check(name: str, own: Collection[str], setting: str) -> None:
-    """Raise InputError unless `name` is one of fedsim's `own` or a reference; the nearest is suggested."""
-    if not is_reference(name):
-        try:
-            validate.one_of(name, own, setting)
-        except InputError as error:
-            raise InputError(f"{error} Or name an object of your own, as package.module:Object.") from None
+def options_of(variant: type[Any]) -> dict[str, Any]:
+    """Return a variant's options with their defaults, "needed" where there is none."""
+    out: dict[str, Any] = {}
+    for entry in dataclasses.fields(variant):
+        if entry.default is not dataclasses.MISSING:
+            out[entry.name] = entry.default
+        elif entry.default_factory is not dataclasses.MISSING:
+            out[entry.name] = entry.default_factory()
+        else:
+            out[entry.name] = "needed"
+    return out
 
 
-def resolve(reference: str, setting: str) -> Any:
-    """Return the object that `package.module:Object` names; "Object" may be a path, as "Outer.inner".
+def _first_line(variant: type[Any]) -> str:
+    return (inspect.getdoc(variant) or "").partition("\n")[0]
+
+
+def check_choice(choice: Any, setting: str) -> Choice:
+    """Return an entry of a list of choices, a name or {name, options}, as one.
 
     Raises:
-        InputError: no such module or object, or one whose import fails; with the cause.
+        InputError: it is neither.
     """
-    module_name, _, path = reference.partition(":")
-    if not path or not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
-        raise InputError(
-            f"{setting} must be package.module:Object, got {reference!r}. Use one colon, no spaces."
-        )
-    found: Any = _module(module_name, setting)
-    _resolved.add(reference)
-    for part in path.split("."):
-        if not hasattr(found, part):
-            near = validate.did_you_mean(part, [name for name in dir(found) if not name.startswith("_")])
-            raise InputError(f"{setting}: {module_name} has no {path!r}. {near}".rstrip())
-        found = getattr(found, part)
-    return found
-
-
-def _module(name: str, setting: str) -> ModuleType:
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # last, so that nothing there hides what is installed
-    importlib.invalidate_caches()
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise InputError(f"{setting}: importing {name} fails: {error}. Install what it needs.") from error
-        raise InputError(
-            f"{setting}: there is no module {name!r} in {here} or on Python's path. Start fedsim in the "
-            "folder of the file, or set PYTHONPATH to it."
-        ) from error
-    except Exception as error:
-        raise InputError(
-            f"{setting}: importing {name} fails by {type(error).__name__}: {error}. Mend the module."
-        ) from error
-
-
-def sources(reference: str) -> dict[str, Path]:
-    """Return the files that make up what a reference names, by their path from the folder they are found in.
-
-    Of a module that stands alone its file, of a package all its Python files; of an installed package the
-    module's own file, for the rest of it is not the user's.
-
-    Raises:
-        InputError: as `resolve`; or a module without a Python file, which can neither be compared nor sent.
-    """
-    name = reference.partition(":")[0]
-    package, module = _module(name.partition(".")[0], "source"), _module(name, "source")
-    whole = not installed(reference) and getattr(package, "__file__", None) is not None
-    module = package if whole else module  # a folder without __init__.py has no file
-    file = getattr(module, "__file__", None)
-    if file is None or not file.endswith(".py"):
-        raise InputError(f"{reference}: {module.__name__} must have a Python file, got {file or 'none'}.")
-    path = Path(file).resolve()
-    if whole and path.name == "__init__.py":
-        return {p.relative_to(path.parents[1]).as_posix(): p for p in sorted(path.parent.rglob("*.py"))}
-    return {f"{module.__name__.replace('.', '/')}.py": path}
-
-
-def installed(reference: str) -> bool:
-    """Whether a reference leads into Python's library or an installed package: nodes have those."""
-    file = getattr(_module(reference.partition(":")[0], "source"), "__file__", None)
-    if file is None:
-        return True
-    kept = {Path(folder).resolve() for folder in sysconfig.get_paths().values()}
-    return any(folder in Path(file).resolve().parents for folder in kept)
-
-
-def check_allowed(references: Collection[str]) -> None:
-    """Refuse, on a node, what whoever started it has not allowed: names that a server sends are run here.
-
-    Raises:
-        InputError: a reference that is not in $FEDSIM_REFERENCES, nor was used by this process itself.
-    """
-    allowed = {name.strip() for name in os.environ.get(ALLOWED, "").split(",")} | _resolved
-    if refused := [name for name in references if name not in allowed]:
-        raise InputError(
-            f"this node runs no code it was not told of, but is sent {', '.join(refused)}. Start nodes with "
-            f"{ALLOWED}={','.join(references)}, the module on their path, as `fedsim run` does."
-        )
-
-
-def called(make: Callable[..., Any], options: Mapping[str, Any], known: Mapping[str, Any], where: str) -> Any:
-    """Return `make(**options)`, with those of `known` added that it has parameters for.
-
-    Raises:
-        InputError: options it does not take or lacks, or what it raises itself; with its signature.
-    """
-    try:
-        signature = inspect.signature(make)
-    except (TypeError, ValueError):
-        return make(**options)
-    taken = {name: value for name, value in known.items() if name in signature.parameters}
-    try:
-        signature.bind(**{**taken, **options})
-    except TypeError as error:
-        raise InputError(f"{where} must fit {_shown(make)}{signature}: {error}.") from error
-    try:
-        return make(**{**taken, **options})
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{_shown(make)} fails by {type(error).__name__}: {error}. Check {where}: {dict(options)}."
-        ) from error
-
-
-def _shown(make: Callable[..., Any]) -> str:
-    return getattr(make, "__qualname__", None) or type(make).__name__
-
-
-@contextmanager
-def generators(key: bytes) -> Iterator[None]:
-    """Let the global generators of torch, numpy and Python start from a key within the block.
-
-    For code that is not ours: nothing else here draws from them. Afterwards they are as before.
-    """
-    import torch
-
-    held = random.getstate(), np.random.get_state()  # noqa: NPY002
-    random.seed(key)
-    np.random.seed(np.frombuffer(key, dtype=np.uint32))  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(key[:8], "little", signed=True))
-            yield
-    finally:
-        random.setstate(held[0])
-        np.random.set_state(held[1])  # noqa: NPY002
+    if isinstance(choice, str):
+        return Choice(choice)
+    if (
+        isinstance(choice, dict)
+        and isinstance(choice.get("name"), str)
+        and set(choice) <= {"name", "options"}
+    ):
+        return Choice(choice["name"], dict(choice.get("options") or {}))
+    validate.conflicts(f"{setting} must list names or {{name, options}}, got {choice!r}.", "Write it so.")
+    raise AssertionError

@@ -10,10 +10,11 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
     data, model, strategy, engine, holders, nodes, partition, steps, expected_batch_size, noise_multiplier
     target_epsilon   the budget the configuration asks for, or null
     epsilon, delta   by unit, the largest over the seeds, with accountant, relation and note
-    seeds, accuracy  one number a seed, in one order; accuracies are fractions
+    headline         the metric: name, unit, direction; of unit "%" values are fractions
+    seeds, scores    one number a seed, in one order
     mean, std        over seeds; std is the sample standard deviation, null for one seed
     minutes          mean training time of a seed
-    runs             one mapping a seed: accuracy, minutes, peak memory, epsilon, hashes, commit, hardware
+    runs             one mapping a seed: score, minutes, peak memory, epsilon, hashes, commit, hardware
     command          what to type to get it again
     commit, hardware of the runs, listed where they differ
 """
@@ -34,14 +35,15 @@ from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.engine.run_folder import file_name
+from fedsim.metric import Metric
+from fedsim.partitions import PARTITIONS
 from fedsim.report.plain import as_json, plain
 from fedsim.validate import InputError, RunError
 
 _OF_RUN = (
-    "accuracy",
     "loss",
     "epsilon",
-    "holder_accuracy",
+    "holder_scores",
     "peak_memory_bytes",
     "parameters_sha256",
     "code_hash",
@@ -111,7 +113,8 @@ def summary(
         done: (seed, content of result.json) of every run.
         about: config, overrides, engine, command.
     """
-    accuracy = [float(result["accuracy"]) for _, result in done]
+    headline = Metric.of(done[0][1])
+    scores = [float(result[headline.name]) for _, result in done]
     answer = {
         "kind": "recipe",
         "title": config.title,
@@ -131,9 +134,10 @@ def summary(
         "epsilon": _largest([result["epsilon"] for _, result in done]),
         "delta": config.privacy.delta,
         "seeds": [seed for seed, _ in done],
-        "accuracy": accuracy,
-        "mean": statistics.mean(accuracy),
-        "std": statistics.stdev(accuracy) if len(accuracy) > 1 else None,
+        "headline": dataclasses.asdict(headline),
+        "scores": scores,
+        "mean": statistics.mean(scores),
+        "std": statistics.stdev(scores) if len(scores) > 1 else None,
         "minutes": statistics.mean(result["seconds"] for _, result in done) / 60.0,
         "runs": [_one(seed, result) for seed, result in done],
         "commit": ", ".join(dict.fromkeys(str(result["commit"]) for _, result in done)),
@@ -144,18 +148,18 @@ def summary(
 
 
 def _one(seed: int, result: dict[str, Any]) -> dict[str, Any]:
-    return {"seed": seed, "minutes": result["seconds"] / 60.0, **{name: result[name] for name in _OF_RUN}}
+    score = result[Metric.of(result).name]
+    kept = {name: result[name] for name in _OF_RUN}
+    return {"seed": seed, "score": score, "minutes": result["seconds"] / 60.0, **kept}
 
 
 def _partition(config: Config) -> str:
-    """The partition with the one number that shapes it."""
-    f = config.federation
-    shape = {
-        "dirichlet": f"dirichlet({f.dirichlet_alpha:g})",
-        "shards": f"shards({f.shards_per_holder})",
-        "power_law": f"power_law({f.power_law_exponent:g})",
-    }
-    return shape.get(f.partition, f.partition)
+    """The partition with the options that shape it."""
+    chosen = config.federation.partition
+    scheme = PARTITIONS.make(chosen)
+    shaped = {entry.name: getattr(scheme, entry.name) for entry in dataclasses.fields(scheme)}
+    options = ", ".join(f"{name}={value}" for name, value in shaped.items())
+    return f"{chosen.name}({options})" if options else chosen.name
 
 
 def _largest(spent: Sequence[dict[str, Any]]) -> dict[str, Any]:

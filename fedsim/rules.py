@@ -106,9 +106,6 @@ def check(c: Config) -> None:
         (t.checkpoint_every, "train.checkpoint_every"),
         (f.holders, "federation.holders"),
         (f.nodes, "federation.nodes"),
-        (f.shards_per_holder, "federation.shards_per_holder"),
-        (f.dirichlet_alpha, "federation.dirichlet_alpha"),
-        (f.power_law_exponent, "federation.power_law_exponent"),
         (f.availability, "federation.availability"),
         (p.clip_norm, "privacy.clip_norm"),
         (p.delta, "privacy.delta"),
@@ -124,7 +121,6 @@ def check(c: Config) -> None:
         (p.target_epsilon, "privacy.target_epsilon"),
         (p.noise_multiplier, "privacy.noise_multiplier"),
         (p.stop_at_epsilon, "privacy.stop_at_epsilon"),
-        (c.data.classes, "data.classes"),
         (c.data.train_examples, "data.train_examples"),
         (c.data.test_examples, "data.test_examples"),
         (f.examples_per_holder_at_most, "federation.examples_per_holder_at_most"),
@@ -154,8 +150,6 @@ def check(c: Config) -> None:
     validate.in_range(p.delta, 0.0, 0.5, "privacy.delta", "Use at most 1 / number of examples.")
     validate.in_range(f.availability, 0.0, 1.0, "federation.availability")
     validate.in_range(t.ema_decay, 0.0, 1.0 - 1e-12, "train.ema_decay")
-    validate.in_range(o.momentum, 0.0, 1.0 - 1e-12, "optimizer.momentum")
-    validate.in_range(o.final_fraction, 0.0, 1.0, "optimizer.final_fraction")
     validate.in_range(c.data.holdout_examples, 0, 2**62, "data.holdout_examples")
     validate.one_of(p.accountant, ("pld", "rdp", "rdp_objax"), "privacy.accountant")
     validate.one_of(p.clipping, ("flat", "normalised", "per_layer", "grouped"), "privacy.clipping")

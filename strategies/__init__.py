@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from fedsim import registry, rules
+from fedsim import references, rules
 from fedsim.config import Config, parse_options
 from fedsim.validate import InputError
 from strategies.base import Strategy
@@ -25,9 +25,9 @@ def load(config: Config) -> Strategy[Any]:
         InputError: unknown strategy or option (with the nearest valid one), or a setting it does not read.
     """
     name = config.strategy.name
-    registry.check(name, names(), "strategy.name")
-    if registry.is_reference(name):
-        found = registry.resolve(name, "strategy.name")
+    references.check(name, names(), "strategy.name")
+    if references.is_reference(name):
+        found = references.resolve(name, "strategy.name")
         if not (isinstance(found, type) and issubclass(found, Strategy)):
             raise InputError(
                 f"strategy.name must name a class derived from strategies.base.Strategy, but {name} is "

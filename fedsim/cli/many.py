@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedsim.cli import show
 from fedsim.cli.arguments import command, config_arguments
 from fedsim.cli.training import engine_argument, train
+from fedsim.metric import Metric
 
 if TYPE_CHECKING:
     from fedsim.compare import Runner
@@ -89,11 +90,12 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         from rich.console import Console
 
-        table = show.table("seed", "accuracy", "minutes")
+        headline = Metric.of(result)
+        table = show.table("seed", headline.name, "minutes")
         for run in result["runs"]:
-            table.add_row(str(run["seed"]), f"{100 * run['accuracy']:.2f}%", f"{run['minutes']:.1f}")
-        spread = "" if result["std"] is None else f" ± {100 * result['std']:.2f}"
-        table.add_row("all", f"{100 * result['mean']:.2f}%{spread}", f"{result['minutes']:.1f} each")
+            table.add_row(str(run["seed"]), headline.shown(run["score"]), f"{run['minutes']:.1f}")
+        spread = "" if result["std"] is None else f" ± {headline.number(result['std'])}"
+        table.add_row("all", headline.shown(result["mean"]) + spread, f"{result['minutes']:.1f} each")
         Console().print(table)
         for unit, spent in result["epsilon"].items():
             print(f"epsilon ({unit}): {show.spent(spent)}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fedsim import validate
 from fedsim.cli import show
 from fedsim.cli.arguments import command, config_arguments, load
+from fedsim.merging import Choice
+from fedsim.metric import Metric
 
 if TYPE_CHECKING:  # torch, flwr and dp-accounting take seconds to import: only where a command needs them
     from fedsim.config import Config
@@ -53,7 +55,7 @@ def train(config: Config, folder: RunFolder, engine: str, resume: bool, quiet: b
     experiment = prepare(config)
     progress = None
     if config.monitor.progress and not quiet:
-        progress = ConsoleProgress(experiment.plan.steps, config.title)
+        progress = ConsoleProgress(experiment.plan.steps, experiment.task.chosen, config.title)
     try:
         if engine == "flower":
             from fedsim.flower.launch import simulate
@@ -102,7 +104,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     central = dataclasses.replace(
         config,
         title=f"{config.title}-centralized",
-        federation=dataclasses.replace(config.federation, holders=1, nodes=1, partition="iid"),
+        federation=dataclasses.replace(config.federation, holders=1, nodes=1, partition=Choice("iid")),
     )
     base = options.out or Path("runs") / default_name(config)
     rows: dict[str, tuple[dict[str, Any], RunFolder]] = {}
@@ -122,14 +124,15 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
         "largest_parameter_difference": difference
     }
     if not options.json:
+        headline = Metric.of(rows["federated"][0])
         table = show.table(
-            "", "test accuracy", "epsilon per example", "epsilon per holder", "steps", "seconds"
+            "", f"test {headline.name}", "epsilon per example", "epsilon per holder", "steps", "seconds"
         )
         for name, (result, _) in rows.items():
             spent = result["epsilon"]
             table.add_row(
                 name,
-                f"{100 * result['accuracy']:.2f}%",
+                headline.shown(result[headline.name]),
                 show.value(spent["example"]["value"]) if "example" in spent else "-",
                 show.value(spent["holder"]["value"]) if "holder" in spent else "-",
                 str(result["steps"]),
@@ -164,8 +167,9 @@ def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
     from rich.console import Console
 
     table = show.table(result["title"] or "run", "")
-    if "accuracy" in result:
-        table.add_row("test accuracy", f"{100 * result['accuracy']:.2f}%")
+    headline = Metric.of(result)
+    if headline.name in result:
+        table.add_row(f"test {headline.name}", headline.shown(result[headline.name]))
     for name, spent in result["epsilon"].items():
         table.add_row(f"epsilon ({name})", show.spent(spent))
     table.add_row(

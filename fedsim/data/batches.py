@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim.config import TrainConfig
 from fedsim.data import augment
-from fedsim.data.examples import ArrayDataset, normalise
+from fedsim.data.examples import ArrayDataset, normalise, wanted
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -24,7 +24,7 @@ def plain(
 ) -> tuple[Batch, Batch]:
     """Return inputs and targets (n, ...) of these examples, as they are, on `device`."""
     inputs = normalise(dataset.inputs[ids], dataset, dtype, device)
-    return inputs, torch.from_numpy(dataset.labels[ids]).to(device)
+    return inputs, wanted(dataset.targets[ids], dtype, device)
 
 
 def views(
@@ -57,7 +57,7 @@ def prepared(
         pinned: put them where a GPU fetches them from while the host goes on.
     """
     raw = augment.views(dataset.inputs[ids], ids, train.augment_multiplicity, key, train.augmentations)
-    parts = torch.tensor(raw), torch.from_numpy(dataset.labels[ids])  # copies: the data set is read-only
+    parts = torch.tensor(raw), torch.tensor(dataset.targets[ids])  # copies: the data set is read-only
     return (parts[0].pin_memory(), parts[1].pin_memory()) if pinned else parts
 
 
@@ -65,7 +65,7 @@ def placed(
     parts: tuple[Tensor, Tensor], dataset: ArrayDataset, dtype: torch.dtype, device: torch.device
 ) -> tuple[Batch, Batch]:
     """Return inputs and targets as `views` does, of what is `prepared`."""
-    raw, targets = (part.to(device, non_blocking=True) for part in parts)
+    raw, targets = parts[0].to(device, non_blocking=True), wanted(parts[1], dtype, device)
     return normalise(raw, dataset, dtype, device), targets
 
 
@@ -78,5 +78,8 @@ def placeholder(
 ) -> tuple[Batch, Batch]:
     """Return inputs (1, K, ...) and a target (1,) of an example that is in no data set, of the right form."""
     shape = (1, multiplicity, *dataset.example_shape)
-    inputs = torch.from_numpy(values.standard_normal(shape)).to(device, dtype)
-    return inputs, torch.zeros(1, dtype=torch.int64, device=device)
+    if dataset.vocabulary is None:
+        inputs = torch.from_numpy(values.standard_normal(shape)).to(device, dtype)
+    else:
+        inputs = torch.from_numpy(values.integers(dataset.vocabulary, size=shape)).to(device)
+    return inputs, wanted(np.zeros_like(dataset.targets[:1]), dtype, device)

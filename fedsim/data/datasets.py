@@ -12,21 +12,19 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import numpy as np
 
-from fedsim import seeds, validate
+from fedsim import merging, seeds, validate
 from fedsim.config import DataConfig
-from fedsim.data import array_files, features, image_files
+from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, Splits
-from fedsim.data.standard import EMBEDDED_DIR, STANDARD, SUBSET_FILE, Loader
+from fedsim.data.sources import SOURCES
+from fedsim.merging import Choice
 from fedsim.validate import InputError, PrivateInputError
-
-DATASETS: Mapping[str, Loader] = {**STANDARD, "image_folder": image_files.load, "arrays": array_files.load}
 
 
 def default_root() -> Path:
@@ -41,10 +39,13 @@ def resolve(config: DataConfig) -> DataConfig:
     and last in the installed fedsim: a copy of the code shipped without data files, as Flower's bundle is,
     finds it there.
     """
-    validate.one_of(config.name, DATASETS, "data.name")
-    validate.one_of(config.features, [None, *features.FEATURES], "data.features")
+    SOURCES.find(config.name)
+    if config.features is not None:
+        validate.one_of(config.features.name, features.FEATURES, "data.features")
     root = default_root() if config.root is None else Path(config.root).expanduser().absolute()
     if config.name == "fashion_mnist_subset":
+        from fedsim.data.sources.standard import EMBEDDED_DIR, SUBSET_FILE
+
         places = [root, default_root(), EMBEDDED_DIR, *_installed_embedded()]
         root = next((p for p in places if (p / SUBSET_FILE).is_file()), root)
     return dataclasses.replace(config, root=str(root))
@@ -79,7 +80,7 @@ def load(config: DataConfig, public_only: bool = False) -> Splits:
             `public_only` its message says nothing of what examples hold.
     """
     try:
-        return _load(resolve(config))
+        return _load(json.dumps(dataclasses.asdict(resolve(config)), sort_keys=True))
     except PrivateInputError as error:
         if not public_only:
             raise
@@ -87,12 +88,13 @@ def load(config: DataConfig, public_only: bool = False) -> Splits:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(config: DataConfig) -> Splits:
-    assert config.root is not None  # set by resolve
-    splits = DATASETS[config.name](Path(config.root), config.classes)
+def _load(described: str) -> Splits:
+    config = merging.parse_options(json.loads(described), DataConfig, "data")
+    root = Path(config.root)
+    splits = SOURCES.make(Choice(config.name, config.options), root=root).load(root)
     train, test = splits.train, splits.test
     if config.features is not None:  # of the whole set, so that every cut of it shares one cached file
-        train, test = _featurised(train, config.features), _featurised(test, config.features)
+        train, test = (_featurised(split, config.features.name) for split in (train, test))
     if config.holdout_examples:
         if config.holdout_examples >= len(train):
             raise InputError(

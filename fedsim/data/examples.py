@@ -1,4 +1,4 @@
-"""Examples with labels as plain arrays, the splits of a data set, and what a model sees of them."""
+"""Examples with targets as plain arrays, the splits of a data set, and what a model sees of them."""
 
 from __future__ import annotations
 
@@ -12,53 +12,46 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim import validate
+from fedsim.data.targets import Targets
 from fedsim.validate import InputError, PrivateInputError
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayDataset:
-    """Examples with labels, and what is public about them.
+    """Examples with targets, and what is public about them.
 
     Attributes:
         name: the data set's name in the registry.
-        inputs: (N, H, W, C) uint8 images, or (N, ...) float16, float32 or float64 features; read-only.
-        labels: (N,) int64 in 0 .. num_classes - 1; read-only.
+        inputs: (N, H, W, C) uint8 images; (N, ...) float16, float32 or float64 features; or, where there is a
+            `vocabulary`, (N, places) integer tokens; read-only.
+        targets: (N, ...) as `declared` has them; read-only.
         groups: (N,) int64 natural owner of each example, or None where the data set has no owners.
-        num_classes: number of labels: declared, never counted, since the examples are private and the model's
-            shape is not.
+        declared: form of the targets: declared, since the examples are private and the model's shape is not.
         mean, std: C numbers each, applied to pixels on the [0, 1] scale: published constants for the standard
-            sets, 0.5 and 0.5 for other images (statistics of private images would leak), empty for features.
+            sets, 0.5 and 0.5 for other images (statistics of private images would leak), empty for others.
+        vocabulary: number of tokens there can be in the inputs, declared; None: the inputs are no tokens.
 
     Raises:
-        InputError: shapes, dtypes, lengths or labels that do not fit together. Whether features are finite is
-            for whoever reads or makes them (`finite`); an example that is not contributes a zero gradient.
+        InputError: shapes, dtypes, lengths or targets that do not fit together. Whether features are finite
+            is for whoever reads or makes them (`finite`); an example that is not contributes a zero gradient.
     """
 
     name: str
     inputs: NDArray[Any]
-    labels: NDArray[np.int64]
+    targets: NDArray[Any]
     groups: NDArray[np.int64] | None
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    declared: Targets
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
-        _check_inputs(self.name, self.inputs)
+        _check_inputs(self.name, self.inputs, self.vocabulary)
         n = len(self.inputs)
         object.__setattr__(self, "inputs", _read_only(self.inputs))
-        object.__setattr__(self, "labels", _read_only(_integers(self.name, "labels", self.labels, n)))
+        object.__setattr__(self, "targets", self.declared.checked(self.targets, n, self.name))
         if self.groups is not None:
             object.__setattr__(self, "groups", _read_only(_integers(self.name, "groups", self.groups, n)))
-        validate.positive(self.num_classes, f"{self.name}: num_classes")
-        if n and (self.labels.min() < 0 or self.labels.max() >= self.num_classes):
-            expected = (
-                f"{self.name}: labels must lie in 0 .. {self.num_classes - 1} (as many classes are declared)"
-            )
-            remedy = "Number the classes from 0, or declare as many as there can be."
-            raise PrivateInputError(
-                f"{expected}, got {self.labels.min()} .. {self.labels.max()}. {remedy}",
-                f"{expected}. {remedy}",
-            )
         channels = self.inputs.shape[-1] if self.is_image else 0
         if (len(self.mean), len(self.std)) != (channels, channels) or not all(s > 0 for s in self.std):
             raise InputError(
@@ -67,12 +60,12 @@ class ArrayDataset:
             )
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.inputs)
 
     @property
     def is_image(self) -> bool:
-        """Whether inputs are uint8 images (augmentable, normalised) rather than float features."""
-        return self.inputs.dtype == np.uint8
+        """Whether inputs are uint8 images (augmentable, normalised) rather than features or tokens."""
+        return self.inputs.dtype == np.uint8 and self.vocabulary is None
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -83,7 +76,7 @@ class ArrayDataset:
     def take(self, rows: NDArray[np.int64] | slice) -> ArrayDataset:
         """Return the given rows as a data set; a slice shares memory, an index array copies."""
         groups = None if self.groups is None else self.groups[rows]
-        return dataclasses.replace(self, inputs=self.inputs[rows], labels=self.labels[rows], groups=groups)
+        return dataclasses.replace(self, inputs=self.inputs[rows], targets=self.targets[rows], groups=groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +96,11 @@ class Splits:
                 f"{a.name}: train and test examples must have the same shape and dtype, got "
                 f"{a.inputs.shape[1:]} {a.inputs.dtype} and {b.inputs.shape[1:]} {b.inputs.dtype}."
             )
+        if (a.declared, a.targets.shape[1:], a.vocabulary) != (b.declared, b.targets.shape[1:], b.vocabulary):
+            raise InputError(
+                f"{a.name}: train and test must declare the same targets and vocabulary, got {a.declared} of "
+                f"shape {a.targets.shape[1:]} and {b.declared} of shape {b.targets.shape[1:]}."
+            )
 
 
 def normalise(
@@ -120,11 +118,13 @@ def normalise(
         device: where the result lives; images travel as bytes and are converted there.
 
     Returns:
-        (..., C, H, W) tensor (x / 255 - mean) / std for images; features unchanged but for their dtype.
-        Each value depends on its own pixel alone, so batching never changes it.
+        (..., C, H, W) tensor (x / 255 - mean) / std for images; features unchanged but for their dtype;
+        tokens as int64. Each value depends on its own pixel alone, so batching never changes it.
     """
     # Copies an array: those of the data set are read-only.
     tensor = batch.to(device) if isinstance(batch, torch.Tensor) else torch.tensor(batch, device=device)
+    if dataset.vocabulary is not None:
+        return tensor.to(torch.int64)
     if not dataset.is_image:
         return tensor.to(dtype)
     mean, std = (
@@ -141,14 +141,36 @@ def _of_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.de
     return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
-def _check_inputs(name: str, inputs: NDArray[Any]) -> None:
+def wanted(
+    targets: NDArray[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Return targets as a loss takes them: values in `dtype`, classes and tokens int64, labels uint8."""
+    tensor = targets if isinstance(targets, torch.Tensor) else torch.tensor(targets)
+    return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+
+def _check_inputs(name: str, inputs: NDArray[Any], vocabulary: int | None) -> None:
+    if vocabulary is not None:
+        validate.positive(vocabulary, f"{name}: vocabulary")
+        if inputs.dtype.kind not in "iu" or inputs.ndim != 2 or 0 in inputs.shape[1:]:
+            raise InputError(
+                f"{name}: inputs with a vocabulary must be integer tokens of shape (N, places), got "
+                f"{inputs.dtype} of shape {inputs.shape}."
+            )
+        if inputs.size and not 0 <= int(inputs.min()) <= int(inputs.max()) < vocabulary:
+            expected = f"{name}: tokens must lie in 0 .. {vocabulary - 1} (as many are declared)"
+            raise PrivateInputError(
+                f"{expected}, got {inputs.min()} .. {inputs.max()}. Declare as many as there can be.",
+                f"{expected}.",
+            )
+        return
     image = inputs.dtype == np.uint8 and inputs.ndim == 4
     features = inputs.dtype in (np.float16, np.float32, np.float64) and inputs.ndim >= 2
     if not (image or features) or 0 in inputs.shape[1:]:
         raise InputError(
             f"{name}: inputs must be uint8 images of shape (N, H, W, C) or float16, float32 or float64 "
             f"features of shape (N, d), got {inputs.dtype} of shape {inputs.shape}. "
-            "Grey images need a last axis of length 1."
+            "Grey images need a last axis of length 1; tokens a declared vocabulary."
         )
 
 

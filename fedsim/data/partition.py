@@ -1,8 +1,8 @@
 """Which data holder owns which example, and which of them it uses.
 
 A partition is one array: the holder of every global example id. Everything else is derived from it, so the
-ids survive partitioning and a draw keyed by id does not notice how the data is spread. All schemes cover
-every example exactly once, give every holder at least one example, and depend on the seed alone.
+ids survive partitioning and a draw keyed by id does not notice how the data is spread. All schemes
+(fedsim.partitions) cover every example exactly once and give every holder at least one.
 
 With a declared cap (`federation.examples_per_holder_at_most`) a larger holder uses that many of its examples,
 chosen by a key of the run: the others keep their ids and owner and take no part in anything.
@@ -10,7 +10,6 @@ chosen by a key of the run: the others keep their ids and owner and take no part
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 
 from fedsim import seeds, validate
 from fedsim.config import FederationConfig
+from fedsim.partitions import PARTITIONS
+from fedsim.partitions.base import Material
 from fedsim.validate import InputError
 
 Ints = NDArray[np.int64]
@@ -142,151 +143,33 @@ class Partition:
             )
 
 
-def partition(labels: Ints, groups: Ints | None, config: FederationConfig, seed: seeds.Root) -> Partition:
+def partition(material: Material, config: FederationConfig, seed: seeds.Root) -> Partition:
     """Spread N examples over `config.holders` holders.
 
     Args:
-        labels: (N,) int64 labels.
-        groups: (N,) int64 natural owner of each example, or None.
-        config: scheme (`partition`), its settings, and the cap on a holder's examples.
+        material: what the schemes know of the examples.
+        config: scheme (`partition`), holders, and the cap on a holder's examples.
         seed: the run's seed, or the key for "partition" derived from it; the same seed gives the same
             partition.
 
     Raises:
-        InputError: unknown scheme, more holders than examples, or groups that do not fit.
+        InputError: unknown scheme, more holders than examples, or material that does not fit.
     """
-    validate.one_of(config.partition, SCHEMES, "federation.partition")
-    n, holders = len(labels), config.holders
+    scheme = PARTITIONS.make(config.partition)
+    n, holders = material.examples, config.holders
     validate.positive(holders, "federation.holders")
-    if config.partition != "natural" and holders > n:
+    if not scheme.owned and holders > n:
         raise InputError(
             f"federation.holders must be at most {n}, the number of training examples, got {holders}. "
             "Every holder owns at least one example: lower federation.holders or raise data.train_examples."
         )
-    if groups is not None and groups.shape != labels.shape:
-        raise InputError(f"groups must have one owner for each of {n} examples, got shape {groups.shape}.")
     key = seeds.derive(seed, "partition")
-    whole = Partition(SCHEMES[config.partition](labels, groups, config, seeds.generator(key)), holders)
+    holder_of = np.asarray(scheme.spread(material, holders, seeds.generator(key)))
+    if holder_of.shape != (n,) or holder_of.dtype.kind not in "iu":
+        raise InputError(
+            f"federation.partition {config.partition.name} must give {n} holders, one an example, got "
+            f"{holder_of.dtype} of shape {holder_of.shape}."
+        )
+    whole = Partition(holder_of, holders)
     at_most = config.examples_per_holder_at_most
     return whole if at_most is None else whole.capped(at_most, seeds.derive(key, "used examples"))
-
-
-def _iid(labels: Ints, groups: Ints | None, config: FederationConfig, rng: np.random.Generator) -> Ints:
-    """A uniformly random split into sizes that differ by at most one."""
-    return _deal(rng.permutation(len(labels)), _even_sizes(len(labels), config.holders))
-
-
-def _power_law(labels: Ints, groups: Ints | None, config: FederationConfig, rng: np.random.Generator) -> Ints:
-    """Sizes proportional to (holder + 1) ** -exponent, raised to 1 where below it; labels at random."""
-    n, holders = len(labels), config.holders
-    weights = np.arange(1, holders + 1, dtype=np.float64) ** -config.power_law_exponent
-    # With the first m holders above one example, their scale is (n - (holders - m)) / sum of their weights;
-    # the largest m whose last holder still gets an example is the fixed point (m = 1 always qualifies).
-    above = np.arange(1, holders + 1)
-    scale = (n - holders + above) / np.cumsum(weights)
-    m = int(np.flatnonzero(scale * weights >= 1.0)[-1])
-    exact = np.maximum(scale[m] * weights, 1.0)
-    sizes = np.floor(exact).astype(np.int64)
-    short = n - int(sizes.sum())
-    sizes[np.argsort(sizes - exact, kind="stable")[:short]] += 1  # largest remainders first
-    return _deal(rng.permutation(n), sizes)
-
-
-def _shards(labels: Ints, groups: Ints | None, config: FederationConfig, rng: np.random.Generator) -> Ints:
-    """Sort by label, cut into equal shards, deal `shards_per_holder` to each (McMahan et al. 2017, s. 3)."""
-    n, per_holder = len(labels), config.shards_per_holder
-    validate.positive(per_holder, "federation.shards_per_holder")
-    shards = config.holders * per_holder
-    if shards > n:
-        raise InputError(
-            f"federation.shards_per_holder must be at most {n // config.holders} for {config.holders} "
-            f"holders and {n} examples, got {per_holder}. A shard holds at least one example."
-        )
-    owner = rng.permutation(shards) // per_holder
-    order = _by_label(labels, rng)
-    holder_of = np.empty(n, dtype=np.int64)
-    holder_of[order] = np.repeat(owner, _even_sizes(n, shards))
-    return holder_of
-
-
-def _dirichlet(labels: Ints, groups: Ints | None, config: FederationConfig, rng: np.random.Generator) -> Ints:
-    """Label skew of Hsu, Qi and Brown 2019, s. 3.1: equal sizes, label shares q_h ~ Dirichlet(alpha * p).
-
-    p is the label distribution of the whole data, so alpha is the total concentration: alpha -> 0 gives
-    holders of one label, alpha -> infinity an iid split, and (before supplies run short) the expected sum of
-    squared shares is (1 + alpha * sum(p ** 2)) / (1 + alpha).
-
-    Examples are drawn without replacement. All holders ask for labels at once; a label asked for more often
-    than it is left goes to the holders in a random order until it is used up, and who missed out asks again
-    among the labels left. Each round but the last uses up a label: at most as many rounds as labels.
-    """
-    holders = config.holders
-    validate.positive(config.dirichlet_alpha, "federation.dirichlet_alpha")
-    classes, position, supply = np.unique(labels, return_inverse=True, return_counts=True)
-    concentration = np.tile(config.dirichlet_alpha * supply / len(labels), (holders, 1))
-    # Gamma(a) = Gamma(a + 1) * U ** (1 / a), kept as a logarithm: for small a the shares themselves
-    # underflow, and which label a holder turns to when its first one has run out would be lost.
-    log_shares = np.log(rng.standard_gamma(concentration + 1.0))
-    log_shares -= rng.standard_exponential(concentration.shape) / concentration
-    wanted = _even_sizes(len(labels), holders)
-    counts = np.zeros((holders, len(classes)), dtype=np.int64)
-    while wanted.any():
-        active = np.flatnonzero(wanted)
-        odds = np.where(supply > 0, log_shares[active], -np.inf)
-        odds = np.exp(odds - odds.max(axis=1, keepdims=True))
-        asked = rng.multinomial(wanted[active], odds / odds.sum(axis=1, keepdims=True))
-        asked[:, supply == 0] = 0  # rounding may leave a trace of probability on the last label
-        before = np.cumsum(asked, axis=0) - asked
-        asked = np.clip(supply - before, 0, asked)
-        counts[active] += asked
-        wanted[active] -= asked.sum(axis=1)
-        supply = supply - asked.sum(axis=0)
-    holder_of = np.empty(len(labels), dtype=np.int64)
-    # Rows were served first to last; which holder has which row is random.
-    owners = np.tile(rng.permutation(holders), len(classes))
-    holder_of[_by_label(position, rng)] = np.repeat(owners, counts.T.ravel())
-    return holder_of
-
-
-def _natural(labels: Ints, groups: Ints | None, config: FederationConfig, rng: np.random.Generator) -> Ints:
-    """The data's own owners, numbered in the order of their group ids."""
-    if groups is None:
-        others = ", ".join(name for name in SCHEMES if name != "natural")
-        raise InputError(
-            "federation.partition = natural needs data with owners (train_groups), and this data set "
-            f"has none. Use one of {others}."
-        )
-    owners, holder_of = np.unique(groups, return_inverse=True)
-    if len(owners) != config.holders:
-        raise InputError(
-            f"federation.holders must be {len(owners)}, the number of owners in the training data, with "
-            f"federation.partition = natural, got {config.holders}. Set federation.holders={len(owners)}."
-        )
-    return holder_of.astype(np.int64, copy=False)
-
-
-def _even_sizes(n: int, parts: int) -> Ints:
-    return np.diff(np.arange(parts + 1, dtype=np.int64) * n // parts)
-
-
-def _deal(order: Ints, sizes: Ints) -> Ints:
-    """Give the first sizes[0] ids of `order` to holder 0, the next to holder 1, and so on."""
-    holder_of = np.empty(len(order), dtype=np.int64)
-    holder_of[order] = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-    return holder_of
-
-
-def _by_label(labels: Ints, rng: np.random.Generator) -> Ints:
-    """Ids sorted by label, in random order within a label."""
-    order = rng.permutation(len(labels))
-    return order[np.argsort(labels[order], kind="stable")]
-
-
-Scheme = Callable[[Ints, Ints | None, FederationConfig, np.random.Generator], Ints]
-SCHEMES: Mapping[str, Scheme] = {
-    "iid": _iid,
-    "dirichlet": _dirichlet,
-    "shards": _shards,
-    "power_law": _power_law,
-    "natural": _natural,
-}

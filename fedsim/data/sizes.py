@@ -60,9 +60,10 @@ def of(config: Config) -> Size | None:
     known = SIZES.get(data.name)
     if known is None:
         known = _stated(config.reference.get("data"))
-        if known is not None and data.classes not in (None, known.classes):
+        declared = data.options.get("classes")
+        if known is not None and declared not in (None, known.classes):
             raise InputError(
-                f"data.classes must be reference.data.classes {known.classes}, got {data.classes}."
+                f"data.options.classes must be reference.data.classes {known.classes}, got {declared}."
             )
     if known is None:
         return None
@@ -80,9 +81,9 @@ def of(config: Config) -> Size | None:
         validate.in_range(data.test_examples, 1, known.test, "data.test_examples")
         known = replace(known, test=data.test_examples)
     if data.features is not None:
-        validate.one_of(data.features, FEATURES, "data.features")
+        validate.one_of(data.features.name, FEATURES, "data.features")
         channels, height, width = known.shape
-        shape = FEATURES[data.features].output_shape((height, width, channels))
+        shape = FEATURES[data.features.name].output_shape((height, width, channels))
         known = replace(known, shape=tuple(shape))
     return known
 

@@ -14,9 +14,11 @@ from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, optim
 from fedsim.grads.flat import get_flat, spec, trainable_names
+from fedsim.partitions import Material
 from fedsim.privacy import accountant, budget
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.ledger_view import LedgerHeader, LedgerRecord, LedgerView
+from fedsim.tasks import TASKS, Task
 from fedsim.visibility import Public, Sensitive, Tagged
 from strategies.base import DataFacts, Plan, Strategy
 
@@ -34,6 +36,7 @@ class Experiment:
     strategy: Strategy[Any]
     facts: DataFacts
     plan: Plan
+    task: Task
 
 
 def prepare(config: Config) -> Experiment:
@@ -46,15 +49,16 @@ def prepare(config: Config) -> Experiment:
     optim.check(config.optimizer)
     device.check(config)
     splits = datasets.load(config.data, bool(config.monitor.public_only))
+    task = task_of(config, splits)
     augment.check(config.train.augmentations, splits.train.inputs[0])
-    holders = partition.partition(splits.train.labels, splits.train.groups, config.federation, config.seed)
-    model = build_model(config, splits.train, config.seed)
+    holders = partition_of(config, splits.train, task, config.seed)
+    model = build_model(config, splits.train, task, config.seed)
     strategy.clip_rule().group_of(trainable_names(model))  # refuses groups that do not fit the model
     facts = facts_of(config, holders, get_flat(model).numel())
     optim.ServerOptimizer(  # refuses a warm-up as long as the run
         optim.resolved(config.optimizer, config.train, facts.examples), config.train, spec(model)
     )
-    return Experiment(config, splits, holders, model, strategy, facts, planned(strategy, facts))
+    return Experiment(config, splits, holders, model, strategy, facts, planned(strategy, facts), task)
 
 
 def planned(strategy: Strategy[Any], facts: DataFacts) -> Plan:
@@ -79,9 +83,30 @@ def facts_of(config: Config, holders: partition.Partition, parameters: int) -> D
     return DataFacts(holders.examples, config.federation.holders, largest, parameters)
 
 
-def build_model(config: Config, train: examples.ArrayDataset, seed: seeds.Root) -> nn.Module:
-    """Return the configuration's model for this data, with its initial parameters."""
-    return models.build(config.model, train.example_shape, train.num_classes, seed)
+def task_of(config: Config, splits: examples.Splits) -> Task:
+    """Return the configuration's task, which goes with these data.
+
+    Raises:
+        InputError: unknown task or option, targets of another kind, or that break what the options declare.
+    """
+    task = TASKS.make(config.task)
+    task.check(splits.train.declared)
+    for split in (splits.train, splits.test):
+        task.check_targets(split.targets)
+    return task
+
+
+def partition_of(
+    config: Config, train: examples.ArrayDataset, task: Task, seed: seeds.Root
+) -> partition.Partition:
+    """Return which holder has which example of the training split; see `fedsim.data.partition.partition`."""
+    material = Material(len(train), task.strata(train.targets), train.groups)
+    return partition.partition(material, config.federation, seed)
+
+
+def build_model(config: Config, train: examples.ArrayDataset, task: Task, seed: seeds.Root) -> nn.Module:
+    """Return the configuration's model for this data and task, with its initial parameters."""
+    return models.build(config.model, train.example_shape, task.outputs(train.declared), seed)
 
 
 def header_of(

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 import strategies
 from fedsim import config as configs
-from fedsim import provenance, registry, seeds
+from fedsim import provenance, references, seeds
 from fedsim.config import Config
-from fedsim.data import batches, datasets, partition
+from fedsim.data import batches, datasets
 from fedsim.engine.ahead import ahead
 from fedsim.engine.asked import Asked
 from fedsim.engine.device import make_deterministic, options_of, pick_device, set_threads
-from fedsim.engine.experiment import build_model
+from fedsim.engine.experiment import build_model, partition_of, task_of
 from fedsim.grads.clip import ClipRule
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.local_training import LocalTraining, local_update
@@ -68,8 +68,9 @@ class Node:
         self.config = config
         self.index = index
         self.strategy = strategies.load(config)
-        self.train = datasets.load(config.data, bool(config.monitor.public_only)).train
-        self.partition = partition.partition(self.train.labels, self.train.groups, config.federation, seed)
+        splits = datasets.load(config.data, bool(config.monitor.public_only))
+        self.train, self.task = splits.train, task_of(config, splits)
+        self.partition = partition_of(config, self.train, self.task, seed)
         nodes = config.federation.nodes
         self.holders = self.partition.holders_of_node(index, nodes)
         self.ids = self.partition.ids_of_node(index, nodes)
@@ -84,7 +85,7 @@ class Node:
         self.physical_batch_size = config.engine.physical_batch_size
         self._halved = False
         self.options = options_of(config.engine)
-        self.model = build_model(config, self.train, seed).to(self.device)
+        self.model = build_model(config, self.train, self.task, seed).to(self.device)
         self.dtype = get_flat(self.model).dtype
 
     def drawn(self, task: StepTask) -> NDArray[np.int64]:
@@ -127,7 +128,7 @@ class Node:
         inputs, targets = batches.plain(self.train, ids, self.dtype, self.device)
         start = get_flat(self.model)
         order = stream(task.keys["augment"], "order", holder)
-        update = local_update(self.model, inputs, targets, how, order)
+        update = local_update(self.model, inputs, targets, how, order, self.task.loss)
         set_flat(self.model, start)
         return update
 
@@ -169,6 +170,7 @@ class Node:
                 inputs,
                 targets,
                 clip,
+                loss=self.task.loss,
                 engine=self.config.engine.gradients,
                 physical_batch_size=self._chunk(task) * self.config.train.augment_multiplicity,
                 options=self.options,
@@ -204,7 +206,9 @@ class Node:
         for piece, inputs, targets in self._pieces(ids, task):
             owners = torch.from_numpy(rows[piece])
             fill = self._chunk(task) if self.device.type == "cuda" else 2
-            answer = clipped_gradient_sums(self.model, inputs, targets, clip, owners, totals, fill=fill)
+            answer = clipped_gradient_sums(
+                self.model, inputs, targets, clip, owners, totals, loss=self.task.loss, fill=fill
+            )
             norms.append(answer[0])
             losses.append(answer[1])
             clipped.append(answer[2])
@@ -280,7 +284,7 @@ def _sent(setup: str) -> tuple[Config, dict[str, bytes]]:
     """Return the configuration and the keys that `setup_of` says, read once for all nodes of a process."""
     sent = json.loads(setup)
     config = configs.from_json(json.dumps(sent["config"]))
-    registry.check_allowed(config.references())
+    references.check_allowed(config.references())
     keys = {purpose: bytes.fromhex(key) for purpose, key in sent["keys"].items()}
     return dataclasses.replace(config, seed=seeds.WITHHELD), keys
 

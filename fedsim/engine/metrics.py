@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedsim.engine.checkpoint import write_atomic
+from fedsim.metric import Metric
 from fedsim.report.plain import as_json
 from fedsim.types import StepRecord
 from fedsim.visibility import Public, Sensitive, shown
@@ -120,12 +121,14 @@ class TensorBoard:
 
 
 class ConsoleProgress:
-    """A progress bar with step, epsilon so far and test accuracy; plain lines where there is no terminal."""
+    """A progress bar with step, epsilon so far and the headline; plain lines where there is no terminal."""
 
-    def __init__(self, total: int, title: str = "", console: Console | None = None) -> None:
+    def __init__(self, total: int, headline: Metric, title: str = "", console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._total = total
-        self._accuracy = self._epsilon = self._n_delta = float("nan")
+        self._headline = headline
+        self._score: float | None = None
+        self._epsilon = self._n_delta = float("nan")
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -133,10 +136,10 @@ class ConsoleProgress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("epsilon {task.fields[epsilon]}  test accuracy {task.fields[accuracy]}"),
+                TextColumn(f"epsilon {{task.fields[epsilon]}}  test {headline.name} {{task.fields[score]}}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task("run", total=total, epsilon="-", accuracy="-")
+            self._task = self._bar.add_task("run", total=total, epsilon="-", score="-")
             self._bar.start()
 
     def write(self, record: StepRecord) -> None:
@@ -144,22 +147,22 @@ class ConsoleProgress:
 
     def update(self, completed: int, numbers: Mapping[str, float | None]) -> None:
         """Show progress; also used with lines read back from metrics.jsonl."""
-        fresh = "accuracy" in numbers
+        fresh = self._headline.name in numbers
         self._epsilon = _number(numbers.get("epsilon", self._epsilon))
         self._n_delta = _number(numbers.get("n_delta", self._n_delta))
-        self._accuracy = _number(numbers.get("accuracy", self._accuracy))
+        self._score = numbers.get(self._headline.name, self._score)
         epsilon = f"{self._epsilon:.3g} (N x delta {self._n_delta:.2g})"
         if self._bar is not None:
             self._bar.update(
                 self._task,
                 completed=completed,
                 epsilon=epsilon,
-                accuracy=f"{100 * self._accuracy:.1f}%",
+                score=self._headline.shown(self._score),
             )
         elif fresh:
             self._console.print(
                 f"step {completed}/{self._total}  epsilon {epsilon}  "
-                f"test accuracy {100 * self._accuracy:.1f}%"
+                f"test {self._headline.name} {self._headline.shown(self._score)}"
             )
 
     def close(self) -> None:

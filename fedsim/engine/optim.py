@@ -1,4 +1,4 @@
-"""Server optimizers on flat vectors, learning-rate schedules and the average of the weights.
+"""The server's update: rule, learning rate and the average of the weights.
 
 All of this happens after the noise, on the mean gradient (noisy sum / expected batch size): it is
 post-processing and costs no privacy, weight decay included. Every state is a few tensors and integers, so
@@ -14,22 +14,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsim import rules, validate
+from fedsim import validate
 from fedsim.config import OptimizerConfig, TrainConfig
 from fedsim.grads.flat import FlatSpec
+from fedsim.merging import Choice
+from fedsim.optimizers import OPTIMIZERS
+from fedsim.optimizers.base import Update
+from fedsim.schedules import SCHEDULES
 from fedsim.validate import InputError
-
-SLOTS: Mapping[str, tuple[str, ...]] = {
-    "sgd": (),
-    "momentum": ("velocity",),
-    "nesterov": ("velocity",),
-    "adam": ("first", "second"),
-    "adamw": ("first", "second"),
-    "lamb": ("first", "second"),
-}
-"""The vectors (P,) an optimizer keeps between steps."""
-OPTIMIZERS = tuple(SLOTS)
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 def resolved(config: OptimizerConfig, train: TrainConfig, examples: int) -> OptimizerConfig:
@@ -59,37 +51,26 @@ def learning_rate(config: OptimizerConfig, steps: int, step_index: int) -> float
     """Return the learning rate of one step.
 
     Warm-up: a rise linear in the step over the first `warmup_steps`, the last of which has the full rate.
-    Then constant, or a linear or half-cosine fall (Loshchilov and Hutter 2017) towards
-    `final_fraction` of the full rate, reached after the last step: no step has rate 0, since each step costs
-    privacy.
+    Then as the schedule says (fedsim.schedules).
 
     Args:
-        config: rate, schedule, warm-up and final fraction.
+        config: rate, schedule, warm-up.
         steps: steps of the whole run.
         step_index: counted from 0; from `steps` on the final rate holds.
     """
     if step_index < config.warmup_steps:
         return config.learning_rate * (step_index + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
     progress = min(1.0, (step_index - config.warmup_steps) / (steps - config.warmup_steps))
-    remaining = 1.0 - progress if config.schedule == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
-    return config.learning_rate * (config.final_fraction + (1.0 - config.final_fraction) * remaining)
+    return config.learning_rate * SCHEDULES.make(config.schedule).factor(progress)
 
 
 class ServerOptimizer:
-    """One update rule on flat parameters.
-
-    Rules: sgd; momentum and nesterov (Sutskever et al. 2013, PyTorch's form, no dampening); adam (Kingma and
-    Ba 2015); adamw (Loshchilov and Hutter 2019); lamb (You et al. 2020, algorithm 2 with phi the identity:
-    each parameter tensor is a layer whose update is rescaled to the norm of its weights, by 1 where either
-    norm is 0). `weight_decay` is decoupled in adamw, part of the rescaled update in lamb, and for the others
-    added to the mean gradient as weight_decay * parameters.
+    """An update rule (fedsim.optimizers) on flat parameters, with its state, schedule and average.
 
     Args:
-        config: name, rates and coefficients; from `resolved` where it scales with the batch.
+        config: rule, rates and coefficients; from `resolved` where it scales with the batch.
         train: steps of the whole run, for the schedule, and `ema_decay`; 0 means no average is kept.
-        spec: layout of the flat vector, whose tensors are lamb's layers.
+        spec: layout of the flat vector.
 
     Raises:
         InputError: see `check`; also a warm-up that is not shorter than the run.
@@ -107,6 +88,7 @@ class ServerOptimizer:
         )
         self.config = config
         self.steps = train.steps
+        self._rule = OPTIMIZERS.make(Choice(config.name, config.options))
         self._spec = spec
         self._ema = Ema(train.ema_decay) if train.ema_decay else None
         self._updates = 0
@@ -123,7 +105,7 @@ class ServerOptimizer:
     def init(self, params: Tensor) -> None:
         """Start afresh from parameters (P,): all moments 0, no update made, the average at `params`."""
         self._updates = 0
-        self._slots = {name: torch.zeros_like(params) for name in self._slot_names()}
+        self._slots = {name: torch.zeros_like(params) for name in self._rule.slots}
         if self._ema is not None:
             self._ema.init(params)
 
@@ -144,27 +126,18 @@ class ServerOptimizer:
                 f"{params.dtype}, got {tuple(gradient_mean.shape)} {gradient_mean.dtype}."
             )
         if any(slot.shape != params.shape for slot in self._slots.values()) or (
-            len(self._slots) != len(self._slot_names())
+            len(self._slots) != len(self._rule.slots)
         ):
             raise InputError(
                 f"optimizer state must fit parameters of shape {tuple(params.shape)}, but was never set for "
                 "them. Call init(params) or load_state_dict first."
             )
         self._updates += 1
-        new = self._updated(params, gradient_mean, self.learning_rate(step_index))
+        step = Update(self.learning_rate(step_index), self._updates, self.config.weight_decay, self._spec)
+        new = self._rule.updated(params, gradient_mean, self._slots, step)
         if self._ema is not None:
             self._ema.update(new, step_index)
         return new
-
-    def _updated(self, params: Tensor, gradient_mean: Tensor, rate: float) -> Tensor:
-        c = self.config
-        if c.name in ("sgd", "momentum", "nesterov"):
-            return params - rate * self._momentum(self._with_l2(params, gradient_mean))
-        if c.name == "adam":
-            return params - rate * self._adam(self._with_l2(params, gradient_mean))
-        if c.name == "adamw":
-            return params * (1.0 - rate * c.weight_decay) - rate * self._adam(gradient_mean)
-        return params - rate * self._lamb(params, gradient_mean)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return copies of the tensors (P,): moments and average; and the plain numbers beside them."""
@@ -179,7 +152,7 @@ class ServerOptimizer:
         Raises:
             InputError: the entries are not those of this rule, or a tensor does not have shape (P,).
         """
-        wanted = {*self._slot_names(), *(["average"] if self._ema is not None else [])}
+        wanted = {*self._rule.slots, *(["average"] if self._ema is not None else [])}
         if set(tensors) != wanted or set(numbers) != {"updates"}:
             raise InputError(
                 f"optimizer state for {self.config.name} must hold {sorted(wanted)} and ['updates'], got "
@@ -192,40 +165,9 @@ class ServerOptimizer:
                     f"{tuple(value.shape)}. Resume with the model the run was started with."
                 )
         self._updates = numbers["updates"]
-        self._slots = {name: tensors[name].clone() for name in self._slot_names()}
+        self._slots = {name: tensors[name].clone() for name in self._rule.slots}
         if self._ema is not None:
             self._ema.init(tensors["average"])
-
-    def _slot_names(self) -> tuple[str, ...]:
-        return SLOTS[self.config.name]
-
-    def _with_l2(self, params: Tensor, gradient: Tensor) -> Tensor:
-        decay = self.config.weight_decay
-        return gradient + decay * params if decay else gradient
-
-    def _momentum(self, gradient: Tensor) -> Tensor:
-        if self.config.name == "sgd":
-            return gradient
-        velocity = self._slots["velocity"].mul_(self.config.momentum).add_(gradient)
-        if self.config.name == "nesterov":
-            return gradient + self.config.momentum * velocity
-        return velocity
-
-    def _adam(self, gradient: Tensor) -> Tensor:
-        c = self.config
-        first = self._slots["first"].mul_(c.beta1).add_(gradient, alpha=1.0 - c.beta1)
-        second = self._slots["second"].mul_(c.beta2).addcmul_(gradient, gradient, value=1.0 - c.beta2)
-        mean = first / (1.0 - c.beta1**self._updates)
-        scale = (second / (1.0 - c.beta2**self._updates)).sqrt()
-        return mean / (scale + c.epsilon)
-
-    def _lamb(self, params: Tensor, gradient: Tensor) -> Tensor:
-        update = self._adam(gradient) + self.config.weight_decay * params
-        for weights, part in zip(self._spec.split(params), self._spec.split(update), strict=True):
-            size, length = weights.norm(), part.norm()
-            ratio = torch.where((size > 0) & (length > 0), size / length, torch.ones_like(size))
-            part.mul_(ratio)
-        return update
 
 
 class Ema:
@@ -268,25 +210,15 @@ def check(config: OptimizerConfig) -> None:
 
     Raises:
         InputError: unknown optimizer or schedule (with the nearest valid one), a coefficient out of range, or
-            a setting that the named rule or schedule would ignore.
+            an option that the named rule or schedule does not have.
     """
-    validate.one_of(config.name, OPTIMIZERS, "optimizer.name")
-    validate.one_of(config.schedule, SCHEDULES, "optimizer.schedule")
+    OPTIMIZERS.make(Choice(config.name, config.options))
+    SCHEDULES.make(config.schedule)
     validate.positive(config.learning_rate, "optimizer.learning_rate")
-    validate.positive(config.epsilon, "optimizer.epsilon")
     for optional, name in (
         (config.scale_with_batch, "optimizer.scale_with_batch"),
         (config.warmup_epochs, "optimizer.warmup_epochs"),
     ):
         if optional is not None:
             validate.positive(optional, name)
-    validate.in_range(config.beta1, 0.0, 1.0 - 1e-12, "optimizer.beta1")
-    validate.in_range(config.beta2, 0.0, 1.0 - 1e-12, "optimizer.beta2")
-    validate.in_range(config.momentum, 0.0, 1.0 - 1e-12, "optimizer.momentum")
     validate.in_range(config.weight_decay, 0.0, 1e6, "optimizer.weight_decay")
-    validate.in_range(config.final_fraction, 0.0, 1.0, "optimizer.final_fraction")
-    if not config.momentum and config.name in ("momentum", "nesterov"):
-        validate.conflicts(
-            f"optimizer.name is {config.name}, but optimizer.momentum is 0.", "Set it, to 0.9 for example."
-        )
-    rules.refuse_unread(config, "optimizer")

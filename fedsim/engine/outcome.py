@@ -6,6 +6,7 @@ ones, which are not there in public-only mode. Null is what could not be compute
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def result_of(
     Args:
         experiment: what was run; its model holds the released parameters.
         state: after the last step.
-        scores: accuracy and loss of the released model.
+        scores: the task's metrics and loss of the released model.
         spent: epsilon by unit, from the ledger.
         seconds: of this process's part of the run, by part; "run" is all of it.
     """
@@ -46,6 +47,8 @@ def result_of(
     stated = {
         "title": config.title,
         "strategy": config.strategy.name,
+        "task": config.task.name,
+        "headline": dataclasses.asdict(experiment.task.chosen),
         "noise_multiplier": None if plan.noise is None else plan.noise.noise_multiplier,
         "noise_source": config.privacy.noise_source,
         "steps": state.completed,
@@ -72,8 +75,8 @@ def result_of(
         **scores,
         "epsilon": spent,
         "largest_holder": experiment.facts.largest_holder,
-        "holder_accuracy": scoring.holder_accuracy(
-            experiment.model, experiment.splits, experiment.partition, released.dtype
+        "holder_scores": scoring.holder_scores(
+            experiment.model, experiment.task, experiment.splits, experiment.partition, released.dtype
         ),
         # Nodes take longer, and more memory, for a larger draw.
         "seconds": Sensitive(by_part.pop("run")),
@@ -106,7 +109,7 @@ def hparams(experiment: Experiment) -> dict[str, Any]:
         "strategy": c.strategy.name,
         "model": c.model.name,
         "holders": c.federation.holders,
-        "partition": c.federation.partition,
+        "partition": c.federation.partition.name,
         "expected_batch_size": c.train.expected_batch_size,
         "steps": experiment.plan.steps,
         "clip_norm": c.privacy.clip_norm,
@@ -122,5 +125,6 @@ def hparams(experiment: Experiment) -> dict[str, Any]:
 def final_numbers(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the final metrics that TensorBoard shows beside the settings, if written and finite."""
     spent = result["epsilon"].get(result["trust"]["unit"], {})
-    numbers = {"accuracy": result.get("accuracy"), "loss": result.get("loss"), "epsilon": spent.get("value")}
+    names = (result["headline"]["name"], "loss")
+    numbers = {**{name: result.get(name) for name in names}, "epsilon": spent.get("value")}
     return {name: value for name, value in numbers.items() if value is not None}

@@ -11,32 +11,37 @@ from torch import Tensor, nn
 from fedsim.data import examples
 from fedsim.data.partition import Partition
 from fedsim.engine import evaluate
+from fedsim.tasks import Task
 from fedsim.visibility import Numbers, Public, Sensitive
 
 EVALUATION_BATCH = 500
 
 
-def scores_of(model: nn.Module, splits: examples.Splits, dtype: torch.dtype, *, held_out: bool) -> Numbers:
-    """Return "accuracy" and "loss" of the model on the evaluation split: public on test data, sensitive where
-    the split was `held_out` of the training examples."""
-    measured = evaluate.evaluate(model, _batches(splits.test, dtype, model))
+def scores_of(
+    model: nn.Module, task: Task, splits: examples.Splits, dtype: torch.dtype, *, held_out: bool
+) -> Numbers:
+    """Return the task's metrics and "loss" of the model on the evaluation split: public on test data,
+    sensitive where the split was `held_out` of the training examples."""
+    measured = evaluate.evaluate(model, _batches(splits.test, dtype, model), task)
     kind = Sensitive if held_out else Public
-    return {name: kind(measured[name]) for name in ("accuracy", "loss")}
+    return {name: kind(value) for name, value in measured.items()}
 
 
-def holder_accuracy(
-    model: nn.Module, splits: examples.Splits, partition: Partition, dtype: torch.dtype
+def holder_scores(
+    model: nn.Module, task: Task, splits: examples.Splits, partition: Partition, dtype: torch.dtype
 ) -> Sensitive[dict[str, float]]:
-    """Return the spread over holders of the test accuracy at each holder's own mix of labels.
+    """Return the spread over holders of the headline metric at each holder's own mix of classes.
 
-    Sensitive whatever the test data: the holders' label shares are private. A label that the test set lacks
-    has no accuracy: it does not count in a holder's mix, and a holder that has no other label is left out;
-    with no holder left the answer is empty.
+    Sensitive whatever the test data: the holders' class shares are private. A class that the test set lacks
+    has no score: it does not count in a holder's mix, and a holder that has no other class is left out; with
+    no holder left, and for targets that are no classes, the answer is empty.
     """
-    classes = splits.train.num_classes
-    by_class = np.asarray(evaluate.class_accuracy(model, _batches(splits.test, dtype, model), classes))
+    declared = splits.train.declared
+    if declared.kind != "class":
+        return Sensitive({})
+    by_class = evaluate.by_class(model, _batches(splits.test, dtype, model), task, declared.size)
     known = ~np.isnan(by_class)
-    counts = partition.label_counts(splits.train.labels, classes)[:, known]
+    counts = partition.label_counts(splits.train.targets, declared.size)[:, known]
     counts = counts[counts.any(axis=1)]
     if not len(counts):
         return Sensitive({})
@@ -47,9 +52,9 @@ def holder_accuracy(
 def _batches(
     data: examples.ArrayDataset, dtype: torch.dtype, model: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs on the model's device, and labels on the host."""
+    """Inputs and targets on the model's device."""
     device = next(model.parameters()).device
     for start in range(0, len(data), EVALUATION_BATCH):
         rows = slice(start, start + EVALUATION_BATCH)
         inputs = examples.normalise(data.inputs[rows], data, dtype, device)
-        yield inputs, torch.from_numpy(data.labels[rows].copy())
+        yield inputs, examples.wanted(data.targets[rows], dtype, device)

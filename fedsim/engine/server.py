@@ -174,12 +174,14 @@ class Server:
         self.state.differing.append(step)
 
     def _evaluate(self) -> Numbers:
-        """Return accuracy and loss (of the averaged parameters when EMA is on) and epsilon so far."""
+        """Return the task's scores (of the averaged parameters when EMA is on) and epsilon so far."""
         set_flat(self.experiment.model, self.state.released())
         splits, dtype = self.experiment.splits, self.state.parameters.dtype
         held_out = bool(self.config.data.holdout_examples)
         with self._on_its_device():
-            scores = scoring.scores_of(self.experiment.model, splits, dtype, held_out=held_out)
+            scores = scoring.scores_of(
+                self.experiment.model, self.experiment.task, splits, dtype, held_out=held_out
+            )
         if not self.experiment.strategy.private:
             return scores
         epsilon = self.run.ledger.view().until(self.state.completed).epsilon()
@@ -205,7 +207,10 @@ class Server:
         if self.config.monitor.public_only or self.state.completed:
             return
         train = self.experiment.splits.train
-        counts = self.experiment.partition.label_counts(train.labels, train.num_classes)
+        strata = self.experiment.task.strata(train.targets)
+        if strata is None:
+            return
+        counts = self.experiment.partition.label_counts(strata, int(strata.max()) + 1)
         picture = partition_picture.as_image(partition_picture.figure(counts))
         board.image("labels_by_holder", Sensitive(picture))
 
@@ -214,7 +219,7 @@ class Server:
         set_flat(self.experiment.model, self.state.released())
         self.run.lock.check()
         checkpoint.save_model(self.folder.final, self.experiment.model)
-        scores = {name: final[name] for name in ("accuracy", "loss")}
+        scores = {metric.name: final[metric.name] for metric in self.experiment.task.all_metrics}
         seconds_of = {**self._seconds, "run": seconds}
         so_far = spent(self.run.ledger.view(), self.experiment.facts)
         with self._on_its_device():

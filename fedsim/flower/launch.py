@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from fedsim import config as configs
-from fedsim import provenance, registry, validate
+from fedsim import provenance, references, validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import device
@@ -165,7 +165,7 @@ def _environment(base: Path, config: Config) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "FEDSIM_COMMIT": provenance.commit(),
-        registry.ALLOWED: ",".join(config.references()),
+        references.ALLOWED: ",".join(config.references()),
         "FEDSIM_DATA": str(data_root or datasets.default_root()),
         ADOPTED: base.name,
     }
@@ -180,8 +180,8 @@ def _stage(base: Path, config: Config) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     for reference in config.references():
-        if not registry.installed(reference):
-            for name, source in registry.sources(reference).items():
+        if not references.installed(reference):
+            for name, source in references.sources(reference).items():
                 (app / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, app / name)
     (app / "configs").mkdir()

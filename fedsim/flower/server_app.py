@@ -22,6 +22,7 @@ from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.engine.server import Server
 from fedsim.flower import deployment
 from fedsim.flower.transport import GridTransport
+from fedsim.metric import Metric
 from fedsim.models import weights
 from fedsim.validate import InputError, RunError
 
@@ -40,8 +41,9 @@ def main(grid: Grid, context: Context) -> None:
     folder, resume = RunFolder(out), bool(wanted["resume"])
     folder.check(config, resume)
     result = train(grid, prepare(config), folder, resume)
-    accuracy = f"accuracy {result['accuracy']:.4f}, " if "accuracy" in result else ""
-    print(f"fedsim: {accuracy}results in {out}", flush=True)
+    headline = Metric.of(result)
+    score = f"{headline.name} {headline.shown(result[headline.name])}, " if headline.name in result else ""
+    print(f"fedsim: {score}results in {out}", flush=True)
 
 
 def _words(overrides: str) -> list[str]:

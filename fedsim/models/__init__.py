@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim import registry, seeds, validate
+from fedsim import references, seeds, validate
 from fedsim.config import ModelConfig, parse_options
 from fedsim.data.examples import ArrayDataset
 from fedsim.models import weights
@@ -81,7 +81,7 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
         InputError: unknown family, option or dtype (with the nearest valid one), a value out of range, an
             input shape the family cannot take, or a layer that `check` refuses.
     """
-    if registry.is_reference(config.name):
+    if references.is_reference(config.name):
         return _own(config, input_shape, num_classes, seed)
     model = skeleton(config, input_shape, num_classes)
     try:
@@ -104,8 +104,8 @@ def skeleton(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int
     Raises:
         InputError: as `build`.
     """
-    registry.check(config.name, FAMILIES, "model.name")
-    if registry.is_reference(config.name):
+    references.check(config.name, FAMILIES, "model.name")
+    if references.is_reference(config.name):
         return _own(config, input_shape, num_classes, 0).to("meta")
     validate.one_of(config.dtype, _DTYPES, "model.dtype")
     validate.positive(num_classes, "num_classes")
@@ -128,13 +128,13 @@ def _own(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, se
     every process draws the same; they are put back.
 
     Raises:
-        InputError: as `registry.resolve` and `registry.called`; what is made is no module, or as `build`.
+        InputError: as `references.resolve` and `references.called`; what is made is no module, or as `build`.
     """
     validate.one_of(config.dtype, _DTYPES, "model.dtype")
-    make = registry.resolve(config.name, "model.name")
+    make = references.resolve(config.name, "model.name")
     known = {"input_shape": tuple(input_shape), "num_classes": num_classes}
-    with registry.generators(seeds.derive(seed, "model")):
-        model = registry.called(make, config.options, known, "model.options")
+    with references.generators(seeds.derive(seed, "model")):
+        model = references.called(make, config.options, known, "model.options")
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model.name must name something that makes a torch.nn.Module, but {config.name} makes "
@@ -150,4 +150,4 @@ def _own(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, se
 
 def for_dataset(config: ModelConfig, dataset: ArrayDataset, seed: seeds.Root) -> nn.Module:
     """Build the model for a data set's example shape and number of classes; see `build`."""
-    return build(config, dataset.example_shape, dataset.num_classes, seed)
+    return build(config, dataset.example_shape, dataset.declared.size, seed)

@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedsim.metric import Metric
 from fedsim.report.claim import delta
 from fedsim.report.plain import as_json
 
@@ -26,9 +27,9 @@ COLUMNS = (
     "unit",
     "epsilon per example",
     "epsilon per holder",
-    "accuracy",
+    "score",
     "spread",
-    "holders' accuracy, 5% to 95%",
+    "holders' scores, 5% to 95%",
     "bytes per holder and step",
     "messages per step",
     "seconds",
@@ -38,7 +39,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One finished run of a comparison, and (step, accuracy) over its course."""
+    """One finished run of a comparison, and (step, headline) over its course."""
 
     variant: str
     epsilon: float | None
@@ -62,8 +63,9 @@ def table(cells: Iterable[Cell]) -> list[dict[str, str]]:
     rows = []
     for group in _groups(cells).values():
         first = group[0].result
-        accuracy = [100 * c.result["accuracy"] for c in group]
-        spread = statistics.stdev(accuracy) if len(accuracy) > 1 else math.nan
+        headline = Metric.of(first)
+        scores = _scores(group)
+        spread = statistics.stdev(scores) if len(scores) > 1 else None
         spread_of_holders = _holder_percentiles(group)
         trust = first["trust"]
         values = (
@@ -73,9 +75,9 @@ def table(cells: Iterable[Cell]) -> list[dict[str, str]]:
             trust["unit"],
             _epsilon(first["epsilon"].get("example")),
             _epsilon(first["epsilon"].get("holder")),
-            f"{statistics.mean(accuracy):.2f}%",
-            "one seed" if math.isnan(spread) else f"{spread:.2f}",
-            f"{spread_of_holders[0]:.1f}% to {spread_of_holders[2]:.1f}%"
+            f"{headline.name} {headline.shown(statistics.mean(scores))}",
+            "one seed" if spread is None else headline.number(spread),
+            f"{headline.shown(spread_of_holders[0])} to {headline.shown(spread_of_holders[2])}"
             if spread_of_holders
             else "not computed",
             f"{trust['bytes_per_holder']:,.0f}",
@@ -107,7 +109,7 @@ def page(cells: Sequence[Cell], title: str) -> str:
         for name, figure in _figures(cells)
     )
     basis = next(iter(cells[0].result["epsilon"].values()))
-    note = f"Epsilon at {delta(basis)}, {basis['relation']}. Accuracy on public test data."
+    note = f"Epsilon at {delta(basis)}, {basis['relation']}. Scores on public test data."
     return PAGE.format(
         title=html.escape(title), head=head, body=body, figures=figures, note=html.escape(note)
     )
@@ -132,14 +134,21 @@ def _groups(cells: Iterable[Cell]) -> dict[tuple[str, float | None], list[Cell]]
     return groups
 
 
+def _headline(cells: Sequence[Cell]) -> Metric:
+    """The metric of a comparison, whose cells have one task."""
+    return Metric.of(cells[0].result)
+
+
+def _scores(group: Sequence[Cell]) -> list[float]:
+    return [cell.result[_headline(group).name] for cell in group]
+
+
 def _holder_percentiles(group: Sequence[Cell]) -> tuple[float, float, float] | None:
-    """Return the 5th, 50th and 95th percentile over holders, per cent, means over seeds; None where a run
-    wrote public numbers only."""
-    if not all(c.result["holder_accuracy"] for c in group):
+    """Return the 5th, 50th and 95th percentile over holders, means over seeds; None where a run has none."""
+    if not all(c.result["holder_scores"] for c in group):
         return None
     low, middle, high = (
-        100 * statistics.mean(c.result["holder_accuracy"][name] for c in group)
-        for name in ("5%", "50%", "95%")
+        statistics.mean(c.result["holder_scores"][name] for c in group) for name in ("5%", "50%", "95%")
     )
     return low, middle, high
 
@@ -160,11 +169,12 @@ def _csv(rows: Sequence[dict[str, str]]) -> str:
 
 def _figures(cells: Sequence[Cell]) -> list[tuple[str, Figure]]:
     figures = []
+    name = _headline(cells).name.capitalize()
     if any(cell.epsilon is not None for cell in cells):
-        figures.append(("Accuracy against the target epsilon", _budgets(cells)))
-    figures += [("Accuracy against steps", _curves(cells)), ("Cost of one run", _costs(cells))]
-    if all(cell.result["holder_accuracy"] for cell in cells):
-        figures.append(("Accuracy over holders: median, 5% to 95%", _holders(cells)))
+        figures.append((f"{name} against the target epsilon", _budgets(cells)))
+    figures += [(f"{name} against steps", _curves(cells)), ("Cost of one run", _costs(cells))]
+    if all(cell.result["holder_scores"] for cell in cells):
+        figures.append((f"{name} over holders: median, 5% to 95%", _holders(cells)))
     return figures
 
 
@@ -179,17 +189,17 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
 
 
 def _budgets(cells: Sequence[Cell]) -> Figure:
-    figure, axes = _axes("target epsilon", "test accuracy (%)")
+    figure, axes = _axes("target epsilon", f"test {_headline(cells).label}")
+    scale = _headline(cells).scale
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for (variant, epsilon), group in _groups(cells).items():
-        accuracy = [100 * c.result["accuracy"] for c in group]
-        spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
+        scores = [scale * score for score in _scores(group)]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         if epsilon is None:
-            axes.axhline(
-                statistics.mean(accuracy), linestyle="--", color="grey", label=f"{variant} (no budget)"
-            )
+            label = f"{variant} (no budget)"
+            axes.axhline(statistics.mean(scores), linestyle="--", color="grey", label=label)
         else:
-            lines.setdefault(variant, []).append((epsilon, statistics.mean(accuracy), spread))
+            lines.setdefault(variant, []).append((epsilon, statistics.mean(scores), spread))
     for variant, points in lines.items():
         x, y, error = zip(*sorted(points), strict=True)
         axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=variant)
@@ -200,12 +210,13 @@ def _budgets(cells: Sequence[Cell]) -> Figure:
 
 def _curves(cells: Sequence[Cell]) -> Figure:
     """Means over seeds: a colour a variant, a line style a budget."""
-    figure, axes = _axes("step", "test accuracy (%)")
+    figure, axes = _axes("step", f"test {_headline(cells).label}")
+    scale = _headline(cells).scale
     colours = {variant: f"C{i % 10}" for i, variant in enumerate(dict.fromkeys(c.variant for c in cells))}
     budgets = sorted({c.epsilon for c in cells if c.epsilon is not None})
     for (variant, epsilon), group in _groups(cells).items():
         steps = [step for step, _ in group[0].curve]
-        curves = [[100 * a for _, a in c.curve] for c in group if len(c.curve) == len(steps)]
+        curves = [[scale * score for _, score in c.curve] for c in group if len(c.curve) == len(steps)]
         label = variant if epsilon is None else f"{variant}, epsilon {epsilon:g}"
         style = "-" if epsilon is None else ("-", "--", ":", "-.")[budgets.index(epsilon) % 4]
         means = [statistics.mean(at) for at in zip(*curves, strict=True)]
@@ -227,12 +238,13 @@ def _costs(cells: Sequence[Cell]) -> Figure:
 
 
 def _holders(cells: Sequence[Cell]) -> Figure:
-    figure, axes = _axes("accuracy at a holder's own mix of labels (%)", "")
+    headline = _headline(cells)
+    figure, axes = _axes(f"{headline.label} at a holder's own mix of classes", "")
     labels = []
     for row, ((variant, epsilon), group) in enumerate(_groups(cells).items()):
         percentiles = _holder_percentiles(group)
         assert percentiles is not None
-        low, middle, high = percentiles
+        low, middle, high = (headline.scale * value for value in percentiles)
         axes.errorbar(middle, row, xerr=[[middle - low], [high - middle]], marker="o", capsize=3, color="C0")
         labels.append(variant if epsilon is None else f"{variant}, {epsilon:g}")
     axes.set_yticks(range(len(labels)), labels, fontsize=7)

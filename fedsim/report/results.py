@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsim.metric import Metric
 from fedsim.report.claim import number
 from fedsim.report.markers import Parts, machine, provenance, table
 from fedsim.validate import InputError
@@ -32,7 +33,8 @@ _NEEDED = (
     "epsilon",
     "delta",
     "seeds",
-    "accuracy",
+    "headline",
+    "scores",
     "mean",
     "std",
     "minutes",
@@ -142,8 +144,8 @@ def summary(held: Sequence[dict[str, Any]]) -> str:
         "recipe",
         "data",
         "epsilon per example",
-        "published (%)",
-        "reached (%)",
+        "published",
+        "reached",
         "seeds",
         "minutes",
         "machine",
@@ -165,9 +167,9 @@ def _section(paper: str, held: Sequence[dict[str, Any]]) -> str:
     head = [
         "recipe",
         "data",
-        "published (%)",
-        "reached (%)",
-        "each seed (%)",
+        "published",
+        "reached",
+        "each seed",
         "epsilon per example",
         "epsilon per holder",
         "delta",
@@ -183,7 +185,8 @@ def _section(paper: str, held: Sequence[dict[str, Any]]) -> str:
             _claimed(one),
             _reached(one),
             ", ".join(
-                f"{seed}: {100 * a:.2f}" for seed, a in zip(one["seeds"], one["accuracy"], strict=True)
+                f"{seed}: {Metric.of(one).number(score)}"
+                for seed, score in zip(one["seeds"], one["scores"], strict=True)
             ),
             _value(one, "example"),
             _value(one, "holder"),
@@ -210,8 +213,10 @@ def _recipe(held: dict[str, Any]) -> str:
 
 
 def _reached(held: dict[str, Any]) -> str:
-    spread = "" if held["std"] is None else f" ± {100 * held['std']:.2f}"
-    return f"{100 * held['mean']:.2f}{spread}"
+    headline = Metric.of(held)
+    spread = "" if held["std"] is None else f" ± {headline.number(held['std'])}"
+    words = "" if headline.name == "accuracy" else f" ({headline.label})"
+    return f"{headline.number(held['mean'])}{spread}{words}"
 
 
 def _claimed(held: dict[str, Any]) -> str:

@@ -141,16 +141,20 @@ def test_thirty_steps_equal_opacus(
 
 RULES = {
     "sgd": ("optimizer.learning_rate=0.3",),
-    "momentum": ("optimizer.learning_rate=0.1", "optimizer.momentum=0.8"),
-    "nesterov": ("optimizer.learning_rate=0.1", "optimizer.momentum=0.8"),
-    "adam": ("optimizer.learning_rate=0.01", "optimizer.beta1=0.8", "optimizer.beta2=0.95"),
-    "adamw": ("optimizer.learning_rate=0.01", "optimizer.beta1=0.8", "optimizer.beta2=0.95"),
-    "lamb": ("optimizer.learning_rate=0.01", "optimizer.beta1=0.8", "optimizer.epsilon=1e-6"),
+    "momentum": ("optimizer.learning_rate=0.1", "optimizer.options.momentum=0.8"),
+    "nesterov": ("optimizer.learning_rate=0.1", "optimizer.options.momentum=0.8"),
+    "adam": ("optimizer.learning_rate=0.01", "optimizer.options.beta1=0.8", "optimizer.options.beta2=0.95"),
+    "adamw": ("optimizer.learning_rate=0.01", "optimizer.options.beta1=0.8", "optimizer.options.beta2=0.95"),
+    "lamb": ("optimizer.learning_rate=0.01", "optimizer.options.beta1=0.8", "optimizer.options.epsilon=1e-6"),
 }
 COURSES = {
     "constant": (),
     "linear, decay, average": (
-        *("optimizer.schedule=linear", "optimizer.final_fraction=0.1", "optimizer.weight_decay=0.02"),
+        *(
+            "optimizer.schedule=linear",
+            "optimizer.schedule.options.final_fraction=0.1",
+            "optimizer.weight_decay=0.02",
+        ),
         "train.ema_decay=0.7",
     ),
     "cosine, warm-up, average": (
@@ -166,7 +170,6 @@ def ruled(rule: str, course: str) -> Config:
         "model.name=linear",
         "train.steps=10",
         "train.eval_every=10",
-        "optimizer.momentum=0",
         f"optimizer.name={rule}",
         *RULES[rule],
         *COURSES[course],

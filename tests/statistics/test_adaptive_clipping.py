@@ -57,7 +57,6 @@ def run(speed: float, out: Path, monkeypatch: pytest.MonkeyPatch, clip_norm: flo
         f"privacy.clip_norm={clip_norm}",
         f"privacy.noise_multiplier={SIGMA}",
         "optimizer.name=sgd",
-        "optimizer.momentum=0",
         "optimizer.learning_rate=1e-9",
     )
     bounds, below, drawn, sums, gradients = [], [], [], [], []

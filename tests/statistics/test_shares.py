@@ -160,7 +160,7 @@ def released(out: Path, *overrides: str) -> Array:
     """The noise on the sum of one step without examples: the update at learning rate B."""
     config = small(
         *("train.steps=1", "train.expected_batch_size=1e-6", "optimizer.name=sgd"),
-        *("optimizer.learning_rate=1e-6", "optimizer.momentum=0", "model.dtype=float64", *overrides),
+        *("optimizer.learning_rate=1e-6", "model.dtype=float64", *overrides),
     )
     start = prepare(config).model.state_dict()
     origin = np.concatenate([start[name].flatten().numpy() for name in sorted(start)])

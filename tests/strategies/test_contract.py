@@ -178,7 +178,6 @@ def test_noise_is_added_once_whatever_the_number_of_holders(name: str, tmp_path:
             "train.expected_batch_size=1e-6",
             "train.steps=1",
             "optimizer.name=sgd",
-            "optimizer.momentum=0",
         )
         prepared = prepare(config)
         plan = prepared.plan

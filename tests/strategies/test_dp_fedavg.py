@@ -38,7 +38,6 @@ def test_one_step_equals_clipped_local_training_written_out(tmp_path: Path) -> N
         "privacy.noise_multiplier=1e-12",
         "privacy.clip_norm=0.02",
         "optimizer.name=sgd",
-        "optimizer.momentum=0",
         "optimizer.learning_rate=1.0",
         "strategy.options.local_epochs=2",
         "strategy.options.local_batch_size=1000",

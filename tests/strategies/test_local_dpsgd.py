@@ -39,7 +39,6 @@ ONE_STEP = (
     "train.steps=1",
     "train.expected_batch_size=120",
     "optimizer.name=sgd",
-    "optimizer.momentum=0",
     "optimizer.learning_rate=0.7",
 )
 

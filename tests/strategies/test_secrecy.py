@@ -117,7 +117,7 @@ def test_draws_and_noise_of_a_secure_run_do_not_follow_from_the_public_seed(
 ) -> None:
     """Two runs of one seed share no key, nor does either with the run that the seed determines; and the noise
     in their updates is independent of each other's."""
-    alone = ["train.expected_batch_size=1e-6", "train.steps=1", "optimizer.name=sgd", "optimizer.momentum=0"]
+    alone = ["train.expected_batch_size=1e-6", "train.steps=1", "optimizer.name=sgd"]
     start = prepare(of(name, *alone)).model.state_dict()
     origin = torch.cat([start[k].flatten() for k in sorted(start)]).double()
     keys, noise = [], []
@@ -138,27 +138,31 @@ def test_draws_and_noise_of_a_secure_run_do_not_follow_from_the_public_seed(
 
 
 @pytest.mark.parametrize("name", ["central_dpsgd", "local_dpsgd", "dp_fedavg"])
-def test_holder_accuracy_is_not_written_in_public_only_mode(name: str, tmp_path: Path) -> None:
-    skewed = ["federation.partition=shards", "federation.shards_per_holder=1", "monitor.tensorboard=true"]
-    shown = train(of(name, *skewed), tmp_path / "shown")["holder_accuracy"]
+def test_holder_scores_is_not_written_in_public_only_mode(name: str, tmp_path: Path) -> None:
+    skewed = [
+        "federation.partition=shards",
+        "federation.partition.options.per_holder=1",
+        "monitor.tensorboard=true",
+    ]
+    shown = train(of(name, *skewed), tmp_path / "shown")["holder_scores"]
     assert set(shown) == {"5%", "50%", "95%"}
     result = train(of(name, *skewed, "monitor.public_only=true"), tmp_path / "public")
-    assert "holder_accuracy" not in result
+    assert "holder_scores" not in result
     for path in (tmp_path / "public").rglob("*.json*"):
         assert '"95%"' not in path.read_text()
 
 
 def test_holders_whose_labels_the_test_set_lacks_are_left_out() -> None:
     """Test images of one class alone: every holder that has the class counts with its accuracy."""
-    experiment = prepare(small("federation.partition=shards", "federation.shards_per_holder=1"))
+    experiment = prepare(small("federation.partition=shards", "federation.partition.options.per_holder=1"))
     splits, held, model = experiment.splits, experiment.partition, experiment.model
 
-    def spread(train_labels: NDArray[np.int64], tested: int) -> dict[str, float]:
-        train = dataclasses.replace(splits.train, labels=train_labels)
-        test = splits.test.take(np.flatnonzero(splits.test.labels == tested))
-        return scoring.holder_accuracy(model, Splits(train, test), held, torch.float32).value
+    def spread(train_targets: NDArray[np.int64], tested: int) -> dict[str, float]:
+        train = dataclasses.replace(splits.train, labels=train_targets)
+        test = splits.test.take(np.flatnonzero(splits.test.targets == tested))
+        return scoring.holder_scores(model, Splits(train, test), held, torch.float32).value
 
-    own = splits.train.labels
+    own = splits.train.targets
     label = max(range(10), key=lambda c: spread(np.full_like(own, c), c)["50%"])
     accuracy = spread(np.full_like(own, label), label)["50%"]
     assert accuracy > 0

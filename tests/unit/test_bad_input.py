@@ -42,7 +42,7 @@ CASES = {
     "unknown option": (["model.options={hiden: 3}", "model.name=mlp"], "hid"),
     "unknown engine": (["engine.gradients=ghost"], "engine.gradients"),
     "unknown strategy": (["strategy.name=central"], "central_dpsgd"),
-    "unknown optimizer": (["optimizer.name=sdg", "optimizer.momentum=0"], "sgd"),
+    "unknown optimizer": (["optimizer.name=sdg"], "sgd"),
     "delta": (["privacy.delta=1.5"], "privacy.delta"),
     "negative clip": (["privacy.clip_norm=-1"], "privacy.clip_norm"),
     "no such device": (["engine.device=cuda:99"], "engine.device"),
@@ -63,7 +63,10 @@ CASES = {
     ),
     "path of nobody": (["data.root=~nobody at all/x"], "Could not determine home"),
     "interpolation of nothing": (["title=${nothing}"], "nothing"),
-    "unread setting": (["optimizer.beta1=0.5"], "nothing reads it while optimizer.name is 'momentum'"),
+    "unread setting": (
+        ["optimizer.options.beta1=0.5"],
+        "nothing reads it while optimizer.name is 'momentum'",
+    ),
     "extends as an override": (["extends=quickstart"], "extends must stand in a configuration file"),
 }
 

@@ -18,7 +18,7 @@ from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive
 from tests.conftest import final, small, train
 
-UNEVEN = ("federation.partition=power_law", "federation.power_law_exponent=1.0")
+UNEVEN = ("federation.partition=power_law", "federation.partition.options.exponent=1.0")
 KEY = seeds.derive(7, "used examples")
 
 
@@ -165,7 +165,7 @@ def of(name: str, root: Path) -> Config:
         "train.steps=3",
         "train.expected_batch_size=37",  # a fifth of the 185 examples that are used
         "data.name=arrays",
-        "data.classes=3",
+        "data.options.classes=3",
         f"data.root={root}",
         "data.train_examples=null",
         "data.test_examples=null",
@@ -176,7 +176,7 @@ def arrays(root: Path, *values: np.ndarray) -> Path:
     """Write a data set of plain arrays."""
     root.mkdir()
     for name, value in zip(
-        ("train_inputs", "train_labels", "test_inputs", "test_labels"), values, strict=True
+        ("train_inputs", "train_targets", "test_inputs", "test_targets"), values, strict=True
     ):
         np.save(root / f"{name}.npy", value)
     return root

@@ -165,7 +165,7 @@ def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
 def test_public_only_runs_are_reported_without_the_spread_over_holders(finished: Path) -> None:
     cells = [comparison.Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
     for cell in cells:
-        cell.result["holder_accuracy"] = {}
+        cell.result["holder_scores"] = {}
     assert {row["holders' accuracy, 5% to 95%"] for row in comparison.table(cells)} == {"not computed"}
     assert comparison.page(cells, "t").count("data:image/png;base64,") == 3
 

@@ -137,16 +137,24 @@ def test_overrides_of_a_comparison_start_at_its_folder_whatever_its_name(name: s
 # --- settings that nothing reads ------------------------------------------------------------------------
 
 UNREAD = [
-    ("optimizer.beta1=0.8", "optimizer.name=sgd", "optimizer.name=adam"),
-    ("optimizer.beta2=0.8", "optimizer.name=momentum", "optimizer.name=lamb"),
-    ("optimizer.epsilon=1e-3", "optimizer.name=nesterov", "optimizer.name=adamw"),
-    ("optimizer.momentum=0.5", "optimizer.name=adam", "optimizer.name=nesterov"),
-    ("optimizer.final_fraction=0.5", "optimizer.schedule=constant", "optimizer.schedule=cosine"),
-    ("federation.dirichlet_alpha=0.1", "federation.partition=iid", "federation.partition=dirichlet"),
-    ("federation.shards_per_holder=3", "federation.partition=iid", "federation.partition=shards"),
-    ("federation.power_law_exponent=2", "federation.partition=shards", "federation.partition=power_law"),
+    ("optimizer.options.beta1=0.8", "optimizer.name=sgd", "optimizer.name=adam"),
+    ("optimizer.options.beta2=0.8", "optimizer.name=momentum", "optimizer.name=lamb"),
+    ("optimizer.options.epsilon=1e-3", "optimizer.name=nesterov", "optimizer.name=adamw"),
+    ("optimizer.options.momentum=0.5", "optimizer.name=adam", "optimizer.name=nesterov"),
+    (
+        "optimizer.schedule.options.final_fraction=0.5",
+        "optimizer.schedule=constant",
+        "optimizer.schedule=cosine",
+    ),
+    ("federation.partition.options.alpha=0.1", "federation.partition=iid", "federation.partition=dirichlet"),
+    ("federation.partition.options.per_holder=3", "federation.partition=iid", "federation.partition=shards"),
+    (
+        "federation.partition.options.exponent=2",
+        "federation.partition=shards",
+        "federation.partition=power_law",
+    ),
     ("train.augment_multiplicity=4", "train.augmentations=[]", "train.augmentations=[flip]"),
-    ("data.classes=3", "data.name=mnist", "data.name=arrays"),
+    ("data.options.classes=3", "data.name=mnist", "data.name=arrays"),
     ("model.init_sha256=abc", "model.init_from=null", "model.init_from=w"),
     ("model.reset=[head.*]", "model.init_from=null", "model.init_from=w"),
     ("privacy.stop_at_epsilon=3", "privacy.noise_multiplier=null", "privacy.noise_multiplier=1"),

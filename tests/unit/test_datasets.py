@@ -46,10 +46,10 @@ def idx_folder(root: Path, name: str) -> dict[str, np.ndarray]:
 def npy_folder(root: Path, **changes: Any) -> Path:
     arrays: dict[str, Any] = {
         "train_inputs": RNG.normal(size=(20, 6)).astype(np.float32),
-        "train_labels": np.arange(20, dtype=np.int32) % 4,
+        "train_targets": np.arange(20, dtype=np.int32) % 4,
         "train_groups": np.arange(20) // 5 * 10,
         "test_inputs": RNG.normal(size=(8, 6)).astype(np.float32),
-        "test_labels": np.arange(8) % 4,
+        "test_targets": np.arange(8) % 4,
     } | changes
     root.mkdir(parents=True, exist_ok=True)
     for name, values in arrays.items():
@@ -83,11 +83,11 @@ def test_embedded_subset_is_the_first_images_and_is_opened_once() -> None:
     assert splits.train.inputs.shape == (10_000, 28, 28, 1)
     assert splits.test.inputs.shape == (2_000, 28, 28, 1)
     assert splits.train.inputs.dtype == np.uint8
-    assert splits.train.labels.dtype == np.int64
+    assert splits.train.targets.dtype == np.int64
     # The first labels of the published files, and the label counts of the first 10,000.
-    assert splits.train.labels[:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
-    assert splits.test.labels[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
-    assert np.bincount(splits.train.labels).tolist() == [
+    assert splits.train.targets[:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
+    assert splits.test.targets[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
+    assert np.bincount(splits.train.targets).tolist() == [
         942,
         1027,
         1016,
@@ -135,7 +135,7 @@ def test_limits_keep_the_first_examples() -> None:
     full = load(DataConfig())
     cut = load(DataConfig(train_examples=100, test_examples=30))
     assert np.array_equal(cut.train.inputs, full.train.inputs[:100])
-    assert np.array_equal(cut.test.labels, full.test.labels[:30])
+    assert np.array_equal(cut.test.targets, full.test.targets[:30])
     with pytest.raises(InputError, match=r"data.train_examples must be at most 10000.*got 10001"):
         load(DataConfig(train_examples=10_001))
 
@@ -166,7 +166,7 @@ def test_idx_files(tmp_path: Path, name: str, folder: str) -> None:
     arrays = idx_folder(tmp_path, folder)
     splits = from_root(name, tmp_path)
     assert np.array_equal(splits.train.inputs[..., 0], arrays["train-images-idx3-ubyte"])
-    assert np.array_equal(splits.test.labels, arrays["t10k-labels-idx1-ubyte"])
+    assert np.array_equal(splits.test.targets, arrays["t10k-labels-idx1-ubyte"])
     assert splits.train.num_classes == 10
     assert splits.train.mean == {"mnist": (0.1307,), "fashion_mnist": (0.2860,)}[name]
 
@@ -188,7 +188,7 @@ def test_idx_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
         ("cifar10", "cifar-10-batches-py", r"CIFAR10\(root, download=True\)"),
         ("cifar100", "cifar-100-python", r"CIFAR100\(root, download=True\)"),
         ("image_folder", "train/CLASS/FILE", "one folder per class"),
-        ("arrays", "train_inputs, train_labels", "train_groups"),
+        ("arrays", "train_inputs, train_targets", "train_groups"),
     ],
 )
 def test_missing_files_name_folder_layout_and_remedy(
@@ -239,7 +239,7 @@ def test_cifar_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
     splits = from_root(name, tmp_path)
     expected = np.concatenate([planes[file] for file, _ in train]).transpose(0, 2, 3, 1)
     assert np.array_equal(splits.train.inputs, expected)
-    assert splits.test.labels.tolist() == labels[test[0][0]]
+    assert splits.test.targets.tolist() == labels[test[0][0]]
     assert splits.train.num_classes == classes
     assert splits.train.example_shape == (3, 32, 32)
 
@@ -263,7 +263,7 @@ def test_image_folder(tmp_path: Path) -> None:
     pixels = image_folder(tmp_path)
     splits = from_root("image_folder", tmp_path)
     assert splits.train.inputs.shape == (6, 6, 9, 3)
-    assert splits.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert splits.train.targets.tolist() == [0, 0, 0, 1, 1, 1]
     assert np.array_equal(splits.train.inputs[4], pixels["train/dog/1"])
     assert np.array_equal(splits.test.inputs[1], pixels["test/dog/0"])
     assert splits.train.example_shape == (3, 6, 9)
@@ -304,11 +304,11 @@ def test_folder_of_npy_files_is_memory_mapped(tmp_path: Path) -> None:
     assert splits.train.groups is not None
     assert splits.train.groups.tolist() == [0] * 5 + [10] * 5 + [20] * 5
     assert splits.test.groups is None
-    assert splits.train.labels.dtype == np.int64
+    assert splits.train.targets.dtype == np.int64
     assert splits.train.num_classes == 4
     assert splits.train.example_shape == (6,)
     with pytest.raises(ValueError, match="read-only"):
-        splits.train.labels[0] = 3
+        splits.train.targets[0] = 3
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -316,7 +316,7 @@ def test_npz_file(tmp_path: Path, save: Any) -> None:
     images = RNG.integers(0, 256, (10, 5, 5, 2), dtype=np.uint8)
     labels = np.arange(10, dtype=np.uint8)
     path = tmp_path / "data.npz"
-    save(path, train_inputs=images, train_labels=labels, test_inputs=images[:3], test_labels=labels[:3])
+    save(path, train_inputs=images, train_targets=labels, test_inputs=images[:3], test_targets=labels[:3])
     splits = from_root("arrays", path, classes=10)
     assert np.array_equal(splits.train.inputs, images)
     assert (splits.train.mean, splits.train.std) == ((0.5, 0.5), (0.5, 0.5))
@@ -330,19 +330,19 @@ def test_npz_file(tmp_path: Path, save: Any) -> None:
         ({"train_inputs": np.zeros((20, 6), np.int64)}, "inputs must be uint8 images"),
         ({"train_inputs": np.zeros((20, 5, 5), np.uint8)}, "last axis of length 1"),
         ({"train_inputs": np.zeros(20, np.float32)}, "features of shape"),
-        ({"train_labels": np.zeros(19, np.int64)}, "train split of arrays: labels must be 20 integers"),
-        ({"train_labels": np.zeros(20)}, "train split of arrays: labels must be 20 integers"),
+        ({"train_targets": np.zeros(19, np.int64)}, "train split of arrays: labels must be 20 integers"),
+        ({"train_targets": np.zeros(20)}, "train split of arrays: labels must be 20 integers"),
         (
-            {"test_labels": np.arange(8) - 1},
+            {"test_targets": np.arange(8) - 1},
             r"test split of arrays: labels must lie in 0 \.\. 3.*got -1 \.\. 6",
         ),
         ({"train_groups": np.zeros(3, np.int64)}, "groups must be 20 integers"),
         ({"test_inputs": np.zeros((8, 7), np.float32)}, "same shape and dtype"),
         ({"test_inputs": np.zeros((8, 6), np.float64)}, "same shape and dtype"),
-        ({"test_labels": None}, "without test_labels"),
+        ({"test_targets": None}, "without test_targets"),
         ({"train_inputs": np.array([{}] * 20, dtype=object)}, "plain numeric"),
         (
-            {"test_inputs": np.zeros((0, 6), np.float32), "test_labels": np.zeros(0, np.int64)},
+            {"test_inputs": np.zeros((0, 6), np.float32), "test_targets": np.zeros(0, np.int64)},
             "test split must hold at least one",
         ),
     ],

@@ -41,7 +41,7 @@ def folder(root: Path, names: list[str]) -> Path:
 
 def test_every_font_gives_every_character(tmp_path: Path) -> None:
     root = folder(tmp_path / "fonts", TEXT)
-    splits = datasets.load(DataConfig("glyphs", str(root)))
+    splits = datasets.load(DataConfig("glyphs", {}, str(root)))
     train_set, test_set = splits.train, splits.test
     assert (len(train_set), len(test_set)) == (5 * 62, 62)
     assert train_set.num_classes == 62
@@ -112,29 +112,29 @@ def test_fonts_without_letters_are_left_out(tmp_path: Path) -> None:
 def test_a_folder_without_fonts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"at least 2 fonts.*got 0 of 0"):
-        datasets.load(DataConfig("glyphs", str(tmp_path / "empty")))
+        datasets.load(DataConfig("glyphs", {}, str(tmp_path / "empty")))
     one = folder(tmp_path / "one", TEXT[:1])
     with pytest.raises(InputError, match="got 1 of 1"):
-        datasets.load(DataConfig("glyphs", str(one)))
+        datasets.load(DataConfig("glyphs", {}, str(one)))
 
 
 def test_a_damaged_cache_is_refused_and_made_again(tmp_path: Path, cache: Path) -> None:
     root = folder(tmp_path / "fonts", TEXT[:2])
-    datasets.load(DataConfig("glyphs_a_to_j", str(root)))
+    datasets.load(DataConfig("glyphs_a_to_j", {}, str(root)))
     (held,) = cache.glob("*.npz")
     held.write_bytes(held.read_bytes()[:200])
     datasets._load.cache_clear()
     with pytest.raises(InputError, match=r"is damaged.*Delete it"):
-        datasets.load(DataConfig("glyphs_a_to_j", str(root)))
+        datasets.load(DataConfig("glyphs_a_to_j", {}, str(root)))
     held.unlink()
-    assert datasets.load(DataConfig("glyphs_a_to_j", str(root))).train.num_classes == 10
+    assert datasets.load(DataConfig("glyphs_a_to_j", {}, str(root))).train.num_classes == 10
 
 
 def test_a_font_that_is_no_font_is_left_out(tmp_path: Path) -> None:
     root = folder(tmp_path / "fonts", TEXT[:3])
     (root / "empty.ttf").write_bytes(b"")
     (root / "noise.otf").write_bytes(bytes(range(256)) * 9)
-    splits = datasets.load(DataConfig("glyphs_a_to_j", str(root)))
+    splits = datasets.load(DataConfig("glyphs_a_to_j", {}, str(root)))
     assert len(splits.train) + len(splits.test) == 30
 
 

@@ -32,7 +32,7 @@ def images(root: Path, odd: Callable[[Path], object], name: str = "odd.png") -> 
             (root / split / label).mkdir(parents=True)
             Image.fromarray(GREY).save(root / split / label / "plain.png")
     odd(root / "train" / "dog" / name)
-    return load(DataConfig("image_folder", str(root)))
+    return load(DataConfig("image_folder", {}, str(root)))
 
 
 def saved(image: Image.Image, **how: Any) -> Callable[[Path], None]:
@@ -42,14 +42,14 @@ def saved(image: Image.Image, **how: Any) -> Callable[[Path], None]:
 def arrays(root: Path, classes: int | None = 3, **changes: Any) -> Splits:
     content: dict[str, Any] = {
         "train_inputs": RNG.normal(size=(6, 2)).astype(np.float32),
-        "train_labels": np.arange(6) % 3,
+        "train_targets": np.arange(6) % 3,
         "test_inputs": RNG.normal(size=(3, 2)).astype(np.float32),
-        "test_labels": np.arange(3),
+        "test_targets": np.arange(3),
     } | changes
     root.mkdir(exist_ok=True)
     for name, values in content.items():
         np.save(root / f"{name}.npy", values, allow_pickle=True)
-    return load(DataConfig("arrays", str(root), classes))
+    return load(DataConfig("arrays", {"classes": classes}, str(root)))
 
 
 # --- images ---------------------------------------------------------------------------------------------
@@ -175,18 +175,20 @@ def test_the_classes_are_the_folders_in_train_whatever_they_hold(tmp_path: Path)
 
     both = images(tmp_path, odd)
     assert (both.train.num_classes, both.test.num_classes) == (3, 3)
-    assert load(DataConfig("image_folder", str(tmp_path), 3)).train.num_classes == 3
+    assert load(DataConfig("image_folder", {"classes": 3}, str(tmp_path))).train.num_classes == 3
     with pytest.raises(InputError, match=r"data.classes must be 3.*got 4"):
-        load(DataConfig("image_folder", str(tmp_path), 4))
+        load(DataConfig("image_folder", {"classes": 4}, str(tmp_path)))
     (tmp_path / "train" / "stray.png").write_bytes((tmp_path / "train/cat/plain.png").read_bytes())
     with pytest.raises(InputError, match=r"one folder per class and nothing else, got stray.png"):
-        load(DataConfig("image_folder", str(tmp_path), None, 1))
+        load(DataConfig("image_folder", {}, str(tmp_path), 1))
 
 
 def test_removing_the_only_example_of_a_class_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     before = images(tmp_path, lambda _: None).train
     (tmp_path / "train" / "dog" / "plain.png").unlink()
-    after = load(DataConfig("image_folder", str(tmp_path), 2)).train  # another configuration: read anew
+    after = load(
+        DataConfig("image_folder", {"classes": 2}, str(tmp_path))
+    ).train  # another configuration: read anew
     assert (len(before), len(after)) == (2, 1)
     assert after.num_classes == before.num_classes == 2
     assert after.example_shape == before.example_shape
@@ -200,16 +202,16 @@ def test_classes_are_declared_and_never_counted(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data.classes must be declared"):
         arrays(tmp_path / "undeclared", None)
     three = arrays(tmp_path / "three", 4)
-    four = arrays(tmp_path / "four", 4, train_labels=np.array([0, 1, 2, 0, 1, 3]))
+    four = arrays(tmp_path / "four", 4, train_targets=np.array([0, 1, 2, 0, 1, 3]))
     assert three.train.num_classes == four.train.num_classes == 4
     with pytest.raises(InputError, match=r"labels must lie in 0 \.\. 2.*got 0 \.\. 3"):
-        arrays(tmp_path / "outside", 3, train_labels=np.array([0, 1, 2, 0, 1, 3]))
+        arrays(tmp_path / "outside", 3, train_targets=np.array([0, 1, 2, 0, 1, 3]))
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 10**9, 0, 1, 2], [0, 1000, 2000, 0, 1, 2], [0, 1, -1, 0, 1, 2]])
-def test_labels_far_apart_do_not_make_a_large_model(labels: list[int], tmp_path: Path) -> None:
+def test_targets_far_apart_do_not_make_a_large_model(labels: list[int], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train split of arrays: labels must lie in 0 \.\. 2"):
-        arrays(tmp_path, 3, train_labels=np.array(labels))
+        arrays(tmp_path, 3, train_targets=np.array(labels))
 
 
 @pytest.mark.parametrize(
@@ -224,15 +226,16 @@ def test_labels_far_apart_do_not_make_a_large_model(labels: list[int], tmp_path:
     ],
     ids=["float", "bool", "column", "text", "beyond int64", "scalar"],
 )
-def test_labels_that_are_not_integers_are_refused(labels: Any, tmp_path: Path) -> None:
+def test_targets_that_are_not_integers_are_refused(labels: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"labels must be 6 integers"):
-        arrays(tmp_path, train_labels=labels)
+        arrays(tmp_path, train_targets=labels)
 
 
 @pytest.mark.parametrize("kind", [">i2", "<u1", ">u8", "<i8"])
-def test_labels_of_any_integer_kind_are_the_same(kind: str, tmp_path: Path) -> None:
+def test_targets_of_any_integer_kind_are_the_same(kind: str, tmp_path: Path) -> None:
     assert (
-        arrays(tmp_path, train_labels=(np.arange(6) % 3).astype(kind)).train.labels.tolist() == [0, 1, 2] * 2
+        arrays(tmp_path, train_targets=(np.arange(6) % 3).astype(kind)).train.targets.tolist()
+        == [0, 1, 2] * 2
     )
 
 
@@ -340,7 +343,7 @@ def test_damaged_archives_are_refused(harm: Callable[[Path], object], tmp_path: 
     path = tmp_path / "data.npz"
     harm(path)
     with pytest.raises(InputError, match=r"data.npz"):
-        load(DataConfig("arrays", str(path), 3))
+        load(DataConfig("arrays", {"classes": 3}, str(path)))
 
 
 def test_a_cut_off_npy_file_is_refused(tmp_path: Path) -> None:
@@ -348,4 +351,4 @@ def test_a_cut_off_npy_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "test_inputs.npy"
     os.truncate(path, path.stat().st_size - 4)
     with pytest.raises(InputError, match=str(tmp_path)):
-        load(DataConfig("arrays", str(tmp_path), 3, 5))
+        load(DataConfig("arrays", {"classes": 3}, str(tmp_path), 5))

@@ -219,7 +219,7 @@ def test_summary_by_hand() -> None:
 
 
 def test_real_labels_and_the_picture() -> None:
-    labels = datasets.load(DataConfig()).train.labels
+    labels = datasets.load(DataConfig()).train.targets
     images = {}
     for scheme, holders in (("dirichlet", 1_000), ("iid", 1_000), ("iid", 3), ("power_law", 10_000)):
         parts = spread(labels, scheme, holders)

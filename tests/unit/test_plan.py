@@ -87,7 +87,7 @@ def test_sizes_follow_cuts_and_features() -> None:
         sizes.of(configs.load("base", ["data.name=cifar10", "data.train_examples=50001"]))
     assert sizes.of(configs.load("base", ["data.name=arrays"])) is None
     with pytest.raises(InputError, match=r"data.classes must be reference.data.classes 365, got 3"):
-        sizes.of(configs.load("kurakin2022/places365_pretrain", ["data.classes=3"]))
+        sizes.of(configs.load("kurakin2022/places365_pretrain", ["data.options.classes=3"]))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tests.unit.test_visibility import strict
 
 QUIET = (
     "data.name=arrays",
-    "data.classes=3",
+    "data.options.classes=3",
     "data.train_examples=null",
     "data.test_examples=null",
     "model.name=linear",
@@ -36,7 +36,6 @@ QUIET = (
     "train.steps=4",
     "train.eval_every=2",
     "optimizer.name=sgd",
-    "optimizer.momentum=0",
     "optimizer.learning_rate=1e-300",  # updates round to nothing: what is released is the same for all data
     "monitor.tensorboard=true",
     "monitor.progress=true",
@@ -124,7 +123,7 @@ def test_the_same_runs_in_simulation_differ_in_every_place(
         "loss",
         "epsilon.holder",
         "largest_holder",
-        "holder_accuracy",
+        "holder_scores",
         "seconds",
         "seconds_by_part",
         "peak_memory_bytes",
@@ -142,7 +141,7 @@ def test_sensitive_numbers_are_in_no_byte_of_a_public_run(tmp_path: Path) -> Non
     result: Any = strict((tmp_path / "all" / "result.json").read_text())
     values = [v for line in lines for v in line["sensitive"].values()]  # type: ignore[index]
     values += [result["largest_holder"], result["seconds"], result["epsilon"]["holder"]["value"]]
-    values += [*result["holder_accuracy"].values(), *result["seconds_by_part"].values()]
+    values += [*result["holder_scores"].values(), *result["seconds_by_part"].values()]
     values = [v for v in values if v is not None and len(repr(v).strip("0.")) >= 5]
     assert len(values) > 40
     for value in values:
@@ -229,7 +228,7 @@ def test_messages_about_wrong_examples_say_what_they_hold_only_where_they_may(
             np.save(tmp_path / f"{split}_{name}.npy", array)
     held[column][3] = value
     np.save(tmp_path / f"train_{column}.npy", held[column])
-    data = ["data.name=arrays", "data.classes=3", f"data.root={tmp_path}", "model.name=linear"]
+    data = ["data.name=arrays", "data.options.classes=3", f"data.root={tmp_path}", "model.name=linear"]
     data += ["data.train_examples=null", "data.test_examples=null", f"monitor.public_only={public_only}"]
     with pytest.raises(InputError) as refused:
         prepare(small(*data))

@@ -18,6 +18,7 @@ from fedsim.data import datasets, features, scattering
 from fedsim.data.cache import folder
 from fedsim.data.features import FeatureMap
 from fedsim.engine.experiment import prepare
+from fedsim.merging import Choice
 from fedsim.validate import InputError
 from tests.conftest import final, small, train
 
@@ -232,33 +233,42 @@ def test_processes_that_ask_at_once_compute_once(tmp_path: Path) -> None:
 
 def test_a_feature_data_set_keeps_labels_and_cuts_share_one_file(tmp_path: Path, cache: Path) -> None:
     root = image_arrays(tmp_path / "data")
-    plain = datasets.load(DataConfig("arrays", str(root), 4))
-    mapped = datasets.load(DataConfig("arrays", str(root), 4, features="scattering"))
+    plain = datasets.load(DataConfig("arrays", {"classes": 4}, str(root)))
+    mapped = datasets.load(DataConfig("arrays", {"classes": 4}, str(root), features=Choice("scattering")))
     assert mapped.train.example_shape == (81, 3, 3)
     assert not mapped.train.is_image
-    np.testing.assert_array_equal(mapped.train.labels, plain.train.labels)
+    np.testing.assert_array_equal(mapped.train.targets, plain.train.targets)
     np.testing.assert_allclose(mapped.train.inputs, computed(plain.train.inputs), atol=2e-3)
     cut = datasets.load(
-        DataConfig("arrays", str(root), 4, train_examples=9, holdout_examples=8, features="scattering")
+        DataConfig(
+            "arrays",
+            {"classes": 4},
+            str(root),
+            train_examples=9,
+            holdout_examples=8,
+            features=Choice("scattering"),
+        )
     )
-    whole = datasets.load(DataConfig("arrays", str(root), 4, train_examples=9, holdout_examples=8))
+    whole = datasets.load(
+        DataConfig("arrays", {"classes": 4}, str(root), train_examples=9, holdout_examples=8)
+    )
     np.testing.assert_allclose(cut.test.inputs, computed(whole.test.inputs), atol=2e-3)
     assert len(list(cache.glob("*.npy"))) == 2  # train and test, whatever the cut
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Did you mean 'scattering'"):
-        datasets.load(DataConfig(features="scatering"))
+        datasets.load(DataConfig(features=Choice("scatering")))
     root = tmp_path / "floats"
     root.mkdir()
     for split in ("train", "test"):
         np.save(root / f"{split}_inputs.npy", np.zeros((4, 5), np.float32))
         np.save(root / f"{split}_labels.npy", np.zeros(4, np.int64))
     with pytest.raises(InputError, match="must get uint8 images"):
-        datasets.load(DataConfig("arrays", str(root), 4, features="scattering"))
+        datasets.load(DataConfig("arrays", {"classes": 4}, str(root), features=Choice("scattering")))
     root = image_arrays(tmp_path / "images")
     config = small(
-        "data.name=arrays", f"data.root={root}", "data.classes=4", "data.features=scattering",
+        "data.name=arrays", f"data.root={root}", "data.options.classes=4", "data.features=scattering",
         "train.augmentations=[flip]",
         "data.train_examples=40", "data.test_examples=12",
     )  # fmt: skip
@@ -273,7 +283,7 @@ def test_training_on_cached_features(tmp_path: Path, monkeypatch: pytest.MonkeyP
     results = []
     for nodes in (1, 3):
         config = small(
-            "data.name=arrays", f"data.root={root}", "data.classes=4", "data.features=scattering",
+            "data.name=arrays", f"data.root={root}", "data.options.classes=4", "data.features=scattering",
             "model.name=linear",
             "data.train_examples=60", "data.test_examples=12", "train.expected_batch_size=30",
             "model.dtype=float64", f"federation.nodes={nodes}", "privacy.noise_multiplier=0.1",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.partition import Partition
-from fedsim.engine.scoring import holder_accuracy
+from fedsim.engine.scoring import holder_scores
 
 
 class Zero(nn.Module):
@@ -30,7 +30,7 @@ def data(labels: list[int]) -> ArrayDataset:
 
 def scores(train: list[int], holders: list[int], test: list[int]) -> dict[str, float]:
     partition = Partition(np.array(holders), 1 + max(holders))
-    found = holder_accuracy(Zero(), Splits(data(train), data(test)), partition, torch.float32)
+    found = holder_scores(Zero(), Splits(data(train), data(test)), partition, torch.float32)
     return found.value
 
 

@@ -170,7 +170,7 @@ def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(tmp_path: Path)
     False alarms: 18 bounds of five standard errors each, below 2e-5 together.
     """
     config = scheduled(
-        "train.expected_batch_size=1e-6", "optimizer.name=sgd", "optimizer.momentum=0",
+        "train.expected_batch_size=1e-6", "optimizer.name=sgd",
         "optimizer.learning_rate=1e-6", "train.checkpoint_every=1",
     )  # fmt: skip
     prepared = prepare(config)

@@ -1,4 +1,4 @@
-"""The data set `arrays`: numpy arrays from an .npz file or a folder of .npy files.
+"""Numpy arrays from an .npz file or a folder of .npy files.
 
 Four axes mean images, channels last, whatever the dtype: (N, H, W, C). Bytes stay bytes and are normalised
 like other images; floats are taken as they are, their channels moved to the front as models expect them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +16,77 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.sources import SOURCES
+from fedsim.data.sources.base import Source, declared_one
+from fedsim.data.targets import Targets
 from fedsim.validate import InputError, PrivateInputError, with_place
 
-NEEDED = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+NEEDED = ("train_inputs", "train_targets", "test_inputs", "test_targets")
 NAMES = (*NEEDED, "train_groups")
 CHANNELS = 4  # at most, in an axis that is taken for one of channels
 BLOCK = 2**24  # values looked at in one go: 128 MiB in float64
 
 
-def load(root: Path, classes: int | None) -> Splits:
-    """Read the arrays at `root`.
+@SOURCES.register("arrays")
+@dataclass(frozen=True)
+class Arrays(Source):
+    """Numpy arrays from an .npz file or a folder of .npy files: images, features or tokens.
 
-    Args:
-        root: an .npz file, or a folder of .npy files, which are memory-mapped.
-        classes: number of labels as declared in data.classes.
+    data.root is the file, or the folder, whose arrays are memory-mapped. It holds train_inputs,
+    train_targets, test_inputs, test_targets, and train_groups where examples have owners.
 
-    Raises:
-        InputError: no declaration, arrays that are missing, unreadable, of a wrong shape or dtype or not
-            finite, or labels outside the declared classes; names the array.
+    Attributes:
+        classes, labels, values, tokens: exactly one declares the targets: classes there can be, (N,); labels
+            an example can have, (N, labels) of 0 and 1; values it has, (N, values); tokens, (N, places).
+        vocabulary: number of tokens there can be, where the inputs are tokens (N, places).
     """
-    arrays = _read(root)
-    missing = [name for name in NEEDED if name not in arrays]
-    if missing:
-        raise InputError(
-            f"arrays: data.root must be an .npz file or a folder of .npy files with {', '.join(NEEDED)} "
-            f"(and train_groups where examples have owners), got {root} without {', '.join(missing)}."
+
+    classes: int | None = None
+    labels: int | None = None
+    values: int | None = None
+    tokens: int | None = None
+    vocabulary: int | None = None
+
+    def load(self, root: Path) -> Splits:
+        """See `Source.load`.
+
+        Raises:
+            InputError: no declaration, arrays that are missing, unreadable, of a wrong shape or dtype or not
+                finite, or targets that are not as declared; names the array.
+        """
+        arrays = _read(root)
+        missing = [name for name in NEEDED if name not in arrays]
+        if missing:
+            raise InputError(
+                f"arrays: data.root must be an .npz file or a folder of .npy files with {', '.join(NEEDED)} "
+                f"(and train_groups where examples have owners), got {root} without {', '.join(missing)}."
+            )
+        declared = declared_one(
+            "arrays", classes=self.classes, labels=self.labels, values=self.values, tokens=self.tokens
         )
-    if classes is None:
-        raise InputError(
-            "data.classes must be declared for arrays, the number of labels 0, 1, ... there can be: what the "
-            "labels hold is private, and the model's shape is not. Set data.classes."
-        )
-    try:
-        return Splits(*(_split(name, arrays, classes) for name in ("train", "test")))
-    except InputError as error:
-        raise with_place(error, after=f" Read from {root}.") from error
+        try:
+            return Splits(*(_split(name, arrays, declared, self.vocabulary) for name in ("train", "test")))
+        except InputError as error:
+            raise with_place(error, after=f" Read from {root}.") from error
 
 
-def _split(name: str, arrays: Mapping[str, NDArray[Any]], classes: int) -> ArrayDataset:
-    inputs, labels = _native(arrays[f"{name}_inputs"]), arrays[f"{name}_labels"]
+def _split(
+    name: str, arrays: Mapping[str, NDArray[Any]], declared: Targets, vocabulary: int | None
+) -> ArrayDataset:
+    inputs, targets = _native(arrays[f"{name}_inputs"]), _native(arrays[f"{name}_targets"])
     if not inputs.ndim:
         raise InputError(f"{name}_inputs must have an axis of examples, got a single {inputs.dtype}.")
     if inputs.ndim == 4:
         _check_channels_last(f"{name}_inputs", inputs.shape)
     half: tuple[float, ...] = ()
-    if inputs.dtype == np.uint8:
+    if inputs.dtype == np.uint8 and vocabulary is None:
         half = (0.5,) * inputs.shape[-1] if inputs.ndim == 4 else ()
     elif np.issubdtype(inputs.dtype, np.floating):
         finite(inputs, f"{name}_inputs")
         inputs = np.moveaxis(inputs, -1, 1) if inputs.ndim == 4 else inputs
+    groups = arrays.get(f"{name}_groups")
     try:
-        return ArrayDataset("arrays", inputs, labels, arrays.get(f"{name}_groups"), classes, half, half)
+        return ArrayDataset("arrays", inputs, targets, groups, declared, half, half, vocabulary)
     except InputError as error:
         raise with_place(error, before=f"The {name} split of ") from error
 

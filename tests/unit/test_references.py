@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import strategies
-from fedsim import models, plan, provenance, registry
+from fedsim import models, plan, provenance, references
 from fedsim.config import ModelConfig
 from fedsim.engine.holder import node_for, setup_of
 from fedsim.validate import InputError
@@ -61,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "broken.py").write_text("1 / 0\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(registry, "_resolved", set())
+    monkeypatch.setattr(references, "_resolved", set())
     yield tmp_path
     for name in ("own_things", "own_package", "own_package.nets", "needs_more", "broken"):
         sys.modules.pop(name, None)
@@ -126,20 +126,20 @@ def test_the_source_is_part_of_the_code_hash(folder: Path) -> None:
     names = "own_things:Net", "own_package.nets:Net"
     before = [provenance.code_hash(name) for name in names]
     assert provenance.code_hash() not in before
-    assert set(registry.sources(names[1])) == {"own_package/__init__.py", "own_package/nets.py"}
+    assert set(references.sources(names[1])) == {"own_package/__init__.py", "own_package/nets.py"}
     for file in (folder / "own_things.py", folder / "own_package" / "__init__.py"):
         file.write_text(file.read_text(encoding="utf-8") + "\n# changed\n", encoding="utf-8")
     provenance.code_hash.cache_clear()
     after = [provenance.code_hash(name) for name in names]
     assert all(one != other for one, other in zip(before, after, strict=True))
-    assert registry.installed("torch.nn:Linear")
-    assert list(registry.sources("torch.nn.modules.linear:Linear")) == ["torch/nn/modules/linear.py"]
-    assert [p.name for p in registry.sources("torch:compile").values()] == ["__init__.py"]
+    assert references.installed("torch.nn:Linear")
+    assert list(references.sources("torch.nn.modules.linear:Linear")) == ["torch/nn/modules/linear.py"]
+    assert [p.name for p in references.sources("torch:compile").values()] == ["__init__.py"]
     (folder / "own_package" / "__init__.py").unlink()
     sys.modules.pop("own_package"), sys.modules.pop("own_package.nets")
-    assert list(registry.sources(names[1])) == ["own_package/nets.py"]
-    assert not registry.installed(names[1])
-    assert not registry.installed(names[0])
+    assert list(references.sources(names[1])) == ["own_package/nets.py"]
+    assert not references.installed(names[1])
+    assert not references.installed(names[0])
 
 
 def test_a_run_with_a_model_and_a_strategy_of_ones_own(folder: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_node_runs_only_what_it_was_told_of(folder: Path, monkeypatch: pytest.
     with pytest.raises(InputError, match="runs no code it was not told of, but is sent evil:Net"):
         node_for(setup, 0)
     assert not mark.exists()
-    monkeypatch.setenv(registry.ALLOWED, "own_things:Net, own_things:Own")
+    monkeypatch.setenv(references.ALLOWED, "own_things:Net, own_things:Own")
     node = node_for(setup_of(small("model.name=own_things:Net", "engine.threads=1")), 0)
     assert isinstance(node.model.body, nn.Sequential)
     sys.modules.pop("evil", None)

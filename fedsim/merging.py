@@ -1,0 +1,211 @@
+"""Merging what files and command lines say into a typed schema, by OmegaConf.
+
+A choice (`Choice`) is written `{name, options}`, or by its name alone, which means its default options. Who
+names another variant than the one before starts from that variant's defaults: the options of the other one
+mean nothing to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsim import rules, validate
+from fedsim.validate import InputError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One variant of an axis: registered, package.module:Object, or an entry point; with its options."""
+
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@functools.cache
+def choices(schema: type[Any]) -> tuple[str, ...]:
+    """Return the dotted names of what is chosen in a schema: its parts that have a name and options."""
+    return tuple(_choices(schema(), ""))
+
+
+def _choices(settings: Any, prefix: str) -> Iterator[str]:
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if "Choice" in str(entry.type):
+            yield prefix + entry.name
+        elif dataclasses.is_dataclass(value):
+            if {"name", "options"} <= {part.name for part in dataclasses.fields(value)}:
+                yield prefix + entry.name
+            yield from _choices(value, f"{prefix}{entry.name}.")
+
+
+def schema_of(kind: type[Any]) -> DictConfig:
+    """Return a schema to merge with, which merging leaves as it is."""
+    return _thaw(OmegaConf.structured(kind))
+
+
+def parse_options(options: dict[str, Any], schema: type[Any], where: str) -> Any:
+    """Return `schema(**options)` for a frozen dataclass of options, with typed conversion.
+
+    Raises:
+        InputError: unknown option (with the nearest valid one), wrong type, or one that nothing reads.
+    """
+    typed = schema_of(schema)
+    parsed = to_dataclass(merge(typed, OmegaConf.create(options), where), schema)
+    rules.refuse_unread(parsed, where)
+    return parsed
+
+
+def _thaw(node: DictConfig) -> DictConfig:
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        if OmegaConf.is_config(child := node._get_node(key)) and isinstance(child, DictConfig):
+            _thaw(child)
+    return node
+
+
+def read(path: Path) -> DictConfig:
+    """Return the mapping that a YAML file holds, to be merged and never changed: it is one for all.
+
+    Raises:
+        InputError: the file holds none.
+    """
+    try:
+        loaded = _parsed(path.read_text(encoding="utf-8"))
+    except Exception as error:
+        raise InputError(f"{path}: expected a readable YAML mapping. {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{path}: expected a YAML mapping, got {type(loaded).__name__}.")
+    return loaded
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> DictConfig | ListConfig:
+    """What YAML text holds; parsing takes longer than all the rest of loading."""
+    return OmegaConf.load(io.StringIO(text))
+
+
+def dotlist(overrides: Sequence[str]) -> DictConfig:
+    """Return "key.path=value" strings as a mapping.
+
+    Raises:
+        InputError: one that is none, or not a YAML value.
+    """
+    for item in overrides:
+        if not re.match(r"^[A-Za-z_][\w.]*=", item):
+            raise InputError(f"override must look like key.path=value, got {item!r}.")
+        if item.startswith("extends="):
+            raise InputError(f"extends must stand in a configuration file, got the override {item!r}.")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:
+        raise InputError(f"overrides must hold YAML values, got {list(overrides)}. {error}") from error
+
+
+def merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
+    """Return `base` with what `update` says; both stay as they are.
+
+    Args:
+        where: what holds the update, for messages.
+
+    Raises:
+        InputError: an unknown key (with the nearest valid one) or a value of the wrong type.
+    """
+    base, update = _chosen(base, update)
+    for key in _leaves(update):
+        if not _known(base, key):
+            valid = sorted(_leaves(base, keep_sections=True))
+            raise InputError(f"{where}: unknown key '{key}'. {validate.did_you_mean(key, valid)}".rstrip())
+    try:
+        merged = OmegaConf.merge(base, update)
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or "?"
+        wanted = str(error).splitlines()[0]
+        raise InputError(f"{where}: wrong value for '{key}'. {wanted}.") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _chosen(base: DictConfig, update: DictConfig) -> tuple[DictConfig, DictConfig]:
+    """Write every choice that `update` makes as name and options, and clear those of another in `base`."""
+    schema = OmegaConf.get_type(base)
+    made = [
+        path
+        for path in (choices(schema) if dataclasses.is_dataclass(schema) else ())
+        if _node(update, path) is not None and not _node(update, path)._is_none()
+    ]
+    if not made:
+        return base, update
+    base, update = copy.deepcopy(base), copy.deepcopy(update)
+    for path in made:
+        given, held = _node(update, path), _node(base, path)
+        short = not isinstance(given, DictConfig)
+        name = given if short else given._get_node("name")
+        name = None if name is None else name._value()
+        if short:
+            OmegaConf.update(update, path, {"name": name, "options": {}}, merge=False)
+        if held is None or held._is_none():
+            OmegaConf.update(base, path, schema_of(Choice), merge=False)
+        elif short or name not in (None, held.name):
+            OmegaConf.update(base, f"{path}.options", {}, merge=False)
+    return base, update
+
+
+def _node(tree: DictConfig, path: str) -> Any:
+    """What stands at a dotted path, as it is; None where there is nothing."""
+    node: Any = tree
+    for part in path.split("."):
+        node = node._get_node(part) if isinstance(node, DictConfig) and not node._is_none() else None
+    return node
+
+
+def _known(base: DictConfig, key: str) -> bool:
+    node: Any = base
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return False
+        if OmegaConf.get_type(node) is dict:  # a free mapping takes any key
+            return True
+        if part not in node:
+            return False
+        node = node._get_node(part)
+    return True
+
+
+def _leaves(node: DictConfig, prefix: str = "", keep_sections: bool = False) -> list[str]:
+    out: list[str] = []
+    for key in node:
+        child = node._get_node(key)
+        name = prefix + str(key)
+        if isinstance(child, DictConfig) and not child._is_none() and len(child):
+            out += [name] if keep_sections else []
+            out += _leaves(child, f"{name}.", keep_sections)
+        else:
+            out.append(name)
+    return out
+
+
+def to_dataclass(node: Any, schema: type[Any]) -> Any:
+    """Return what is merged into the schema of a dataclass as an instance of it."""
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(schema):
+        value = node[entry.name]
+        kind = OmegaConf.get_type(value) if OmegaConf.is_config(value) else None
+        if dataclasses.is_dataclass(kind):
+            values[entry.name] = to_dataclass(value, kind)
+        elif OmegaConf.is_config(value):
+            values[entry.name] = OmegaConf.to_container(value)
+        else:
+            values[entry.name] = value
+    return schema(**values)

@@ -1,0 +1,49 @@
+"""A number by which released models are judged, and how people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number by which released models are judged.
+
+    Attributes:
+        name: as results, plots and TensorBoard call it.
+        unit: "%" for a fraction that is shown in per cent; any other word is shown behind the number.
+        higher_is_better: the direction.
+    """
+
+    name: str
+    unit: str = ""
+    higher_is_better: bool = True
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Metric:
+        """Return the headline of a result.json, or of what `fedsim repeat` writes."""
+        return cls(**result["headline"])
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by to be shown in the unit."""
+        return 100.0 if self.unit == "%" else 1.0
+
+    @property
+    def label(self) -> str:
+        """Name and unit, as on an axis."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    def number(self, value: float | None) -> str:
+        """Return a value as people read it, without its unit; "-" for none."""
+        if value is None:
+            return "-"
+        return f"{100 * value:.2f}" if self.unit == "%" else f"{value:.4g}"
+
+    def shown(self, value: float | None) -> str:
+        """Return a value as people read it, with its unit; "-" for none."""
+        if value is None:
+            return "-"
+        return self.number(value) + (self.unit if self.unit == "%" else f" {self.unit}".rstrip())

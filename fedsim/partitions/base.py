@@ -1,0 +1,106 @@
+"""A scheme that spreads examples over holders, and what it knows of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.validate import InputError
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a scheme may spread by.
+
+    Attributes:
+        examples: their number N.
+        strata: (N,) label of each example by which holders are skewed (`Task.strata`), or None.
+        groups: (N,) natural owner of each example, or None.
+
+    Raises:
+        InputError: other lengths.
+    """
+
+    examples: int
+    strata: Ints | None = None
+    groups: Ints | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in (("strata", self.strata), ("groups", self.groups)):
+            if values is not None and values.shape != (self.examples,):
+                raise InputError(
+                    f"{name} must have one entry for each of {self.examples} examples, got "
+                    f"shape {values.shape}."
+                )
+
+    def labels(self, scheme: str) -> Ints:
+        """Return the strata.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.strata is None:
+            raise InputError(
+                f"federation.partition = {scheme} skews holders by label, and this task's targets have none. "
+                "Use iid, power_law, natural or file."
+            )
+        return self.strata
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """Spreads examples over holders; the fields are the options."""
+
+    owned: ClassVar[bool] = False
+    """Whether the number of holders follows from the data, so that another one is refused there."""
+
+    @abstractmethod
+    def spread(self, material: Material, holders: int, rng: np.random.Generator) -> Ints:
+        """Return the holder (N,) of every example, in 0 .. holders - 1, each of which has one at least.
+
+        Args:
+            material: the examples.
+            holders: their number; at most N, unless `owned`.
+            rng: the only source of randomness; of the run's seed.
+        """
+
+
+@dataclass(frozen=True)
+class Function(Scheme):
+    """A function from outside in place of a scheme: (material, holders, rng) -> holders."""
+
+    function: Callable[..., Any]
+
+    @staticmethod
+    def of(made: Any) -> Scheme | None:
+        """Return a callable as a scheme."""
+        return Function(made) if callable(made) else None
+
+    def spread(self, material: Material, holders: int, rng: np.random.Generator) -> Ints:
+        """See `Scheme.spread`."""
+        return np.asarray(self.function(material, holders, rng))
+
+
+def even_sizes(n: int, parts: int) -> Ints:
+    """Return `parts` sizes that add up to n and differ by at most one."""
+    return np.diff(np.arange(parts + 1, dtype=np.int64) * n // parts)
+
+
+def deal(order: Ints, sizes: Ints) -> Ints:
+    """Give the first sizes[0] ids of `order` to holder 0, the next to holder 1, and so on."""
+    holder_of = np.empty(len(order), dtype=np.int64)
+    holder_of[order] = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
+    return holder_of
+
+
+def by_label(labels: Ints, rng: np.random.Generator) -> Ints:
+    """Return ids sorted by label, in random order within a label."""
+    order = rng.permutation(len(labels))
+    return order[np.argsort(labels[order], kind="stable")]

@@ -1,0 +1,180 @@
+"""What a configuration names that fedsim does not bring: `package.module:Object`.
+
+The object is found as Python finds it, or in the current folder. Its source is part of what was run: it is in
+the code hash that server and nodes compare, and goes along to the nodes of Flower's simulation unless it is
+of an installed package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import random
+import sys
+import sysconfig
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fedsim import validate
+from fedsim.validate import InputError
+
+ALLOWED = "FEDSIM_REFERENCES"
+"""Environment variable of a node: references it may be sent, with commas between."""
+
+
+_resolved: set[str] = set()
+
+
+def is_reference(name: str) -> bool:
+    """Whether `name` is `package.module:Object`, and no name of fedsim's own."""
+    return ":" in name
+
+
+def check(name: str, own: Collection[str], setting: str) -> None:
+    """Raise InputError unless `name` is one of fedsim's `own` or a reference; the nearest is suggested."""
+    if not is_reference(name):
+        try:
+            validate.one_of(name, own, setting)
+        except InputError as error:
+            raise InputError(f"{error} Or name an object of your own, as package.module:Object.") from None
+
+
+def resolve(reference: str, setting: str) -> Any:
+    """Return the object that `package.module:Object` names; "Object" may be a path, as "Outer.inner".
+
+    Raises:
+        InputError: no such module or object, or one whose import fails; with the cause.
+    """
+    module_name, _, path = reference.partition(":")
+    if not path or not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        raise InputError(
+            f"{setting} must be package.module:Object, got {reference!r}. Use one colon, no spaces."
+        )
+    found: Any = _module(module_name, setting)
+    _resolved.add(reference)
+    for part in path.split("."):
+        if not hasattr(found, part):
+            near = validate.did_you_mean(part, [name for name in dir(found) if not name.startswith("_")])
+            raise InputError(f"{setting}: {module_name} has no {path!r}. {near}".rstrip())
+        found = getattr(found, part)
+    return found
+
+
+def _module(name: str, setting: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last, so that nothing there hides what is installed
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise InputError(f"{setting}: importing {name} fails: {error}. Install what it needs.") from error
+        raise InputError(
+            f"{setting}: there is no module {name!r} in {here} or on Python's path. Start fedsim in the "
+            "folder of the file, or set PYTHONPATH to it."
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"{setting}: importing {name} fails by {type(error).__name__}: {error}. Mend the module."
+        ) from error
+
+
+def sources(reference: str) -> dict[str, Path]:
+    """Return the files that make up what a reference names, by their path from the folder they are found in.
+
+    Of a module that stands alone its file, of a package all its Python files; of an installed package the
+    module's own file, for the rest of it is not the user's.
+
+    Raises:
+        InputError: as `resolve`; or a module without a Python file, which can neither be compared nor sent.
+    """
+    name = reference.partition(":")[0]
+    package, module = _module(name.partition(".")[0], "source"), _module(name, "source")
+    whole = not installed(reference) and getattr(package, "__file__", None) is not None
+    module = package if whole else module  # a folder without __init__.py has no file
+    file = getattr(module, "__file__", None)
+    if file is None or not file.endswith(".py"):
+        raise InputError(f"{reference}: {module.__name__} must have a Python file, got {file or 'none'}.")
+    path = Path(file).resolve()
+    if whole and path.name == "__init__.py":
+        return {p.relative_to(path.parents[1]).as_posix(): p for p in sorted(path.parent.rglob("*.py"))}
+    return {f"{module.__name__.replace('.', '/')}.py": path}
+
+
+def installed(reference: str) -> bool:
+    """Whether a reference leads into Python's library or an installed package: nodes have those."""
+    file = getattr(_module(reference.partition(":")[0], "source"), "__file__", None)
+    if file is None:
+        return True
+    kept = {Path(folder).resolve() for folder in sysconfig.get_paths().values()}
+    return any(folder in Path(file).resolve().parents for folder in kept)
+
+
+def check_allowed(references: Collection[str]) -> None:
+    """Refuse, on a node, what whoever started it has not allowed: names that a server sends are run here.
+
+    Raises:
+        InputError: a reference that is not in $FEDSIM_REFERENCES, nor was used by this process itself.
+    """
+    allowed = {name.strip() for name in os.environ.get(ALLOWED, "").split(",")} | _resolved
+    if refused := [name for name in references if name not in allowed]:
+        raise InputError(
+            f"this node runs no code it was not told of, but is sent {', '.join(refused)}. Start nodes with "
+            f"{ALLOWED}={','.join(references)}, the module on their path, as `fedsim run` does."
+        )
+
+
+def called(make: Callable[..., Any], options: Mapping[str, Any], known: Mapping[str, Any], where: str) -> Any:
+    """Return `make(**options)`, with those of `known` added that it has parameters for.
+
+    Raises:
+        InputError: options it does not take or lacks, or what it raises itself; with its signature.
+    """
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):
+        return make(**options)
+    taken = {name: value for name, value in known.items() if name in signature.parameters}
+    try:
+        signature.bind(**{**taken, **options})
+    except TypeError as error:
+        raise InputError(f"{where} must fit {_shown(make)}{signature}: {error}.") from error
+    try:
+        return make(**{**taken, **options})
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{_shown(make)} fails by {type(error).__name__}: {error}. Check {where}: {dict(options)}."
+        ) from error
+
+
+def _shown(make: Callable[..., Any]) -> str:
+    return getattr(make, "__qualname__", None) or type(make).__name__
+
+
+@contextmanager
+def generators(key: bytes) -> Iterator[None]:
+    """Let the global generators of torch, numpy and Python start from a key within the block.
+
+    For code that is not ours: nothing else here draws from them. Afterwards they are as before.
+    """
+    import torch
+
+    held = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(key)
+    np.random.seed(np.frombuffer(key, dtype=np.uint32))  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(key[:8], "little", signed=True))
+            yield
+    finally:
+        random.setstate(held[0])
+        np.random.set_state(held[1])  # noqa: NPY002

@@ -1,0 +1,63 @@
+"""One class of several an example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim import validate
+from fedsim.data.targets import Targets
+from fedsim.metric import Metric
+from fedsim.tasks import TASKS
+from fedsim.tasks.base import Task, finite_rows
+
+
+@TASKS.register("classification")
+@dataclass(frozen=True)
+class Classification(Task):
+    """One class of several an example: cross entropy on logits (n, classes), accuracy.
+
+    Attributes:
+        top_k: k above 1 adds the metric "top_<k>_accuracy".
+        label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016).
+    """
+
+    kind: ClassVar[str] = "class"
+    top_k: int = 1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        validate.positive(self.top_k, "task.options.top_k")
+        validate.in_range(self.label_smoothing, 0.0, 1.0, "task.options.label_smoothing")
+
+    @property
+    def own_metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
+        """Accuracy, and that of the k best."""
+        top = (Metric(f"top_{self.top_k}_accuracy", "%"),) if self.top_k > 1 else ()
+        return (Metric("accuracy", "%"), *top)
+
+    def check(self, declared: Targets) -> None:
+        """See `Task.check`; also refuses a `top_k` above the number of classes."""
+        super().check(declared)
+        validate.in_range(self.top_k, 1, declared.size, "task.options.top_k")
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `Task.loss`; targets are int64 (n,)."""
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.label_smoothing)
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        """See `Task.measures`; an example whose logits are not finite counts as wrong."""
+        right = outputs.topk(self.top_k, dim=1).indices == targets[:, None]
+        right &= finite_rows(outputs)[:, None]
+        found = {"accuracy": right[:, 0]}
+        return found if self.top_k == 1 else found | {f"top_{self.top_k}_accuracy": right.any(1)}
+
+    def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
+        """The classes themselves."""
+        return targets.astype(np.int64, copy=False)

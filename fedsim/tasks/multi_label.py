@@ -1,0 +1,110 @@
+"""Any of several labels an example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim import validate
+from fedsim.metric import Metric
+from fedsim.tasks import TASKS
+from fedsim.tasks.base import Means, Task, finite_rows
+from fedsim.validate import PrivateInputError
+
+
+@TASKS.register("multi_label")
+@dataclass(frozen=True)
+class MultiLabel(Task):
+    """Any of several labels an example: binary cross entropy on logits (n, labels), area under ROC curves.
+
+    The loss is the sum over labels. "auc" is the mean over labels that some test examples have and some have
+    not (macro average), ties counting one half; "label_accuracy" and "exact_match" take a label for present
+    where its logit is above 0.
+
+    Attributes:
+        labels_at_most: declared bound on the labels of one example, for statistics whose sensitivity depends
+            on it; None: any number. Examples above it are refused.
+    """
+
+    kind: ClassVar[str] = "labels"
+    own_metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("auc", "%"),
+        Metric("label_accuracy", "%"),
+        Metric("exact_match", "%"),
+    )
+    labels_at_most: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels_at_most is not None:
+            validate.positive(self.labels_at_most, "task.options.labels_at_most")
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `Task.loss`; targets are 0 or 1, (n, labels)."""
+        each = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
+        return each.sum(1)
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        """See `Task.measures`; an example whose logits are not finite counts as wrong."""
+        right = ((outputs > 0) == (targets > 0.5)) & finite_rows(outputs)[:, None]
+        return {"label_accuracy": right.double().mean(1), "exact_match": right.all(1)}
+
+    def meter(self) -> _WithAreas:
+        """See `Task.meter`."""
+        return _WithAreas(self)
+
+    def check_targets(self, targets: NDArray[Any]) -> None:
+        """Refuse examples with more labels than are declared."""
+        if self.labels_at_most is not None and targets.sum(1).max(initial=0) > self.labels_at_most:
+            expected = (
+                f"an example must have at most task.options.labels_at_most={self.labels_at_most} labels"
+            )
+            raise PrivateInputError(
+                f"{expected}, got {targets.sum(1).max()}. Raise it, or mend the data.", f"{expected}."
+            )
+
+    def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
+        """The first label of each example, and the number of labels for those that have none."""
+        return np.where(targets.any(1), targets.argmax(1), targets.shape[1]).astype(np.int64)
+
+
+class _WithAreas(Means):
+    """Means, and the areas under the ROC curves: of ranks, so all scores are kept, (N, labels) float32."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._scores: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        super().add(outputs, targets)
+        self._scores.append(outputs.float())
+        self._targets.append(targets > 0.5)
+
+    def result(self) -> dict[str, float]:
+        scores, targets = torch.cat(self._scores).cpu().numpy(), torch.cat(self._targets).cpu().numpy()
+        areas = [area(scores[:, label], targets[:, label]) for label in range(scores.shape[1])]
+        known = [value for value in areas if not np.isnan(value)]
+        return {"auc": float(np.mean(known)) if known else float("nan"), **super().result()}
+
+
+def area(scores: NDArray[np.floating[Any]], present: NDArray[np.bool_]) -> float:
+    """Return the area under the ROC curve of scores (N,), by ranks (Mann and Whitney 1947); ties count half.
+
+    NaN where all examples have the label, or none, or a score is not a number.
+    """
+    positive = int(present.sum())
+    if positive in (0, len(present)) or np.isnan(scores).any():
+        return float("nan")
+    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    ranks = (last - (count - 1) / 2.0)[place]
+    return float(
+        (ranks[present].sum() - positive * (positive + 1) / 2.0) / (positive * (len(present) - positive))
+    )
