@@ -12,6 +12,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from fedsim import references
+
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fedsim", "strategies")
 
