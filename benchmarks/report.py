@@ -20,9 +20,9 @@ from pathlib import Path
 
 from scipy import stats
 
-import strategies
 from benchmarks import pictures, tables
 from benchmarks.tables import load
+from fedsim import strategies
 from fedsim.report.markers import missing, provenance, table, update
 from fedsim.validate import FedsimError
 
@@ -33,7 +33,7 @@ def trust_models() -> str:
     """One row for each file in strategies/, from what its class says."""
     rows = []
     for name in strategies.names():
-        cls = importlib.import_module(f"strategies.{name}").STRATEGY
+        cls = importlib.import_module(f"fedsim.strategies.{name}").STRATEGY
         rows.append([f"`{name}`", cls.trusted, cls.sent, cls.noise_added, cls.dropout_policy])
     return table(["strategy", "who is trusted", "what is sent", "where noise is added", "dropouts"], rows)
 

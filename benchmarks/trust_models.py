@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim import compare
 from fedsim import config as configs
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
+from fedsim.study import compare
 from fedsim.validate import FedsimError, InputError
 
 

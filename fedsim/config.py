@@ -25,7 +25,9 @@ from fedsim.merging import Choice, choices, dotlist, merge, parse_options, read,
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+_HERE = Path(__file__).resolve().parent
+CONFIG_DIR = (_HERE if (_HERE / "configs").is_dir() else _HERE.parent).joinpath("configs").resolve()
+"""The named configurations; beside this package in a copy of the checkout without its links."""
 PATHS = ("data.root", "model.init_from", "federation.partition.options.file")
 """Settings that name files."""
 

@@ -15,21 +15,30 @@ from pathlib import Path
 from fedsim import references
 
 PROJECT = Path(__file__).resolve().parents[1]
-PACKAGES = ("fedsim", "strategies")
+
+
+def sources() -> dict[str, Path]:
+    """Return every Python file of fedsim by its path in a checkout, wherever the package is installed."""
+    strategies = Path(os.path.realpath(PROJECT / "fedsim" / "strategies"))
+    if not strategies.is_dir():  # a copy of a checkout without its links
+        strategies = PROJECT / "strategies"
+    found = {f"strategies/{p.relative_to(strategies).as_posix()}": p for p in strategies.rglob("*.py")}
+    for path in (PROJECT / "fedsim").rglob("*.py"):
+        if strategies not in Path(os.path.realpath(path)).parents:
+            found[path.relative_to(PROJECT).as_posix()] = path
+    return dict(sorted(found.items()))
 
 
 @functools.cache
 def code_hash(*named: str) -> str:
-    """Return a digest of every Python file of `fedsim` and `strategies`, and of what `named` references lead to
+    """Return a digest of every Python file of fedsim, and of what `named` references lead to
     (`fedsim.references`); server and nodes must agree."""
     digest = hashlib.sha256()
     for reference in sorted(set(named)):
         for name, path in references.sources(reference).items():
             digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    for package in PACKAGES:
-        for path in sorted((PROJECT / package).rglob("*.py")):
-            digest.update(path.relative_to(PROJECT).as_posix().encode() + b"\0")
-            digest.update(path.read_bytes() + b"\0")
+    for name, path in sources().items():
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from fedsim import references, rules
 from fedsim.config import Config, parse_options
+from fedsim.strategies.base import Strategy
 from fedsim.validate import InputError
-from strategies.base import Strategy
 
 
 def names() -> list[str]:
@@ -30,12 +30,12 @@ def load(config: Config) -> Strategy[Any]:
         found = references.resolve(name, "strategy.name")
         if not (isinstance(found, type) and issubclass(found, Strategy)):
             raise InputError(
-                f"strategy.name must name a class derived from strategies.base.Strategy, but {name} is "
+                f"strategy.name must name a class derived from fedsim.strategies.base.Strategy, but {name} is "
                 f"{found!r}."
             )
         cls: type[Strategy[Any]] = found
     else:
-        cls = importlib.import_module(f"strategies.{name}").STRATEGY
+        cls = importlib.import_module(f"fedsim.strategies.{name}").STRATEGY
     options = parse_options(config.strategy.options, cls.Options, "strategy.options")
     strategy = cls(config, options)
     rules.refuse_set(config, strategy.unread(), f"strategy.name = {config.strategy.name}")

@@ -25,7 +25,7 @@ from fedsim.privacy.family import EventFamily
 from fedsim.privacy.levels import NoiseLevels
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root
-from strategies.base import DataFacts, Plan, Strategy
+from fedsim.strategies.base import DataFacts, Plan, Strategy
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,7 @@ from fedsim.privacy.family import EventFamily
 from fedsim.rules import SET, read_with
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root, derive
-from fedsim.types import ClippedSum, HolderReply, StepTask
-from strategies.base import (
+from fedsim.strategies.base import (
     ENGINE_SETTINGS,
     Ask,
     DataFacts,
@@ -56,6 +55,7 @@ from strategies.base import (
     drawn_holders,
     sum_of_updates,
 )
+from fedsim.types import ClippedSum, HolderReply, StepTask
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from fedsim.privacy.budget import within_budget
 from fedsim.privacy.family import EventFamily
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root, derive
+from fedsim.strategies.base import DataFacts, Plan, Strategy
 from fedsim.types import StepTask
-from strategies.base import DataFacts, Plan, Strategy
 
 MISMATCH = 0.1  # largest relative difference between expected_batch_size and the mean batch of whole passes
 

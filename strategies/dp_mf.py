@@ -46,8 +46,8 @@ from fedsim.privacy.budget import within_budget
 from fedsim.privacy.family import EventFamily
 from fedsim.sampling import PoissonSampler, sampling_rate
 from fedsim.seeds import Root, derive
+from fedsim.strategies.base import DataFacts, Plan, Strategy
 from fedsim.types import StepTask
-from strategies.base import DataFacts, Plan, Strategy
 
 
 @dataclass(frozen=True)

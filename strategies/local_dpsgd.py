@@ -49,8 +49,8 @@ from fedsim.privacy.budget import within_budget
 from fedsim.privacy.family import EventFamily
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root, derive
+from fedsim.strategies.base import Ask, DataFacts, NodeView, Plan, Strategy
 from fedsim.types import ClippedSum, HolderReply, StepTask
-from strategies.base import Ask, DataFacts, NodeView, Plan, Strategy
 
 
 @dataclass(frozen=True)

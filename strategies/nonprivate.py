@@ -24,8 +24,7 @@ from fedsim.privacy.budget import without_privacy
 from fedsim.rules import read_with
 from fedsim.sampling import sampling_rate
 from fedsim.seeds import Root
-from fedsim.types import ClippedSum, StepTask
-from strategies.base import (
+from fedsim.strategies.base import (
     ENGINE_SETTINGS,
     DataFacts,
     NodeView,
@@ -34,6 +33,7 @@ from strategies.base import (
     drawn_holders,
     sum_of_updates,
 )
+from fedsim.types import ClippedSum, StepTask
 
 
 @dataclass(frozen=True)

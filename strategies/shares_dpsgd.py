@@ -58,10 +58,10 @@ from fedsim.secure_sum import arrays as messages
 from fedsim.secure_sum import shamir
 from fedsim.secure_sum.protocol import DEALT_BYTES, SEALED_BYTES, TAG_BYTES, graph_of
 from fedsim.seeds import Root, derive
+from fedsim.strategies.base import ENGINE_SETTINGS, Ask, DataFacts, NodeView, Plan, Strategy
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import InputError, RunError
 from fedsim.visibility import Public
-from strategies.base import ENGINE_SETTINGS, Ask, DataFacts, NodeView, Plan, Strategy
 
 STAGES = ("advertise", "share", "", "confirm", "unmask")
 ROUNDING = 1e-3  # relative slack on the norm of sums of many float32 terms

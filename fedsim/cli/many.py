@@ -15,9 +15,9 @@ from fedsim.cli.training import engine_argument, train
 from fedsim.metric import Metric
 
 if TYPE_CHECKING:
-    from fedsim.compare import Runner
     from fedsim.config import Config
     from fedsim.engine.run_folder import RunFolder
+    from fedsim.study.compare import Runner
 
 
 def add(commands: Any) -> None:
@@ -55,9 +55,9 @@ def _compare(options: argparse.Namespace) -> Any:
     """Run the cells of a comparison that are not finished, and show the table."""
     from rich.console import Console
 
-    from fedsim import compare
     from fedsim.engine.run_folder import file_name
     from fedsim.report import comparison
+    from fedsim.study import compare
 
     wanted = compare.load(options.config)
     out = options.out or Path("runs") / "compare" / file_name(wanted.title, "comparison")
@@ -74,7 +74,7 @@ def _compare(options: argparse.Namespace) -> Any:
 
 def _repeat(options: argparse.Namespace) -> dict[str, Any]:
     """Run the seeds that are not finished, show mean and spread, and write the result file."""
-    from fedsim import repeat
+    from fedsim.study import repeat
 
     result = repeat.run(
         options.config,

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> dict[str, Any]:
-    from fedsim import plan as planning
+    from fedsim.study import plan as planning
 
     config = load(options)
     rate = planning.FLOPS_PER_SECOND if options.flops_per_second is None else options.flops_per_second

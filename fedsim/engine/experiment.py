@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-import strategies
-from fedsim import models, seeds
+from fedsim import models, seeds, strategies
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, optim
@@ -18,9 +17,9 @@ from fedsim.partitions import Material
 from fedsim.privacy import accountant, budget
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.ledger_view import LedgerHeader, LedgerRecord, LedgerView
+from fedsim.strategies.base import DataFacts, Plan, Strategy
 from fedsim.tasks import TASKS, Task
 from fedsim.visibility import Public, Sensitive, Tagged
-from strategies.base import DataFacts, Plan, Strategy
 
 _log = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import strategies
 from fedsim import config as configs
-from fedsim import provenance, references, seeds
+from fedsim import provenance, references, seeds, strategies
 from fedsim.config import Config
 from fedsim.data import batches, datasets
 from fedsim.engine.ahead import ahead

@@ -16,8 +16,7 @@ import dataclasses
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-import strategies
-from fedsim import validate
+from fedsim import strategies, validate
 from fedsim.config import Config
 from fedsim.flower.local_grid import LocalGrid
 

@@ -174,11 +174,9 @@ def _environment(base: Path, config: Config) -> dict[str, str]:
 def _stage(base: Path, config: Config) -> Path:
     """Write the app Flower packages: this code, that of references, and the resolved configuration."""
     app = base / "app"
-    for package in provenance.PACKAGES:
-        for source in (provenance.PROJECT / package).rglob("*.py"):
-            target = app / source.relative_to(provenance.PROJECT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    for name, source in provenance.sources().items():
+        (app / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, app / name)
     for reference in config.references():
         if not references.installed(reference):
             for name, source in references.sources(reference).items():

@@ -1,6 +1,6 @@
 """Recipes' results as tables: what was claimed, what was reached, and what produced it.
 
-Reads every results/**/*.json whose "kind" is "recipe" (written by `fedsim repeat`, fields: fedsim.repeat).
+Reads every results/**/*.json whose "kind" is "recipe" (written by `fedsim repeat`, fields: fedsim.study.repeat).
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def _known_code(made: Any) -> bool:
 
 
 def _ours(made: Any) -> bool:
-    return str(getattr(made, "__module__", "")).partition(".")[0] in ("torch", "fedsim", "strategies")
+    return str(getattr(made, "__module__", "")).partition(".")[0] in ("torch", "fedsim")
 
 
 def _named(made: Any) -> str:

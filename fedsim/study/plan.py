@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import strategies
-from fedsim import models, validate
+from fedsim import models, strategies, validate
 from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
 from fedsim.data.targets import Targets
@@ -29,10 +28,10 @@ from fedsim.partitions import Material
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.published import AGREEMENT
+from fedsim.strategies.base import DataFacts, Plan, Strategy
 from fedsim.tasks import TASKS, Task
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, Tagged, shown
-from strategies.base import DataFacts, Plan, Strategy
 
 FLOPS_PER_SECOND = 5e13
 """Default rate: 50 teraflops sustained, about a third of an A100's TF32 peak."""

@@ -28,9 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedsim import compare, validate
 from fedsim import config as configs
-from fedsim.compare import Planned, Runner
+from fedsim import validate
 from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
@@ -38,6 +37,8 @@ from fedsim.engine.run_folder import file_name
 from fedsim.metric import Metric
 from fedsim.partitions import PARTITIONS
 from fedsim.report.plain import as_json, plain
+from fedsim.study import compare
+from fedsim.study.compare import Planned, Runner
 from fedsim.validate import InputError, RunError
 
 _OF_RUN = (

@@ -1,0 +1,1 @@
+"""Work on several runs, or on none: comparisons, repetitions, the dry run."""
