@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,13 +243,54 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
         InputError: unknown key (with the nearest valid one), wrong type, value out of range, settings that
             exclude each other or that nothing reads, missing or unreadable file.
     """
-    merged = _schema()
-    for path, content in reversed(_chain(find(source))):
-        merged = _located(merge(merged, content, str(path)), content, path.parent)
+    merged = _from_file(source)
     if overrides:
         given = dotlist(overrides)
         merged = _located(merge(merged, given, "command line"), given, folder)
     return _freeze(merged)
+
+
+def _from_file(source: str | Path) -> DictConfig:
+    merged = _schema()
+    for path, content in reversed(_chain(find(source))):
+        merged = _located(merge(merged, content, str(path)), content, path.parent)
+    return merged
+
+
+def loaded(source: str | Path | Mapping[str, Any] | Config, changes: Mapping[str, Any]) -> Config:
+    """Load a configuration from whatever says one, with changes on top.
+
+    Args:
+        source: as of `load`, a mapping of settings by section, or a configuration.
+        changes: settings by section, or by dotted name; a section is changed, not replaced.
+
+    Raises:
+        InputError: as `load`.
+    """
+    if isinstance(source, Config):
+        merged = OmegaConf.create(dataclasses.asdict(source))
+        merged = _merged(_schema(), merged, "configuration")
+    elif isinstance(source, Mapping):
+        merged = _merged(_schema(), _nested(source, "configuration"), "configuration")
+    else:
+        merged = _from_file(source)
+    return _freeze(_merged(merged, _nested(changes, "overrides"), "overrides"))
+
+
+def _merged(merged: DictConfig, given: DictConfig, where: str) -> DictConfig:
+    return _located(merge(merged, given, where), given, Path())
+
+
+def _nested(settings: Mapping[str, Any], where: str) -> DictConfig:
+    """Return settings by section or dotted name as one tree."""
+    tree = OmegaConf.create({})
+    try:
+        for name, value in settings.items():
+            plain = dataclasses.asdict(value) if isinstance(value, Choice) else value
+            OmegaConf.update(tree, str(name), plain, merge=True)
+    except Exception as error:
+        raise InputError(f"{where} must hold settings by section, got {dict(settings)}. {error}") from error
+    return tree
 
 
 def located(overrides: Sequence[str], folder: Path) -> list[str]:

@@ -33,16 +33,23 @@ class Registry(Generic[T]):
         package: whose modules register the variants; imported when the first one is asked for.
         base: class that every variant derives from.
         adapt: makes a `base` of what an object from outside gave, where that is something simpler.
+        function: makes a `base` of a function from outside, where one is a variant itself.
     """
 
     def __init__(
-        self, setting: str, package: str, base: type[Any], adapt: Callable[[Any], T | None] | None = None
+        self,
+        setting: str,
+        package: str,
+        base: type[Any],
+        adapt: Callable[[Any], T | None] | None = None,
+        function: Callable[[Callable[..., Any]], T] | None = None,
     ) -> None:
         self.setting = setting
         self.axis = package.rpartition(".")[2]
         self.base = base
         self._package = package
         self._adapt = adapt
+        self._function = function
         self._own: dict[str, type[Any]] = {}
         self._complete = False
 
@@ -106,6 +113,8 @@ class Registry(Generic[T]):
             made = found
             if choice.options:
                 raise InputError(f"{self.options} must be empty for {choice.name}, got {choice.options}.")
+        elif self._function is not None and callable(found) and not isinstance(found, type):
+            made = self._function(functools.partial(found, **choice.options))
         else:
             made = references.called(found, choice.options, known, self.options)
         if not isinstance(made, self.base) and self._adapt is not None:

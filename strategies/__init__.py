@@ -30,8 +30,8 @@ def load(config: Config) -> Strategy[Any]:
         found = references.resolve(name, "strategy.name")
         if not (isinstance(found, type) and issubclass(found, Strategy)):
             raise InputError(
-                f"strategy.name must name a class derived from fedsim.strategies.base.Strategy, but {name} is "
-                f"{found!r}."
+                f"strategy.name must name a class derived from fedsim.strategies.base.Strategy, but {name} "
+                f"is {found!r}."
             )
         cls: type[Strategy[Any]] = found
     else:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim.cli import show
 from fedsim.cli.arguments import command, config_arguments
-from fedsim.cli.training import engine_argument, train
-from fedsim.metric import Metric
+from fedsim.cli.training import backend_argument
+from fedsim.headline import Metric
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         "and keeps finished seeds.",
     )
     config_arguments(repeat)
-    engine_argument(repeat)
+    backend_argument(repeat)
     repeat.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     repeat.add_argument(
         "--results",
@@ -81,9 +81,9 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
         options.overrides,
         options.seeds,
         options.out,
-        _runner(options.engine),
+        _runner(options.backend),
         sys.stderr,
-        engine=options.engine,
+        backend=options.backend,
         command=_as_typed(options),
         results=options.results,
     )
@@ -105,9 +105,11 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _runner(engine: str) -> Runner:
+def _runner(backend: str) -> Runner:
+    from fedsim import api
+
     def runner(config: Config, folder: RunFolder) -> dict[str, Any]:
-        return train(config, folder, engine, resume=True, quiet=True)
+        return api.run(config, folder, backend, resume=True, progress=False)
 
     return runner
 
@@ -116,6 +118,6 @@ def _as_typed(options: argparse.Namespace) -> str:
     """The command that gives this result again; without the folder of the runs, which changes nothing."""
     parts = ["fedsim", "repeat", options.config, *options.overrides]
     parts += ["--seeds", *map(str, options.seeds)]
-    parts += [] if options.engine == "local" else ["--engine", options.engine]
+    parts += [] if options.backend == "local" else ["--backend", options.backend]
     parts += [] if options.results is None else ["--results", options.results.as_posix()]
     return shlex.join(parts)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fedsim import validate
 from fedsim.cli import show
 from fedsim.cli.arguments import command, config_arguments, load
+from fedsim.headline import Metric
 from fedsim.merging import Choice
-from fedsim.metric import Metric
 
 if TYPE_CHECKING:  # torch, flwr and dp-accounting take seconds to import: only where a command needs them
     from fedsim.config import Config
@@ -27,57 +27,34 @@ def add(commands: Any) -> None:
     )
     for parser in (run, verify):
         config_arguments(parser)
-        engine_argument(parser)
+        backend_argument(parser)
         parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TITLE-HASH)")
         parser.add_argument("--resume", action="store_true", help="continue the run that --out holds")
 
 
-def engine_argument(parser: argparse.ArgumentParser) -> None:
+def backend_argument(parser: argparse.ArgumentParser) -> None:
     """Add the choice between this process and Flower's simulation."""
     parser.add_argument(
-        "--engine",
-        choices=("local", "flower"),
+        "--backend",
+        choices=("local", "simulation"),
         default="local",
         help="in this process, or Flower's simulation",
     )
 
 
-def train(config: Config, folder: RunFolder, engine: str, resume: bool, quiet: bool) -> dict[str, Any]:
-    """Check everything, then train with the chosen engine; a finished run's result is returned as it is."""
-    from fedsim.engine.experiment import prepare
-    from fedsim.engine.metrics import ConsoleProgress
-    from fedsim.grads.bookkeeping.memory import retain_freed_memory
-
-    retain_freed_memory()
-    folder.check(config, resume)
-    if (done := folder.finished()) is not None:
-        return done
-    experiment = prepare(config)
-    progress = None
-    if config.monitor.progress and not quiet:
-        progress = ConsoleProgress(experiment.plan.steps, experiment.task.chosen, config.title)
-    try:
-        if engine == "flower":
-            from fedsim.flower.launch import simulate
-
-            return simulate(config, folder, resume, progress)
-        from fedsim.flower.client_app import app
-        from fedsim.flower.local_grid import LocalGrid
-        from fedsim.flower.server_app import train as train_on
-
-        return train_on(LocalGrid(app, config.federation.nodes), experiment, folder, resume, progress)
-    finally:
-        if progress is not None:
-            progress.close()
-
-
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     config = load(options)
     folder = _folder(options.out, config)
-    result = train(config, folder, options.engine, options.resume, quiet=options.json)
+    result = _train(config, folder, options.backend, options)
     if not options.json:
         _print_result(result, folder)
     return result
+
+
+def _train(config: Config, folder: RunFolder, backend: str, options: argparse.Namespace) -> dict[str, Any]:
+    from fedsim import api
+
+    return api.run(config, folder, backend, options.resume, progress=False if options.json else None)
 
 
 def _folder(out: Path | None, config: Config) -> RunFolder:
@@ -108,7 +85,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     )
     base = options.out or Path("runs") / default_name(config)
     rows: dict[str, tuple[dict[str, Any], RunFolder]] = {}
-    for name, which, engine in (("federated", config, options.engine), ("centralized", central, "local")):
+    for name, which, backend in (("federated", config, options.backend), ("centralized", central, "local")):
         folder = _folder(base / name, which)
         if not options.json:
             how = (
@@ -116,8 +93,8 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
                 if name == "federated"
                 else "one holder"
             )
-            print(f"{name}: {how}, engine {engine}, in {folder.root}", file=sys.stderr)
-        rows[name] = (train(which, folder, engine, options.resume, quiet=options.json), folder)
+            print(f"{name}: {how}, backend {backend}, in {folder.root}", file=sys.stderr)
+        rows[name] = (_train(which, folder, backend, options), folder)
     first, second = (load_file(rows[name][1].final) for name in ("federated", "centralized"))
     difference = max(float(torch.max(torch.abs(first[k] - second[k]))) for k in first)
     answer = {name: result for name, (result, _) in rows.items()} | {

@@ -93,7 +93,8 @@ def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
 
 def save_model(path: Path, model: nn.Module) -> None:
     """Write a model's state dict as safetensors: what a user takes away from a run."""
-    held = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    # Copies: the format has no tied weights, whose names share memory.
+    held = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
     write_atomic(path, to_bytes(held))
 
 

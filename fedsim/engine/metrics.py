@@ -7,7 +7,7 @@ times) are useful in simulation and never to be published: `public_only` drops t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedsim.engine.checkpoint import write_atomic
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.report.plain import as_json
 from fedsim.types import StepRecord
 from fedsim.visibility import Public, Sensitive, shown
@@ -118,6 +118,33 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class Watcher(Writer, Protocol):
+    """A writer that can also be fed from a metrics.jsonl, where the run is another process's."""
+
+    def update(self, completed: int, numbers: Mapping[str, float | None]) -> None:
+        """Take in the numbers of step `completed`."""
+        ...
+
+
+class Callbacks:
+    """Calls functions with (completed steps, numbers by name) after every step."""
+
+    def __init__(self, functions: Sequence[Callable[[int, dict[str, float | None]], Any]]) -> None:
+        self._functions = list(functions)
+
+    def write(self, record: StepRecord) -> None:
+        """See `Writer`."""
+        self.update(record.step, shown(record.numbers, public_only=False))
+
+    def update(self, completed: int, numbers: Mapping[str, float | None]) -> None:
+        """See `Watcher`."""
+        for function in self._functions:
+            function(completed, dict(numbers))
+
+    def close(self) -> None:
+        """See `Writer`."""
 
 
 class ConsoleProgress:

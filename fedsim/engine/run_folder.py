@@ -29,7 +29,7 @@ def file_name(title: str, otherwise: str) -> str:
 
 
 class RunFolder:
-    """Paths of a run: configuration, ledger, metrics, checkpoints, event files, weights and result.
+    """Paths of a run: configuration, ledger, metrics, checkpoints, event files, model and result.
 
     Links are followed once, here: a link that is turned elsewhere while a run goes on does not move it.
     """
@@ -41,6 +41,7 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.result = self.root / "result.json"
         self.final = self.root / "final.safetensors"
+        self.card = self.root / "model.json"
         self.checkpoints = self.root / "checkpoints"
         self.tensorboard = self.root / "tensorboard"
         self.flower_log = self.root / "flower.log"

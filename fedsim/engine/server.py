@@ -8,19 +8,22 @@ the same noise: the ledger keeps one entry and nothing is released twice.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.engine import checkpoint, evaluate, outcome, scoring
+from fedsim.engine import checkpoint, evaluate, model_card, outcome, scoring
 from fedsim.engine.collect import Collector
 from fedsim.engine.device import evaluation_device
 from fedsim.engine.experiment import Experiment, spent
-from fedsim.engine.metrics import ConsoleProgress, JsonLines, Metrics, TensorBoard, Writer
+from fedsim.engine.metrics import JsonLines, Metrics, TensorBoard, Watcher, Writer
 from fedsim.engine.opening import open_run
 from fedsim.engine.record import step_record
 from fedsim.engine.run_folder import RunFolder
@@ -47,7 +50,7 @@ class Server:
         self._config_kept = False
         self._collector = Collector(experiment, transport, str(folder.root))
 
-    def train(self, progress: ConsoleProgress | None = None) -> dict[str, Any]:
+    def train(self, watchers: Sequence[Watcher] = ()) -> dict[str, Any]:
         """Run to the end, or to the budget, and return the content of result.json.
 
         Raises:
@@ -55,9 +58,9 @@ class Server:
                 released: its parameters are not finite, or it repeats a released one with other bits.
         """
         with contextlib.closing(self.run):
-            return self._train(progress)
+            return self._train(watchers)
 
-    def _train(self, progress: ConsoleProgress | None) -> dict[str, Any]:
+    def _train(self, watchers: Sequence[Watcher]) -> dict[str, Any]:
         began = time.perf_counter()
         self.transport.connect()
         self._keep_config()
@@ -69,8 +72,7 @@ class Server:
             board = TensorBoard(self.folder.tensorboard, completed, timeless=public_only)
             self._draw_partition(board)
             writers.append(board)
-        if progress is not None:
-            writers.append(progress)
+        writers += watchers
         with Metrics(writers, public_only) as metrics:
             if completed == 0:
                 self._save()
@@ -214,6 +216,21 @@ class Server:
         picture = partition_picture.as_image(partition_picture.figure(counts))
         board.image("labels_by_holder", Sensitive(picture))
 
+    def _write_card(self, result: dict[str, Any]) -> None:
+        """Write model.json, which is public, with what the ledger spent as far as that is."""
+        sha256 = hashlib.sha256(self.folder.final.read_bytes()).hexdigest()
+        card = model_card.card_of(
+            self.config.model,
+            self.config.task,
+            self.experiment.task,
+            self.experiment.splits.train,
+            self.config.data.features,
+        )
+        hidden = {name.partition(".")[2] for name in result["sensitive"] if name.startswith("epsilon.")}
+        spent_in_public = {unit: value for unit, value in result["epsilon"].items() if unit not in hidden}
+        card = dataclasses.replace(card, weights_sha256=sha256, epsilon=spent_in_public)
+        checkpoint.write_atomic(self.folder.card, card.to_json().encode())
+
     def _finish(self, final: Numbers, seconds: float) -> dict[str, Any]:
         """Write the model, destroy the secret, and only then write the result: a finished run has none."""
         set_flat(self.experiment.model, self.state.released())
@@ -224,6 +241,7 @@ class Server:
         so_far = spent(self.run.ledger.view(), self.experiment.facts)
         with self._on_its_device():
             result = outcome.result_of(self.experiment, self.state, scores, so_far, seconds_of)
+        self._write_card(result)
         self.run.destroy_secret()
         self.folder.write_result(result)
         return result

@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,7 @@ from fedsim import provenance, references, validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import device
-from fedsim.engine.metrics import ConsoleProgress, numbers_of, read_steps
+from fedsim.engine.metrics import Watcher, numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
 from fedsim.validate import RunError
 
@@ -68,16 +68,14 @@ resume = false
 """
 
 
-def simulate(
-    config: Config, folder: RunFolder, resume: bool, progress: ConsoleProgress | None
-) -> dict[str, Any]:
+def simulate(config: Config, folder: RunFolder, resume: bool, watchers: Sequence[Watcher]) -> dict[str, Any]:
     """Run a checked configuration through Flower's simulation and return its result.
 
     Args:
         config: already checked by `prepare`, so that nothing is started for bad input.
         folder: where the run writes; Flower's log goes to flower.log in it.
         resume: continue what the folder holds.
-        progress: fed from metrics.jsonl as the run writes it, or None.
+        watchers: fed from metrics.jsonl as the run writes it.
 
     Raises:
         InputError: nodes cannot have the GPUs that are asked for.
@@ -86,12 +84,10 @@ def simulate(
     device.check_simulation(config)
     remedy = f"Mend that, then continue with --resume --out {folder.root}."
     with validate.failures_as(RunError, "Flower's simulation could not go on", remedy):
-        return _simulate(config, folder, resume, progress)
+        return _simulate(config, folder, resume, watchers)
 
 
-def _simulate(
-    config: Config, folder: RunFolder, resume: bool, progress: ConsoleProgress | None
-) -> dict[str, Any]:
+def _simulate(config: Config, folder: RunFolder, resume: bool, watchers: Sequence[Watcher]) -> dict[str, Any]:
     folder.root.mkdir(parents=True, exist_ok=True)
     with _workspace() as base, open(folder.flower_log, "ab") as log:
         logged = log.tell()
@@ -101,7 +97,7 @@ def _simulate(
             _connection(base, port)
             run_id = _submit(app, config, folder, resume, environment, base)
             try:
-                status = _follow(run_id, folder, environment, base, progress)
+                status = _follow(run_id, folder, environment, base, watchers)
             except RunError as error:  # the SuperLink is gone
                 cause = _cause(_tail(folder.flower_log, logged)) or str(error)
                 raise RunError(
@@ -306,16 +302,16 @@ def _flower_threads() -> int:
 
 
 def _follow(
-    run_id: str, folder: RunFolder, environment: dict[str, str], base: Path, progress: ConsoleProgress | None
+    run_id: str, folder: RunFolder, environment: dict[str, str], base: Path, watchers: Sequence[Watcher]
 ) -> str:
     """Wait for the run's end, showing the steps it writes; return Flower's status."""
     shown, next_look = -1, time.monotonic() + LOOK_SECONDS
     while True:
-        if progress is not None:
-            for line in read_steps(folder.metrics):
-                if line["step"] > shown:
-                    progress.update(line["step"], numbers_of(line))
-                    shown = line["step"]
+        for line in read_steps(folder.metrics) if watchers else ():
+            if line["step"] > shown:
+                for watcher in watchers:
+                    watcher.update(line["step"], numbers_of(line))
+                shown = line["step"]
         if time.monotonic() >= next_look or folder.result.exists():
             status = str(_listed(run_id, environment, base)["status"])
             if status.startswith("finished"):

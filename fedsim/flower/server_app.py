@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from fedsim.data import datasets
 from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.holder import setup_of
-from fedsim.engine.metrics import ConsoleProgress
+from fedsim.engine.metrics import Watcher
 from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.engine.server import Server
 from fedsim.flower import deployment
 from fedsim.flower.transport import GridTransport
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.models import weights
 from fedsim.validate import InputError, RunError
 
@@ -63,7 +64,7 @@ def train(
     experiment: Experiment,
     folder: RunFolder,
     resume: bool,
-    progress: ConsoleProgress | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> dict[str, Any]:
     """Run a prepared experiment over a Grid and return its result; that of a finished run as it is.
 
@@ -77,11 +78,11 @@ def train(
     experiment = dataclasses.replace(experiment, config=config)
     remedy = f"Mend that, then continue with --resume --out {folder.root}."
     with validate.failures_as(RunError, f"the run in {folder.root} stopped", remedy):
-        return _train(grid, experiment, folder, resume, progress)
+        return _train(grid, experiment, folder, resume, watchers)
 
 
 def _train(
-    grid: Grid, experiment: Experiment, folder: RunFolder, resume: bool, progress: ConsoleProgress | None
+    grid: Grid, experiment: Experiment, folder: RunFolder, resume: bool, watchers: Sequence[Watcher]
 ) -> dict[str, Any]:
     experiment = probe.settle(experiment, folder, parallel=getattr(grid, "parallel", True))
     config = experiment.config
@@ -89,4 +90,4 @@ def _train(
         config, data=datasets.resolve(config.data), model=weights.pinned(config.model)
     )
     transport = GridTransport(grid, setup_of(located), config.federation.nodes)
-    return Server(experiment, folder, transport, resume).train(progress)
+    return Server(experiment, folder, transport, resume).train(watchers)

@@ -7,4 +7,6 @@ from fedsim.registry import Registry
 
 __all__ = ["PARTITIONS", "Material", "Scheme"]
 
-PARTITIONS: Registry[Scheme] = Registry("federation.partition", "fedsim.partitions", Scheme, Function.of)
+PARTITIONS: Registry[Scheme] = Registry(
+    "federation.partition", "fedsim.partitions", Scheme, function=Function
+)

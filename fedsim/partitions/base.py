@@ -74,14 +74,9 @@ class Scheme(ABC):
 
 @dataclass(frozen=True)
 class Function(Scheme):
-    """A function from outside in place of a scheme: (material, holders, rng) -> holders."""
+    """A function from outside in place of a scheme: (material, holders, rng, **options) -> holders (N,)."""
 
     function: Callable[..., Any]
-
-    @staticmethod
-    def of(made: Any) -> Scheme | None:
-        """Return a callable as a scheme."""
-        return Function(made) if callable(made) else None
 
     def spread(self, material: Material, holders: int, rng: np.random.Generator) -> Ints:
         """See `Scheme.spread`."""

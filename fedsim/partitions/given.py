@@ -65,6 +65,28 @@ class File(Scheme):
         return numbered(held, holders, "file", f"the number of holders in {path}")
 
 
+@dataclass(frozen=True)
+class Owners(Scheme):
+    """The holder of every example as it was handed in from Python, numbered from 0."""
+
+    owned: ClassVar[bool] = True
+    holder_of: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of holders."""
+        return max(self.holder_of) + 1
+
+    def spread(self, material: Material, holders: int, rng: np.random.Generator) -> Ints:
+        """See `Scheme.spread`."""
+        if len(self.holder_of) != material.examples:
+            raise InputError(
+                f"partition must name a holder for each of {material.examples} training examples, got "
+                f"{len(self.holder_of)}."
+            )
+        return numbered(self.holder_of, holders, "as handed in", "the number of different holders")
+
+
 @PARTITIONS.register("flwr_datasets")
 @dataclass(frozen=True)
 class FlwrDatasets(Scheme):

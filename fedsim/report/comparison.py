@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.report.claim import delta
 from fedsim.report.plain import as_json
 

@@ -1,6 +1,6 @@
 """Recipes' results as tables: what was claimed, what was reached, and what produced it.
 
-Reads every results/**/*.json whose "kind" is "recipe" (written by `fedsim repeat`, fields: fedsim.study.repeat).
+Reads every results/**/*.json whose "kind" is "recipe" (by `fedsim repeat`; fields: fedsim.study.repeat).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.report.claim import number
 from fedsim.report.markers import Parts, machine, provenance, table
 from fedsim.validate import InputError
@@ -41,7 +41,7 @@ _NEEDED = (
     "command",
     "commit",
     "hardware",
-    "engine",
+    "backend",
 )
 
 
@@ -175,7 +175,7 @@ def _section(paper: str, held: Sequence[dict[str, Any]]) -> str:
         "delta",
         "steps",
         "holders",
-        "engine",
+        "backend",
         "minutes",
     ]
     rows = [
@@ -193,7 +193,7 @@ def _section(paper: str, held: Sequence[dict[str, Any]]) -> str:
             f"{one['delta']:g}",
             str(one["steps"]),
             f"{one['holders']}, {one['partition']}",
-            one["engine"],
+            one["backend"],
             f"{one['minutes']:.1f}",
         ]
         for one in held

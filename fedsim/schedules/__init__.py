@@ -7,4 +7,6 @@ from fedsim.schedules.base import Function, Schedule
 
 __all__ = ["SCHEDULES", "Schedule"]
 
-SCHEDULES: Registry[Schedule] = Registry("optimizer.schedule", "fedsim.schedules", Schedule, Function.of)
+SCHEDULES: Registry[Schedule] = Registry(
+    "optimizer.schedule", "fedsim.schedules", Schedule, function=Function
+)

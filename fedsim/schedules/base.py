@@ -23,14 +23,9 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Function(Schedule):
-    """A function of the progress from outside in place of a schedule."""
+    """A function from outside in place of a schedule: (progress, **options) -> factor."""
 
     function: Callable[[float], float]
-
-    @staticmethod
-    def of(made: object) -> Schedule | None:
-        """Return a callable as a schedule."""
-        return Function(made) if callable(made) else None
 
     def factor(self, progress: float) -> float:
         """See `Schedule.factor`."""

@@ -21,7 +21,7 @@ from fedsim.config import Config
 from fedsim.engine.experiment import prepare
 from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
 from fedsim.validate import InputError, RunError

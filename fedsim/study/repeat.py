@@ -7,7 +7,7 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
     overrides        "key=value" strings on top of it
     reference        what the recipe reproduces, from the configuration
     evaluated_on     "test set", or "held-out training examples" while tuning
-    data, model, strategy, engine, holders, nodes, partition, steps, expected_batch_size, noise_multiplier
+    data, model, strategy, backend, holders, nodes, partition, steps, expected_batch_size, noise_multiplier
     target_epsilon   the budget the configuration asks for, or null
     epsilon, delta   by unit, the largest over the seeds, with accountant, relation and note
     headline         the metric: name, unit, direction; of unit "%" values are fractions
@@ -34,7 +34,7 @@ from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.engine.run_folder import file_name
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.partitions import PARTITIONS
 from fedsim.report.plain import as_json, plain
 from fedsim.study import compare
@@ -61,7 +61,7 @@ def run(
     runner: Runner,
     log: TextIO,
     *,
-    engine: str,
+    backend: str,
     command: str,
     results: Path | None = None,
 ) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def run(
         out: folder of the runs; None: runs/repeat/TITLE.
         runner: trains one configuration into a folder and returns its result.
         log: where progress goes, a line a seed.
-        engine: name of the runner, for the result.
+        backend: name of the runner, for the result.
         command: what to type to get the result again.
         results: file to write the result to as JSON, after all seeds; None: none.
 
@@ -95,7 +95,7 @@ def run(
             raise InputError(f"--results must be a file, got the folder {results}.")
     root = out or Path("runs") / "repeat" / file_name(planned[0].config.title, "run")
     done = [(cell.seed, result) for cell, _, result in compare.finish(planned, root, runner, log)]
-    about = {"config": source, "overrides": list(overrides), "engine": engine, "command": command}
+    about = {"config": source, "overrides": list(overrides), "backend": backend, "command": command}
     answer = summary(planned[0].config, done, about)
     if results is not None:
         with validate.failures_as(RunError, f"{results} was not written", "Repeat the command."):
@@ -112,7 +112,7 @@ def summary(
     Args:
         config: configuration of any of the seeds.
         done: (seed, content of result.json) of every run.
-        about: config, overrides, engine, command.
+        about: config, overrides, backend, command.
     """
     headline = Metric.of(done[0][1])
     scores = [float(result[headline.name]) for _, result in done]

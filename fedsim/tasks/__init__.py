@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.registry import Registry
 from fedsim.tasks.base import Meter, Task, metric
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim import references, validate
 from fedsim.data.targets import Targets
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.validate import InputError
 
 Measure = Callable[[Tensor, Tensor], Tensor]

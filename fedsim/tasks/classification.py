@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim import validate
 from fedsim.data.targets import Targets
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.tasks import TASKS
 from fedsim.tasks.base import Task, finite_rows
 

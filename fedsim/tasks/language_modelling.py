@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedsim.data.targets import IGNORED
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.tasks import TASKS
 from fedsim.tasks.base import Task
 

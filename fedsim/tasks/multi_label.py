@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim import validate
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.tasks import TASKS
 from fedsim.tasks.base import Means, Task, finite_rows
 from fedsim.validate import PrivateInputError

@@ -1,0 +1,289 @@
+"""The front door: what `import fedsim` offers. The command line and Flower's apps come through here too."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedsim import config as configs
+from fedsim import given, validate
+from fedsim.config import Config
+from fedsim.data.from_python import Data
+from fedsim.engine.run_folder import RunFolder, default_name
+from fedsim.partitions.given import Owners
+from fedsim.run import Run
+from fedsim.tasks import Task
+from fedsim.validate import InputError
+
+if TYPE_CHECKING:
+    from fedsim.engine.metrics import Watcher
+    from fedsim.privacy.accountant import Calibration, EpsilonResult
+
+BACKENDS = ("local", "simulation")
+Changes = Mapping[str, Any]
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | Config = "base",
+    *,
+    model: nn.Module | str | Mapping[str, Any] | Callable[..., nn.Module] | None = None,
+    data: Data | str | Mapping[str, Any] | None = None,
+    task: Task | str | Mapping[str, Any] | None = None,
+    partition: Any = None,
+    callbacks: Sequence[Callable[[int, dict[str, float | None]], Any]] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    backend: str = "local",
+    **overrides: Any,
+) -> Run:
+    """Train by a configuration and return the finished run.
+
+    Args:
+        config: name of a configuration, YAML file, mapping of settings, or a Config.
+        model: a module (a copy of it is trained, from its own weights on), a function or class that makes
+            one, or what a configuration may say of the model: a name, package.module:Object, or a mapping.
+        data: examples from Python (`fedsim.Data`), or what a configuration may say.
+        task: a task, or what a configuration may say.
+        partition: the holder of each training example, (N,) of any words or numbers; a function (material,
+            holders, rng) -> holders; or what a configuration may say.
+        callbacks: functions of (completed steps, numbers by name), called after every step.
+        out: folder of the run; default: a new one below runs/.
+        resume: continue what `out` holds.
+        backend: "local", in this process, or "simulation", Flower's, whose processes need every object named
+            as package.module:Object.
+        **overrides: settings by section, as privacy={"target_epsilon": 3.0}, train={"steps": 100}, seed=1.
+
+    Raises:
+        InputError: something is wrong; nothing was started.
+        RunError: the run stopped and can be resumed.
+    """
+    chosen = _configured(config, model, data, task, partition, overrides)
+    folder = RunFolder(_free(chosen) if out is None else Path(out))
+    watchers: list[Watcher] = []
+    if callbacks:
+        from fedsim.engine.metrics import Callbacks
+
+        watchers.append(Callbacks(callbacks))
+    run(chosen, folder, backend, resume, watchers)
+    return Run(folder.root)
+
+
+def run(
+    config: Config,
+    folder: RunFolder,
+    backend: str,
+    resume: bool,
+    watchers: Sequence[Watcher] = (),
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Check everything, then train; a finished run's result is returned as it is.
+
+    Args:
+        config: what to run.
+        folder: where.
+        backend: one of BACKENDS.
+        resume: continue what the folder holds.
+        watchers: fed after every step.
+        progress: show a progress bar; None: as monitor.progress says.
+    """
+    from fedsim.engine.experiment import prepare
+    from fedsim.engine.metrics import ConsoleProgress
+    from fedsim.grads.bookkeeping.memory import retain_freed_memory
+
+    validate.one_of(backend, BACKENDS, "backend")
+    if backend != "local" and (local := [name for name in config.references() if given.is_given(name)]):
+        raise InputError(
+            f"backend must be local for objects handed in from Python ({', '.join(local)}): Flower's "
+            "processes do not have them. Put them into a module and name them as package.module:Object."
+        )
+    retain_freed_memory()
+    folder.check(config, resume)
+    if (done := folder.finished()) is not None:
+        return done
+    experiment = prepare(config)
+    with contextlib.ExitStack() as stack:
+        watching = list(watchers)
+        if config.monitor.progress if progress is None else progress:
+            bar = ConsoleProgress(experiment.plan.steps, experiment.task.chosen, config.title)
+            stack.callback(bar.close)
+            watching.append(bar)
+        if backend == "simulation":
+            from fedsim.flower.launch import simulate
+
+            return simulate(config, folder, resume, watching)
+        from fedsim.flower.client_app import app
+        from fedsim.flower.local_grid import LocalGrid
+        from fedsim.flower.server_app import train as train_on
+
+        return train_on(LocalGrid(app, config.federation.nodes), experiment, folder, resume, watching)
+
+
+def check(
+    config: str | Path | Mapping[str, Any] | Config = "base",
+    *,
+    model: Any = None,
+    data: Any = None,
+    task: Any = None,
+    partition: Any = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Return the dry run of a configuration: plan, noise, epsilon, operations, memory, bytes; trains nothing.
+
+    Arguments as of `train`.
+    """
+    from fedsim.study import plan
+
+    return plan.describe(_configured(config, model, data, task, partition, overrides))
+
+
+def compare(
+    source: str | Path, *, out: str | Path, overrides: Sequence[str] = (), backend: str = "local"
+) -> Any:
+    """Run the missing cells of a comparison, write its report into `out`, and return the cells.
+
+    Args:
+        source: YAML file of a comparison, or its name under configs/.
+        out: folder of the comparison: runs/, report.html, table.md, table.csv, cells.json.
+        overrides: "key=value" strings for all cells.
+        backend: as of `train`.
+    """
+    import sys
+
+    from fedsim.study import compare as study
+
+    def runner(config: Config, folder: RunFolder) -> dict[str, Any]:
+        return run(config, folder, backend, resume=True, progress=False)
+
+    return study.run(study.load(source), list(overrides), Path(out), runner, sys.stderr)
+
+
+def load_run(folder: str | Path, model: nn.Module | None = None) -> Run:
+    """Return the finished run in a folder; `model` as of `fedsim.run.Run`."""
+    return Run(folder, model)
+
+
+def epsilon(
+    noise_multiplier: float, sampling_rate: float, steps: int, delta: float, accountant: str = "pld"
+) -> EpsilonResult:
+    """Return what so many steps of the Poisson-sampled Gaussian mechanism spend, an example added or removed.
+
+    Args:
+        noise_multiplier: noise standard deviation over the L2 bound of one example.
+        sampling_rate: chance of an example to be in a step, in (0, 1].
+        steps: number of steps.
+        delta: of the guarantee.
+        accountant: "pld" or "rdp".
+    """
+    from fedsim.privacy import accountant as accountants
+    from fedsim.privacy import events
+
+    total = events.composed(events.gaussian_step(noise_multiplier, sampling_rate), steps)
+    return accountants.epsilon(total, delta, accountant, "example")
+
+
+def calibrate(
+    target_epsilon: float, sampling_rate: float, steps: int, delta: float, accountant: str = "pld"
+) -> Calibration:
+    """Return the smallest noise multiplier found whose epsilon is within the target; arguments as `epsilon`."""
+    from fedsim.privacy import accountant as accountants
+    from fedsim.privacy.family import EventFamily
+
+    family = EventFamily.gaussian(sampling_rate)
+    return accountants.noise_multiplier_for(target_epsilon, delta, family, steps, accountant)
+
+
+def _configured(
+    config: str | Path | Mapping[str, Any] | Config,
+    model: Any,
+    data: Any,
+    task: Any,
+    partition: Any,
+    overrides: Changes,
+) -> Config:
+    """Return the configuration with what was handed in, by names under which this process has it."""
+    changes: dict[str, Any] = copy.deepcopy(dict(overrides))
+    for section, chosen in (("model", model), ("data", data), ("task", task)):
+        if chosen is not None:
+            _set(changes, section, _named(section, chosen))
+    if partition is not None:
+        federation = changes.setdefault("federation", {})
+        scheme = _scheme(partition)
+        federation["partition"] = _named("partition", scheme)
+        if isinstance(scheme, Owners):
+            federation.setdefault("holders", scheme.count)
+            federation.setdefault("nodes", min(2, scheme.count))
+    return configs.loaded(config, changes)
+
+
+def _set(changes: dict[str, Any], section: str, chosen: Any) -> None:
+    """Put a choice into a section, beside what the overrides say of it."""
+    said = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
+    changes[section] = {**changes.get(section, {}), **said}
+
+
+def _scheme(partition: Any) -> Any:
+    if isinstance(partition, str | Mapping) or callable(partition) or hasattr(partition, "spread"):
+        return partition
+    return Owners(tuple(np.unique(np.asarray(partition), return_inverse=True)[1].tolist()))
+
+
+def _named(section: str, chosen: Any) -> Any:
+    """Return what a configuration says of something: itself, or the name of an object of this process."""
+    if isinstance(chosen, str | Mapping):
+        return chosen
+    if section == "model":
+        if isinstance(chosen, nn.Module):
+            held = copy.deepcopy(chosen)
+            return given.hold("model", _weights_digest(held), lambda: copy.deepcopy(held))
+    elif section == "data" and isinstance(chosen, Data):
+        return given.hold("data", chosen.digest(), lambda: chosen.splits)
+    elif section == "data":
+        raise InputError(
+            "data must be fedsim.Data(train, test, classes=...), a name or a mapping, got "
+            f"{type(chosen).__name__}."
+        )
+    elif section == "task" and not isinstance(chosen, Task | type):
+        raise InputError(f"task must be a fedsim task, a name or a mapping, got {type(chosen).__name__}.")
+    return given.hold(section, _code_digest(chosen), chosen)
+
+
+def _code_digest(thing: Any) -> str:
+    """A sha256 of what an object is: the source of a function or class, or how an instance shows itself."""
+    try:
+        shown = inspect.getsource(thing)
+    except (TypeError, OSError):
+        shown = repr(thing)
+    return hashlib.sha256(shown.encode()).hexdigest()
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """A sha256 of a module's layers and of everything in its state."""
+    found = hashlib.sha256(repr(model).encode())
+    content = io.BytesIO()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            content = io.BytesIO()
+            np.save(content, value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode() + content.getvalue())
+    return found.hexdigest()
+
+
+def _free(config: Config) -> Path:
+    """The first folder below runs/ that holds no run of this configuration."""
+    base, number = Path("runs") / default_name(config), 1
+    folder = base
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder

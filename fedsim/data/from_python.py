@@ -1,0 +1,148 @@
+"""Examples handed in from Python: any indexable data set, or arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedsim import digest
+from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.sources.arrays import finite
+from fedsim.data.sources.base import declared_one
+from fedsim.validate import InputError
+
+NAME = "data from Python"
+
+
+class Data:
+    """A training and an evaluation split from Python, as `fedsim.train` takes them.
+
+    Args:
+        train: a data set with a length whose items are (input, target), such as torch.utils.data.Dataset, or
+            a pair of arrays (inputs, targets). Every item is asked for once: draw augmented views by
+            train.augmentations, not in the data set.
+        test: likewise, public.
+        classes, labels, values, tokens: exactly one declares the targets, as `data.options` of arrays do:
+            classes there can be; labels an example can have (targets of 0 and 1); values it has; tokens.
+        vocabulary: number of tokens there can be, where inputs are integer tokens of one length.
+        names: of the classes, labels or values.
+        holders: (N,) natural owner of each training example, any words or numbers, for
+            federation.partition=natural.
+        mean, std: of image channels on the [0, 1] scale, published constants; default 0.5.
+
+    Inputs are uint8 images (H, W, C), PIL images, uint8 tensors (C, H, W), float arrays or tensors of any one
+    shape, or tokens. Floats are taken as they are.
+
+    Raises:
+        InputError: items of different shapes or types, or what does not fit the declarations.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        test: Any,
+        *,
+        classes: int | None = None,
+        labels: int | None = None,
+        values: int | None = None,
+        tokens: int | None = None,
+        vocabulary: int | None = None,
+        names: Sequence[str] = (),
+        holders: Any = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        targets = declared_one("fedsim.Data", classes=classes, labels=labels, values=values, tokens=tokens)
+        declared = type(targets)(targets.kind, targets.size, tuple(names))
+        groups = None
+        if holders is not None:
+            groups = np.unique(np.asarray(holders), return_inverse=True)[1].astype(np.int64)
+
+        def split(where: str, examples: Any, owners: NDArray[np.int64] | None) -> ArrayDataset:
+            inputs, wanted = _arrays(where, examples)
+            image = inputs.dtype == np.uint8 and inputs.ndim == 4 and vocabulary is None
+            if inputs.dtype.kind == "f":
+                finite(inputs, f"{where}: inputs")
+            channels = inputs.shape[-1] if image else 0
+            center, scale = (
+                tuple(map(float, (0.5,) * channels if given is None else given)) for given in (mean, std)
+            )
+            return ArrayDataset(NAME, inputs, wanted, owners, declared, center, scale, vocabulary)
+
+        self.splits = Splits(split("train", train, groups), split("test", test, None))
+
+    def digest(self) -> str:
+        """Return a sha256 of everything the splits hold and declare."""
+        found = hashlib.sha256()
+        for data in (self.splits.train, self.splits.test):
+            found.update(repr((data.declared, data.mean, data.std, data.vocabulary)).encode())
+            for array in (data.inputs, data.targets, data.groups):
+                if array is not None:
+                    found.update(digest.of_array(np.ascontiguousarray(array)))
+        return found.hexdigest()
+
+
+def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return inputs and targets of a pair of arrays, or of a data set's items."""
+    if isinstance(given, tuple | list) and len(given) == 2 and all(_is_array(part) for part in given):
+        inputs, targets = (_array(part) for part in given)
+        if len(inputs) != len(targets):
+            raise InputError(
+                f"{where} must have as many targets as inputs, got {len(inputs)} and {len(targets)}."
+            )
+        return _channels_last(inputs, isinstance(given[0], torch.Tensor), 4), targets
+    try:
+        count = len(given)
+        items = [given[index] for index in range(count)]
+    except Exception as error:
+        raise InputError(
+            f"{where} must be a pair of arrays (inputs, targets), or a data set with a length whose items "
+            f"are (input, target), got {type(given).__name__}, which fails by {type(error).__name__}: {error}."
+        ) from error
+    if not items or any(not isinstance(item, tuple | list) or len(item) != 2 for item in items):
+        form = f"{len(items)} items" if not items else "items of another form"
+        raise InputError(f"{where} must have items (input, target), got {form}.")
+    found = [_channels_last(_array(item[0]), isinstance(item[0], torch.Tensor), 3) for item in items]
+    wanted = [_array(item[1]) for item in items]
+    return _stacked(where, "inputs", found), _stacked(where, "targets", wanted)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | np.ndarray) and value.ndim > 0
+
+
+def _array(value: Any) -> NDArray[Any]:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if array.dtype == np.uint8 and array.ndim == 2 and hasattr(value, "mode"):
+        array = array[..., None]  # a grey image of Pillow
+    return array
+
+
+def _channels_last(array: NDArray[Any], of_torch: bool, axes: int) -> NDArray[Any]:
+    """Bytes of torch's image tensors have their channels first."""
+    return (
+        np.moveaxis(array, -3, -1) if of_torch and array.dtype == np.uint8 and array.ndim == axes else array
+    )
+
+
+def _stacked(where: str, what: str, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    first = arrays[0]
+    for index, array in enumerate(arrays):
+        if (
+            array.shape != first.shape
+            or array.dtype.kind != first.dtype.kind
+            or array.dtype.kind not in "fiub"
+        ):
+            raise InputError(
+                f"{where}: {what} must be numbers of one shape and kind, got {first.dtype} of shape "
+                f"{first.shape} first and {array.dtype} of shape {array.shape} in item {index}. Bring them "
+                "to one form in the data set."
+            )
+    return np.stack(arrays)

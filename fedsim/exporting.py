@@ -1,0 +1,85 @@
+"""A released model as files that other programs read: safetensors and torch.export."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedsim.data.examples import ArrayDataset, normalise
+from fedsim.run import Run
+from fedsim.validate import InputError
+
+WEIGHTS, PROGRAM, CARD = "model.safetensors", "model.pt2", "model.json"
+
+
+class Normalised(nn.Module):
+    """The model with what comes before it: bytes of images (n, H, W, C) are normalised, others passed on."""
+
+    def __init__(self, model: nn.Module, blank: ArrayDataset) -> None:
+        super().__init__()
+        self.model = model
+        self._blank = blank
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the model's outputs."""
+        dtype = next(self.model.parameters()).dtype
+        outputs: Tensor = self.model(normalise(inputs, self._blank, dtype))
+        return outputs
+
+
+def export(run: Run | str | Path, out: str | Path) -> dict[str, Path]:
+    """Write a run's model for other programs.
+
+    Args:
+        run: a run, or its folder.
+        out: folder to write into; made if it is not there.
+
+    Returns:
+        The files: "weights", the state dict with model.json as metadata; "program", a torch.export program
+        that takes raw inputs of any number (uint8 images (n, H, W, C), features, tokens) and gives outputs of
+        the model; "card", model.json.
+
+    Raises:
+        InputError: the folder holds other files of these names, or torch.export cannot follow the model.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    folder = Path(out)
+    places = {"weights": folder / WEIGHTS, "program": folder / PROGRAM, "card": folder / CARD}
+    if taken := [path for path in places.values() if path.exists()]:
+        raise InputError(
+            f"{folder} must not hold a model already, got {taken[0].name}. Choose another folder."
+        )
+    card = run.card.to_json()
+    program = _program(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.clone().contiguous() for name, tensor in run.model.state_dict().items()}
+    save_file(state, places["weights"], metadata={"format": "pt", "fedsim": json.dumps(json.loads(card))})
+    torch.export.save(program, places["program"])
+    places["card"].write_text(card, encoding="utf-8")
+    return places
+
+
+def _program(run: Run) -> Any:
+    blank = run.card.blank()
+    inputs = torch.tensor(blank.inputs).repeat(2, *[1] * (blank.inputs.ndim - 1))
+    wrapped = Normalised(run.model, blank).eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            any_number = {"inputs": {0: torch.export.Dim("n", min=1)}}
+            program = torch.export.export(wrapped, (inputs,), dynamic_shapes=any_number)
+        found = program.module()(inputs)
+    except Exception as error:
+        raise InputError(
+            f"torch.export cannot follow this model: {type(error).__name__}: {str(error)[:500]}. The weights "
+            f"are in {run.folder / 'final.safetensors'}."
+        ) from error
+    if not torch.allclose(found, wrapped(inputs), rtol=1e-4, atol=1e-5):
+        raise InputError("torch.export's program must give the model's outputs, and gives others.")
+    return program

@@ -1,0 +1,202 @@
+"""A finished run: its model, what it scored, what it spent; and predictions by its model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsim import config as configs
+from fedsim.config import Config
+from fedsim.data import features
+from fedsim.data.examples import ArrayDataset, normalise
+from fedsim.engine import model_card
+from fedsim.engine.metrics import numbers_of, read_steps
+from fedsim.engine.model_card import Card
+from fedsim.engine.run_folder import RunFolder
+from fedsim.headline import Metric
+from fedsim.privacy import ledger
+from fedsim.privacy.ledger_view import LedgerView
+from fedsim.validate import InputError
+
+BATCH = 500
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of examples.
+
+    Attributes:
+        outputs: (n, ...) float32: probabilities of classes; of labels, each for itself; values in their own
+            unit; log-probabilities of the next token a place.
+        best: (n, ...) the class or token of highest probability; 0 or 1 a label; the values themselves.
+        names: of the classes, labels or values; empty where none were declared.
+    """
+
+    outputs: NDArray[np.float32]
+    best: NDArray[Any]
+    names: tuple[str, ...]
+
+
+class Run:
+    """A finished run in its folder.
+
+    Args:
+        folder: as `fedsim run --out`.
+        model: the module it trained, where that was handed in from Python to another process.
+
+    Raises:
+        InputError: no finished run there.
+    """
+
+    def __init__(self, folder: str | Path, model: nn.Module | None = None) -> None:
+        paths = RunFolder(Path(folder))
+        if not paths.result.exists():
+            raise InputError(
+                f"{paths.root} must be the folder of a finished run, and has no result.json. Finish it with "
+                "fedsim run ... --resume."
+            )
+        self.folder = paths.root
+        self._paths = paths
+        self._given = model
+
+    @functools.cached_property
+    def result(self) -> dict[str, Any]:
+        """The content of result.json."""
+        result: dict[str, Any] = json.loads(self._paths.result.read_text(encoding="utf-8"))
+        return result
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The configuration, all defaults included."""
+        return configs.load(self._paths.config)
+
+    @functools.cached_property
+    def card(self) -> Card:
+        """What model.json says of the model."""
+        return model_card.read(self._paths.card)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The released model, on the CPU, in eval mode."""
+        return model_card.load_model(self.card, self._paths.final, self._given)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The numbers of every step, "step" among them, oldest first."""
+        return [{"step": line["step"], **numbers_of(line)} for line in read_steps(self._paths.metrics)]
+
+    @property
+    def ledger(self) -> LedgerView:
+        """What was released, step by step; every epsilon follows from it."""
+        return ledger.read(self._paths.ledger)
+
+    @property
+    def epsilon(self) -> float | None:
+        """Epsilon in the run's own unit, by its accountant, at `delta`; None where none is claimed.
+
+        `result["epsilon"]` has that of the other unit and the check by another accountant too, each with
+        delta, relation and accountant.
+        """
+        spent = self.result["epsilon"].get(self.result["trust"]["unit"])
+        return None if spent is None else spent["value"]
+
+    @property
+    def delta(self) -> float:
+        """The delta of `epsilon`."""
+        return self.config.privacy.delta
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that the task is judged by."""
+        return Metric.of(self.result)
+
+    @property
+    def score(self) -> float:
+        """The headline metric of the released model on the evaluation split."""
+        return float(self.result[self.headline.name])
+
+    def predict(self, inputs: Any) -> Predictions:
+        """Return what the model says of inputs; see `fedsim.predict`."""
+        return predict(self, inputs)
+
+    def __repr__(self) -> str:
+        """Name the folder, the score and what it cost."""
+        return f"Run({str(self.folder)!r}, {self.headline.name}={self.score:.4g}, epsilon={self.epsilon})"
+
+
+def predict(run: Run | str | Path, inputs: Any) -> Predictions:
+    """Return what the released model of a run says of inputs.
+
+    Args:
+        run: a run, or its folder.
+        inputs: (n, ...) as the training inputs were before normalisation and feature maps: uint8 images
+            (n, H, W, C), or tensors (n, C, H, W) of bytes; features; tokens.
+
+    Raises:
+        InputError: inputs of another form than the model was trained on; says which.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    card, model = run.card, run.model
+    data = _as_trained(card, inputs)
+    dtype = next(model.parameters()).dtype
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, len(data), BATCH):
+            found.append(model(normalise(data.inputs[start : start + BATCH], data, dtype)).float())
+    return _said(card, torch.cat(found))
+
+
+def _as_trained(card: Card, inputs: Any) -> ArrayDataset:
+    """Return inputs in the form that the model was trained on, with blank targets."""
+    blank = card.blank()
+    array = inputs.detach().cpu().numpy() if isinstance(inputs, Tensor) else np.asarray(inputs)
+    wanted: tuple[int, ...] | None = blank.inputs.shape[1:]
+    if isinstance(inputs, Tensor) and array.dtype == np.uint8 and array.ndim == 4:
+        array = np.moveaxis(array, 1, -1)
+    if card.features is not None:
+        array, wanted = features.of_images(card.features.name, array), None
+    kind = blank.inputs.dtype.kind
+    if not len(array) or (wanted is not None and array.shape[1:] != wanted) or not _kinds_fit(array, kind):
+        raise InputError(
+            f"inputs must be at least one example of {blank.inputs.dtype} and shape {wanted or 'images'}, as "
+            f"the model was trained on, got {array.dtype} of shape {array.shape}."
+        )
+    rows = np.zeros(len(array), np.int64)
+    return ArrayDataset(
+        "inputs",
+        array,
+        blank.targets[rows],
+        None,
+        card.targets,
+        card.mean,
+        card.std,
+        vocabulary=card.vocabulary,
+    )
+
+
+def _kinds_fit(array: NDArray[Any], kind: str) -> bool:
+    return array.dtype == np.uint8 if kind == "u" else array.dtype.kind in ("iu" if kind == "i" else "f")
+
+
+def _said(card: Card, outputs: Tensor) -> Predictions:
+    kind = card.targets.kind
+    if kind == "labels":
+        shown, best = outputs.sigmoid(), (outputs > 0).to(torch.uint8)
+    elif kind == "values":
+        shown = getattr(card.made_task, "predicted", lambda found: found)(outputs)
+        best = shown
+    elif kind == "tokens":
+        shown = outputs.log_softmax(-1)
+        best = shown.argmax(-1)
+    else:
+        shown = outputs.softmax(1)
+        best = shown.argmax(1)
+    return Predictions(shown.numpy(), best.numpy(), card.targets.names)
