@@ -194,7 +194,7 @@ def epsilon(
 def calibrate(
     target_epsilon: float, sampling_rate: float, steps: int, delta: float, accountant: str = "pld"
 ) -> Calibration:
-    """Return the smallest noise multiplier found whose epsilon is within the target; arguments as `epsilon`."""
+    """Return the smallest noise multiplier found for a target epsilon; arguments as of `epsilon`."""
     from fedsim.privacy import accountant as accountants
     from fedsim.privacy.family import EventFamily
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedsim import references, rules
 from fedsim.config import Config, parse_options
+from fedsim.registry import entry_points
 from fedsim.strategies.base import Strategy
 from fedsim.validate import InputError
 
@@ -24,8 +25,20 @@ def load(config: Config) -> Strategy[Any]:
     Raises:
         InputError: unknown strategy or option (with the nearest valid one), or a setting it does not read.
     """
-    name = config.strategy.name
-    references.check(name, names(), "strategy.name")
+    cls = find(config.strategy.name)
+    options = parse_options(config.strategy.options, cls.Options, "strategy.options")
+    strategy = cls(config, options)
+    rules.refuse_set(config, strategy.unread(), f"strategy.name = {config.strategy.name}")
+    return strategy
+
+
+def find(name: str) -> type[Strategy[Any]]:
+    """Return the class that a name means.
+
+    Raises:
+        InputError: there is none (with the nearest name), or it is no strategy.
+    """
+    references.check(name, [*names(), *entry_points("strategies")], "strategy.name")
     if references.is_reference(name):
         found = references.resolve(name, "strategy.name")
         if not (isinstance(found, type) and issubclass(found, Strategy)):
@@ -33,10 +46,8 @@ def load(config: Config) -> Strategy[Any]:
                 f"strategy.name must name a class derived from fedsim.strategies.base.Strategy, but {name} "
                 f"is {found!r}."
             )
-        cls: type[Strategy[Any]] = found
-    else:
-        cls = importlib.import_module(f"fedsim.strategies.{name}").STRATEGY
-    options = parse_options(config.strategy.options, cls.Options, "strategy.options")
-    strategy = cls(config, options)
-    rules.refuse_set(config, strategy.unread(), f"strategy.name = {config.strategy.name}")
-    return strategy
+        return found
+    if name in (offered := entry_points("strategies")):
+        return find(offered[name])
+    cls: type[Strategy[Any]] = importlib.import_module(f"fedsim.strategies.{name}").STRATEGY
+    return cls

@@ -102,7 +102,8 @@ def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     except Exception as error:
         raise InputError(
             f"{where} must be a pair of arrays (inputs, targets), or a data set with a length whose items "
-            f"are (input, target), got {type(given).__name__}, which fails by {type(error).__name__}: {error}."
+            f"are (input, target), got {type(given).__name__}, which fails by {type(error).__name__}: "
+            f"{error}."
         ) from error
     if not items or any(not isinstance(item, tuple | list) or len(item) != 2 for item in items):
         form = f"{len(items)} items" if not items else "items of another form"

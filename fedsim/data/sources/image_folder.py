@@ -110,21 +110,39 @@ class ImageFolder(Source):
             )
         return np.unique([found[1] for found in parts], return_inverse=True)[1].astype(np.int64)
 
-    def fitted(self, image: Any) -> Any:
-        """Return a Pillow image of 8 bits by the rule of `size` and `fit`."""
-        from PIL import Image
 
-        if self.size is None:
-            return image
-        wide, high = image.size
-        scale = self.size / min(wide, high)
-        shape = (self.size, self.size)
-        if self.fit == "crop":
-            shape = (max(self.size, round(wide * scale)), max(self.size, round(high * scale)))
-        if image.size != shape:
-            image = image.resize(shape, Image.Resampling.BILINEAR)  # antialiases where it shrinks
-        left, top = (shape[0] - self.size) // 2, (shape[1] - self.size) // 2
-        return image.crop((left, top, left + self.size, top + self.size))
+def fitted(image: Any, size: tuple[int, int], fit: str = "crop") -> Any:
+    """Return a Pillow image of 8 bits as (height, width) `size`, scaled bilinearly with antialiasing.
+
+    Args:
+        image: the image.
+        size: wanted height and width.
+        fit: "crop": scaled so that it covers the size, the middle cut out; "squeeze": nothing is cut.
+    """
+    from PIL import Image
+
+    high, wide = size
+    scale = max(wide / image.size[0], high / image.size[1])
+    shape = (wide, high)
+    if fit == "crop":
+        shape = (max(wide, round(image.size[0] * scale)), max(high, round(image.size[1] * scale)))
+    if image.size != shape:
+        image = image.resize(shape, Image.Resampling.BILINEAR)  # antialiases where it shrinks
+    left, top = (shape[0] - wide) // 2, (shape[1] - high) // 2
+    return image.crop((left, top, left + wide, top + high))
+
+
+def pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return one image (H, W, C) in the shape (C, H, W) that a model was trained on, C of 1 or 3.
+
+    Raises:
+        InputError: the file is no image with a plain 8-bit meaning.
+    """
+    from PIL import Image
+
+    channels, high, wide = shape
+    image = fitted(Image.fromarray(_decoded(path)), (high, wide))
+    return np.asarray(image.convert("L"))[..., None] if channels == 1 else np.asarray(image)
 
 
 def _classes(folder: Path) -> list[str]:
@@ -183,12 +201,21 @@ def _files(folder: Path) -> list[Path]:
 
 def _pixels(path: Path, source: ImageFolder) -> NDArray[np.uint8]:
     """Return an image as (H, W, 3) uint8, of the source's size."""
+    decoded = _decoded(path)
+    if source.size is None:
+        return decoded
+    from PIL import Image
+
+    return np.asarray(fitted(Image.fromarray(decoded), (source.size, source.size), source.fit))
+
+
+def _decoded(path: Path) -> NDArray[np.uint8]:
+    """Return an image as (H, W, 3) uint8."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            pixels = _rgb(image, path)
-            return pixels if source.size is None else np.asarray(source.fitted(Image.fromarray(pixels)))
+            return _rgb(image, path)
     except InputError:
         raise
     except Exception as error:  # a decoder of a damaged file may raise anything

@@ -1,0 +1,41 @@
+"""All axes of a configuration together: what can be chosen where."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from fedsim.registry import Registry, options_of
+
+Described = dict[str, tuple[str, dict[str, Any]]]
+
+
+def registries() -> list[Registry[Any]]:
+    """Return the registries, in the order of a configuration's sections."""
+    from fedsim.data.sources import SOURCES
+    from fedsim.optimizers import OPTIMIZERS
+    from fedsim.partitions import PARTITIONS
+    from fedsim.schedules import SCHEDULES
+    from fedsim.tasks import TASKS
+
+    return [SOURCES, TASKS, PARTITIONS, OPTIMIZERS, SCHEDULES]
+
+
+def described() -> dict[str, Described]:
+    """Return, by setting and name, the first line of a variant's docstring and its options with defaults."""
+    from fedsim import models, strategies
+
+    found = {registry.setting: registry.described() for registry in registries()}
+    found["model.name"] = {
+        name: (_first_line(family.make), options_of(family.options))
+        for name, family in models.FAMILIES.items()
+    }
+    classes = {name: strategies.find(name) for name in strategies.names()}
+    found["strategy.name"] = {
+        name: (_first_line(cls), options_of(cls.Options)) for name, cls in classes.items()
+    }
+    return found
+
+
+def _first_line(thing: Any) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
