@@ -107,9 +107,31 @@ def dotlist(overrides: Sequence[str]) -> DictConfig:
         if item.startswith("extends="):
             raise InputError(f"extends must stand in a configuration file, got the override {item!r}.")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.from_dotlist(_in_order(overrides))
     except Exception as error:
         raise InputError(f"overrides must hold YAML values, got {list(overrides)}. {error}") from error
+
+
+def _in_order(overrides: Sequence[str]) -> list[str]:
+    """Write names of choices in full where their options are set too, which would replace a short name; and
+    leave out the options of a variant that a later override names another one in place of."""
+    keys = [item.partition("=")[0] for item in overrides]
+    named: dict[str, str] = {}
+    out: list[str] = []
+    for key, item in zip(keys, overrides, strict=True):
+        path, value = key.removesuffix(".name"), item.partition("=")[2].strip()
+        inner = any(other == f"{path}.name" or other.startswith(f"{path}.options") for other in keys)
+        if inner and _is_name(value):
+            if named.setdefault(path, value) != value:
+                out = [held for held in out if not held.startswith(f"{path}.options")]
+            named[path] = value
+            item = f"{path}.name={value}"
+        out.append(item)
+    return out
+
+
+def _is_name(value: str) -> bool:
+    return value not in ("", "null", "~") and not value.startswith("{")
 
 
 def merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:

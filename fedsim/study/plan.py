@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedsim import models, strategies, validate
 from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
+from fedsim.data.sources import SOURCES
 from fedsim.data.targets import Targets
 from fedsim.engine import optim
 from fedsim.engine.experiment import Experiment, epsilons, facts_of, planned, prepare
@@ -23,6 +24,7 @@ from fedsim.grads import batch
 from fedsim.grads.batch import Batch
 from fedsim.grads.cost import Cost, cost
 from fedsim.grads.flat import spec, trainable_names
+from fedsim.merging import Choice
 from fedsim.optimizers import OPTIMIZERS
 from fedsim.partitions import Material
 from fedsim.privacy import accountant
@@ -148,6 +150,8 @@ def _from_data(experiment: Experiment) -> _Known:
 def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     strategy = strategies.load(config)
     datasets.resolve(config.data)  # refuses unknown names
+    if config.data.name in SOURCES.own():  # what is from outside may read its data at once
+        SOURCES.make(Choice(config.data.name, config.data.options))  # refuses wrong options
     augment.check(config.train.augmentations, _example(config, size))
     task, declared = TASKS.make(config.task), Targets("class", size.classes)
     task.check(declared)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import strategies
 from fedsim import config as configs
-from fedsim import models
+from fedsim import models, plan
 from fedsim.config import Config
+from fedsim.engine.experiment import prepare
 from fedsim.validate import InputError
+from tests.conftest import small
 
 
 def write(path: Path, text: str) -> Path:
@@ -137,24 +141,7 @@ def test_overrides_of_a_comparison_start_at_its_folder_whatever_its_name(name: s
 # --- settings that nothing reads ------------------------------------------------------------------------
 
 UNREAD = [
-    ("optimizer.options.beta1=0.8", "optimizer.name=sgd", "optimizer.name=adam"),
-    ("optimizer.options.beta2=0.8", "optimizer.name=momentum", "optimizer.name=lamb"),
-    ("optimizer.options.epsilon=1e-3", "optimizer.name=nesterov", "optimizer.name=adamw"),
-    ("optimizer.options.momentum=0.5", "optimizer.name=adam", "optimizer.name=nesterov"),
-    (
-        "optimizer.schedule.options.final_fraction=0.5",
-        "optimizer.schedule=constant",
-        "optimizer.schedule=cosine",
-    ),
-    ("federation.partition.options.alpha=0.1", "federation.partition=iid", "federation.partition=dirichlet"),
-    ("federation.partition.options.per_holder=3", "federation.partition=iid", "federation.partition=shards"),
-    (
-        "federation.partition.options.exponent=2",
-        "federation.partition=shards",
-        "federation.partition=power_law",
-    ),
     ("train.augment_multiplicity=4", "train.augmentations=[]", "train.augmentations=[flip]"),
-    ("data.options.classes=3", "data.name=mnist", "data.name=arrays"),
     ("model.init_sha256=abc", "model.init_from=null", "model.init_from=w"),
     ("model.reset=[head.*]", "model.init_from=null", "model.init_from=w"),
     ("privacy.stop_at_epsilon=3", "privacy.noise_multiplier=null", "privacy.noise_multiplier=1"),
@@ -186,6 +173,45 @@ def test_every_conditional_setting_is_among_these() -> None:
         if "read_with" in entry.metadata
     }
     assert declared == {setting.split("=")[0] for setting, _, _ in UNREAD}
+
+
+OPTIONS = [
+    ("optimizer.options.beta1=0.8", "optimizer.name=sgd", "optimizer.name=adam"),
+    ("optimizer.options.beta2=0.8", "optimizer.name=momentum", "optimizer.name=lamb"),
+    ("optimizer.options.epsilon=1e-3", "optimizer.name=nesterov", "optimizer.name=adamw"),
+    ("optimizer.options.momentum=0.5", "optimizer.name=adam", "optimizer.name=nesterov"),
+    ("optimizer.options.momentum=0", "optimizer.name=sgd", "optimizer.name=momentum"),
+    (
+        "optimizer.schedule.options.final_fraction=0.5",
+        "optimizer.schedule=constant",
+        "optimizer.schedule=cosine",
+    ),
+    ("federation.partition.options.alpha=0.1", "federation.partition=iid", "federation.partition=dirichlet"),
+    ("federation.partition.options.per_holder=3", "federation.partition=iid", "federation.partition=shards"),
+    (
+        "federation.partition.options.exponent=2",
+        "federation.partition=shards",
+        "federation.partition=power_law",
+    ),
+    ("data.options.classes=3", "data.name=mnist", "data.name=arrays"),
+    ("data.options={classes: 3, fit: squeeze}", "data.name=arrays", "data.name=image_folder"),
+    ("task.options.top_k=3", "task=regression", "task=classification"),
+]
+
+
+@pytest.mark.parametrize(("setting", "beside", "reader"), OPTIONS)
+@pytest.mark.parametrize("way", [prepare, plan.describe], ids=["run", "plan"])
+def test_an_option_that_what_is_chosen_does_not_have_is_refused(
+    way: Callable[[Config], Any], setting: str, beside: str, reader: str
+) -> None:
+    """Whoever wrote it expects it to act; also where it stands for its default in another choice."""
+    where, name = beside.partition("=")[0].removesuffix(".name"), beside.partition("=")[2]
+    with pytest.raises(InputError, match=rf"{where}.options of {name}: unknown key '\w+'"):
+        way(small(beside, setting))
+    try:
+        prepare(small("data.root=/nowhere", reader, setting))
+    except InputError as error:
+        assert "unknown key" not in str(error)
 
 
 @pytest.mark.parametrize(

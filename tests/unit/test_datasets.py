@@ -14,9 +14,11 @@ import torchvision
 from PIL import Image
 
 from fedsim.config import DataConfig
-from fedsim.data import datasets, standard
+from fedsim.data import datasets
 from fedsim.data.datasets import load, resolve
 from fedsim.data.examples import ArrayDataset, Splits, normalise
+from fedsim.data.sources import standard
+from fedsim.data.targets import Targets
 from fedsim.validate import InputError
 
 RNG = np.random.default_rng(7)
@@ -66,9 +68,9 @@ def tiny(**changes: Any) -> ArrayDataset:
     fields: dict[str, Any] = {
         "name": "tiny",
         "inputs": np.zeros((3, 4, 4, 1), np.uint8),
-        "labels": np.array([0, 1, 2]),
+        "targets": np.array([0, 1, 2]),
         "groups": None,
-        "num_classes": 3,
+        "declared": Targets("class", 3),
         "mean": (0.5,),
         "std": (0.25,),
     }
@@ -119,7 +121,7 @@ def test_subset_is_found_in_root_where_the_package_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = (standard.EMBEDDED_DIR / standard.SUBSET_FILE).read_bytes()
-    monkeypatch.setattr(datasets, "EMBEDDED_DIR", tmp_path / "absent")
+    monkeypatch.setattr(standard, "EMBEDDED_DIR", tmp_path / "absent")
     monkeypatch.setattr(datasets, "_installed_embedded", list)
     with pytest.raises(InputError, match=r"must hold fashion_mnist_subset.npz"):
         from_root("fashion_mnist_subset", tmp_path)
@@ -167,7 +169,7 @@ def test_idx_files(tmp_path: Path, name: str, folder: str) -> None:
     splits = from_root(name, tmp_path)
     assert np.array_equal(splits.train.inputs[..., 0], arrays["train-images-idx3-ubyte"])
     assert np.array_equal(splits.test.targets, arrays["t10k-labels-idx1-ubyte"])
-    assert splits.train.num_classes == 10
+    assert splits.train.declared.size == 10
     assert splits.train.mean == {"mnist": (0.1307,), "fashion_mnist": (0.2860,)}[name]
 
 
@@ -240,7 +242,7 @@ def test_cifar_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
     expected = np.concatenate([planes[file] for file, _ in train]).transpose(0, 2, 3, 1)
     assert np.array_equal(splits.train.inputs, expected)
     assert splits.test.targets.tolist() == labels[test[0][0]]
-    assert splits.train.num_classes == classes
+    assert splits.train.declared.size == classes
     assert splits.train.example_shape == (3, 32, 32)
 
 
@@ -298,14 +300,14 @@ def test_image_folder_refuses_what_it_cannot_stack(tmp_path: Path) -> None:
 
 def test_folder_of_npy_files_is_memory_mapped(tmp_path: Path) -> None:
     npy_folder(tmp_path)
-    splits = from_root("arrays", tmp_path, train_examples=15, classes=4)
+    splits = from_root("arrays", tmp_path, train_examples=15, options={"classes": 4})
     assert isinstance(splits.train.inputs, np.memmap)
     assert np.array_equal(splits.train.inputs, np.load(tmp_path / "train_inputs.npy")[:15])
     assert splits.train.groups is not None
     assert splits.train.groups.tolist() == [0] * 5 + [10] * 5 + [20] * 5
     assert splits.test.groups is None
     assert splits.train.targets.dtype == np.int64
-    assert splits.train.num_classes == 4
+    assert splits.train.declared.size == 4
     assert splits.train.example_shape == (6,)
     with pytest.raises(ValueError, match="read-only"):
         splits.train.targets[0] = 3
@@ -317,10 +319,10 @@ def test_npz_file(tmp_path: Path, save: Any) -> None:
     labels = np.arange(10, dtype=np.uint8)
     path = tmp_path / "data.npz"
     save(path, train_inputs=images, train_targets=labels, test_inputs=images[:3], test_targets=labels[:3])
-    splits = from_root("arrays", path, classes=10)
+    splits = from_root("arrays", path, options={"classes": 10})
     assert np.array_equal(splits.train.inputs, images)
     assert (splits.train.mean, splits.train.std) == ((0.5, 0.5), (0.5, 0.5))
-    assert splits.test.num_classes == 10
+    assert splits.test.declared.size == 10
     assert splits.train.groups is None
 
 
@@ -330,8 +332,14 @@ def test_npz_file(tmp_path: Path, save: Any) -> None:
         ({"train_inputs": np.zeros((20, 6), np.int64)}, "inputs must be uint8 images"),
         ({"train_inputs": np.zeros((20, 5, 5), np.uint8)}, "last axis of length 1"),
         ({"train_inputs": np.zeros(20, np.float32)}, "features of shape"),
-        ({"train_targets": np.zeros(19, np.int64)}, "train split of arrays: labels must be 20 integers"),
-        ({"train_targets": np.zeros(20)}, "train split of arrays: labels must be 20 integers"),
+        (
+            {"train_targets": np.zeros(19, np.int64)},
+            r"train split of arrays: targets must be integers of shape \(20,\)",
+        ),
+        (
+            {"train_targets": np.zeros(20)},
+            r"train split of arrays: targets must be integers of shape \(20,\)",
+        ),
         (
             {"test_targets": np.arange(8) - 1},
             r"test split of arrays: labels must lie in 0 \.\. 3.*got -1 \.\. 6",
@@ -349,7 +357,7 @@ def test_npz_file(tmp_path: Path, save: Any) -> None:
 )
 def test_malformed_arrays_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        from_root("arrays", npy_folder(tmp_path, **changes), classes=4)
+        from_root("arrays", npy_folder(tmp_path, **changes), options={"classes": 4})
 
 
 def test_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
@@ -369,11 +377,10 @@ def test_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": np.array([0, 1, 3])}, r"0 \.\. 2.*got 0 \.\. 3"),
+        ({"targets": np.array([0, 1, 3])}, r"0 \.\. 2.*got 0 \.\. 3"),
         ({"mean": (0.5, 0.5)}, "must hold 1 numbers"),
         ({"std": (0.0,)}, "std positive"),
         ({"inputs": np.zeros((3, 0, 4, 1), np.uint8)}, "inputs must be"),
-        ({"num_classes": 0}, "num_classes must be"),
     ],
 )
 def test_inconsistent_dataset_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -381,12 +388,18 @@ def test_inconsistent_dataset_is_refused(changes: dict[str, Any], message: str) 
         tiny(**changes)
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_number_of_classes_is_refused(size: int) -> None:
+    with pytest.raises(InputError, match="number of class must be"):
+        Targets("class", size)
+
+
 def test_the_callers_array_stays_writable() -> None:
     labels = np.array([0, 1, 2])
-    data = tiny(labels=labels)
+    data = tiny(targets=labels)
     labels[0] = 1
     with pytest.raises(ValueError, match="read-only"):
-        data.labels[0] = 0
+        data.targets[0] = 0
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
@@ -401,7 +414,7 @@ def test_normalise_against_the_formula() -> None:
     images = RNG.integers(0, 256, (5, 7, 6, 3), dtype=np.uint8)
     data = tiny(
         inputs=images,
-        labels=np.zeros(5, np.int64),
+        targets=np.zeros(5, np.int64),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.247, 0.2435, 0.2616),
     )

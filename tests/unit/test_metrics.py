@@ -11,6 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedsim.engine.metrics import ConsoleProgress, JsonLines, Metrics
+from fedsim.metric import Metric
 from fedsim.types import StepRecord
 from fedsim.visibility import Public, Sensitive
 from tests.conftest import small, train
@@ -80,9 +81,9 @@ def test_tensorboard_holds_scalars_histogram_picture_and_hparams(tmp_path: Path)
 
 def test_console_shows_epsilon_and_accuracy() -> None:
     out = io.StringIO()
-    progress = ConsoleProgress(10, "t", Console(file=out, force_terminal=False, width=100))
+    progress = ConsoleProgress(10, Metric("accuracy", "%"), "t", Console(file=out, force_terminal=False, width=100))
     progress.write(record(5))
     progress.close()
     assert "step 5/10" in out.getvalue()
     assert "epsilon 5" in out.getvalue()
-    assert "50.0%" in out.getvalue()
+    assert "test accuracy 50.00%" in out.getvalue()

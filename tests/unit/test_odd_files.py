@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from fedsim.config import DataConfig
-from fedsim.data.array_files import finite
 from fedsim.data.datasets import load
 from fedsim.data.examples import Splits, normalise
+from fedsim.data.sources.arrays import finite
 from fedsim.validate import InputError
 
 RNG = np.random.default_rng(11)
@@ -59,7 +59,7 @@ def arrays(root: Path, classes: int | None = 3, **changes: Any) -> Splits:
 def test_sixteen_bits_are_scaled_to_eight(name: str, tmp_path: Path) -> None:
     deep = GREY.astype(np.uint16) * 257 + RNG.integers(-128, 129, GREY.shape) * ((GREY > 0) & (GREY < 255))
     held = images(tmp_path, saved(Image.fromarray(deep.astype(np.uint16))), name).train
-    assert np.array_equal(held.inputs[held.labels == 1][0], np.stack([GREY] * 3, axis=-1))
+    assert np.array_equal(held.inputs[held.targets == 1][0], np.stack([GREY] * 3, axis=-1))
 
 
 def test_big_endian_sixteen_bits_are_read_as_such(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_big_endian_sixteen_bits_are_read_as_such(tmp_path: Path) -> None:
         table += struct.pack(">HHI", tag, kind, 1) + packed
     content = b"MM\x00*" + struct.pack(">I", 8 + len(pixels)) + pixels + table + bytes(4)
     held = images(tmp_path, lambda path: path.write_bytes(content), "odd.tif").train
-    assert np.array_equal(held.inputs[held.labels == 1][0], np.stack([GREY] * 3, axis=-1))
+    assert np.array_equal(held.inputs[held.targets == 1][0], np.stack([GREY] * 3, axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -94,19 +94,19 @@ def test_big_endian_sixteen_bits_are_read_as_such(tmp_path: Path) -> None:
 )
 def test_what_shows_the_same_is_the_same(image: Image.Image, tmp_path: Path) -> None:
     held = images(tmp_path, saved(image)).train
-    assert np.array_equal(held.inputs[held.labels == 1][0], np.stack([GREY] * 3, axis=-1))
+    assert np.array_equal(held.inputs[held.targets == 1][0], np.stack([GREY] * 3, axis=-1))
 
 
 def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
     held = images(tmp_path, saved(Image.fromarray(GREY > 99))).train
-    assert np.array_equal(held.inputs[held.labels == 1][0][..., 0], np.where(GREY > 99, 255, 0))
+    assert np.array_equal(held.inputs[held.targets == 1][0][..., 0], np.where(GREY > 99, 255, 0))
 
 
 def test_cmyk_is_converted(tmp_path: Path) -> None:
     ink = np.zeros((4, 5, 4), np.uint8)
     ink[..., 0] = 255  # cyan alone takes all red
     held = images(tmp_path, saved(Image.fromarray(ink, mode="CMYK")), "odd.tif").train
-    assert held.inputs[held.labels == 1][0][0, 0].tolist() == [0, 255, 255]
+    assert held.inputs[held.targets == 1][0][0, 0].tolist() == [0, 255, 255]
 
 
 def see_through(path: Path) -> None:
@@ -174,9 +174,9 @@ def test_the_classes_are_the_folders_in_train_whatever_they_hold(tmp_path: Path)
         path.parent.with_name("eel").mkdir()  # a class without images, and none in test
 
     both = images(tmp_path, odd)
-    assert (both.train.num_classes, both.test.num_classes) == (3, 3)
-    assert load(DataConfig("image_folder", {"classes": 3}, str(tmp_path))).train.num_classes == 3
-    with pytest.raises(InputError, match=r"data.classes must be 3.*got 4"):
+    assert (both.train.declared.size, both.test.declared.size) == (3, 3)
+    assert load(DataConfig("image_folder", {"classes": 3}, str(tmp_path))).train.declared.size == 3
+    with pytest.raises(InputError, match=r"data.options.classes must be 3.*got 4"):
         load(DataConfig("image_folder", {"classes": 4}, str(tmp_path)))
     (tmp_path / "train" / "stray.png").write_bytes((tmp_path / "train/cat/plain.png").read_bytes())
     with pytest.raises(InputError, match=r"one folder per class and nothing else, got stray.png"):
@@ -186,11 +186,10 @@ def test_the_classes_are_the_folders_in_train_whatever_they_hold(tmp_path: Path)
 def test_removing_the_only_example_of_a_class_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     before = images(tmp_path, lambda _: None).train
     (tmp_path / "train" / "dog" / "plain.png").unlink()
-    after = load(
-        DataConfig("image_folder", {"classes": 2}, str(tmp_path))
-    ).train  # another configuration: read anew
+    again = DataConfig("image_folder", {"classes": 2}, str(tmp_path))  # another configuration: read anew
+    after = load(again).train
     assert (len(before), len(after)) == (2, 1)
-    assert after.num_classes == before.num_classes == 2
+    assert after.declared.size == before.declared.size == 2
     assert after.example_shape == before.example_shape
 
 
@@ -199,17 +198,19 @@ def test_removing_the_only_example_of_a_class_leaves_the_model_as_it_is(tmp_path
 
 def test_classes_are_declared_and_never_counted(tmp_path: Path) -> None:
     """Two data sets that differ in one example give models of one shape, or none."""
-    with pytest.raises(InputError, match=r"data.classes must be declared"):
+    with pytest.raises(
+        InputError, match=r"must declare its targets by one of classes.*Set data.options.classes"
+    ):
         arrays(tmp_path / "undeclared", None)
     three = arrays(tmp_path / "three", 4)
     four = arrays(tmp_path / "four", 4, train_targets=np.array([0, 1, 2, 0, 1, 3]))
-    assert three.train.num_classes == four.train.num_classes == 4
+    assert three.train.declared.size == four.train.declared.size == 4
     with pytest.raises(InputError, match=r"labels must lie in 0 \.\. 2.*got 0 \.\. 3"):
         arrays(tmp_path / "outside", 3, train_targets=np.array([0, 1, 2, 0, 1, 3]))
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 10**9, 0, 1, 2], [0, 1000, 2000, 0, 1, 2], [0, 1, -1, 0, 1, 2]])
-def test_targets_far_apart_do_not_make_a_large_model(labels: list[int], tmp_path: Path) -> None:
+def test_labels_far_apart_do_not_make_a_large_model(labels: list[int], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train split of arrays: labels must lie in 0 \.\. 2"):
         arrays(tmp_path, 3, train_targets=np.array(labels))
 
@@ -226,13 +227,13 @@ def test_targets_far_apart_do_not_make_a_large_model(labels: list[int], tmp_path
     ],
     ids=["float", "bool", "column", "text", "beyond int64", "scalar"],
 )
-def test_targets_that_are_not_integers_are_refused(labels: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"labels must be 6 integers"):
+def test_labels_that_are_not_integers_are_refused(labels: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"targets must be integers (of shape \(6,\)|below 2\*\*63)"):
         arrays(tmp_path, train_targets=labels)
 
 
 @pytest.mark.parametrize("kind", [">i2", "<u1", ">u8", "<i8"])
-def test_targets_of_any_integer_kind_are_the_same(kind: str, tmp_path: Path) -> None:
+def test_labels_of_any_integer_kind_are_the_same(kind: str, tmp_path: Path) -> None:
     assert (
         arrays(tmp_path, train_targets=(np.arange(6) % 3).astype(kind)).train.targets.tolist()
         == [0, 1, 2] * 2
@@ -272,7 +273,7 @@ def test_values_that_are_not_finite_are_refused_naming_array_and_row(
 
 
 def test_every_block_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsim.data.array_files.BLOCK", 6)
+    monkeypatch.setattr("fedsim.data.sources.arrays.BLOCK", 6)
     for row in range(7):
         values = np.zeros((7, 2), np.float16)
         values[row, 0] = np.inf

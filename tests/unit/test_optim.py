@@ -12,10 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.config import OptimizerConfig, TrainConfig
+from fedsim.data.targets import Targets
 from fedsim.engine import optim
 from fedsim.engine.evaluate import evaluate
 from fedsim.engine.optim import Ema, ServerOptimizer
 from fedsim.grads.flat import FlatSpec
+from fedsim.merging import Choice
+from fedsim.optimizers import OPTIMIZERS
+from fedsim.optimizers.adam import Lamb
+from fedsim.tasks.classification import Classification
 from fedsim.validate import InputError
 
 SPEC = FlatSpec(("a", "b", "c"), ((3, 4), (4,), (2, 2)), (12, 4, 4))
@@ -41,22 +46,22 @@ def run(config: OptimizerConfig, train: TrainConfig | None = None) -> list[Tenso
 
 TorchRule = Callable[[list[Tensor]], torch.optim.Optimizer]
 PEERS: list[tuple[OptimizerConfig, TorchRule]] = [
-    (OptimizerConfig("sgd", 0.3), lambda p: torch.optim.SGD(p, 0.3)),
-    (OptimizerConfig("sgd", 0.3, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.3, weight_decay=0.1)),
+    (OptimizerConfig("sgd", {}, 0.3), lambda p: torch.optim.SGD(p, 0.3)),
+    (OptimizerConfig("sgd", {}, 0.3, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.3, weight_decay=0.1)),
     (
-        OptimizerConfig("momentum", 0.1, momentum=0.9, weight_decay=0.1),
+        OptimizerConfig("momentum", {"momentum": 0.9}, 0.1, weight_decay=0.1),
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
     ),
     (
-        OptimizerConfig("nesterov", 0.1, momentum=0.8, weight_decay=0.1),
+        OptimizerConfig("nesterov", {"momentum": 0.8}, 0.1, weight_decay=0.1),
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.8, nesterov=True, weight_decay=0.1),
     ),
     (
-        OptimizerConfig("adam", 0.1, beta1=0.8, beta2=0.95, epsilon=1e-3, weight_decay=0.1),
+        OptimizerConfig("adam", {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-3}, 0.1, weight_decay=0.1),
         lambda p: torch.optim.Adam(p, 0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1),
     ),
     (
-        OptimizerConfig("adamw", 0.1, weight_decay=0.2),
+        OptimizerConfig("adamw", {}, 0.1, weight_decay=0.2),
         lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.2),
     ),
 ]
@@ -73,7 +78,7 @@ def test_equals_torch_optim(config: OptimizerConfig, peer: TorchRule) -> None:
         torch.testing.assert_close(ours, parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
-def lamb_reference(start: Tensor, grads: Tensor, c: OptimizerConfig) -> Tensor:
+def lamb_reference(start: Tensor, grads: Tensor, c: OptimizerConfig, o: Lamb) -> Tensor:
     """You et al. 2020, algorithm 2, one scalar of bookkeeping at a time."""
     layers = [start[:12].tolist(), start[12:16].tolist(), start[16:].tolist()]
     m = [[0.0] * len(x) for x in layers]
@@ -83,9 +88,9 @@ def lamb_reference(start: Tensor, grads: Tensor, c: OptimizerConfig) -> Tensor:
         for i, part in enumerate(parts):
             update = []
             for j, g in enumerate(part):
-                m[i][j] = c.beta1 * m[i][j] + (1 - c.beta1) * g
-                v[i][j] = c.beta2 * v[i][j] + (1 - c.beta2) * g * g
-                ratio = (m[i][j] / (1 - c.beta1**t)) / (math.sqrt(v[i][j] / (1 - c.beta2**t)) + c.epsilon)
+                m[i][j] = o.beta1 * m[i][j] + (1 - o.beta1) * g
+                v[i][j] = o.beta2 * v[i][j] + (1 - o.beta2) * g * g
+                ratio = (m[i][j] / (1 - o.beta1**t)) / (math.sqrt(v[i][j] / (1 - o.beta2**t)) + o.epsilon)
                 update.append(ratio + c.weight_decay * layers[i][j])
             trust = math.hypot(*layers[i]) / math.hypot(*update)
             layers[i] = [x - c.learning_rate * trust * u for x, u in zip(layers[i], update, strict=True)]
@@ -93,15 +98,15 @@ def lamb_reference(start: Tensor, grads: Tensor, c: OptimizerConfig) -> Tensor:
 
 
 def test_lamb_equals_hand_written_reference() -> None:
-    config = OptimizerConfig("lamb", 0.05, epsilon=1e-6, weight_decay=0.1)
-    expected = lamb_reference(*gradients(), config)
+    config = OptimizerConfig("lamb", {"epsilon": 1e-6}, 0.05, weight_decay=0.1)
+    expected = lamb_reference(*gradients(), config, Lamb(epsilon=1e-6))
     torch.testing.assert_close(run(config)[-1], expected, rtol=1e-12, atol=1e-12)
     adam_like = run(dataclasses.replace(config, name="adam"))[-1]
     assert not torch.allclose(adam_like, expected, rtol=1e-3)
 
 
 def test_lamb_moves_zero_weights() -> None:
-    config = OptimizerConfig("lamb", 0.05)
+    config = OptimizerConfig("lamb", {}, 0.05)
     optimizer = ServerOptimizer(config, TrainConfig(steps=5), SPEC)
     zero = torch.zeros(20, dtype=torch.float64)
     optimizer.init(zero)
@@ -110,9 +115,9 @@ def test_lamb_moves_zero_weights() -> None:
     assert torch.isfinite(optimizer.step(moved, torch.zeros_like(zero), 1)).all()
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.own())
 def test_step_changes_no_argument(name: str) -> None:
-    config = OptimizerConfig(name, 0.1, momentum=0.9 if name in ("momentum", "nesterov") else 0.0)
+    config = OptimizerConfig(name, {}, 0.1)
     params, grads = gradients()
     optimizer = ServerOptimizer(config, TrainConfig(steps=STEPS), SPEC)
     optimizer.init(params)
@@ -122,14 +127,14 @@ def test_step_changes_no_argument(name: str) -> None:
     assert torch.equal(grads[0], gradient)
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.own())
 def test_resume_is_bit_for_bit(name: str) -> None:
     config = OptimizerConfig(
         name,
+        {},
         0.1,
-        momentum=0.9 if name in ("momentum", "nesterov") else 0.0,
         weight_decay=0.01,
-        schedule="cosine",
+        schedule=Choice("cosine"),
         warmup_steps=4,
     )
     train = TrainConfig(steps=STEPS, ema_decay=0.9)
@@ -183,18 +188,20 @@ def rates(steps: int, **settings: object) -> list[float]:
 
 def test_schedules() -> None:
     assert rates(3) == [2.0] * 5
-    assert rates(4, schedule="linear") == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0, 0.0])
-    assert rates(4, schedule="linear", final_fraction=0.5) == pytest.approx([2, 1.75, 1.5, 1.25, 1, 1])
+    assert rates(4, schedule=Choice("linear")) == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0, 0.0])
+    assert rates(4, schedule=Choice("linear", {"final_fraction": 0.5})) == pytest.approx(
+        [2, 1.75, 1.5, 1.25, 1, 1]
+    )
     cosine = [1 + math.cos(math.pi * t / 4) for t in range(5)]
-    assert rates(4, schedule="cosine") == pytest.approx([*cosine, 0.0], abs=1e-12)
-    assert rates(6, schedule="linear", warmup_steps=2) == pytest.approx([1, 2, 2, 1.5, 1, 0.5, 0, 0])
+    assert rates(4, schedule=Choice("cosine")) == pytest.approx([*cosine, 0.0], abs=1e-12)
+    assert rates(6, schedule=Choice("linear"), warmup_steps=2) == pytest.approx([1, 2, 2, 1.5, 1, 0.5, 0, 0])
     assert rates(4, warmup_steps=3) == pytest.approx([2 / 3, 4 / 3, 2, 2, 2, 2])
-    assert all(rate > 0 for rate in rates(50, schedule="cosine", warmup_steps=7)[:50])
+    assert all(rate > 0 for rate in rates(50, schedule=Choice("cosine"), warmup_steps=7)[:50])
 
 
 def test_schedule_reaches_the_update() -> None:
     params, grads = gradients()
-    path = run(OptimizerConfig("sgd", 0.5, schedule="linear"))
+    path = run(OptimizerConfig("sgd", {}, 0.5, schedule=Choice("linear")))
     expected = params
     for step in range(STEPS):
         expected = expected - 0.5 * (1 - step / STEPS) * grads[step]
@@ -219,11 +226,14 @@ def test_ema_warm_up() -> None:
     ("config", "message"),
     [
         (OptimizerConfig("adma"), "Did you mean 'adam'"),
-        (OptimizerConfig(schedule="cosin"), "Did you mean 'cosine'"),
-        (OptimizerConfig("sgd", momentum=0.9), "momentum is 0.9, but nothing reads it while optimizer.name"),
-        (OptimizerConfig("nesterov"), "momentum is 0"),
-        (OptimizerConfig(final_fraction=0.1), "nothing reads it while optimizer.schedule is"),
-        (OptimizerConfig("adam", beta2=1.0), "optimizer.beta2"),
+        (OptimizerConfig(schedule=Choice("cosin")), "Did you mean 'cosine'"),
+        (OptimizerConfig("sgd", {"momentum": 0.9}), "optimizer.options of sgd: unknown key 'momentum'"),
+        (OptimizerConfig("nesterov", {"momentum": 0.0}), "optimizer.options.momentum must be"),
+        (
+            OptimizerConfig(schedule=Choice("constant", {"final_fraction": 0.1})),
+            "optimizer.schedule.options of constant: unknown key 'final_fraction'",
+        ),
+        (OptimizerConfig("adam", {"beta2": 1.0}), "optimizer.options.beta2"),
         (OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay"),
         (OptimizerConfig(warmup_steps=100), "below train.steps"),
     ],
@@ -237,9 +247,11 @@ def test_evaluate_does_not_depend_on_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5)).train()
     inputs, labels = torch.randn(50, 6, generator=generator), torch.randint(0, 5, (50,), generator=generator)
-    whole = evaluate(model, [(inputs, labels)], top_k=3)
+    whole = evaluate(model, [(inputs, labels)], Classification(top_k=3))
     split = evaluate(
-        model, [(inputs[:0], labels[:0]), (inputs[:7], labels[:7]), (inputs[7:], labels[7:])], top_k=3
+        model,
+        [(inputs[:0], labels[:0]), (inputs[:7], labels[:7]), (inputs[7:], labels[7:])],
+        Classification(top_k=3),
     )
     logits = model[0](inputs).detach()
     assert whole["accuracy"] == split["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
@@ -256,13 +268,13 @@ def test_evaluate_counts_non_finite_logits_as_wrong() -> None:
     model = nn.Linear(2, 2)
     with torch.no_grad():
         model.weight.fill_(float("nan"))
-    result = evaluate(model, [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long))])
+    result = evaluate(model, [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long))], Classification())
     assert result["accuracy"] == 0.0
     assert math.isnan(result["loss"])
 
 
 def test_evaluate_refuses_nothing_and_too_large_k() -> None:
     with pytest.raises(InputError, match="at least one example"):
-        evaluate(nn.Linear(2, 2), [])
-    with pytest.raises(InputError, match="top_k"):
-        evaluate(nn.Linear(2, 2), [(torch.ones(1, 2), torch.zeros(1, dtype=torch.long))], top_k=3)
+        evaluate(nn.Linear(2, 2), [], Classification())
+    with pytest.raises(InputError, match="top_k must be between 1 and 2, got 3"):
+        Classification(top_k=3).check(Targets("class", 2))

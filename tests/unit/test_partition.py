@@ -11,19 +11,23 @@ from hypothesis import strategies as st
 
 from fedsim.config import DataConfig, FederationConfig
 from fedsim.data import datasets
-from fedsim.data.partition import SCHEMES, Partition, partition
+from fedsim.data.partition import Partition, partition
+from fedsim.merging import Choice
+from fedsim.partitions import PARTITIONS, Material
 from fedsim.report import partition_picture
 from fedsim.validate import InputError
 
-SPREADING = [name for name in SCHEMES if name != "natural"]
+GIVEN = {"natural", "file", "flwr_datasets"}
+SPREADING = [name for name in PARTITIONS.own() if name not in GIVEN]
 
 
 def balanced(n: int, classes: int) -> np.ndarray:
     return np.random.default_rng(1).permutation(np.arange(n) % classes)
 
 
-def spread(labels: np.ndarray, scheme: str, holders: int, seed: int = 0, **settings_: Any) -> Partition:
-    return partition(labels, None, FederationConfig(holders=holders, partition=scheme, **settings_), seed)
+def spread(labels: np.ndarray, scheme: str, holders: int, seed: int = 0, **options: Any) -> Partition:
+    config = FederationConfig(holders=holders, partition=Choice(scheme, options))
+    return partition(Material(len(labels), labels), config, seed)
 
 
 @st.composite
@@ -33,13 +37,17 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, FederationConfig, int]:
     n = draw(st.integers(holders * per_holder, holders * per_holder + 200))
     classes = draw(st.integers(1, 12))
     labels = np.random.default_rng(draw(st.integers(0, 2**32))).integers(0, classes, n)
-    config = FederationConfig(
-        holders=holders,
-        partition=draw(st.sampled_from(SPREADING)),
-        dirichlet_alpha=draw(st.sampled_from([1e-6, 1e-3, 0.1, 0.5, 10.0, 1e6])),
-        shards_per_holder=per_holder,
-        power_law_exponent=draw(st.sampled_from([0.01, 1.0, 1.5, 8.0])),
-    )
+    options: dict[str, dict[str, Any]] = {
+        "iid": {},
+        "dirichlet": {
+            "alpha": draw(st.sampled_from([1e-6, 1e-3, 0.1, 0.5, 10.0, 1e6])),
+            "concentration": draw(st.sampled_from(["total", "per_class"])),
+        },
+        "shards": {"per_holder": per_holder},
+        "power_law": {"exponent": draw(st.sampled_from([0.01, 1.0, 1.5, 8.0]))},
+    }
+    scheme = draw(st.sampled_from(SPREADING))
+    config = FederationConfig(holders=holders, partition=Choice(scheme, options[scheme]))
     return labels, config, draw(st.integers(0, 2**63 - 1))
 
 
@@ -49,14 +57,15 @@ def test_every_scheme_covers_every_example_and_every_holder(
     problem: tuple[np.ndarray, FederationConfig, int],
 ) -> None:
     labels, config, seed = problem
-    parts = partition(labels, None, config, seed)
+    material = Material(len(labels), labels)
+    parts = partition(material, config, seed)
     assert parts.holder_of.shape == labels.shape
     assert parts.holder_of.dtype == np.int64
     sizes = parts.sizes()
     assert sizes.shape == (config.holders,)
     assert sizes.min() >= 1
     assert sizes.sum() == len(labels)
-    assert np.array_equal(partition(labels, None, config, seed).holder_of, parts.holder_of)
+    assert np.array_equal(partition(material, config, seed).holder_of, parts.holder_of)
     nodes = max(1, config.holders // 3)
     ids = [parts.ids_of_node(node, nodes) for node in range(nodes)]
     assert all(np.all(np.diff(part) > 0) for part in ids)
@@ -84,7 +93,7 @@ def test_one_holder_has_everything(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", SPREADING)
 def test_as_many_holders_as_examples(scheme: str) -> None:
-    parts = spread(balanced(300, 7), scheme, 300, shards_per_holder=1)
+    parts = spread(balanced(300, 7), scheme, 300, **({"per_holder": 1} if scheme == "shards" else {}))
     assert np.all(parts.sizes() == 1)
 
 
@@ -113,7 +122,7 @@ def test_dirichlet_has_the_concentration_it_states(alpha: float) -> None:
     in total, is outside.
     """
     labels, holders, m = balanced(60_000, 10), 600, 100
-    parts = spread(labels, "dirichlet", holders, dirichlet_alpha=alpha)
+    parts = spread(labels, "dirichlet", holders, alpha=alpha)
     assert np.all(parts.sizes() == m)
     measured = np.mean(np.sum((parts.label_counts(labels, 10) / m) ** 2, axis=1))
 
@@ -127,20 +136,20 @@ def test_dirichlet_has_the_concentration_it_states(alpha: float) -> None:
 def test_dirichlet_extremes() -> None:
     labels = balanced(10_000, 10)
     iid = spread(labels, "iid", 100).summary(labels)["mean_label_entropy_bits"]
-    flat = spread(labels, "dirichlet", 100, dirichlet_alpha=1e6).summary(labels)["mean_label_entropy_bits"]
+    flat = spread(labels, "dirichlet", 100, alpha=1e6).summary(labels)["mean_label_entropy_bits"]
     assert abs(flat - iid) < 0.02
-    skewed = spread(labels, "dirichlet", 100, dirichlet_alpha=1e-6).summary(labels)
+    skewed = spread(labels, "dirichlet", 100, alpha=1e-6).summary(labels)
     assert skewed["mean_effective_classes"] < 1.3
     # Far fewer holders than labels: shares of 1e-7 a label underflow unless they are kept as logarithms, and
     # then holders mix labels once their first has run out. A tenth of 100 labels is ten for each holder.
     many = balanced(10_000, 100)
-    few = spread(many, "dirichlet", 10, dirichlet_alpha=1e-5).summary(many)
+    few = spread(many, "dirichlet", 10, alpha=1e-5).summary(many)
     assert few["mean_effective_classes"] < 13
 
 
 def test_shards_limit_the_labels_of_a_holder() -> None:
     labels = np.sort(balanced(6_000, 10))  # 600 of each label: shards of 30 never straddle two labels
-    counts = spread(labels, "shards", 100, shards_per_holder=2).label_counts(labels, 10)
+    counts = spread(labels, "shards", 100, per_holder=2).label_counts(labels, 10)
     assert np.all((counts > 0).sum(axis=1) <= 2)
     assert np.all(counts[counts > 0] % 30 == 0)
     assert np.mean((counts > 0).sum(axis=1)) > 1.7  # shards are dealt at random: 1.9 expected
@@ -148,28 +157,28 @@ def test_shards_limit_the_labels_of_a_holder() -> None:
 
 def test_power_law_sizes_follow_the_rank() -> None:
     labels = balanced(100_000, 10)
-    sizes = spread(labels, "power_law", 50, power_law_exponent=1.2).sizes()
+    sizes = spread(labels, "power_law", 50, exponent=1.2).sizes()
     assert np.all(np.diff(sizes) <= 0)
     slope = np.polyfit(np.log(np.arange(1, 51)), np.log(sizes), 1)[0]
     assert abs(slope + 1.2) < 0.01
-    tail = spread(labels, "power_law", 5_000, power_law_exponent=2.0).sizes()
+    tail = spread(labels, "power_law", 5_000, exponent=2.0).sizes()
     assert tail[0] > 50_000
     assert tail[-1] == 1
 
 
 def test_natural_follows_the_groups() -> None:
     groups = np.array([30, 10, 10, 20, 30, 30])
-    labels = np.zeros(6, np.int64)
-    config = FederationConfig(holders=3, nodes=1, partition="natural")
-    parts = partition(labels, groups, config, 0)
+    material = Material(6, groups=groups)
+    config = FederationConfig(holders=3, nodes=1, partition=Choice("natural"))
+    parts = partition(material, config, 0)
     assert parts.holder_of.tolist() == [2, 0, 0, 1, 2, 2]
     assert parts.sizes().tolist() == [2, 1, 3]
     with pytest.raises(InputError, match=r"federation.holders must be 3.*got 5"):
-        partition(labels, groups, FederationConfig(holders=5, partition="natural"), 0)
-    with pytest.raises(InputError, match=r"needs data with owners.*iid"):
-        partition(labels, None, config, 0)
-    with pytest.raises(InputError, match="one owner for each of 6"):
-        partition(labels, groups[:4], config, 0)
+        partition(material, FederationConfig(holders=5, partition=Choice("natural")), 0)
+    with pytest.raises(InputError, match=r"needs data with owners.*use another"):
+        partition(Material(6), config, 0)
+    with pytest.raises(InputError, match="groups must have one entry for each of 6"):
+        Material(6, groups=groups[:4])
 
 
 @pytest.mark.parametrize(
@@ -177,9 +186,9 @@ def test_natural_follows_the_groups() -> None:
     [
         ("iid", {"holders": 31}, "must be at most 30.*got 31"),
         ("dirichlet", {"holders": 31}, "must be at most 30.*got 31"),
-        ("shards", {"holders": 10, "shards_per_holder": 4}, "at most 3 for 10 holders and 30 examples"),
+        ("shards", {"holders": 10, "per_holder": 4}, "at most 3 for 10 holders and 30 examples"),
         ("dirichet", {"holders": 3}, "Did you mean 'dirichlet'"),
-        ("dirichlet", {"holders": 3, "dirichlet_alpha": 0.0}, "dirichlet_alpha must be a positive"),
+        ("dirichlet", {"holders": 3, "alpha": 0.0}, "alpha must be a positive"),
     ],
 )
 def test_impossible_requests_are_refused(scheme: str, changes: dict[str, Any], message: str) -> None:

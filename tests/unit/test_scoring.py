@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.partition import Partition
+from fedsim.data.targets import Targets
 from fedsim.engine.scoring import holder_scores
+from fedsim.tasks.classification import Classification
 
 
 class Zero(nn.Module):
@@ -25,12 +27,12 @@ class Zero(nn.Module):
 
 def data(labels: list[int]) -> ArrayDataset:
     features = np.zeros((len(labels), 2), np.float32)
-    return ArrayDataset("toy", features, np.array(labels, dtype=np.int64), None, 3, (), ())
+    return ArrayDataset("toy", features, np.array(labels, dtype=np.int64), None, Targets("class", 3))
 
 
 def scores(train: list[int], holders: list[int], test: list[int]) -> dict[str, float]:
     partition = Partition(np.array(holders), 1 + max(holders))
-    found = holder_scores(Zero(), Splits(data(train), data(test)), partition, torch.float32)
+    found = holder_scores(Zero(), Classification(), Splits(data(train), data(test)), partition, torch.float32)
     return found.value
 
 
