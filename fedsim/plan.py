@@ -1,17 +1,20 @@
 """The dry run of a configuration: what it would release, cost and need, without training anything.
 
 Works for machines and data that are not at hand: sizes of standard sets are public constants (or stated in
-`reference.data`), the model is laid out on the meta device, and operations are counted there.
+`reference.data`), the model is laid out on the meta device, and operations are counted there. A small model
+whose data are read is there, and computes its operations in less time than the meta device takes to import.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 import strategies
 from fedsim import models, validate
@@ -31,6 +34,9 @@ from strategies.base import DataFacts, Plan, Strategy
 FLOPS_PER_SECOND = 5e13
 """Default rate: 50 teraflops sustained, about a third of an A100's TF32 peak."""
 
+COMPUTED_UP_TO = 10**8
+"""Models of more parameters, times the entries of an example, have their operations counted without values."""
+
 READ_UP_TO = 10_000
 """Data sets with more training examples are planned from their public sizes, which takes no time."""
 
@@ -43,8 +49,8 @@ class _Known:
     plan: Plan
     facts: DataFacts
     holders: Tagged[dict[str, float]]
+    model: nn.Module
     shape: tuple[int, ...]
-    classes: int
     source: str
 
 
@@ -120,14 +126,16 @@ def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any]
 
 
 def _from_data(experiment: Experiment) -> _Known:
-    train = experiment.splits.train
+    train, model = experiment.splits.train, experiment.model
+    if sum(p.numel() for p in model.parameters()) * math.prod(train.example_shape) > COMPUTED_UP_TO:
+        model = models.skeleton(experiment.config.model, train.example_shape, train.num_classes)
     return _Known(
         strategy=experiment.strategy,
         plan=experiment.plan,
         facts=experiment.facts,
         holders=Sensitive(experiment.partition.summary(train.labels)),
+        model=model,
         shape=train.example_shape,
-        classes=train.num_classes,
         source=f"{train.name}, read",
     )
 
@@ -150,8 +158,8 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
         planned(strategy, facts),
         facts,
         Public(held.summary(labels)),
+        skeleton,
         size.shape,
-        size.classes,
         source,
     )
 
@@ -179,7 +187,7 @@ def _spent(known: _Known, config: Config) -> dict[str, Tagged[EpsilonResult]]:
 def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
     """Operations of the run, hours at a rate, bytes of a step and memory of its processes."""
     train, facts, plan = config.train, known.facts, known.plan
-    one = cost(models.skeleton(config.model, known.shape, known.classes), torch.empty(1, *known.shape))
+    one = cost(known.model, torch.zeros(1, *known.shape))
     itemsize = 8 if config.model.dtype == "float64" else 4
     vector = facts.parameters * itemsize
     views = plan.steps * plan.sampling_rate * facts.examples * train.augment_multiplicity
