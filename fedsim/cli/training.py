@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim import validate
 from fedsim.cli import show
-from fedsim.cli.arguments import command, config_arguments, load
+from fedsim.cli.arguments import command, config_arguments, importing, load
 
 if TYPE_CHECKING:  # torch, flwr and dp-accounting take seconds to import: only where a command needs them
     from fedsim.config import Config
@@ -42,9 +42,10 @@ def engine_argument(parser: argparse.ArgumentParser) -> None:
 
 def train(config: Config, folder: RunFolder, engine: str, resume: bool, quiet: bool) -> dict[str, Any]:
     """Check everything, then train with the chosen engine; a finished run's result is returned as it is."""
-    from fedsim.engine.experiment import prepare
-    from fedsim.engine.metrics import ConsoleProgress
-    from fedsim.grads.bookkeeping.memory import retain_freed_memory
+    with importing():
+        from fedsim.engine.experiment import prepare
+        from fedsim.engine.metrics import ConsoleProgress
+        from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
     retain_freed_memory()
     folder.check(config, resume)
