@@ -25,7 +25,7 @@ LAYERS = [
     ["fedsim.report"],
     ["fedsim.engine"],
     ["fedsim.flower"],
-    ["fedsim.compare", "fedsim.repeat", "fedsim.plan"],
+    ["fedsim.study.compare", "fedsim.study.repeat", "fedsim.study.plan"],
     ["fedsim.cli"],
 ]
 RECIPES = sorted(p for p in CONFIG_DIR.rglob("*.yaml") if p.parent.name != "compare")

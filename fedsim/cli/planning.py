@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from fedsim.cli import show
-from fedsim.cli.arguments import command, config_arguments, load
+from fedsim.cli.arguments import command, config_arguments, importing, load
 
 
 def add(commands: Any) -> None:
@@ -29,7 +29,8 @@ def add(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> dict[str, Any]:
-    from fedsim.study import plan as planning
+    with importing():
+        from fedsim.study import plan as planning
 
     config = load(options)
     rate = planning.FLOPS_PER_SECOND if options.flops_per_second is None else options.flops_per_second

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.cli import show
-from fedsim.cli.arguments import command
+from fedsim.cli.arguments import command, importing
 from fedsim.validate import InputError
 
 
@@ -62,8 +62,9 @@ def _epsilon(options: argparse.Namespace) -> Any:
 
 
 def _ledger_epsilon(options: argparse.Namespace) -> dict[str, Any]:
-    from fedsim.engine.run_folder import RunFolder
-    from fedsim.privacy import ledger
+    with importing():
+        from fedsim.engine.run_folder import RunFolder
+        from fedsim.privacy import ledger
 
     path = RunFolder(options.ledger).ledger if options.ledger.is_dir() else options.ledger
     book = ledger.read(path)
@@ -77,8 +78,9 @@ def _ledger_epsilon(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
-    from fedsim import rules, validate
-    from fedsim.privacy import accountant, events
+    with importing():
+        from fedsim import rules, validate
+        from fedsim.privacy import accountant, events
 
     if options.noise_multiplier is None or options.steps is None:
         raise InputError(
@@ -125,7 +127,8 @@ def _mechanism(options: argparse.Namespace) -> tuple[float, int, float]:
 def _published(options: argparse.Namespace) -> Any:
     from rich.console import Console
 
-    from fedsim.privacy import published
+    with importing():
+        from fedsim.privacy import published
 
     wanted = options.published.lower()
     rows = [r for r in published.rows() if wanted in f"{r.paper} {r.setting}".lower()]
@@ -146,9 +149,10 @@ def _published(options: argparse.Namespace) -> Any:
 
 
 def _calibrate(options: argparse.Namespace) -> Any:
-    from fedsim import rules, validate
-    from fedsim.privacy import accountant
-    from fedsim.privacy.family import EventFamily
+    with importing():
+        from fedsim import rules, validate
+        from fedsim.privacy import accountant
+        from fedsim.privacy.family import EventFamily
 
     validate.in_range(options.target_epsilon, *rules.REAL, "--target-epsilon")
     rate, steps, delta = _mechanism(options)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim import validate
 from fedsim.cli import show
-from fedsim.cli.arguments import command, config_arguments, load
+from fedsim.cli.arguments import command, config_arguments, importing, load
 from fedsim.headline import Metric
 from fedsim.merging import Choice
 
@@ -52,7 +52,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(config: Config, folder: RunFolder, backend: str, options: argparse.Namespace) -> dict[str, Any]:
-    from fedsim import api
+    with importing():
+        from fedsim import api
 
     return api.run(config, folder, backend, options.resume, progress=False if options.json else None)
 

@@ -1,13 +1,17 @@
-"""What one view costs a model: operations and memory, counted on the meta device."""
+"""What one view costs a model: operations and memory, counted on the meta device or on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.grads import batch
 from fedsim.grads.batch import Batch
@@ -45,32 +49,102 @@ class Cost:
         return self.forward + self.backward
 
 
-def cost(skeleton: nn.Module, view: Batch, target: Batch | None = None, loss: Loss = cross_entropy) -> Cost:
-    """Return what one view costs a model on the meta device (`fedsim.models.skeleton`).
+def cost(model: nn.Module, view: Batch, target: Batch | None = None, loss: Loss = cross_entropy) -> Cost:
+    """Return what one view costs a model.
 
     Args:
-        skeleton: the model.
+        model: on the meta device (`fedsim.models.skeleton`), or on the CPU: with the same result, by computing
+            it six times. That is for small ones: torch's compiler, which the meta device needs, takes two
+            seconds to import.
         view: inputs (1, ...) of one view, a tensor or named arrays, on any device; values do not matter.
         target: its target (1, ...), likewise; None for a label.
         loss: one loss a view.
     """
-    run = _Run(skeleton, view, torch.zeros(1, dtype=torch.long) if target is None else target, loss)
-    with FlopCounterMode(display=False) as ahead:
-        run.loss(1)
-    with FlopCounterMode(display=False) as both:
-        run.loss(1).backward()
-    skeleton.zero_grad(set_to_none=True)
-    one, two = _kept(run, 1), _kept(run, 2)
-    parameters = list(skeleton.parameters())
+    run = _Run(model, view, torch.zeros(1, dtype=torch.long) if target is None else target, loss)
+    with _plain_kernels():
+        with _Operations() as ahead:
+            run.loss(1)
+        with _Operations() as both:
+            run.loss(1).backward()
+        model.zero_grad(set_to_none=True)
+        one, two = _kept(run, 1), _kept(run, 2)
+    parameters = list(model.parameters())
     return Cost(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        forward=ahead.get_total_flops(),
-        backward=both.get_total_flops() - ahead.get_total_flops(),
+        forward=ahead.count,
+        backward=both.count - ahead.count,
         saved_bytes=two[0] - one[0],
         output_bytes=two[1] - one[1],
         fixed_bytes=max(0, 2 * one[0] - two[0]),
     )
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Have the CPU compute as the meta device does: by kernels that are made of those in _FORMULAS."""
+    fused = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # its `flags` would warn of TF32
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = fused
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor, *_: Any) -> int:
+    """Of matrices (..., n, m) and (..., m, p)."""
+    return 2 * left.numel() * right.shape[-1]
+
+
+def _convolution(out: Tensor, inputs: Tensor, weight: Tensor, *rest: Any) -> int:
+    """`rest`: bias, stride, padding, dilation, transposed and more, as aten has them."""
+    positions = inputs if rest[4] else out
+    return 2 * positions.numel() // positions.shape[1] * weight.numel()
+
+
+def _convolution_backward(out: Any, gradient: Tensor, inputs: Tensor, weight: Tensor, *rest: Any) -> int:
+    """A convolution for the gradient of the inputs and one for that of the weight, as far as they are asked."""
+    wanted = rest[-1]
+    return _convolution(gradient, inputs, weight, *rest) * (bool(wanted[0]) + bool(wanted[1]))
+
+
+_aten = torch.ops.aten
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    _aten.mm: _product,
+    _aten.bmm: _product,
+    _aten.addmm: lambda out, _, *factors: _product(out, *factors),
+    _aten.baddbmm: lambda out, _, *factors: _product(out, *factors),
+    _aten.convolution: _convolution,
+    _aten.convolution_backward: _convolution_backward,
+}
+
+
+class _Operations(TorchDispatchMode):
+    """Adds up the operations of what runs within, under `_plain_kernels`.
+
+    torch's FlopCounterMode counts the same, but imports Triton and torch's compiler.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; otherwise the first operation imports the compiler
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := _FORMULAS.get(func.overloadpacket)) is not None:
+            self.count += formula(out, *args)
+        return out
 
 
 @dataclass(frozen=True)
@@ -81,11 +155,11 @@ class _Run:
     function: Loss
 
     def loss(self, views: int) -> Tensor:
-        """Mean loss of so many views, on the meta device."""
-        meta, dtype = torch.device("meta"), next(self.model.parameters()).dtype
+        """Mean loss of so many views, where the model is."""
+        some = next(self.model.parameters())
         inputs, targets = (batch.take(part, [0] * views) for part in (self.view, self.target))
-        outputs = batch.call(self.model, batch.placed(inputs, meta, dtype))
-        return self.function(outputs, batch.placed(targets, meta)).mean()
+        outputs = batch.call(self.model, batch.placed(inputs, some.device, some.dtype))
+        return self.function(outputs, batch.placed(targets, some.device)).mean()
 
 
 def _kept(run: _Run, views: int) -> tuple[int, int]:

@@ -85,7 +85,8 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
         return _own(config, input_shape, num_classes, seed)
     model = skeleton(config, input_shape, num_classes)
     try:
-        model = model.to_empty(device="cpu")
+        # As Module.to_empty, whose empty_like imports torch's symbolic shapes: half a second.
+        model = model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
     except RuntimeError as error:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         raise InputError(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
-from fedsim.privacy import events, loss_distribution
+from fedsim.privacy import calibrations, events, loss_distribution
 from fedsim.privacy.events import Release
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.loss_distribution import Part
@@ -210,7 +210,8 @@ def noise_multiplier_for(
     """Return the smallest noise multiplier of `family` whose epsilon over `steps` steps is within the target.
 
     The achieved epsilon is never above the target, and below it by at most 1e-4 of it (in rare cases a
-    little more, where refining the grid makes the computed epsilon jump).
+    little more, where refining the grid makes the computed epsilon jump). A number that was found before is
+    taken from a file (`calibrations`) if its epsilon, computed anew, says the same.
 
     Raises:
         InputError: the budget is unreachable; the message names the nearest that is.
@@ -228,16 +229,21 @@ def noise_multiplier_for(
             return math.inf
         return math.log(value / target_epsilon) if value > 0.0 else -math.inf
 
-    start = _first_guess(target_epsilon, delta, events.releases(unit_noise))
-    width = 0.15
-    if accountant == "pld":  # a coarse grid finds the place at a tenth of the price, and the slope there
-        start = _solve(lambda x: gap(x, _COARSE), start, width)
-        width = 0.02
-        slope = (gap(start + width, _COARSE) - gap(start, _COARSE)) / width
-        if math.isfinite(slope) and slope < 0.0 and math.isfinite(gap(start)):
-            start -= (gap(start) + CALIBRATION_TOLERANCE / 2.0) / slope
-        width = 0.004
-    found = _solve(gap, start, width)
+    def exact(log_sigma: float) -> bool:
+        return -CALIBRATION_TOLERANCE <= gap(log_sigma) <= 0.0
+
+    # Nobody can look into a family: what it releases at two noise multipliers tells families apart, and
+    # what a file says for another one is not exact.
+    released = [events.releases(family.event(sigma, steps)) for sigma in (1.0, 2.0)]
+    key = calibrations.key(float(target_epsilon), float(delta), released, accountant)
+    held = calibrations.recall(key)
+    if held is not None and math.log(_SIGMA_RANGE[0]) <= held <= math.log(_SIGMA_RANGE[1]) and exact(held):
+        found = held
+    else:
+        start = _first_guess(target_epsilon, delta, events.releases(unit_noise))
+        found = _search(gap, start, accountant)
+        if exact(found):
+            calibrations.keep(key, found)
     event = family.event(math.exp(found), steps)
     result = epsilon(event, delta, accountant, unit)
     # Epsilon 0 meets any target: a target below the smallest positive epsilon ends there.
@@ -428,6 +434,19 @@ def _clt_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: fl
     if sampling_rate == 1.0:
         return math.sqrt(steps) / mu
     return 1.0 / math.sqrt(math.log1p((mu / sampling_rate) ** 2 / steps))
+
+
+def _search(gap: Callable[..., float], start: float, accountant: str) -> float:
+    """Return where `gap(logarithm of the noise multiplier, tolerance of its epsilon)` ends just below 0."""
+    width = 0.15
+    if accountant == "pld":  # a coarse grid finds the place at a tenth of the price, and the slope there
+        start = _solve(lambda x: gap(x, _COARSE), start, width)
+        width = 0.02
+        slope = (gap(start + width, _COARSE) - gap(start, _COARSE)) / width
+        if math.isfinite(slope) and slope < 0.0 and math.isfinite(gap(start)):
+            start -= (gap(start) + CALIBRATION_TOLERANCE / 2.0) / slope
+        width = 0.004
+    return _solve(gap, start, width)
 
 
 def _solve(gap: Callable[[float], float], start: float, width: float) -> float:

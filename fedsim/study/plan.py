@@ -1,17 +1,20 @@
 """The dry run of a configuration: what it would release, cost and need, without training anything.
 
 Works for machines and data that are not at hand: sizes of standard sets are public constants (or stated in
-`reference.data`), the model is laid out on the meta device, and operations are counted there.
+`reference.data`), the model is laid out on the meta device, and operations are counted there. A small model
+whose data are read is there, and computes its operations in less time than the meta device takes to import.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedsim import models, strategies, validate
 from fedsim.config import Config
@@ -38,6 +41,9 @@ from fedsim.visibility import Public, Sensitive, Tagged, shown
 FLOPS_PER_SECOND = 5e13
 """Default rate: 50 teraflops sustained, about a third of an A100's TF32 peak."""
 
+COMPUTED_UP_TO = 10**8
+"""Models of more parameters, times the entries of an example, have their operations counted without values."""
+
 READ_UP_TO = 10_000
 """Data sets with more training examples are planned from their public sizes, which takes no time."""
 
@@ -50,8 +56,7 @@ class _Known:
     plan: Plan
     facts: DataFacts
     holders: Tagged[dict[str, float]]
-    shape: tuple[int, ...]
-    outputs: int
+    model: nn.Module
     task: Task
     view: tuple[Batch, Batch]
     source: str
@@ -129,9 +134,11 @@ def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any]
 
 
 def _from_data(experiment: Experiment) -> _Known:
-    train, task = experiment.splits.train, experiment.task
+    train, task, model = experiment.splits.train, experiment.task, experiment.model
     strata, cpu = task.strata(train.targets), torch.device("cpu")
     views, target = batches.placeholder(train, 1, np.random.default_rng(0), torch.float32, cpu)
+    if sum(p.numel() for p in model.parameters()) * math.prod(train.example_shape) > COMPUTED_UP_TO:
+        model = models.skeleton(experiment.config.model, train.example_shape, task.outputs(train.declared))
     return _Known(
         strategy=experiment.strategy,
         plan=experiment.plan,
@@ -139,8 +146,7 @@ def _from_data(experiment: Experiment) -> _Known:
         holders=Sensitive(
             experiment.partition.summary(np.zeros(len(train), int) if strata is None else strata)
         ),
-        shape=train.example_shape,
-        outputs=task.outputs(train.declared),
+        model=model,
         task=task,
         view=(batch.each(lambda array: array[0], views), target),
         source=f"{train.name}, read",
@@ -169,10 +175,9 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
         planned(strategy, facts),
         facts,
         Public(held.summary(labels)),
-        size.shape,
-        task.outputs(declared),
+        skeleton,
         task,
-        (torch.empty(1, *size.shape), torch.zeros(1, dtype=torch.long)),
+        (torch.zeros(1, *size.shape), torch.zeros(1, dtype=torch.long)),
         source,
     )
 
@@ -200,8 +205,7 @@ def _spent(known: _Known, config: Config) -> dict[str, Tagged[EpsilonResult]]:
 def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
     """Operations of the run, hours at a rate, bytes of a step and memory of its processes."""
     train, facts, plan = config.train, known.facts, known.plan
-    skeleton = models.skeleton(config.model, known.shape, known.outputs)
-    one = cost(skeleton, *known.view, known.task.loss)
+    one = cost(known.model, *known.view, known.task.loss)
     itemsize = 8 if config.model.dtype == "float64" else 4
     vector = facts.parameters * itemsize
     views = plan.steps * plan.sampling_rate * facts.examples * train.augment_multiplicity

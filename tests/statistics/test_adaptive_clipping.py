@@ -18,7 +18,7 @@ from scipy import stats
 
 from fedsim.engine.experiment import prepare
 from fedsim.engine.optim import ServerOptimizer
-from strategies.dp_fedavg import DPFedAvg
+from fedsim.strategies.dp_fedavg import DPFedAvg
 from tests.conftest import small, train
 from tests.statistics.test_noise_of_updates import ALARM, every_step_has_the_scale, steps_are_independent
 

@@ -25,7 +25,7 @@ from fedsim.noise.correlated import (
     in_bin,
     optimal_coefficients,
 )
-from strategies.base import Plan
+from fedsim.strategies.base import Plan
 from tests.conftest import small, train
 
 Array = NDArray[np.float64]

@@ -22,7 +22,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-import strategies
+from fedsim import strategies
 from fedsim import config as configs
 from fedsim.engine.asked import Asked
 from fedsim.engine.experiment import prepare

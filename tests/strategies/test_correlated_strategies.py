@@ -14,7 +14,7 @@ import torch
 from dp_accounting import pld, rdp
 from safetensors.torch import load_file
 
-import strategies
+from fedsim import strategies
 from fedsim.config import Config
 from fedsim.engine.experiment import Experiment, epsilons, prepare
 from fedsim.engine.holder import Node
@@ -25,8 +25,8 @@ from fedsim.privacy import accountant, events, ledger
 from fedsim.types import StepTask
 from fedsim.validate import InputError, RunError
 from fedsim.visibility import shown
-from strategies.base import DataFacts, Plan
-from strategies.nonprivate import NonPrivate
+from fedsim.strategies.base import DataFacts, Plan
+from fedsim.strategies.nonprivate import NonPrivate
 from tests.conftest import final, small, train
 
 BOTH = ("dp_ftrl", "dp_mf")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from dp_accounting import pld, rdp
 
-import strategies
+from fedsim import strategies
 from fedsim.data import examples
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.flower import wire

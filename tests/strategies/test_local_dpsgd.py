@@ -109,7 +109,7 @@ def test_one_local_step_and_full_local_rate_are_the_same_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two forms meet at E = 1: the path of several steps, forced, gives what one noised sum gives."""
-    from strategies.local_dpsgd import LocalDPSGD
+    from fedsim.strategies.local_dpsgd import LocalDPSGD
 
     config = small("strategy.name=local_dpsgd", "model.dtype=float64", "federation.availability=0.7",
                    "train.expected_batch_size=40")  # fmt: skip

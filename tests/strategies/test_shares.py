@@ -15,7 +15,7 @@ from flwr.app import Message
 from numpy.typing import NDArray
 from scipy import stats
 
-import strategies
+from fedsim import strategies
 from fedsim import secure_sum
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node
@@ -25,7 +25,7 @@ from fedsim.privacy import accountant, events, ledger
 from fedsim.secure_sum.protocol import DEALT_BYTES, TAG_BYTES
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import InputError, RunError
-from strategies.shares_dpsgd import SharesDPSGD
+from fedsim.strategies.shares_dpsgd import SharesDPSGD
 from tests.conftest import final, small, train
 
 TINY = ("privacy.noise_multiplier=1e-9", "train.eval_every=1000", "model.dtype=float64")

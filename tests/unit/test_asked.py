@@ -16,7 +16,7 @@ from fedsim.engine.holder import Node
 from fedsim.grads.flat import get_flat
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError
-from strategies.shares_dpsgd import STAGES
+from fedsim.strategies.shares_dpsgd import STAGES
 from tests.conftest import small
 
 SHARES = ("strategy.name=shares_dpsgd", "federation.nodes=1", "model.name=linear", "data.train_examples=100")

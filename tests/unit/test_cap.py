@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import strategies
+from fedsim import strategies
 from fedsim import seeds
 from fedsim.config import Config, FederationConfig
 from fedsim.data.partition import Partition, partition

@@ -18,7 +18,8 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 
 from benchmarks import report, tables, trust_models
-from fedsim import compare, provenance
+from fedsim import provenance
+from fedsim.study import compare
 from fedsim.config import CONFIG_DIR
 from fedsim.engine.experiment import prepare
 from fedsim.report import comparison, markers

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-import strategies
+from fedsim import strategies
 from fedsim import config as configs
-from fedsim import models, plan
+from fedsim import models
+from fedsim.study import plan
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
 from fedsim.validate import InputError

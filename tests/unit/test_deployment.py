@@ -12,7 +12,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
-import strategies
+from fedsim import strategies
 from fedsim import seeds
 from fedsim.config import Config
 from fedsim.engine import holder

@@ -350,9 +350,9 @@ def test_the_dry_run_states_what_a_node_really_sends(tmp_path: Path, monkeypatch
     """Against the arrays of the messages of one step, for every strategy."""
     import strategies
     from fedsim.flower.transport import GridTransport
-    from fedsim.plan import describe
+    from fedsim.study.plan import describe
 
-    monkeypatch.setattr("fedsim.plan.FLOPS_PER_SECOND", 1.0)
+    monkeypatch.setattr("fedsim.study.plan.FLOPS_PER_SECOND", 1.0)
     ask = GridTransport.ask
     for name in strategies.names():
         seen: list[tuple[int, int]] = []

@@ -15,7 +15,7 @@ import pytest
 import torch
 from flwr.app import Error, Message
 
-import strategies
+from fedsim import strategies
 from fedsim import config as configs
 from fedsim import seeds
 from fedsim.engine.collect import Collector

@@ -22,7 +22,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.privacy import ledger, secret
 from fedsim.privacy.binding import holder_digests
 from fedsim.validate import InputError, RunError
-from strategies.base import Plan
+from fedsim.strategies.base import Plan
 from tests.conftest import SMALL, command, final, forked, small, train
 from tests.unit.test_run import secrets, stop_at
 

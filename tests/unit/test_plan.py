@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fedsim import config as configs
-from fedsim import models, plan
+from fedsim import models
+from fedsim.study import plan
 from fedsim.config import ModelConfig
 from fedsim.data import datasets, sizes
 from fedsim.grads.cost import cost

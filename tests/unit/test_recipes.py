@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import strategies
+from fedsim import strategies
 from fedsim import config as configs
 from fedsim import models
 from fedsim.config import CONFIG_DIR, Config
 from fedsim.data import sizes
 from fedsim.privacy import accountant, published
 from fedsim.visibility import Public
-from strategies.base import DataFacts
+from fedsim.strategies.base import DataFacts
 from tests.conftest import command
 
 FAMILIES = ("de2022", "kurakin2022")

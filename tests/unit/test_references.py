@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-import strategies
-from fedsim import models, plan, provenance, references
+from fedsim import strategies
+from fedsim import models, provenance, references
+from fedsim.study import plan
 from fedsim.config import ModelConfig
 from fedsim.engine.holder import node_for, setup_of
 from fedsim.validate import InputError
@@ -23,7 +24,7 @@ MODULE = """
 import numpy as np
 import torch
 from torch import nn
-from strategies.central_dpsgd import CentralDPSGD
+from fedsim.strategies.central_dpsgd import CentralDPSGD
 
 class Net(nn.Module):
     def __init__(self, num_classes, input_shape, width=8, scale=0.3):
@@ -147,7 +148,7 @@ def test_a_run_with_a_model_and_a_strategy_of_ones_own(folder: Path) -> None:
     train(small(*names), folder / "own")
     train(small(names[0]), folder / "central")
     assert torch.equal(final(folder / "own"), final(folder / "central"))
-    assert isinstance(strategies.load(small(*names)), strategies.base.Strategy)
+    assert isinstance(strategies.load(small(*names)), fedsim.strategies.base.Strategy)
     assert plan.describe(small(*names))["strategy"] == "own_things:Own"
     with pytest.raises(InputError, match="must name a class derived from"):
         strategies.load(small("strategy.name=own_things:Net"))
