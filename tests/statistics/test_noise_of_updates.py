@@ -22,8 +22,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedsim import strategies
 from fedsim import config as configs
+from fedsim import strategies
 from fedsim.engine.asked import Asked
 from fedsim.engine.experiment import prepare
 from fedsim.engine.optim import ServerOptimizer

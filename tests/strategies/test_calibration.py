@@ -16,14 +16,14 @@ from dp_accounting import rdp
 from fedsim import strategies
 from fedsim.engine.experiment import prepare
 from fedsim.noise.gaussian import GaussianNoise
-from fedsim.study.plan import describe
 from fedsim.privacy import accountant, ledger
 from fedsim.privacy.budget import Budget, within_budget
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.levels import NoiseLevels
-from fedsim.validate import InputError
 from fedsim.strategies.base import Plan
 from fedsim.strategies.central_dpsgd import CentralDPSGD
+from fedsim.study.plan import describe
+from fedsim.validate import InputError
 from tests.conftest import small, train
 from tests.strategies.test_contract import FORMS, PRIVATE, of
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fedsim import strategies
 from fedsim import config as configs
+from fedsim import strategies
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
 from fedsim.flower.client_app import app
 from fedsim.privacy import accountant, ledger
-from fedsim.validate import InputError, RunError
 from fedsim.strategies.base import DataFacts, Plan
 from fedsim.strategies.nonprivate import NonPrivate
+from fedsim.validate import InputError, RunError
 from tests.conftest import final, small, train
 
 ALL = strategies.names()

@@ -22,11 +22,11 @@ from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.noise.correlated import TreeAggregation
 from fedsim.privacy import accountant, events, ledger
+from fedsim.strategies.base import DataFacts, Plan
+from fedsim.strategies.nonprivate import NonPrivate
 from fedsim.types import StepTask
 from fedsim.validate import InputError, RunError
 from fedsim.visibility import shown
-from fedsim.strategies.base import DataFacts, Plan
-from fedsim.strategies.nonprivate import NonPrivate
 from tests.conftest import final, small, train
 
 BOTH = ("dp_ftrl", "dp_mf")

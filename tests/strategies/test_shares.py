@@ -15,17 +15,16 @@ from flwr.app import Message
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedsim import strategies
-from fedsim import secure_sum
+from fedsim import secure_sum, strategies
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.privacy import accountant, events, ledger
 from fedsim.secure_sum.protocol import DEALT_BYTES, TAG_BYTES
+from fedsim.strategies.shares_dpsgd import SharesDPSGD
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import InputError, RunError
-from fedsim.strategies.shares_dpsgd import SharesDPSGD
 from tests.conftest import final, small, train
 
 TINY = ("privacy.noise_multiplier=1e-9", "train.eval_every=1000", "model.dtype=float64")

@@ -14,9 +14,9 @@ from fedsim.engine import holder
 from fedsim.engine.asked import Asked
 from fedsim.engine.holder import Node
 from fedsim.grads.flat import get_flat
+from fedsim.strategies.shares_dpsgd import STAGES
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError
-from fedsim.strategies.shares_dpsgd import STAGES
 from tests.conftest import small
 
 SHARES = ("strategy.name=shares_dpsgd", "federation.nodes=1", "model.name=linear", "data.train_examples=100")

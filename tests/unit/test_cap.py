@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim import strategies
-from fedsim import seeds
+from fedsim import seeds, strategies
 from fedsim.config import Config, FederationConfig
 from fedsim.data.partition import Partition, partition
 from fedsim.engine.experiment import epsilons, prepare

@@ -19,10 +19,10 @@ from matplotlib.container import ErrorbarContainer
 
 from benchmarks import report, tables, trust_models
 from fedsim import provenance
-from fedsim.study import compare
 from fedsim.config import CONFIG_DIR
 from fedsim.engine.experiment import prepare
 from fedsim.report import comparison, markers
+from fedsim.study import compare
 from tests.conftest import SMALL, command
 
 SHIPPED = sorted((CONFIG_DIR / "compare").glob("*.yaml"))

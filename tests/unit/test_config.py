@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from fedsim import strategies
 from fedsim import config as configs
-from fedsim import models
-from fedsim.study import plan
+from fedsim import models, strategies
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
+from fedsim.study import plan
 from fedsim.validate import InputError
 from tests.conftest import small
 

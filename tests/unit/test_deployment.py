@@ -12,8 +12,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
-from fedsim import strategies
-from fedsim import seeds
+from fedsim import seeds, strategies
 from fedsim.config import Config
 from fedsim.engine import holder
 from fedsim.engine.experiment import prepare

@@ -15,9 +15,8 @@ import pytest
 import torch
 from flwr.app import Error, Message
 
-from fedsim import strategies
 from fedsim import config as configs
-from fedsim import seeds
+from fedsim import seeds, strategies
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import setup_of

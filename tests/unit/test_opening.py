@@ -21,8 +21,8 @@ from fedsim.engine import checkpoint
 from fedsim.engine.run_folder import RunFolder
 from fedsim.privacy import ledger, secret
 from fedsim.privacy.binding import holder_digests
-from fedsim.validate import InputError, RunError
 from fedsim.strategies.base import Plan
+from fedsim.validate import InputError, RunError
 from tests.conftest import SMALL, command, final, forked, small, train
 from tests.unit.test_run import secrets, stop_at
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from fedsim import config as configs
 from fedsim import models
-from fedsim.study import plan
 from fedsim.config import ModelConfig
 from fedsim.data import datasets, sizes
 from fedsim.grads.cost import cost
+from fedsim.study import plan
 from fedsim.validate import InputError
 from tests.conftest import command, small
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import strategies
 from fedsim import config as configs
-from fedsim import models
+from fedsim import models, strategies
 from fedsim.config import CONFIG_DIR, Config
 from fedsim.data import sizes
 from fedsim.privacy import accountant, published
-from fedsim.visibility import Public
 from fedsim.strategies.base import DataFacts
+from fedsim.visibility import Public
 from tests.conftest import command
 
 FAMILIES = ("de2022", "kurakin2022")

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedsim import strategies
-from fedsim import models, provenance, references
-from fedsim.study import plan
+from fedsim import models, provenance, references, strategies
 from fedsim.config import ModelConfig
 from fedsim.engine.holder import node_for, setup_of
+from fedsim.study import plan
 from fedsim.validate import InputError
 from tests.conftest import final, small, train
 
