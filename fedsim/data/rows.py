@@ -1,0 +1,122 @@
+"""Columns of table files: CSV, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim import validate
+from fedsim.data.targets import Targets
+from fedsim.validate import InputError, PrivateInputError
+
+Columns = dict[str, list[Any]]
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+
+def read(path: Path, wanted: Sequence[str]) -> Columns:
+    """Return the wanted columns of a file, row by row; cells of CSV are words, others what the file has.
+
+    Raises:
+        InputError: a file that is missing, damaged or of another kind, or lacks a column.
+    """
+    validate.one_of(path.suffix, SUFFIXES, f"the ending of {path.name}")
+    try:
+        found = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix](path)
+    except InputError:
+        raise
+    except Exception as error:  # every format has its own errors
+        raise InputError(f"{path} must be a readable {path.suffix} file: {error}.") from error
+    for name in wanted:
+        if name not in found:
+            raise InputError(f"{path} has no column {name!r}. {validate.did_you_mean(name, found)}".rstrip())
+    return {name: found[name] for name in wanted}
+
+
+def _csv(path: Path) -> Columns:
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        reader = csv.DictReader(handle, strict=True)
+        names = list(reader.fieldnames or [])
+        if len(set(names)) != len(names):
+            raise InputError(f"{path}: every column must have a name of its own, got {names}.")
+        rows = list(reader)
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise InputError(f"{path}: every row must have {len(names)} cells, row {number} has not.")
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def _jsonl(path: Path) -> Columns:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if any(not isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: every line must be a JSON object.")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _parquet(path: Path) -> Columns:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError(
+            f"{path} needs the package pyarrow: {error}. Run pip install 'fedsim[table]'."
+        ) from error
+    return dict(parquet.read_table(path).to_pydict())
+
+
+def number(cell: Any, where: str) -> float:
+    """Return a cell as a number, NaN for an empty one.
+
+    Raises:
+        PrivateInputError: it is a word.
+    """
+    if cell is None or cell == "":
+        return float("nan")
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        expected = f"{where} must hold numbers"
+        raise PrivateInputError(f"{expected}, got {cell!r}.", f"{expected}.") from None
+
+
+def scaled(cells: Sequence[Any], low: float, high: float, where: str) -> NDArray[np.float32]:
+    """Return numbers (N,) on [-1, 1] by their declared range: cut off at its ends, 0 for an empty cell."""
+    values = np.array([number(cell, where) for cell in cells], dtype=np.float64)
+    placed = np.clip((values - low) / (high - low), 0.0, 1.0) * 2.0 - 1.0
+    return np.where(np.isnan(placed), 0.0, placed).astype(np.float32)
+
+
+def one_hot(cells: Sequence[Any], words: Sequence[str]) -> NDArray[np.float32]:
+    """Return (N, words): 1 for the declared word a cell has, nothing where it has another or none."""
+    places = {word: index for index, word in enumerate(words)}
+    out = np.zeros((len(cells), len(words)), dtype=np.float32)
+    for row, cell in enumerate(cells):
+        if (place := places.get(str(cell))) is not None:
+            out[row, place] = 1.0
+    return out
+
+
+def classes(cells: Sequence[Any], words: Sequence[str], where: str) -> tuple[NDArray[np.int64], Targets]:
+    """Return the declared class (N,) of each cell, and the declaration.
+
+    Raises:
+        PrivateInputError: a cell is no declared class.
+    """
+    places = {str(word): index for index, word in enumerate(words)}
+    if len(places) != len(words):
+        raise InputError(f"{where}: classes must be different words, got {list(words)}.")
+    found = [places.get(str(cell)) for cell in cells]
+    if None in found:
+        expected = f"{where} must be one of the declared classes {', '.join(places)}"
+        raise PrivateInputError(f"{expected}, got {cells[found.index(None)]!r}.", f"{expected}.")
+    return np.array(found, dtype=np.int64), Targets("class", len(words), tuple(places))
+
+
+def numbered(cells: Sequence[Any]) -> NDArray[np.int64]:
+    """Return owners of any words as numbers (N,) in their sorted order."""
+    return np.unique([str(cell) for cell in cells], return_inverse=True)[1].astype(np.int64)
