@@ -1,4 +1,4 @@
-"""Calibrations kept in files: the same number in less time, and never one that spends more than its target."""
+"""Calibrations kept in files: the same number in less time, and never less noise than the target needs."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_mixture_is_the_librarys(sigma: float, rate: float, examples: int, ste
 @np.errstate(all="ignore")
 def test_what_the_library_refuses_is_refused(sigma: float, rate: float, step: float) -> None:
     """Rates so small that round-off takes losses beyond what they leave possible."""
-    with pytest.raises(ValueError, match="smaller than|greater than"):
+    with pytest.raises(ValueError, match=r"smaller than|greater than"):
         pld.from_gaussian_mechanism(sigma, value_discretization_interval=step, sampling_prob=rate)
     with pytest.raises(ValueError, match="below what sampling leaves possible"):
         single_release.sampled_gaussian(sigma, rate, step)
