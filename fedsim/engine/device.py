@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from fedsim import validate
 from fedsim.config import Config, EngineConfig
@@ -17,6 +19,9 @@ from fedsim.grads.per_example import engine_of
 from fedsim.validate import InputError
 
 _log = logging.getLogger(__name__)
+SMALL = (
+    100_000  # parameters; for less, other threads take longer to wake, or to be given a core, than to work
+)
 SHARE = 0.5  # of free memory, for a physical batch; the rest is for what is not counted, and for others
 CUDA_CONTEXT = 600 * 2**20  # bytes a process takes on a GPU before its first tensor, with torch's libraries
 _UNITS = {
@@ -120,10 +125,25 @@ def make_deterministic(device: torch.device, wanted: bool) -> None:
     torch.backends.cudnn.benchmark = not wanted
 
 
+def threads_of(engine: EngineConfig, model: nn.Module) -> int | None:
+    """Return `engine.threads`; where that is None, 1 for a small model and None, the default, otherwise."""
+    if engine.threads is None and sum(p.numel() for p in model.parameters()) < SMALL:
+        return 1
+    return engine.threads
+
+
+@functools.cache
+def _default_threads() -> int:
+    """What torch chose in this process: all visible cores, or what its environment says."""
+    return torch.get_num_threads()
+
+
 def set_threads(count: int | None) -> None:
-    """Set torch's intra-op threads for this process; None leaves the default (all visible cores)."""
-    if count is not None and torch.get_num_threads() != count:
-        torch.set_num_threads(count)
+    """Set torch's intra-op threads for this process; None is what it had before the first call."""
+    default = _default_threads()  # asked first
+    wanted = default if count is None else count
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
 
 
 def options_of(engine: EngineConfig) -> Options:

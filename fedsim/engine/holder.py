@@ -27,7 +27,7 @@ from fedsim.config import Config
 from fedsim.data import batches, datasets
 from fedsim.engine.ahead import ahead
 from fedsim.engine.asked import Asked
-from fedsim.engine.device import make_deterministic, options_of, pick_device, set_threads
+from fedsim.engine.device import make_deterministic, options_of, pick_device, set_threads, threads_of
 from fedsim.engine.experiment import build_model, partition_of, task_of
 from fedsim.grads.clip import ClipRule
 from fedsim.grads.flat import get_flat, set_flat
@@ -74,7 +74,6 @@ class Node:
         self.holders = self.partition.holders_of_node(index, nodes)
         self.ids = self.partition.ids_of_node(index, nodes)
         self.device = pick_device(config.engine.device, index)
-        set_threads(config.engine.threads)
         make_deterministic(self.device, config.engine.deterministic)
         if not isinstance(config.engine.physical_batch_size, int):
             raise InputError(
@@ -85,6 +84,7 @@ class Node:
         self._halved = False
         self.options = options_of(config.engine)
         self.model = build_model(config, self.train, self.task, seed).to(self.device)
+        set_threads(threads_of(config.engine, self.model))
         self.dtype = get_flat(self.model).dtype
 
     def drawn(self, task: StepTask) -> NDArray[np.int64]:

@@ -85,7 +85,7 @@ def probe(experiment: Experiment, parallel: bool) -> Choice:
     limit = devices.memory_limit(config.engine, free, nodes)
     expected = min(config.train.expected_batch_size, experiment.facts.examples)
     most = math.ceil(expected / config.federation.nodes)
-    with _threads(config, parallel):
+    with _threads(experiment, parallel):
         return choose(measure(_Call(experiment, device), device), limit, most)
 
 
@@ -131,10 +131,12 @@ def _device(config: Config, parallel: bool) -> torch.device:
 
 
 @contextmanager
-def _threads(config: Config, parallel: bool) -> Iterator[None]:
+def _threads(experiment: Experiment, parallel: bool) -> Iterator[None]:
     """Compute with as many threads as a node will."""
     before = torch.get_num_threads()
-    devices.set_threads(config.engine.threads or (config.engine.cpus_per_node if parallel else None))
+    engine = experiment.config.engine
+    chosen = devices.threads_of(engine, experiment.model)
+    devices.set_threads(chosen or (engine.cpus_per_node if parallel else None))
     try:
         yield
     finally:

@@ -53,9 +53,9 @@ def cost(model: nn.Module, view: Batch, target: Batch | None = None, loss: Loss 
     """Return what one view costs a model.
 
     Args:
-        model: on the meta device (`fedsim.models.skeleton`), or on the CPU: with the same result, by computing
-            it six times. That is for small ones: torch's compiler, which the meta device needs, takes two
-            seconds to import.
+        model: on the meta device (`fedsim.models.skeleton`), or on the CPU: with the same result, by
+            computing it a few times. That is for small ones: torch's compiler, which the meta device needs,
+            takes two seconds to import.
         view: inputs (1, ...) of one view, a tensor or named arrays, on any device; values do not matter.
         target: its target (1, ...), likewise; None for a label.
         loss: one loss a view.
@@ -83,13 +83,14 @@ def cost(model: nn.Module, view: Batch, target: Batch | None = None, loss: Loss 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Have the CPU compute as the meta device does: by kernels that are made of those in _FORMULAS."""
-    fused = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # its `flags` would warn of TF32
+    mkldnn: Any = torch.backends.mkldnn
+    fused = mkldnn.enabled
+    mkldnn.enabled = False  # its `flags` would warn of TF32
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.backends.mkldnn.enabled = fused
+        mkldnn.enabled = fused
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor, *_: Any) -> int:
@@ -104,7 +105,7 @@ def _convolution(out: Tensor, inputs: Tensor, weight: Tensor, *rest: Any) -> int
 
 
 def _convolution_backward(out: Any, gradient: Tensor, inputs: Tensor, weight: Tensor, *rest: Any) -> int:
-    """A convolution for the gradient of the inputs and one for that of the weight, as far as they are asked."""
+    """One convolution for the gradient of the inputs, one for that of the weight, where they are asked."""
     wanted = rest[-1]
     return _convolution(gradient, inputs, weight, *rest) * (bool(wanted[0]) + bool(wanted[1]))
 

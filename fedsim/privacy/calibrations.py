@@ -6,9 +6,10 @@ it as the search ends (`accountant.noise_multiplier_for`): whatever a file holds
 its target needs. Epsilons that are reported are never kept in files, where nothing could check them: they are
 computed in every process.
 
-One JSON file a calibration, under `fedsim.data.cache.folder()`. Its name is the SHA-256 of all that the number
-depends on: target, delta, what is released, accountant, the versions of the libraries that compute it, and the
-source of this package. Files may be deleted at any time. FEDSIM_CALIBRATIONS=off: none is read or written.
+One JSON file a calibration, under `fedsim.data.cache.folder()`. Its name is the SHA-256 of all that the
+number depends on: target, delta, what is released, accountant, the versions of the libraries that compute it,
+and the source of this package. Files may be deleted at any time. FEDSIM_CALIBRATIONS=off: none is read or
+written.
 """
 
 from __future__ import annotations

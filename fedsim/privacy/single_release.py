@@ -76,7 +76,7 @@ def _masses(loss: MonotonePrivacyLoss, step: float) -> pld_pmf.PLDPmf:
     return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(step, low, high, deltas)
 
 
-class _SampledGaussian(GaussianPrivacyLoss):  # type: ignore[misc]
+class _SampledGaussian(GaussianPrivacyLoss):
     """Only what is asked of arrays of epsilons differs from its base."""
 
     def get_delta_for_epsilon(self, epsilon: Any) -> Any:
@@ -112,7 +112,7 @@ class _SampledGaussian(GaussianPrivacyLoss):  # type: ignore[misc]
         return self.sensitivity + points if self.adjacency_type == AdjacencyType.ADD else points
 
 
-class _Mixture(MixtureGaussianPrivacyLoss):  # type: ignore[misc]
+class _Mixture(MixtureGaussianPrivacyLoss):
     """Searches for all inverses level by level; its base asks for the loss at one point at a time."""
 
     def _inverse_privacy_losses_with_range(

@@ -42,7 +42,7 @@ FLOPS_PER_SECOND = 5e13
 """Default rate: 50 teraflops sustained, about a third of an A100's TF32 peak."""
 
 COMPUTED_UP_TO = 10**8
-"""Models of more parameters, times the entries of an example, have their operations counted without values."""
+"""Where parameters times entries of an example are more, operations are counted on the meta device."""
 
 READ_UP_TO = 10_000
 """Data sets with more training examples are planned from their public sizes, which takes no time."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim import config as configs
 from fedsim import models
@@ -162,3 +164,59 @@ def test_memory_grows_with_the_engine_and_the_batch() -> None:
 def test_a_machine_must_compute(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["check", "quickstart", "--flops-per-second", rate]) == 2
     assert "flops-per-second" in capsys.readouterr().err
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.head = nn.LSTM(7, 5, 2), nn.GRU(5, 4), nn.Linear(4, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.gru(self.lstm(inputs)[0])[0])[:, -1]
+        return found
+
+
+def _attention() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, batch_first=True, dropout=0.0)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(144, 10))
+
+
+def _convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ConvTranspose2d(8, 4, 3, stride=2), nn.Flatten(), nn.LazyLinear(10)
+    )
+
+
+COSTED = [
+    *((name, {"depth": 1} if name == "vit" else {}, (3, 32, 32)) for name in ("mlp", "small_cnn", "vit")),
+    ("wide_resnet", {"depth": 10, "width": 1}, (3, 16, 16)),
+    (_Recurrent, None, (9, 7)),
+    (_attention, None, (9, 16)),
+    (_convolutions, None, (3, 9, 9)),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "shape"), COSTED)
+def test_operations_on_the_cpu_are_those_on_the_meta_device_and_of_torchs_counter(
+    make: Any, options: dict[str, Any] | None, shape: tuple[int, ...]
+) -> None:
+    if options is not None:
+        model = models.build(ModelConfig(make, options), shape, 10, 0)
+    else:
+        model = make()
+        model(torch.zeros(1, *shape))  # lays out what is lazy
+    view, enabled = torch.zeros(1, *shape), torch.backends.mkldnn.enabled
+    computed = cost(model, view)
+    assert torch.backends.mkldnn.enabled == enabled
+    assert all(p.grad is None for p in model.parameters())
+    assert computed == cost(model.to("meta"), view)
+    with FlopCounterMode(display=False) as theirs:
+        model(view.to("meta")).sum().backward()
+    assert computed.training == theirs.get_total_flops()
+
+
+def test_grouped_convolutions_cost_their_own_products() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(8, 16, 3, groups=4), nn.Flatten())
+    found = cost(model, torch.empty(1, 8, 5, 5))
+    assert found.forward == found.backward == 2 * 9 * 16 * 2 * 9
