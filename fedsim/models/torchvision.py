@@ -87,7 +87,9 @@ def _load(model: nn.Module, path: Path, outputs: int) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_absolute():  # processes of a run work in other folders
-        raise InputError(f"model.options.weights must be an absolute path, got {str(path)!r}. Write it in full.")
+        raise InputError(
+            f"model.options.weights must be an absolute path, got {str(path)!r}. Write it in full."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers on token ids: by type and configuration, or as they were published."""
+"""Models of Hugging Face's transformers on token ids: by type and configuration, or as published."""
 
 from __future__ import annotations
 
@@ -51,10 +51,13 @@ class TransformersOptions:
         architecture: a model type, such as bert or gpt2, with weights drawn at random.
         path: instead, an absolute folder or a name on the hub, as `from_pretrained` takes them.
         head: sequence_classification or causal_lm.
-        config: settings of the model's configuration. Rates of dropout are 0.
+        config: settings of the model's configuration. Rates of dropout are 0. _attn_implementation is
+            the fused one where the type has it; "eager" helps where the log says that gradients come from
+            one example at a time.
         padding: id of the token that fills texts up, on the right; one outside the vocabulary, such as -1,
             for texts that are not filled up.
-        lora: options of `LoraOptions`: adapters, and the classifier, are trained, and nothing else is.
+        lora: options of `LoraOptions`: adapters, and the classifier, are trained, and nothing else is. Null
+            or empty: everything is trained.
     """
 
     architecture: str | None = None
@@ -62,7 +65,7 @@ class TransformersOptions:
     head: str = "sequence_classification"
     config: dict[str, Any] = field(default_factory=dict)
     padding: int = 0
-    lora: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = field(default_factory=dict)
 
 
 class TokenModel(nn.Module):
@@ -81,11 +84,13 @@ class TokenModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (n, T) int64 to logits: (n, outputs), or (n, T, vocabulary) of a language model."""
         dtype = next(self.model.parameters()).dtype
-        return self.model(input_ids=tokens, attention_mask=_MASKS[self.mask](tokens != self.padding, dtype)).logits
+        return self.model(
+            input_ids=tokens, attention_mask=_MASKS[self.mask](tokens != self.padding, dtype)
+        ).logits
 
     @torch.no_grad()
     def fitted(self, length: int, vocabulary: int, causal: bool) -> TokenModel:
-        """Choose the form of the mask by what the model does on texts of `length` random tokens; returns self.
+        """Choose the form of the mask by what the model does on random texts of `length`; returns self.
 
         Raises:
             InputError: it does not run on them, or must not look ahead (`causal`) and does.
@@ -133,7 +138,9 @@ def _plain(real: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _bidirectional(real: Tensor, dtype: torch.dtype) -> Tensor:
     # Finite, so that a text of filling alone still has attention that sums to 1; in bfloat16 too.
-    return torch.zeros_like(real, dtype=dtype).masked_fill(~real, torch.finfo(torch.bfloat16).min)[:, None, None]
+    return torch.zeros_like(real, dtype=dtype).masked_fill(~real, torch.finfo(torch.bfloat16).min)[
+        :, None, None
+    ]
 
 
 def _causal(real: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,7 +184,7 @@ def transformers_model(
         model = registry.called(auto.from_config, {"config": config}, {}, "model.options")
     else:
         model = _published(auto, options.path, config)
-    if options.lora is not None:
+    if options.lora:
         _adapt(model, parse_options(options.lora, LoraOptions, "model.options.lora"), options.head)
     return TokenModel(model, options.padding).fitted(input_shape[0], vocabulary, options.head == _CAUSAL)
 
@@ -192,6 +199,8 @@ def _config(hf: ModuleType, options: TransformersOptions, outputs: int, vocabula
     data = "the data decide it"
     decided = {"num_labels": data, "vocab_size": data, "pad_token_id": "model.options.padding says it"}
     check_free(options.config, decided, "model.options.config")
+    make: Callable[..., Any]
+    first: dict[str, Any]
     if options.path is not None:
         if Path(options.path).is_dir() and not Path(options.path).is_absolute():
             raise InputError(  # processes of a run work in other folders
@@ -199,7 +208,9 @@ def _config(hf: ModuleType, options: TransformersOptions, outputs: int, vocabula
             )
         make, first = hf.AutoConfig.from_pretrained, {"pretrained_model_name_or_path": options.path}
     else:
-        check_architecture(options.architecture, hf.CONFIG_MAPPING, "a model type", "transformers.CONFIG_MAPPING")
+        check_architecture(
+            options.architecture, hf.CONFIG_MAPPING, "a model type", "transformers.CONFIG_MAPPING"
+        )
         make, first = hf.AutoConfig.for_model, {"model_type": options.architecture}
     usual = registry.called(make, first, {}, "model.options")
     for name, value in options.config.items():
@@ -224,13 +235,15 @@ def _config(hf: ModuleType, options: TransformersOptions, outputs: int, vocabula
         }
     elif usual.vocab_size < vocabulary or (options.head == _CAUSAL and usual.vocab_size != vocabulary):
         raise InputError(
-            f"{options.path} knows {usual.vocab_size} tokens, but the data have a vocabulary of {vocabulary}. "
-            "Use data that were cut into tokens for this model, and declare its vocabulary."
+            f"{options.path} knows {usual.vocab_size} tokens, but the data have a vocabulary of "
+            f"{vocabulary}. Use data that were cut into tokens for this model, and declare its vocabulary."
         )
     settings["pad_token_id"] = options.padding if 0 <= options.padding < vocabulary else None
     if options.head != _CAUSAL:
         settings["num_labels"] = outputs
-    return registry.called(make, {**first, "use_cache": False, **settings, **options.config}, {}, "model.options")
+    return registry.called(
+        make, {**first, "use_cache": False, **settings, **options.config}, {}, "model.options"
+    )
 
 
 def _is_rate(name: str, value: object) -> bool:
