@@ -79,14 +79,13 @@ class TokenModel(nn.Module):
         super().__init__()
         self.model = model
         self.padding = padding
-        self.mask = "plain"
+        self.mask = self.mask_on_meta = "plain"
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (n, T) int64 to logits: (n, outputs), or (n, T, vocabulary) of a language model."""
         dtype = next(self.model.parameters()).dtype
-        return self.model(
-            input_ids=tokens, attention_mask=_MASKS[self.mask](tokens != self.padding, dtype)
-        ).logits
+        form = _MASKS[self.mask_on_meta if tokens.is_meta else self.mask]
+        return self.model(input_ids=tokens, attention_mask=form(tokens != self.padding, dtype)).logits
 
     @torch.no_grad()
     def fitted(self, length: int, vocabulary: int, causal: bool) -> TokenModel:
@@ -106,6 +105,8 @@ class TokenModel(nn.Module):
                 off[self.mask] = float((self._real(tokens) - expected).abs().max() / expected.abs().max())
             except Exception as problem:  # a type that takes no mask of this form
                 _log.debug("no %s mask of four axes: %s", self.mask, problem)
+        # Without values only shapes count, and the library cannot look at them: any mask that runs will do.
+        self.mask_on_meta = next(iter(off), "plain")
         self.mask = min(off, key=off.__getitem__, default="plain")
         if not off.get(self.mask, 1.0) <= 1e-5:  # such as attention within a window
             self.mask = "plain"

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt, language model, adapters": ("transformers", text("gpt2", GPT, head="causal_lm", lora={"r": 2})),
     "mistral, window": ("transformers", text("mistral", MISTRAL)),
 }
-QUICK = ["resnet10t", "mobilenet", "bert", "bert, adapters", "gpt, language model"]
+QUICK = ["resnet10t", "mobilenet", "bert", "bert, adapters", "gpt, language model", "mistral, window"]
 
 
 def named(case: str, seed: int = 3, dtype: str = "float64", bones: bool = False) -> nn.Module:
@@ -133,6 +133,12 @@ def test_filling_says_nothing(case: str) -> None:
         torch.testing.assert_close(
             filled[:, :length] if filled.dim() == 3 else filled, whole, rtol=0, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_texts_of_filling_alone_have_finite_outputs(attention: str) -> None:
+    options = text("bert", {**BERT, "_attn_implementation": attention})
+    model = models.build(ModelConfig("transformers", options), TEXT, 3, 0, TOKENS)
     assert torch.isfinite(model(torch.zeros(1, *TEXT, dtype=torch.long))).all()
 
 
@@ -164,6 +170,9 @@ def test_adapters_train_with_the_classifier_and_nothing_else() -> None:
         f"model.transformer.h.{i}.attn.c_attn.lora_{half}.default.weight" for i in (0, 1) for half in "AB"
     ]
     assert trained("gpt, language model, adapters") == set(attention)
+    options = text("mistral", MISTRAL, head="causal_lm", lora={"r": 2})  # its output layer is its own
+    model = models.build(ModelConfig("transformers", options), TEXT, TOKENS, 0, TOKENS)
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     options = text("bert", BERT, lora={"r": 3, "alpha": 6, "target_modules": ["key"]})
     model = models.build(ModelConfig("transformers", options), TEXT, 3, 0, TOKENS)
     layer = model.model.bert.encoder.layer[0].attention.self.key
