@@ -66,6 +66,7 @@ class ModelConfig:
     init_sha256: str | None = field(default=None, metadata=read_with(init_from=SET))
     reset: list[str] = field(default_factory=list, metadata=read_with(init_from=SET))
     freeze: list[str] = field(default_factory=list)
+    fix: bool = False
 
 
 @dataclass(frozen=True)

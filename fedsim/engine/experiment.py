@@ -105,7 +105,9 @@ def partition_of(
 
 def build_model(config: Config, train: examples.ArrayDataset, task: Task, seed: seeds.Root) -> nn.Module:
     """Return the configuration's model for this data and task, with its initial parameters."""
-    return models.build(config.model, train.example_shape, task.outputs(train.declared), seed)
+    return models.build(
+        config.model, train.example_shape, task.outputs(train.declared), seed, train.vocabulary
+    )
 
 
 def header_of(

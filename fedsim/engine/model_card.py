@@ -152,7 +152,7 @@ def load_model(card: Card, weights: Path, model: nn.Module | None = None) -> nn.
                 raise InputError(
                     f"{weights.parent}: its model was handed in from Python. Hand it in again, as model=..."
                 ) from error
-        model = models.build(card.model, card.example_shape, card.outputs, 0)
+        model = models.build(card.model, card.example_shape, card.outputs, 0, card.vocabulary)
     try:
         model.load_state_dict(load_file(weights))
     except (RuntimeError, KeyError) as error:

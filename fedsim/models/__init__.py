@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim import references, seeds, validate
 from fedsim.config import ModelConfig, parse_options
@@ -15,13 +17,18 @@ from fedsim.data.examples import ArrayDataset
 from fedsim.models import weights
 from fedsim.models.check import check, examples_are_independent, for_training
 from fedsim.models.cnn import CifarCnn, CifarCnnOptions, SmallCnn, SmallCnnOptions
+from fedsim.models.fix import fix, fixed
 from fedsim.models.initialise import initialise
 from fedsim.models.linear import Linear, LinearOptions, Mlp, MlpOptions
 from fedsim.models.nf_resnet import NfResNet50, NfResNet50Options
 from fedsim.models.resnet_v2 import ResNet18V2, ResNet18V2Options
 from fedsim.models.scatter import ScatterCnn, ScatterCnnOptions, ScatterLinear, ScatterLinearOptions
+from fedsim.models.timm import TimmOptions, timm_model
+from fedsim.models.torchvision import TorchvisionOptions, torchvision_model
+from fedsim.models.transformers import TransformersOptions, transformers_model
 from fedsim.models.vit import VisionTransformer, VisionTransformerOptions
 from fedsim.models.wide_resnet import WideResNet, WideResNetOptions
+from fedsim.registry import entry_points
 from fedsim.validate import InputError
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "build",
     "check",
     "examples_are_independent",
+    "fixed",
     "for_dataset",
     "for_training",
     "skeleton",
@@ -39,10 +47,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """One entry of the registry: a frozen dataclass of options, and `make(input_shape, classes, options)`."""
+    """One entry of the references.
+
+    Attributes:
+        options: a frozen dataclass.
+        make: called with `options` and those of input_shape, outputs, num_classes (= outputs) and vocabulary
+            that it has parameters for. A family whose data are token ids has a parameter vocabulary.
+        keeps_values: what `make` draws or loads is kept. Otherwise it runs on the meta device, and
+            `fedsim.models.initialise` draws the values.
+    """
 
     options: type[Any]
-    make: Callable[[tuple[int, ...], int, Any], nn.Module]
+    make: Callable[..., nn.Module]
+    keeps_values: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -54,6 +71,9 @@ FAMILIES: dict[str, Family] = {
     "resnet_18_v2": Family(ResNet18V2Options, ResNet18V2),
     "scatter_cnn": Family(ScatterCnnOptions, ScatterCnn),
     "scatter_linear": Family(ScatterLinearOptions, ScatterLinear),
+    "timm": Family(TimmOptions, timm_model, keeps_values=True),
+    "torchvision": Family(TorchvisionOptions, torchvision_model, keeps_values=True),
+    "transformers": Family(TransformersOptions, transformers_model, keeps_values=True),
     "vit": Family(VisionTransformerOptions, VisionTransformer),
     "wide_resnet": Family(WideResNetOptions, WideResNet),
 }
@@ -61,32 +81,114 @@ FAMILIES: dict[str, Family] = {
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, seed: seeds.Root) -> nn.Module:
+def build(
+    config: ModelConfig,
+    input_shape: tuple[int, ...],
+    outputs: int,
+    seed: seeds.Root,
+    vocabulary: int | None = None,
+) -> nn.Module:
     """Build the model `config` names, on the CPU, in train mode (`for_training`).
 
-    The values depend on (config, input_shape, num_classes, seed) alone. Constructors run on the meta device,
-    so no global generator is read or advanced. Values are drawn in `config.dtype`: float32 and float64
-    models of one seed are different draws. Then public weights, where `config` names some, take their place,
-    and what it freezes is not trained (fedsim.models.weights).
+    The values depend on (config, input_shape, outputs, vocabulary, seed) alone, and on the files `config`
+    names. Constructors of our own families run on the meta device, and their values are drawn in
+    `config.dtype`: float32 and float64 models of one seed are different draws. Models of libraries and of the
+    user's own (a name with a colon, `package.module:Object`, which gets `model.options` as arguments) keep
+    what their constructors draw or load. While those run, the global generators of torch, numpy and Python
+    stand where `seed` says, so that every process draws the same; they are put back.
 
-    A name with a colon is a model of the user's own: `_own`.
+    Then `config.fix` replaces layers (fedsim.models.fix), public weights, where `config` names some, take the
+    place of the values, and what it freezes is not trained (fedsim.models.weights).
 
     Args:
         config: family name, options of that family, dtype.
-        input_shape: shape of one example: (channels, height, width) or (features,).
-        num_classes: width of the output.
+        input_shape: shape of one example: (channels, height, width), (features,), or (tokens,).
+        outputs: width of the output.
         seed: root from which the initialisation stream is derived.
+        vocabulary: where inputs are token ids, int64 in 0 .. vocabulary - 1, their number; else None.
 
     Raises:
         InputError: unknown family, option or dtype (with the nearest valid one), a value out of range, an
-            input shape the family cannot take, or a layer that `check` refuses.
+            input the family cannot take, a library that is not installed, a constructor that fails or makes
+            no module, or a layer that `check` refuses.
     """
+    model = _layers(config, input_shape, outputs, seed, vocabulary)
+    if not _keeps_values(config):
+        _draw(model, config, seed)
+    weights.load(model, config)
+    return model
+
+
+def skeleton(
+    config: ModelConfig, input_shape: tuple[int, ...], outputs: int, vocabulary: int | None = None
+) -> nn.Module:
+    """Return the model of `build` on the meta device: shapes and layers without values.
+
+    In no time for families of our own; models of libraries and of the user's own are built first.
+
+    Raises:
+        InputError: as `build`.
+    """
+    return _to_meta(_layers(config, input_shape, outputs, 0, vocabulary))
+
+
+def _layers(
+    config: ModelConfig, input_shape: tuple[int, ...], outputs: int, seed: seeds.Root, vocabulary: int | None
+) -> nn.Module:
+    """The model as it is trained, checked; on the CPU with the values it keeps, or on the meta device."""
+    if config.name in (offered := entry_points("models")):
+        config = dataclasses.replace(config, name=offered[config.name])
+    references.check(config.name, [*FAMILIES, *offered], "model.name")
+    validate.one_of(config.dtype, _DTYPES, "model.dtype")
+    validate.positive(outputs, "outputs")
+    if vocabulary is not None:
+        validate.positive(vocabulary, "vocabulary")
+    for size in input_shape:
+        validate.positive(size, "every entry of input_shape")
+    shape = tuple(input_shape)
+    known = {"input_shape": shape, "outputs": outputs, "num_classes": outputs, "vocabulary": vocabulary}
+    make, given = _maker(config, vocabulary)
+    if _keeps_values(config):
+        with references.generators(seeds.derive(seed, "model")):
+            model = references.called(make, given, known, "model.options")
+    else:
+        with torch.device("meta"):
+            model = references.called(make, given, known, "model.options")
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model.name must name something that makes a torch.nn.Module, but {config.name} makes "
+            f"{type(model).__name__}."
+        )
+    model = for_training(model)
+    if config.fix:
+        model = fix(model)
+    weights.freeze(model, config)
+    check(model)
+    return model.to("cpu" if _keeps_values(config) else "meta", _DTYPES[config.dtype])
+
+
+def _keeps_values(config: ModelConfig) -> bool:
+    return references.is_reference(config.name) or FAMILIES[config.name].keeps_values
+
+
+def _maker(config: ModelConfig, vocabulary: int | None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What makes the model, and its own arguments."""
     if references.is_reference(config.name):
-        return _own(config, input_shape, num_classes, seed)
-    model = skeleton(config, input_shape, num_classes)
+        return references.resolve(config.name, "model.name"), config.options
+    family = FAMILIES[config.name]
+    if vocabulary is not None and "vocabulary" not in inspect.signature(family.make).parameters:
+        validate.conflicts(
+            f"model.name={config.name} takes numbers, but the data are ids of {vocabulary} tokens.",
+            "Use model.name=transformers, or a model of your own with an embedding.",
+        )
+    return family.make, {"options": parse_options(config.options, family.options, "model.options")}
+
+
+def _draw(model: nn.Module, config: ModelConfig, seed: seeds.Root) -> None:
+    """Give a model on the meta device its values, on the CPU, in place."""
     try:
         # As Module.to_empty, whose empty_like imports torch's symbolic shapes: half a second.
-        model = model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
+        model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
     except RuntimeError as error:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         raise InputError(
@@ -95,60 +197,22 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, s
         ) from error
     with torch.no_grad():
         initialise(model, seeds.torch_stream(seed, "model"))
-    weights.load(model, config)
-    return for_training(model)
 
 
-def skeleton(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Return the model of `build` on the meta device: shapes and layers without values, in no time.
-
-    Raises:
-        InputError: as `build`.
-    """
-    references.check(config.name, FAMILIES, "model.name")
-    if references.is_reference(config.name):
-        return _own(config, input_shape, num_classes, 0).to("meta")
-    validate.one_of(config.dtype, _DTYPES, "model.dtype")
-    validate.positive(num_classes, "num_classes")
-    for size in input_shape:
-        validate.positive(size, "every entry of input_shape")
-    family = FAMILIES[config.name]
-    options = parse_options(config.options, family.options, "model.options")
-    with torch.device("meta"):
-        model = family.make(tuple(input_shape), num_classes, options)
-    weights.freeze(model, config)
-    check(model)
-    return model.to(_DTYPES[config.dtype])
-
-
-def _own(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, seed: seeds.Root) -> nn.Module:
-    """Build a model of the user's own: what its constructor draws or loads is kept.
-
-    The constructor gets `model.options`, and `input_shape` and `num_classes` if it has parameters of these
-    names. While it runs, the global generators of torch, numpy and Python stand where `seed` says, so that
-    every process draws the same; they are put back.
-
-    Raises:
-        InputError: as `references.resolve` and `references.called`; what is made is no module, or as `build`.
-    """
-    validate.one_of(config.dtype, _DTYPES, "model.dtype")
-    make = references.resolve(config.name, "model.name")
-    known = {"input_shape": tuple(input_shape), "num_classes": num_classes}
-    with references.generators(seeds.derive(seed, "model")):
-        model = references.called(make, config.options, known, "model.options")
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model.name must name something that makes a torch.nn.Module, but {config.name} makes "
-            f"{type(model).__name__}."
-        )
-    model = model.to("cpu", _DTYPES[config.dtype])
-    weights.load(model, config)
-    weights.freeze(model, config)
-    model = for_training(model)
-    check(model)
+def _to_meta(model: nn.Module) -> nn.Module:
+    """Move a model to the meta device in place; unlike by `Module.to`, what is tied stays tied."""
+    moved: dict[int, Tensor | None] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                if value is not None and id(value) not in moved:
+                    meta = torch.empty_like(value, device="meta")
+                    kept = isinstance(value, nn.Parameter)
+                    moved[id(value)] = nn.Parameter(meta, value.requires_grad) if kept else meta
+                held[name] = moved[id(value)] if value is not None else None  # type: ignore[assignment]
     return model
 
 
 def for_dataset(config: ModelConfig, dataset: ArrayDataset, seed: seeds.Root) -> nn.Module:
     """Build the model for a data set's example shape and number of classes; see `build`."""
-    return build(config, dataset.example_shape, dataset.declared.size, seed)
+    return build(config, dataset.example_shape, dataset.declared.size, seed, dataset.vocabulary)

@@ -82,18 +82,36 @@ def for_training(model: nn.Module) -> nn.Module:
     return model
 
 
+def mixes_examples(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that takes its statistics from the batch."""
+    frozen = not module.training and _has_statistics(module)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and not frozen
+
+
+def random_rate(module: nn.Module) -> tuple[str, float]:
+    """Return the attribute that holds a module's rate of random masks, and the rate; ("", 0.0) if none does.
+
+    Knows torch's dropout, recurrent layers and attention, and what torchvision and timm drop paths with.
+    """
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        name = "p"
+    elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        name = "dropout"
+    else:
+        name = {"StochasticDepth": "p", "DropPath": "drop_prob"}.get(type(module).__name__, "")
+    return name, (getattr(module, name, None) or 0.0) if name else 0.0
+
+
 def _has_statistics(module: nn.Module) -> bool:
     return bool(_RUNNING & {name for name, _ in module.named_buffers(recurse=False)})
 
 
 def _problem(module: nn.Module) -> str | None:
     """Reason and remedy if this one layer is not allowed, in the mode it is in."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not (
-        _has_statistics(module) and not module.training
-    ):
+    if mixes_examples(module):
         return (
-            "it mixes examples, so per-example gradients are not defined; use GroupNorm, or freeze it with "
-            "its running statistics in eval mode."
+            "it mixes examples, so per-example gradients are not defined; set model.fix=true, which puts "
+            "GroupNorm in its place, or freeze it with its running statistics in eval mode."
         )
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return "max_norm rewrites the weights during the forward pass, outside clipping and noise; remove it."
@@ -111,11 +129,12 @@ def _problem_in_training(module: nn.Module) -> str | None:
     names = {name for name, _ in module.named_buffers(recurse=False)}
     if names & (_RUNNING | _POWER_ITERATION):
         return "its buffers change during training, outside clipping and noise; use weight standardisation."
-    rate = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
-    if not rate and isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        rate = module.dropout
+    _, rate = random_rate(module)
     if rate:
-        return f"its masks (p = {rate:g}) would need randomness keyed by example and step; set p = 0."
+        return (
+            f"its masks (p = {rate:g}) would need randomness keyed by example and step; set p = 0, or "
+            "model.fix=true, which does."
+        )
     if isinstance(module, nn.RReLU):
         return "it draws from a global generator; use ReLU or LeakyReLU."
     return None

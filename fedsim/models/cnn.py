@@ -39,7 +39,7 @@ class SmallCnn(nn.Module):
     linear layer takes whatever size remains, so other image sizes from 14x14 on and several channels work.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: SmallCnnOptions) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: SmallCnnOptions) -> None:
         super().__init__()
         validate.one_of(options.activation, ACTIVATIONS, "model.options.activation")
         validate.one_of(options.convolution, CONVOLUTIONS, "model.options.convolution")
@@ -57,7 +57,7 @@ class SmallCnn(nn.Module):
             channels = out
         self.features = nn.Sequential(*layers)
         remaining = 32 * _after_features(height) * _after_features(width)
-        self.head = nn.Sequential(nn.Linear(remaining, 32), activation(), nn.Linear(32, num_classes))
+        self.head = nn.Sequential(nn.Linear(remaining, 32), activation(), nn.Linear(32, outputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, channels, height, width) to logits (n, classes)."""
@@ -84,7 +84,7 @@ class CifarCnn(nn.Module):
     8x8 fits.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: CifarCnnOptions) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: CifarCnnOptions) -> None:
         super().__init__()
         validate.one_of(options.activation, ACTIVATIONS, "model.options.activation")
         activation = ACTIVATIONS[options.activation]
@@ -94,7 +94,7 @@ class CifarCnn(nn.Module):
             layers += [nn.Conv2d(channels, width, 3, padding=1), activation(), nn.AvgPool2d(2)]
             channels = width
         self.features = nn.Sequential(*layers, nn.Conv2d(channels, 128, 3, padding=1), activation())
-        self.head = nn.Linear(128, num_classes)
+        self.head = nn.Linear(128, outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, channels, height, width) to logits (n, classes)."""

@@ -24,10 +24,10 @@ class LinearOptions:
 class Linear(nn.Module):
     """One linear layer on the flattened input: the head trained on features in Mehta et al. 2022."""
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: LinearOptions) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: LinearOptions) -> None:
         super().__init__()
         self.zero_init = options.zero_init
-        self.head = nn.Linear(math.prod(input_shape), num_classes)
+        self.head = nn.Linear(math.prod(input_shape), outputs)
 
     def reset(self, generator: torch.Generator) -> None:
         """Zero the head, or initialise it like any linear layer when `zero_init` is off."""
@@ -53,7 +53,7 @@ class MlpOptions:
 class Mlp(nn.Module):
     """Fully connected network on the flattened input."""
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: MlpOptions) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: MlpOptions) -> None:
         super().__init__()
         validate.one_of(options.activation, ACTIVATIONS, "model.options.activation")
         layers: list[nn.Module] = []
@@ -62,7 +62,7 @@ class Mlp(nn.Module):
             validate.positive(size, "model.options.hidden")
             layers += [nn.Linear(width, size), ACTIVATIONS[options.activation]()]
             width = size
-        self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
+        self.layers = nn.Sequential(*layers, nn.Linear(width, outputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, *input_shape) to logits (n, classes)."""

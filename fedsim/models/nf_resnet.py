@@ -71,7 +71,7 @@ class NfResNet50(nn.Module):
     Strided windows sit one pixel earlier than in the JAX original, as in `wide_resnet`.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: NfResNet50Options) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: NfResNet50Options) -> None:
         super().__init__()
         validate.one_of(options.stem, STEMS, "model.options.stem")
         validate.positive(options.width, "model.options.width")
@@ -90,7 +90,7 @@ class NfResNet50(nn.Module):
                 channels = out
                 variance = (1.0 if first else variance) + options.alpha**2
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(channels, outputs)
 
     def reset(self, generator: torch.Generator) -> None:
         """Truncated normal kernels, zero biases and skip gains, unit kernel gains, small normal head."""

@@ -74,7 +74,7 @@ class ResNet18V2(nn.Module):
     "stages.2.*"]`.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: ResNet18V2Options) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: ResNet18V2Options) -> None:
         super().__init__()
         validate.one_of(options.stem, STEMS, "model.options.stem")
         validate.positive(options.width, "model.options.width")
@@ -100,7 +100,7 @@ class ResNet18V2(nn.Module):
             channels = out
         self.stages = nn.Sequential(*stages)
         self.norm = nn.GroupNorm(options.groups, channels, eps=EPSILON)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(channels, outputs)
 
     def reset(self, generator: torch.Generator) -> None:
         """Normal kernels of variance 2 / fan out, Glorot's normal head, zero biases, unit norms."""

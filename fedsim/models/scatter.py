@@ -29,8 +29,8 @@ class ScatterLinearOptions(LinearOptions):
 class ScatterLinear(Linear):
     """Group-normalised features and one linear layer; 39,700 parameters on (81, 7, 7) and 10 classes."""
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: ScatterLinearOptions) -> None:
-        super().__init__(input_shape, num_classes, options)
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: ScatterLinearOptions) -> None:
+        super().__init__(input_shape, outputs, options)
         self.norm = FeatureNorm(input_shape, options.groups, "scatter_linear")
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class ScatterCnnOptions:
 class ScatterCnn(nn.Module):
     """Group-normalised features, two 3x3 convolutions, two linear layers; 33,066 parameters on (81, 7, 7)."""
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: ScatterCnnOptions) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: ScatterCnnOptions) -> None:
         super().__init__()
         validate.one_of(options.activation, ACTIVATIONS, "model.options.activation")
         validate.in_range(options.hidden, 0, 2**20, "model.options.hidden")
@@ -81,7 +81,7 @@ class ScatterCnn(nn.Module):
         self.features = nn.Sequential(*layers)
         size = channels * height * width
         hidden = [nn.Linear(size, options.hidden), activation()] if options.hidden else []
-        self.head = nn.Sequential(*hidden, nn.Linear(options.hidden or size, num_classes))
+        self.head = nn.Sequential(*hidden, nn.Linear(options.hidden or size, outputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, channels, height, width) to logits (n, classes)."""

@@ -61,9 +61,7 @@ class VisionTransformer(nn.Module):
     N(0, 0.02^2), weights from a truncated normal of variance 1 / fan in, biases 0, norms 1 and 0.
     """
 
-    def __init__(
-        self, input_shape: tuple[int, ...], num_classes: int, options: VisionTransformerOptions
-    ) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: VisionTransformerOptions) -> None:
         super().__init__()
         for name in ("patch", "width", "depth", "heads"):
             validate.positive(getattr(options, name), f"model.options.{name}")
@@ -82,7 +80,7 @@ class VisionTransformer(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, places, options.width))
         self.blocks = nn.Sequential(*[_Block(options.width, options.heads) for _ in range(options.depth)])
         self.norm = nn.LayerNorm(options.width)
-        self.head = nn.Linear(options.width, num_classes)
+        self.head = nn.Linear(options.width, outputs)
 
     def reset(self, generator: torch.Generator) -> None:
         """Truncated normal weights, normal positions, zero biases, unit norms."""

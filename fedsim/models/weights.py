@@ -74,6 +74,12 @@ def freeze(model: nn.Module, config: ModelConfig) -> None:
 def _load(model: nn.Module, path: Path, reset: Sequence[str]) -> None:
     held = _read(path)
     own = model.state_dict()
+    firsts: dict[tuple[int, ...], str] = {}
+    for name, tensor in list(own.items()):  # of names tied to one tensor the first stands for all
+        same = (tensor.data_ptr(), *tensor.shape)
+        if tensor.numel() and firsts.setdefault(same, name) != name:
+            del own[name]
+            held.pop(name, None)
     fresh = _matching(reset, {*own, *held}, "model.reset")
     missing = sorted(own.keys() - held.keys() - fresh)
     extra = sorted(held.keys() - own.keys() - fresh)

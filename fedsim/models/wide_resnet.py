@@ -74,7 +74,7 @@ class WideResNet(nn.Module):
     original: strided 3x3 convolutions pad one pixel on both sides, so their windows sit one pixel earlier.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, options: WideResNetOptions) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, options: WideResNetOptions) -> None:
         super().__init__()
         validate.one_of(options.convolution, CONVOLUTIONS, "model.options.convolution")
         validate.one_of(options.normalisation, NORMALISATIONS, "model.options.normalisation")
@@ -101,7 +101,7 @@ class WideResNet(nn.Module):
         self.blocks = nn.Sequential(*stages)
         self.activation = ACTIVATIONS[options.activation]()
         self.norm = normalisation(options.normalisation, options.groups, channels)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(channels, outputs)
 
     def reset(self, generator: torch.Generator) -> None:
         """Truncated normal weights, zero biases, unit gains and norms."""

@@ -138,7 +138,9 @@ def _from_data(experiment: Experiment) -> _Known:
     strata, cpu = task.strata(train.targets), torch.device("cpu")
     views, target = batches.placeholder(train, 1, np.random.default_rng(0), torch.float32, cpu)
     if sum(p.numel() for p in model.parameters()) * math.prod(train.example_shape) > COMPUTED_UP_TO:
-        model = models.skeleton(experiment.config.model, train.example_shape, task.outputs(train.declared))
+        model = models.skeleton(
+            experiment.config.model, train.example_shape, task.outputs(train.declared), train.vocabulary
+        )
     return _Known(
         strategy=experiment.strategy,
         plan=experiment.plan,
