@@ -147,7 +147,7 @@ def test_a_run_with_a_model_and_a_strategy_of_ones_own(folder: Path) -> None:
     train(small(*names), folder / "own")
     train(small(names[0]), folder / "central")
     assert torch.equal(final(folder / "own"), final(folder / "central"))
-    assert isinstance(strategies.load(small(*names)), fedsim.strategies.base.Strategy)
+    assert isinstance(strategies.load(small(*names)), Strategy)
     assert plan.describe(small(*names))["strategy"] == "own_things:Own"
     with pytest.raises(InputError, match="must name a class derived from"):
         strategies.load(small("strategy.name=own_things:Net"))
