@@ -15,6 +15,7 @@ from torch import nn
 from fedsim import models, provenance, references, strategies
 from fedsim.config import ModelConfig
 from fedsim.engine.holder import node_for, setup_of
+from fedsim.strategies.base import Strategy
 from fedsim.study import plan
 from fedsim.validate import InputError
 from tests.conftest import final, small, train
