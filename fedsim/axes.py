@@ -12,13 +12,15 @@ Described = dict[str, tuple[str, dict[str, Any]]]
 
 def registries() -> list[Registry[Any]]:
     """Return the registries, in the order of a configuration's sections."""
+    from fedsim.augmentations import AUGMENTATIONS
+    from fedsim.data.feature_maps import FEATURES
     from fedsim.data.sources import SOURCES
     from fedsim.optimizers import OPTIMIZERS
     from fedsim.partitions import PARTITIONS
     from fedsim.schedules import SCHEDULES
     from fedsim.tasks import TASKS
 
-    return [SOURCES, TASKS, PARTITIONS, OPTIMIZERS, SCHEDULES]
+    return [SOURCES, FEATURES, TASKS, PARTITIONS, AUGMENTATIONS, OPTIMIZERS, SCHEDULES]
 
 
 def described() -> dict[str, Described]:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from fedsim import validate
+from fedsim import references, validate
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -152,7 +152,7 @@ def check(c: Config) -> None:
     validate.in_range(t.ema_decay, 0.0, 1.0 - 1e-12, "train.ema_decay")
     validate.in_range(c.data.holdout_examples, 0, 2**62, "data.holdout_examples")
     validate.one_of(p.accountant, ("pld", "rdp", "rdp_objax"), "privacy.accountant")
-    validate.one_of(p.clipping, ("flat", "normalised", "per_layer", "grouped"), "privacy.clipping")
+    references.check(p.clipping, ("flat", "normalised", "per_layer", "grouped"), "privacy.clipping")
     if p.clipping == "grouped" and not p.clip_groups:
         validate.conflicts(
             "privacy.clipping is grouped, but privacy.clip_groups is empty.", "Name the groups."

@@ -162,7 +162,7 @@ def _as_trained(card: Card, inputs: Any) -> ArrayDataset:
     if isinstance(inputs, Tensor) and array.dtype == np.uint8 and array.ndim == 4:
         array = np.moveaxis(array, 1, -1)
     if card.features is not None:
-        array, wanted = features.of_images(card.features.name, array), None
+        array, wanted = features.of_images(card.features, array), None
     kind = blank.inputs.dtype.kind
     if not len(array) or (wanted is not None and array.shape[1:] != wanted) or not _kinds_fit(array, kind):
         raise InputError(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.grads.clip import CLIP_RULES, ClipRule
+from fedsim.grads.clip import ClipRule, clip_rule
 from fedsim.grads.local_training import LocalTraining
 from fedsim.noise.gaussian import GaussianNoise
 from fedsim.privacy.budget import Budget
@@ -195,7 +195,7 @@ class Strategy(ABC, Generic[OptionsT]):
     def clip_rule(self) -> ClipRule:
         """Return the clip rule, known from the configuration alone, so that nodes need no plan."""
         privacy = self.config.privacy
-        return CLIP_RULES[privacy.clipping](privacy)
+        return clip_rule(privacy)
 
     def unread(self) -> tuple[str, ...]:
         """Return the settings that this strategy does not read; set to anything but their default, they are

@@ -8,33 +8,31 @@ key stream that depends on its example's global id and its own index alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import seeds, validate
+from fedsim.augmentations import AUGMENTATIONS, Augmentation
+from fedsim.registry import check_choice
 from fedsim.validate import InputError
-
-PAD = 4  # pixels mirrored at each border before the crop, De et al. 2022
 
 # Key-stream layout: example id, then view (2**16 of them), then the augmentation's place in the list.
 MAX_AUGMENTATIONS = 16
 MAX_VIEWS = 2**16
 
 Words = NDArray[np.uint64]
-Images = NDArray[np.uint8]
 
 
-def check(names: Sequence[str], example: NDArray[Any]) -> None:
-    """Refuse augmentations that `example` (one element of the inputs) cannot take.
+def check(names: Sequence[Any], example: NDArray[Any]) -> list[Augmentation]:
+    """Return the augmentations that are named, each a name or {name, options}; refuse those that `example` (one element of the inputs) cannot take.
 
     Raises:
         InputError: unknown name (with the nearest known one), images too small, or features.
     """
-    for name in names:
-        validate.one_of(name, AUGMENTATIONS, "train.augmentations")
+    made = [AUGMENTATIONS.make(check_choice(name, "train.augmentations")) for name in names]
     if len(names) > MAX_AUGMENTATIONS:
         raise InputError(
             f"train.augmentations must name at most {MAX_AUGMENTATIONS}, got {len(names)}. Remove some."
@@ -44,11 +42,9 @@ def check(names: Sequence[str], example: NDArray[Any]) -> None:
             "train.augmentations must be empty for data that is not uint8 images of shape (H, W, C), got "
             f"{list(names)} for {example.dtype} of shape {example.shape}. Set train.augmentations=[]."
         )
-    if "mirror_pad_crop" in names and min(example.shape[:2]) <= PAD:
-        raise InputError(
-            f"mirror_pad_crop must have images of at least {PAD + 1} x {PAD + 1} pixels to mirror {PAD}, got "
-            f"{example.shape[0]} x {example.shape[1]}. Remove it from train.augmentations."
-        )
+    for augmentation in made:
+        augmentation.check(example.shape)
+    return made
 
 
 def views(
@@ -56,7 +52,7 @@ def views(
     ids: NDArray[np.int64],
     multiplicity: int,
     key: bytes,
-    names: Sequence[str],
+    names: Sequence[Any],
 ) -> NDArray[Any]:
     """Return K views of each example.
 
@@ -81,12 +77,12 @@ def views(
             f"ids must be {len(inputs)} example ids of 0 or above, got shape {ids.shape}"
             f"{f' with minimum {ids.min()}' if ids.size else ''}."
         )
-    check(names, np.empty(inputs.shape[1:], inputs.dtype))
+    made = check(names, np.empty(inputs.shape[1:], inputs.dtype))
     out = inputs[:, None]
     if names and len(ids):
         words = _words(ids, multiplicity, key)
-        for place, name in enumerate(names):
-            out = AUGMENTATIONS[name](out, words[:, :, place])
+        for place, augmentation in enumerate(made):
+            out = augmentation.views(out, words[:, :, place])
     if out.shape[1] != multiplicity:
         out = np.repeat(out, multiplicity, axis=1)
     return out
@@ -99,45 +95,3 @@ def _words(ids: NDArray[np.int64], multiplicity: int, key: bytes) -> Words:
     for row, example in enumerate(ids.tolist()):
         out[row] = seeds.words(key, example * MAX_VIEWS * MAX_AUGMENTATIONS, per_example)
     return out.reshape(len(ids), multiplicity, MAX_AUGMENTATIONS)
-
-
-# --- augmentations: (B, V, H, W, C) images with V = 1 (no view differs yet) or K, and (B, K) words
-# --- -> (B, K, H, W, C). To add one, write such a function and name it in the table.
-
-
-def _mirror_pad_crop(images: Images, words: Words) -> Images:
-    """Mirror PAD pixels at each border (the edge not repeated) and crop the old size at a random place."""
-    height, width = images.shape[2:4]
-    border = (PAD, PAD)
-    padded = np.pad(images, ((0, 0), (0, 0), border, border, (0, 0)), mode="reflect")
-    places = np.uint64(2 * PAD + 1)
-    # Two 32-bit halves scaled to 0 .. 2 * PAD: uneven by at most 9 / 2**32, no rejection needed.
-    half = np.uint64(32)
-    down = ((words >> half) * places >> half).astype(np.int64)
-    right = ((words & np.uint64(2**32 - 1)) * places >> half).astype(np.int64)
-    out = np.empty((*words.shape, height, width, images.shape[4]), dtype=images.dtype)
-    # One block copy per distinct offset (at most 81) is several times faster than indexing every pixel.
-    offset = (down * int(places) + right).ravel()
-    order = np.argsort(offset, kind="stable")
-    cuts = np.flatnonzero(np.diff(offset[order])) + 1
-    for group in np.split(order, cuts):
-        rows, columns = np.divmod(group, words.shape[1])
-        y, x = divmod(int(offset[group[0]]), int(places))
-        source = columns if padded.shape[1] > 1 else np.zeros_like(columns)
-        out[rows, columns] = padded[rows, source, y : y + height, x : x + width]
-    return out
-
-
-def _flip(images: Images, words: Words) -> Images:
-    """Mirror left to right with probability one half."""
-    out = np.empty((*words.shape, *images.shape[2:]), dtype=images.dtype)
-    out[:] = images
-    chosen = (words & np.uint64(1)).astype(bool)
-    out[chosen] = out[chosen][:, :, ::-1]
-    return out
-
-
-AUGMENTATIONS: Mapping[str, Callable[[Images, Words], Images]] = {
-    "mirror_pad_crop": _mirror_pad_crop,
-    "flip": _flip,
-}

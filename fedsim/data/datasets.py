@@ -41,7 +41,7 @@ def resolve(config: DataConfig) -> DataConfig:
     """
     SOURCES.find(config.name)
     if config.features is not None:
-        validate.one_of(config.features.name, features.FEATURES, "data.features")
+        features.FEATURES.make(config.features)
     root = default_root() if config.root is None else Path(config.root).expanduser().absolute()
     if config.name == "fashion_mnist_subset":
         from fedsim.data.sources.standard import EMBEDDED_DIR, SUBSET_FILE
@@ -94,7 +94,7 @@ def _load(described: str) -> Splits:
     splits = SOURCES.make(Choice(config.name, config.options), root=root).load(root)
     train, test = splits.train, splits.test
     if config.features is not None:  # of the whole set, so that every cut of it shares one cached file
-        train, test = (_featurised(split, config.features.name) for split in (train, test))
+        train, test = (_featurised(split, config.features) for split in (train, test))
     if config.holdout_examples:
         if config.holdout_examples >= len(train):
             raise InputError(
@@ -109,8 +109,8 @@ def _load(described: str) -> Splits:
     return Splits(train, test)
 
 
-def _featurised(data: ArrayDataset, name: str) -> ArrayDataset:
-    return dataclasses.replace(data, inputs=features.of_images(name, data.inputs), mean=(), std=())
+def _featurised(data: ArrayDataset, choice: Choice) -> ArrayDataset:
+    return dataclasses.replace(data, inputs=features.of_images(choice, data.inputs), mean=(), std=())
 
 
 def _first(data: ArrayDataset, n: int | None, name: str) -> ArrayDataset:

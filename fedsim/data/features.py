@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim import validate
-from fedsim.data import backbone, cache, random_features, scattering
+from fedsim.data import cache
+from fedsim.data.feature_maps import FEATURES, FeatureMap
+from fedsim.merging import Choice
 from fedsim.validate import InputError
 
 DTYPE = np.dtype("<f2")  # 11 significant bits: a relative error of at most 4.9e-4 above 6e-5
@@ -26,39 +27,14 @@ DTYPE = np.dtype("<f2")  # 11 significant bits: a relative error of at most 4.9e
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FeatureMap:
-    """A public function of one image.
-
-    Attributes:
-        version: names the map, its constants and the code that computes it.
-        output_shape: (H, W, C) of an image -> shape of its features; raises InputError for images it cannot
-            take.
-        compute: (N, H, W, C) uint8 -> batches (n, *shape) of float features, in order.
-    """
-
-    version: Callable[[], str]
-    output_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
-    compute: Callable[[NDArray[np.uint8]], Iterator[NDArray[np.float32]]]
-
-
-FEATURES: dict[str, FeatureMap] = {
-    "scattering": FeatureMap(scattering.version, scattering.output_shape, scattering.compute),
-    "scattering_random": FeatureMap(
-        random_features.version, random_features.output_shape, random_features.compute
-    ),
-    "efficientnet_lite0": FeatureMap(backbone.version, backbone.output_shape, backbone.compute),
-}
-
-
-def of_images(name: str, images: NDArray[np.uint8]) -> NDArray[np.float16]:
+def of_images(choice: Choice, images: NDArray[np.uint8]) -> NDArray[np.float16]:
     """Return the features of all images, memory-mapped and read-only.
 
     The first call for these images computes them (one to ten milliseconds for a grey 28x28 image) and writes
     2 bytes a feature to `cache.folder()`; later calls of any process only hash the images.
 
     Args:
-        name: a key of FEATURES.
+        choice: the map and its options.
         images: (N, H, W, C) uint8.
 
     Returns:
@@ -67,11 +43,10 @@ def of_images(name: str, images: NDArray[np.uint8]) -> NDArray[np.float16]:
     Raises:
         InputError: unknown map, inputs that are not images it can take, or a cache that cannot be written.
     """
-    validate.one_of(name, FEATURES, "data.features")
-    feature_map = FEATURES[name]
+    feature_map, name = FEATURES.make(choice), file_name(choice.name)
     if images.dtype != np.uint8 or images.ndim != 4:
         raise InputError(
-            f"data.features={name} must get uint8 images of shape (N, H, W, C), got {images.dtype} of shape "
+            f"data.features={choice.name} must get uint8 images of shape (N, H, W, C), got {images.dtype} of shape "
             f"{images.shape}. Leave data.features out for data that is features already."
         )
     shape = (len(images), *feature_map.output_shape(images.shape[1:]))
@@ -89,8 +64,13 @@ def of_images(name: str, images: NDArray[np.uint8]) -> NDArray[np.float16]:
     return _open(path, shape)
 
 
+def file_name(name: str) -> str:
+    """Return the name of a map, which may be a reference, as part of a file's."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
 def _digest(feature_map: FeatureMap, images: NDArray[np.uint8]) -> str:
-    digest = hashlib.sha256(f"{feature_map.version()} {DTYPE.str} {images.shape}".encode())
+    digest = hashlib.sha256(f"{feature_map.version()} {feature_map} {DTYPE.str} {images.shape}".encode())
     digest.update(np.ascontiguousarray(images).data)
     return digest.hexdigest()[:32]
 

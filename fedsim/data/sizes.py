@@ -7,7 +7,7 @@ from typing import Any
 
 from fedsim import validate
 from fedsim.config import Config, parse_options
-from fedsim.data.features import FEATURES
+from fedsim.data.feature_maps import FEATURES
 from fedsim.validate import InputError
 
 
@@ -81,9 +81,8 @@ def of(config: Config) -> Size | None:
         validate.in_range(data.test_examples, 1, known.test, "data.test_examples")
         known = replace(known, test=data.test_examples)
     if data.features is not None:
-        validate.one_of(data.features.name, FEATURES, "data.features")
         channels, height, width = known.shape
-        shape = FEATURES[data.features.name].output_shape((height, width, channels))
+        shape = FEATURES.make(data.features).output_shape((height, width, channels))
         known = replace(known, shape=tuple(shape))
     return known
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsim import config as configs
-from fedsim import validate
+from fedsim import references, validate
 from fedsim.config import PrivacyConfig
 from fedsim.grads import constants
 from fedsim.grads.arithmetic import off
@@ -265,6 +265,25 @@ CLIP_RULES: dict[str, Callable[[PrivacyConfig], ClipRule]] = {
     "grouped": _grouped,
 }
 """By `privacy.clipping`: the rule of a configuration."""
+
+
+def clip_rule(privacy: PrivacyConfig) -> ClipRule:
+    """Return the rule that `privacy.clipping` names; a class of your own is called with `clip_norm`.
+
+    Raises:
+        InputError: no such rule, or what it names makes none.
+    """
+    if privacy.clipping in CLIP_RULES:
+        return CLIP_RULES[privacy.clipping](privacy)
+    references.check(privacy.clipping, CLIP_RULES, "privacy.clipping")
+    make = references.resolve(privacy.clipping, "privacy.clipping")
+    rule = references.called(make, {"clip_norm": privacy.clip_norm}, {}, "privacy.clip_norm")
+    if not isinstance(rule, ClipRule):
+        raise InputError(
+            f"privacy.clipping must name a fedsim.grads.clip.ClipRule, but {privacy.clipping} makes "
+            f"{type(rule).__name__}."
+        )
+    return rule
 
 
 def overall(norms: Tensor) -> Tensor:
