@@ -184,6 +184,7 @@ class EngineConfig:
 class MonitorConfig:
     tensorboard: bool = True
     progress: bool = True
+    writers: list[Any] = field(default_factory=list)
     public_only: bool | None = None
 
 
@@ -225,7 +226,11 @@ class Config:
         """Return what is named that fedsim does not bring (`fedsim.references`)."""
         chosen = (_at(self, path) for path in choices(Config))
         names = [choice.name for choice in chosen if choice is not None]
-        return tuple(dict.fromkeys(filter(references.is_reference, names)))
+        listed = [*self.train.augmentations, *self.monitor.writers]
+        names += [entry.get("name") if isinstance(entry, dict) else entry for entry in listed]
+        names += [self.privacy.clipping, *self.task.options.get("metrics", ())]
+        named = (name for name in names if isinstance(name, str) and references.is_reference(name))
+        return tuple(dict.fromkeys(named))
 
     def digest(self) -> str:
         """Return a hash of what defines the result."""

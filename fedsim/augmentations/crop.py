@@ -30,8 +30,8 @@ class MirrorPadCrop(Augmentation):
         """See `Augmentation.check`."""
         if min(shape[:2]) <= self.pad:
             raise InputError(
-                f"mirror_pad_crop must have images of at least {self.pad + 1} x {self.pad + 1} pixels to mirror "
-                f"{self.pad}, got {shape[0]} x {shape[1]}. Remove it from train.augmentations."
+                f"mirror_pad_crop must have images of at least {self.pad + 1} x {self.pad + 1} pixels to "
+                f"mirror {self.pad}, got {shape[0]} x {shape[1]}. Remove it from train.augmentations."
             )
 
     def views(self, images: Images, words: Words) -> Images:

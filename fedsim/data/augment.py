@@ -27,7 +27,11 @@ Words = NDArray[np.uint64]
 
 
 def check(names: Sequence[Any], example: NDArray[Any]) -> list[Augmentation]:
-    """Return the augmentations that are named, each a name or {name, options}; refuse those that `example` (one element of the inputs) cannot take.
+    """Return the augmentations that are named, each by a name or {name, options}.
+
+    Args:
+        names: of them, in their order.
+        example: one element of the inputs.
 
     Raises:
         InputError: unknown name (with the nearest known one), images too small, or features.

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 
-from fedsim import merging, seeds, validate
+from fedsim import merging, seeds
 from fedsim.config import DataConfig
 from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, Splits

@@ -46,8 +46,8 @@ def of_images(choice: Choice, images: NDArray[np.uint8]) -> NDArray[np.float16]:
     feature_map, name = FEATURES.make(choice), file_name(choice.name)
     if images.dtype != np.uint8 or images.ndim != 4:
         raise InputError(
-            f"data.features={choice.name} must get uint8 images of shape (N, H, W, C), got {images.dtype} of shape "
-            f"{images.shape}. Leave data.features out for data that is features already."
+            f"data.features={choice.name} must get uint8 images of shape (N, H, W, C), got {images.dtype} of "
+            f"shape {images.shape}. Leave data.features out for data that is features already."
         )
     shape = (len(images), *feature_map.output_shape(images.shape[1:]))
     path = cache.folder() / f"{name}-{_digest(feature_map, images)}.npy"

@@ -16,10 +16,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedsim import references
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.headline import Metric
+from fedsim.registry import check_choice
 from fedsim.report.plain import as_json
 from fedsim.types import StepRecord
+from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, shown
 
 Image = np.ndarray[Any, Any]
@@ -118,6 +121,28 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def own_writers(listed: Sequence[Any], folder: Path, completed: int) -> list[Writer]:
+    """Return writers from outside, in their order.
+
+    Args:
+        listed: package.module:Class, or {name, options}; called with the options, and with `folder` (of the
+            run) and `completed` (steps, on resuming above 0) where it has parameters of these names.
+
+    Raises:
+        InputError: no such class, options that do not fit, or what is made has no `write` and `close`.
+    """
+    made = []
+    for entry in listed:
+        choice = check_choice(entry, "monitor.writers")
+        make = references.resolve(choice.name, "monitor.writers")
+        known = {"folder": folder, "completed": completed}
+        writer = references.called(make, choice.options, known, "monitor.writers")
+        if not callable(getattr(writer, "write", None)) or not callable(getattr(writer, "close", None)):
+            raise InputError(f"monitor.writers: {choice.name} must make an object with write and close.")
+        made.append(writer)
+    return made
 
 
 class Watcher(Writer, Protocol):

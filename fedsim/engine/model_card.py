@@ -41,6 +41,7 @@ class Card:
         vocabulary: of token inputs, or None.
         features: the map between images and what the model sees, or None.
         outputs: width of the model's output.
+        fixed: what model.fix replaced, a line a layer.
         weights_sha256: of the file beside it.
         epsilon: what the ledger spent, by unit, as in result.json.
         format, version: of this file, and of fedsim.
@@ -55,6 +56,7 @@ class Card:
     vocabulary: int | None
     features: Choice | None
     outputs: int
+    fixed: list[str] = field(default_factory=list)
     weights_sha256: str = ""
     epsilon: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
@@ -89,7 +91,12 @@ class Card:
 
 
 def card_of(
-    model: ModelConfig, task: Choice, made: Task, train: ArrayDataset, features: Choice | None
+    model: ModelConfig,
+    trained: nn.Module,
+    task: Choice,
+    made: Task,
+    train: ArrayDataset,
+    features: Choice | None,
 ) -> Card:
     """Return the card of a run's model."""
     return Card(
@@ -102,6 +109,7 @@ def card_of(
         vocabulary=train.vocabulary,
         features=features,
         outputs=made.outputs(train.declared),
+        fixed=list(models.fixed(trained)),
     )
 
 

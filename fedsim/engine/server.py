@@ -23,7 +23,7 @@ from fedsim.engine import checkpoint, evaluate, model_card, outcome, scoring
 from fedsim.engine.collect import Collector
 from fedsim.engine.device import evaluation_device
 from fedsim.engine.experiment import Experiment, spent
-from fedsim.engine.metrics import JsonLines, Metrics, TensorBoard, Watcher, Writer
+from fedsim.engine.metrics import JsonLines, Metrics, TensorBoard, Watcher, Writer, own_writers
 from fedsim.engine.opening import open_run
 from fedsim.engine.record import step_record
 from fedsim.engine.run_folder import RunFolder
@@ -73,6 +73,7 @@ class Server:
             self._draw_partition(board)
             writers.append(board)
         writers += watchers
+        writers += own_writers(self.config.monitor.writers, self.folder.root, completed)
         with Metrics(writers, public_only) as metrics:
             if completed == 0:
                 self._save()
@@ -221,6 +222,7 @@ class Server:
         sha256 = hashlib.sha256(self.folder.final.read_bytes()).hexdigest()
         card = model_card.card_of(
             self.config.model,
+            self.experiment.model,
             self.config.task,
             self.experiment.task,
             self.experiment.splits.train,

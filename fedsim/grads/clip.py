@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from fedsim.grads.norms import squared_norms_of
 from fedsim.validate import InputError
 
 
+@runtime_checkable
 class ClipRule(Protocol):
     """What the gradient engines ask of a rule."""
 

@@ -1,0 +1,92 @@
+"""An installed package: a wheel built from this checkout runs in another folder, whatever lies there (60 s)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = ("train.steps=2", "train.eval_every=2", "monitor.tensorboard=false", "monitor.progress=false")
+SCRIPT = """
+import json, fedsim
+run = fedsim.train("quickstart", out="from_python", train={"steps": 2, "eval_every": 2}, monitor={"progress": False})
+print(json.dumps([fedsim.__file__, run.epsilon, run.score, fedsim.load_run("from_python").ledger.steps]))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel holds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    copy = folder / "checkout"  # building writes beside the sources
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
+    done = subprocess.run([*command, "-w", str(folder), str(copy)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder with modules of a user's own that have the names of fedsim's folders."""
+    for name in ("strategies", "configs", "tests"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong module')\n", encoding="utf-8")
+    return tmp_path
+
+
+def run(installed: Path, folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    environment.pop("FEDSIM_DATA", None)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_has_all_that_commands_need_and_nothing_beside(installed: Path) -> None:
+    assert {p.name for p in installed.iterdir()} == {"fedsim", *(p.name for p in installed.glob("*.dist-info"))}
+    for name in (
+        "py.typed",
+        "configs/base.yaml",
+        "configs/compare/trust_models.yaml",
+        "strategies/central_dpsgd.py",
+        "data/embedded/fashion_mnist_subset.npz",
+    ):
+    checkout = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
+    shipped = {p.relative_to(installed / "fedsim").as_posix() for p in installed.rglob("configs/**/*.yaml")}
+    assert shipped == checkout
+
+
+def test_commands_run_from_any_folder(installed: Path, elsewhere: Path) -> None:
+    cli = ("-m", "fedsim.cli")
+    result = json.loads(run(installed, elsewhere, *cli, "run", "quickstart", *FEW, "--json"))
+    assert result["steps"] == 2
+    assert result["epsilon"]["example"]["value"] <= 3.0
+    plan = json.loads(run(installed, elsewhere, *cli, "check", "quickstart", "--json"))
+    assert plan["plan"]["examples"] == 10_000
+    (elsewhere / "two.yaml").write_text(
+        "title: two\nrecipe: quickstart\nseeds: [0]\n"
+        "variants: {central: [], local: [strategy.name=local_dpsgd]}\n",
+        encoding="utf-8",
+    )
+    cells = json.loads(run(installed, elsewhere, *cli, "compare", "two.yaml", *FEW, "--json"))
+    assert [cell["variant"] for cell in cells] == ["central", "local"]
+
+
+def test_the_front_door_opens_there(installed: Path, elsewhere: Path) -> None:
+    (elsewhere / "script.py").write_text(SCRIPT, encoding="utf-8")
+    file, epsilon, score, steps = json.loads(run(installed, elsewhere, "script.py").splitlines()[-1])
+    assert Path(file).is_relative_to(installed)
+    assert 2.9 < epsilon <= 3.0
+    assert 0.1 < score < 1.0
+    assert steps == 2
