@@ -1,4 +1,4 @@
-"""An installed package: a wheel built from this checkout runs in another folder, whatever lies there (60 s)."""
+"""An installed package: a wheel of this checkout runs in another folder, whatever lies there (60 s)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FEW = ("train.steps=2", "train.eval_every=2", "monitor.tensorboard=false", "monitor.progress=false")
 SCRIPT = """
 import json, fedsim
-run = fedsim.train("quickstart", out="from_python", train={"steps": 2, "eval_every": 2}, monitor={"progress": False})
+train = {"steps": 2, "eval_every": 2}
+run = fedsim.train("quickstart", out="from_python", train=train, monitor={"progress": False})
 print(json.dumps([fedsim.__file__, run.epsilon, run.score, fedsim.load_run("from_python").ledger.steps]))
 """
 
@@ -54,7 +55,8 @@ def run(installed: Path, folder: Path, *arguments: str) -> str:
 
 
 def test_the_wheel_has_all_that_commands_need_and_nothing_beside(installed: Path) -> None:
-    assert {p.name for p in installed.iterdir()} == {"fedsim", *(p.name for p in installed.glob("*.dist-info"))}
+    (about,) = installed.glob("*.dist-info")
+    assert {p.name for p in installed.iterdir()} == {"fedsim", about.name}
     for name in (
         "py.typed",
         "configs/base.yaml",
@@ -62,6 +64,7 @@ def test_the_wheel_has_all_that_commands_need_and_nothing_beside(installed: Path
         "strategies/central_dpsgd.py",
         "data/embedded/fashion_mnist_subset.npz",
     ):
+        assert (installed / "fedsim" / name).is_file(), name
     checkout = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
     shipped = {p.relative_to(installed / "fedsim").as_posix() for p in installed.rglob("configs/**/*.yaml")}
     assert shipped == checkout
