@@ -65,7 +65,7 @@ CASES = {
     "interpolation of nothing": (["title=${nothing}"], "nothing"),
     "unread setting": (
         ["optimizer.options.beta1=0.5"],
-        "nothing reads it while optimizer.name is 'momentum'",
+        "optimizer.options of momentum: unknown key 'beta1'",
     ),
     "extends as an override": (["extends=quickstart"], "extends must stand in a configuration file"),
 }

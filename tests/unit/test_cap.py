@@ -12,6 +12,8 @@ from fedsim import seeds, strategies
 from fedsim.config import Config, FederationConfig
 from fedsim.data.partition import Partition, partition
 from fedsim.engine.experiment import epsilons, prepare
+from fedsim.merging import Choice
+from fedsim.partitions import Material
 from fedsim.privacy import accountant, ledger
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive
@@ -24,11 +26,10 @@ KEY = seeds.derive(7, "used examples")
 def uneven(count: int = 400, holders: int = 10, at_most: int | None = None, seed: int = 0) -> Partition:
     config = FederationConfig(
         holders=holders,
-        partition="power_law",
-        power_law_exponent=1.0,
+        partition=Choice("power_law", {"exponent": 1.0}),
         examples_per_holder_at_most=at_most,
     )
-    return partition(np.zeros(count, np.int64), None, config, seed)
+    return partition(Material(count), config, seed)
 
 
 def test_no_holder_uses_more_and_smaller_ones_use_all() -> None:

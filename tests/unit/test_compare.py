@@ -79,7 +79,7 @@ def test_runs_all_cells_once_and_reports(finished: Path, capsys: pytest.CaptureF
     rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
     assert [row["variant"] for row in rows] == ["central", "central", "nonprivate"]
     assert [row["epsilon per example"] for row in rows] == ["2", "20", "no claimable epsilon"]
-    assert all(re.fullmatch(r"\d+\.\d\d%", row["accuracy"]) for row in rows)
+    assert all(re.fullmatch(r"accuracy \d+\.\d\d%", row["score"]) for row in rows)
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"(src|href)\s*=\s*['\"]?(https?:)?//", page), "needs nothing but the file"
@@ -167,7 +167,7 @@ def test_public_only_runs_are_reported_without_the_spread_over_holders(finished:
     cells = [comparison.Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
     for cell in cells:
         cell.result["holder_scores"] = {}
-    assert {row["holders' accuracy, 5% to 95%"] for row in comparison.table(cells)} == {"not computed"}
+    assert {row["holders' scores, 5% to 95%"] for row in comparison.table(cells)} == {"not computed"}
     assert comparison.page(cells, "t").count("data:image/png;base64,") == 3
 
 
@@ -192,7 +192,7 @@ def test_a_finished_comparison_becomes_a_result_file(
     assert text.startswith("a\n<!-- holders -->\n| variant |")
     assert text.endswith("<!-- end holders -->\nb")
     assert "\nold\n" not in text
-    assert held["rows"][0]["accuracy"] in text
+    assert held["rows"][0]["score"] in text
     assert "over 2 seeds" in text
     assert held["commit"] in text
     missing = report.PARTS["docs/comparisons.md"]["label-skew"]()

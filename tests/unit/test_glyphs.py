@@ -44,13 +44,13 @@ def test_every_font_gives_every_character(tmp_path: Path) -> None:
     splits = datasets.load(DataConfig("glyphs", {}, str(root)))
     train_set, test_set = splits.train, splits.test
     assert (len(train_set), len(test_set)) == (5 * 62, 62)
-    assert train_set.num_classes == 62
+    assert train_set.declared.size == 62
     assert train_set.example_shape == (1, 28, 28)
     assert train_set.groups is not None
     assert test_set.groups is not None
     assert not set(train_set.groups) & set(test_set.groups)  # fonts of the test set are unseen
     for font in np.unique(train_set.groups):
-        assert sorted(train_set.labels[train_set.groups == font]) == list(range(62))
+        assert sorted(train_set.targets[train_set.groups == font]) == list(range(62))
     images = train_set.inputs[..., 0]
     inked = images > 0
     # first to last inked row and column; the outermost ones may be too faint to show
@@ -127,7 +127,7 @@ def test_a_damaged_cache_is_refused_and_made_again(tmp_path: Path, cache: Path) 
     with pytest.raises(InputError, match=r"is damaged.*Delete it"):
         datasets.load(DataConfig("glyphs_a_to_j", {}, str(root)))
     held.unlink()
-    assert datasets.load(DataConfig("glyphs_a_to_j", {}, str(root))).train.num_classes == 10
+    assert datasets.load(DataConfig("glyphs_a_to_j", {}, str(root))).train.declared.size == 10
 
 
 def test_a_font_that_is_no_font_is_left_out(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_published_sizes_are_those_of_the_data_that_is_here() -> None:
             continue
         known = sizes.of(config)
         assert known == sizes.Size(
-            len(held.train), len(held.test), held.train.example_shape, held.train.num_classes
+            len(held.train), len(held.test), held.train.example_shape, held.train.declared.size
         )
 
 
@@ -89,7 +89,7 @@ def test_sizes_follow_cuts_and_features() -> None:
     with pytest.raises(InputError, match=r"data\.train_examples"):
         sizes.of(configs.load("base", ["data.name=cifar10", "data.train_examples=50001"]))
     assert sizes.of(configs.load("base", ["data.name=arrays"])) is None
-    with pytest.raises(InputError, match=r"data.classes must be reference.data.classes 365, got 3"):
+    with pytest.raises(InputError, match=r"data.options.classes must be reference.data.classes 365, got 3"):
         sizes.of(configs.load("kurakin2022/places365_pretrain", ["data.options.classes=3"]))
 
 

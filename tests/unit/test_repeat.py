@@ -34,15 +34,17 @@ def test_every_seed_runs_once_and_the_result_says_what_they_reached(
         json.loads(p.read_text())["seed"]: json.loads(p.read_text()) for p in tmp_path.rglob("result.json")
     }
     assert held["seeds"] == [3, 4] == sorted(runs)
-    assert held["accuracy"] == [runs[3]["accuracy"], runs[4]["accuracy"]]
-    assert held["mean"] == pytest.approx(statistics.mean(held["accuracy"]))
-    assert held["std"] == pytest.approx(statistics.stdev(held["accuracy"]))
+    assert held["scores"] == [runs[3]["accuracy"], runs[4]["accuracy"]]
+    assert held["headline"] == {"name": "accuracy", "unit": "%", "higher_is_better": True}
+    assert [run["score"] for run in held["runs"]] == held["scores"]
+    assert held["mean"] == pytest.approx(statistics.mean(held["scores"]))
+    assert held["std"] == pytest.approx(statistics.stdev(held["scores"]))
     assert held["epsilon"]["holder"]["value"] == max(r["epsilon"]["holder"]["value"] for r in runs.values())
     assert held["epsilon"]["example"]["delta"] == held["delta"] == 1e-5
     assert held["minutes"] == pytest.approx(statistics.mean(r["seconds"] for r in runs.values()) / 60)
     assert held["reference"] == {"paper": "nobody 2000"}
     assert held["steps"] == 6
-    assert held["partition"] == "dirichlet(0.5)"
+    assert held["partition"] == "dirichlet(alpha=0.5, concentration=total)"
     assert held["engine"] == "local"
     assert held["evaluated_on"] == "test set"
     assert held["hardware"]["torch"]

@@ -22,6 +22,7 @@ from fedsim.engine.experiment import epsilons, prepare
 from fedsim.grads.flat import get_flat, spec
 from fedsim.models import weights
 from fedsim.privacy import accountant, events, ledger
+from fedsim.merging import Choice
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.levels import NoiseLevels
 from fedsim.validate import InputError
@@ -36,7 +37,12 @@ DELTA = 1e-5
 def test_kurakins_learning_rate() -> None:
     """Nesterov 0.9, base rate 2 for 256, one epoch of warm-up, cosine over ten epochs at batch 1,024."""
     written = OptimizerConfig(
-        "nesterov", 2.0, scale_with_batch=256, momentum=0.9, schedule="cosine", warmup_epochs=1.0
+        "nesterov",
+        {"momentum": 0.9},
+        2.0,
+        scale_with_batch=256,
+        schedule=Choice("cosine"),
+        warmup_epochs=1.0,
     )
     optim.check(written)
     training = TrainConfig(steps=12_511, expected_batch_size=1024)
@@ -52,7 +58,7 @@ def test_kurakins_learning_rate() -> None:
 
 
 def test_rates_stay_as_written_without_the_switches() -> None:
-    written = OptimizerConfig("sgd", 0.3, warmup_steps=4)
+    written = OptimizerConfig("sgd", {}, 0.3, warmup_steps=4)
     assert optim.resolved(written, TrainConfig(expected_batch_size=512), 1000) == written
 
 
