@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 run: $(READY)  ## the main job: federated DP-SGD by Flower's simulation, then the same recipe centralized
 	@rm -rf runs/quickstart
-	$(BIN)/fedsim verify quickstart --engine flower --out runs/quickstart
+	$(BIN)/fedsim verify quickstart --backend simulation --out runs/quickstart
 
 test: lint  ## style, types and all tests
 	$(BIN)/python -m pytest

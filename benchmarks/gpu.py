@@ -81,7 +81,7 @@ def _differs(device: str, seconds: float) -> dict[str, Any]:
         def final(place: str, precision: str) -> torch.Tensor:
             out = Path(folder) / str(len(list(Path(folder).iterdir())))
             settings = [f"engine.device={place}", f"engine.precision={precision}", "engine.gpus_per_node=0"]
-            command = ("fedsim.cli", "run", "de2022/smoke", "--engine", "local", "--out", str(out))
+            command = ("fedsim.cli", "run", "de2022/smoke", "--backend", "local", "--out", str(out))
             _ran(ended - time.monotonic(), *command, *SHORT, *settings)
             held = load_file(out / "final.safetensors")
             return torch.cat([held[name].flatten() for name in sorted(held)]).double()
@@ -122,7 +122,7 @@ def _recipes(device: str, seconds: float) -> dict[str, Any]:
             settings += ["train.expected_batch_size=8", "model.options.depth=10", "model.options.width=1"]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
-            command = ("fedsim.cli", "run", recipe, "--engine", "local", "--out", str(out))
+            command = ("fedsim.cli", "run", recipe, "--backend", "local", "--out", str(out))
             _ran(ended - time.monotonic(), *command, *settings)
             result = json.loads((out / "result.json").read_text(encoding="utf-8"))
         found[recipe] = {

@@ -179,7 +179,7 @@ def _simulated(name: str, nodes: int, steps: int) -> dict[str, Any]:
         )  # fmt: skip
         recipe.write_text(configs.to_yaml(config), encoding="utf-8")
         run = Path(folder) / "run"
-        arguments = ["run", str(recipe), "--engine", "flower", "--out", str(run), "--json"]
+        arguments = ["run", str(recipe), "--backend", "simulation", "--out", str(run), "--json"]
         done = subprocess.run(
             [sys.executable, "-m", "fedsim.cli", *arguments], capture_output=True, text=True, check=False
         )

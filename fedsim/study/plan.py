@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsim import models, strategies, validate
+from fedsim import models, seeds, strategies, validate
 from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
 from fedsim.data.sources import SOURCES
@@ -136,7 +136,7 @@ def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any]
 def _from_data(experiment: Experiment) -> _Known:
     train, task, model = experiment.splits.train, experiment.task, experiment.model
     strata, cpu = task.strata(train.targets), torch.device("cpu")
-    views, target = batches.placeholder(train, 1, np.random.default_rng(0), torch.float32, cpu)
+    views, target = batches.placeholder(train, 1, seeds.stream(0, "view"), torch.float32, cpu)
     if sum(p.numel() for p in model.parameters()) * math.prod(train.example_shape) > COMPUTED_UP_TO:
         model = models.skeleton(
             experiment.config.model, train.example_shape, task.outputs(train.declared), train.vocabulary

@@ -59,7 +59,16 @@ def test_simulation_equals_one_process_and_leaves_nothing_behind(
 ) -> None:
     monkeypatch.setattr(launch, "LOOK_SECONDS", 60.0)  # the result tells the end
     code = command(
-        ["run", "base", *SMALL, "engine.threads=1", "--engine", "flower", "--out", str(tmp_path / "flower")]
+        [
+            "run",
+            "base",
+            *SMALL,
+            "engine.threads=1",
+            "--backend",
+            "simulation",
+            "--out",
+            str(tmp_path / "flower"),
+        ]
     )
     assert code == 0, capsys.readouterr().err
     train(small(), tmp_path / "local")
@@ -73,7 +82,7 @@ def test_simulation_equals_one_process_and_leaves_nothing_behind(
 def test_a_node_process_that_dies_stops_the_run_which_resumes(tmp_path: Path) -> None:
     out = tmp_path / "run"
     slow = ["train.steps=60", "train.eval_every=60", "train.checkpoint_every=5", "engine.threads=1"]
-    arguments = ["run", "base", *SMALL, *slow, "--engine", "flower", "--out", str(out)]
+    arguments = ["run", "base", *SMALL, *slow, "--backend", "simulation", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedsim.cli", *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 from scipy import stats
 
 from fedsim import seeds
-from fedsim.data import augment
-from fedsim.data.augment import AUGMENTATIONS, PAD, check, views
+from fedsim.augmentations import AUGMENTATIONS
+from fedsim.augmentations.base import Function
+from fedsim.augmentations.crop import MirrorPadCrop
+from fedsim.data.augment import check, views
+
+PAD = MirrorPadCrop().pad
 from fedsim.validate import InputError
 
 KEY = seeds.derive(0, "augment", 3)
@@ -133,7 +138,7 @@ def test_one_function_adds_an_augmentation(monkeypatch: pytest.MonkeyPatch) -> N
         chosen = (words & np.uint64(1)).astype(bool)[:, :, None, None, None]
         return np.where(chosen, 255 - images, images)
 
-    monkeypatch.setattr(augment, "AUGMENTATIONS", {**AUGMENTATIONS, "invert": invert})
+    monkeypatch.setitem(AUGMENTATIONS._own, "invert", functools.partial(Function, invert))
     out = views(IMAGES, IDS, 5, KEY, ["invert"])
     inverted = np.all(out == 255 - IMAGES[:, None], axis=(2, 3, 4))
     assert np.all(inverted | np.all(out == IMAGES[:, None], axis=(2, 3, 4)))

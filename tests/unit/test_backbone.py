@@ -15,6 +15,7 @@ from PIL import Image
 
 from fedsim.config import DataConfig
 from fedsim.data import backbone, datasets, features, silhouettes
+from fedsim.merging import Choice
 from fedsim.validate import InputError
 
 MILITARY_UNIFORM = 652  # in the usual order of ImageNet's classes
@@ -73,7 +74,7 @@ def test_they_are_a_feature_map_of_the_registry(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
-    stored = features.of_images("efficientnet_lite0", images[:8])
+    stored = features.of_images(Choice("efficientnet_lite0"), images[:8])
     np.testing.assert_allclose(stored.astype(np.float32), computed[:8], rtol=1e-3, atol=1e-3)
 
 

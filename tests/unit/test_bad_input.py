@@ -71,14 +71,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("engine", ["local", "flower"])
+@pytest.mark.parametrize("backend", ["local", "simulation"])
 @pytest.mark.parametrize("case", CASES)
 def test_exit_code_two_and_one_message(
-    case: str, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides, message = CASES[case]
     out = tmp_path / "run"
-    code = command(["run", "base", *SMALL, *overrides, "--engine", engine, "--out", str(out)])
+    code = command(["run", "base", *SMALL, *overrides, "--backend", backend, "--out", str(out)])
     text = capsys.readouterr().err
     assert code == 2
     assert message in text

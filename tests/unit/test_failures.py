@@ -302,7 +302,7 @@ def test_a_superlink_that_ends_at_once_gives_its_cause(
     monkeypatch.setattr(sys, "executable", str(binaries / "python"))
     monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
     out = tmp_path / "run"
-    assert command(["run", "base", *SMALL, "--engine", "flower", "--out", str(out)]) == 3
+    assert command(["run", "base", *SMALL, "--backend", "simulation", "--out", str(out)]) == 3
     text = capsys.readouterr().err
     assert "Address already in use" in text
     assert str(out / "flower.log") in text
@@ -326,7 +326,7 @@ def test_a_superlink_that_dies_under_a_run_stops_it_with_what_it_said(
 
     monkeypatch.setattr(launch, "_superlink", superlink)
     monkeypatch.setattr(launch, "_flwr", flwr)
-    assert command(["run", "base", *SMALL, "--engine", "flower", "--out", str(out)]) == 3
+    assert command(["run", "base", *SMALL, "--backend", "simulation", "--out", str(out)]) == 3
     text = capsys.readouterr().err
     assert "MemoryError: 12 GiB" in text
     assert "--resume" in text
@@ -339,7 +339,7 @@ def test_a_flower_that_is_not_installed_is_said(
         raise FileNotFoundError(errno.ENOENT, "No such file", "flower-superlink")
 
     monkeypatch.setattr(subprocess, "Popen", absent)
-    assert command(["run", "base", *SMALL, "--engine", "flower", "--out", str(tmp_path / "run")]) == 3
+    assert command(["run", "base", *SMALL, "--backend", "simulation", "--out", str(tmp_path / "run")]) == 3
     assert "flower-superlink" in capsys.readouterr().err
 
 

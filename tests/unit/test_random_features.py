@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedsim.config import DataConfig
 from fedsim.data import datasets, features, random_features, scattering
+from fedsim.merging import Choice
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_they_are_a_feature_map_of_the_registry(
     images: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
-    stored = features.of_images("scattering_random", images[:8])
+    stored = features.of_images(Choice("scattering_random"), images[:8])
     assert stored.shape == (8, random_features.WIDTH)
     fresh = next(iter(random_features.compute(images[:8])))
     np.testing.assert_allclose(stored.astype(np.float64), fresh, rtol=1e-3, atol=1e-4)

@@ -56,14 +56,14 @@ def test_every_seed_runs_once_and_the_result_says_what_they_reached(
 
 
 def test_overrides_may_follow_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert repeat(tmp_path, "--seeds", "0", "--engine", "local", "data.holdout_examples=100", "--json") == 0
+    assert repeat(tmp_path, "--seeds", "0", "--backend", "local", "data.holdout_examples=100", "--json") == 0
     held = json.loads(capsys.readouterr().out)
     assert held["evaluated_on"] == "held-out training examples"
     assert "data.holdout_examples=100" in held["command"]
 
 
 @pytest.mark.parametrize(
-    "more", [["--seeds", "1", "1"], ["--seeds", "1", "--engine", "local", "seed=2"], ["--seeds", "-1"]]
+    "more", [["--seeds", "1", "1"], ["--seeds", "1", "--backend", "local", "seed=2"], ["--seeds", "-1"]]
 )
 def test_wrong_seeds_are_refused(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert repeat(tmp_path, *more) == 2
@@ -73,5 +73,5 @@ def test_wrong_seeds_are_refused(more: list[str], tmp_path: Path, capsys: pytest
 
 def test_other_left_over_words_are_refused() -> None:
     with pytest.raises(SystemExit) as ended:
-        command(["repeat", "base", "--seeds", "0", "--engine", "local", "nonsense"])
+        command(["repeat", "base", "--seeds", "0", "--backend", "local", "nonsense"])
     assert ended.value.code == 2

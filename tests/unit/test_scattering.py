@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from fedsim.config import DataConfig
 from fedsim.data import datasets, features, scattering
 from fedsim.data.cache import folder
-from fedsim.data.features import FeatureMap
 from fedsim.engine.experiment import prepare
 from fedsim.merging import Choice
 from fedsim.validate import InputError
@@ -47,7 +46,7 @@ def image_arrays(root: Path, channels: int = 1, train_rows: int = 40) -> Path:
         labels = np.arange(rows) % 4
         images = RNG.integers(0, 60, (rows, 12, 12, channels)) + 60 * labels[:, None, None, None]
         np.save(root / f"{split}_inputs.npy", images.astype(np.uint8))
-        np.save(root / f"{split}_labels.npy", labels)
+        np.save(root / f"{split}_targets.npy", labels)
     return root
 
 
@@ -89,7 +88,7 @@ def test_features_do_not_depend_on_the_batch(real_images: NDArray[np.uint8]) -> 
 def test_float16_costs_no_precision_that_matters(real_images: NDArray[np.uint8]) -> None:
     """Relative error of an image's features as stored, and after the norm that enlarges small ones."""
     exact = torch.tensor(computed(real_images), dtype=torch.float64)
-    stored = torch.tensor(features.of_images("scattering", real_images), dtype=torch.float64)
+    stored = torch.tensor(features.of_images(Choice("scattering"), real_images), dtype=torch.float64)
 
     def worst(values: torch.Tensor) -> tuple[float, float]:
         pairs = ((values, exact), (torch.group_norm(values, 27), torch.group_norm(exact, 27)))
@@ -111,21 +110,21 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the images that are really computed."""
     seen: list[int] = []
 
+    real = scattering.compute
+
     def compute(images: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
         seen.append(len(images))
-        yield from scattering.compute(images)
+        yield from real(images)
 
-    real = features.FEATURES["scattering"]
-    counted = FeatureMap(real.version, real.output_shape, compute)
-    monkeypatch.setitem(features.FEATURES, "scattering", counted)
+    monkeypatch.setattr(scattering, "compute", compute)
     return seen
 
 
 def test_cached_features_are_read_not_computed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = counting(monkeypatch)
     images = RNG.integers(0, 256, (7, 12, 12, 1)).astype(np.uint8)
-    first = features.of_images("scattering", images)
-    second = features.of_images("scattering", images)
+    first = features.of_images(Choice("scattering"), images)
+    second = features.of_images(Choice("scattering"), images)
     assert seen == [7]
     assert isinstance(second, np.memmap)
     assert not second.flags.writeable
@@ -133,7 +132,7 @@ def test_cached_features_are_read_not_computed(cache: Path, monkeypatch: pytest.
     assert first.dtype == np.float16
     changed = images.copy()
     changed[3, 0, 0] ^= 1
-    features.of_images("scattering", changed)
+    features.of_images(Choice("scattering"), changed)
     assert seen == [7, 7]
     assert len(list(cache.glob("*.npy"))) == 2
     assert not list(cache.glob("*.part"))
@@ -144,26 +143,24 @@ def test_features_that_float16_cannot_hold_are_refused(
     value: float, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = RNG.integers(0, 256, (3, 12, 12, 1)).astype(np.uint8)
-    real = features.FEATURES["scattering"]
+    real = scattering.compute
 
     def compute(given: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
-        for batch in scattering.compute(given):
+        for batch in real(given):
             batch.flat[-1] = value
             yield batch
 
-    monkeypatch.setitem(features.FEATURES, "scattering", FeatureMap(real.version, real.output_shape, compute))
+    monkeypatch.setattr(scattering, "compute", compute)
     with pytest.raises(InputError, match="every feature must be within float16"):
-        features.of_images("scattering", images)
+        features.of_images(Choice("scattering"), images)
     assert not list(cache.glob("*.npy"))
 
 
 def test_another_version_of_the_map_is_another_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = RNG.integers(0, 256, (3, 12, 12, 1)).astype(np.uint8)
-    features.of_images("scattering", images)
-    real = features.FEATURES["scattering"]
-    newer = FeatureMap(lambda: "newer", real.output_shape, real.compute)
-    monkeypatch.setitem(features.FEATURES, "scattering", newer)
-    features.of_images("scattering", images)
+    features.of_images(Choice("scattering"), images)
+    monkeypatch.setattr(scattering, "version", lambda: "newer")
+    features.of_images(Choice("scattering"), images)
     assert len(list(cache.glob("*.npy"))) == 2
 
 
@@ -171,40 +168,40 @@ def test_an_interrupted_computation_leaves_nothing(cache: Path, monkeypatch: pyt
     images = RNG.integers(0, 256, (300, 8, 8, 1)).astype(np.uint8)
 
     def stops(images: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
-        yield next(scattering.compute(images))
+        yield next(real(images))
         raise KeyboardInterrupt
 
-    real = features.FEATURES["scattering"]
-    monkeypatch.setitem(features.FEATURES, "scattering", FeatureMap(real.version, real.output_shape, stops))
+    real = scattering.compute
+    monkeypatch.setattr(scattering, "compute", stops)
     with pytest.raises(KeyboardInterrupt):
-        features.of_images("scattering", images)
+        features.of_images(Choice("scattering"), images)
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
-    monkeypatch.setitem(features.FEATURES, "scattering", real)
-    assert len(features.of_images("scattering", images)) == 300
+    monkeypatch.setattr(scattering, "compute", real)
+    assert len(features.of_images(Choice("scattering"), images)) == 300
 
 
 def test_a_damaged_file_is_named(cache: Path) -> None:
     images = RNG.integers(0, 256, (3, 12, 12, 1)).astype(np.uint8)
-    features.of_images("scattering", images)
+    features.of_images(Choice("scattering"), images)
     (path,) = cache.glob("*.npy")
     content = path.read_bytes()
     path.write_bytes(content[:-10])
     with pytest.raises(InputError, match=r"damaged.*Delete it"):
-        features.of_images("scattering", images)
+        features.of_images(Choice("scattering"), images)
     np.save(path, np.zeros((3, 2), np.float16))
     with pytest.raises(InputError, match=r"must hold float16 of shape \(3, 81, 3, 3\)"):
-        features.of_images("scattering", images)
+        features.of_images(Choice("scattering"), images)
 
 
 def test_the_folder_must_be_absolute_and_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.zeros((1, 8, 8, 1), np.uint8)
     monkeypatch.setenv("FEDSIM_CACHE", "cache")
     with pytest.raises(InputError, match="absolute"):
-        features.of_images("scattering", images)
+        features.of_images(Choice("scattering"), images)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="writable"):
-        features.of_images("scattering", images)
+        features.of_images(Choice("scattering"), images)
     monkeypatch.delenv("FEDSIM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert folder() == tmp_path / "fedsim"
@@ -263,7 +260,7 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     root.mkdir()
     for split in ("train", "test"):
         np.save(root / f"{split}_inputs.npy", np.zeros((4, 5), np.float32))
-        np.save(root / f"{split}_labels.npy", np.zeros(4, np.int64))
+        np.save(root / f"{split}_targets.npy", np.zeros(4, np.int64))
     with pytest.raises(InputError, match="must get uint8 images"):
         datasets.load(DataConfig("arrays", {"classes": 4}, str(root), features=Choice("scattering")))
     root = image_arrays(tmp_path / "images")
