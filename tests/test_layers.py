@@ -16,14 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own layer and from those before it.
 LAYERS = [
     ["fedsim.validate", "fedsim.visibility", "fedsim.headline", "fedsim"],
-    [
-        "fedsim.types",
-        "fedsim.seeds",
-        "fedsim.digest",
-        "fedsim.given",
-        "fedsim.references",
-        "fedsim.provenance",
-    ],
+    ["fedsim.types", "fedsim.seeds", "fedsim.digest", "fedsim.given"],
+    ["fedsim.references", "fedsim.provenance"],
     ["fedsim.rules", "fedsim.merging", "fedsim.config", "fedsim.registry"],
     ["fedsim.partitions", "fedsim.augmentations", "fedsim.schedules"],
     ["fedsim.data", "fedsim.tasks", "fedsim.models"],
@@ -33,8 +27,8 @@ LAYERS = [
     ["fedsim.axes", "fedsim.report"],
     ["fedsim.engine"],
     ["fedsim.run", "fedsim.exporting", "fedsim.flower"],
-    ["fedsim.api"],
     ["fedsim.study"],
+    ["fedsim.api"],
     ["fedsim.cli"],
 ]
 RECIPES = sorted(p for p in CONFIG_DIR.rglob("*.yaml") if p.parent.name != "compare")
@@ -67,6 +61,8 @@ def _imports(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=_module)
 def test_imports_go_one_way(path: Path) -> None:
+    if path == ROOT / "fedsim" / "__init__.py":  # the front door, which imports what it is asked for
+        return
     here = _layer(_module(path))
     for name in _imports(path):
         if name.split(".")[0] == "fedsim" and name != "fedsim":
@@ -85,6 +81,7 @@ def test_only_the_flower_folder_imports_flwr() -> None:
 
 
 def test_fedsim_names_no_concrete_strategy() -> None:
+    own = "fedsim.strategies"
     for path in (ROOT / "fedsim").rglob("*.py"):
         for name in _imports(path):
             assert name in (own, f"{own}.base") or not name.startswith(own), path

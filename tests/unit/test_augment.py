@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import time
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from fedsim import seeds
-from fedsim.augmentations import AUGMENTATIONS
-from fedsim.augmentations.base import Function
+from fedsim import given, seeds
 from fedsim.augmentations.crop import MirrorPadCrop
 from fedsim.data.augment import check, views
+from fedsim.validate import InputError
 
 PAD = MirrorPadCrop().pad
-from fedsim.validate import InputError
 
 KEY = seeds.derive(0, "augment", 3)
 BOTH = ["mirror_pad_crop", "flip"]
@@ -133,13 +130,12 @@ def test_empty_batch() -> None:
         assert views(IMAGES[:0], IDS[:0], 4, KEY, names).shape == (0, 4, 12, 10, 3)
 
 
-def test_one_function_adds_an_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_function_adds_an_augmentation() -> None:
     def invert(images: np.ndarray, words: np.ndarray) -> np.ndarray:
         chosen = (words & np.uint64(1)).astype(bool)[:, :, None, None, None]
         return np.where(chosen, 255 - images, images)
 
-    monkeypatch.setitem(AUGMENTATIONS._own, "invert", functools.partial(Function, invert))
-    out = views(IMAGES, IDS, 5, KEY, ["invert"])
+    out = views(IMAGES, IDS, 5, KEY, [given.hold("augmentation", "0", invert)])
     inverted = np.all(out == 255 - IMAGES[:, None], axis=(2, 3, 4))
     assert np.all(inverted | np.all(out == IMAGES[:, None], axis=(2, 3, 4)))
     assert 0.3 < inverted.mean() < 0.7
