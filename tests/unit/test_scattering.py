@@ -212,9 +212,9 @@ def test_processes_that_ask_at_once_compute_once(tmp_path: Path) -> None:
     code = (
         "import numpy as np, logging, sys\n"
         "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
-        "from fedsim.data import features\n"
+        "from fedsim.data import features\nfrom fedsim.merging import Choice\n"
         "images = (np.arange(200 * 64) % 251).astype(np.uint8).reshape(200, 8, 8, 1)\n"
-        "print(float(features.of_images('scattering', images).astype(np.float64).sum()))\n"
+        "print(float(features.of_images(Choice('scattering'), images).astype(np.float64).sum()))\n"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ)
