@@ -86,7 +86,7 @@ class Copy:
         for name in _files(source):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source / name, target)
+            shutil.copy2(source / name, target, follow_symlinks=False)
 
     def check(self, package: str = "fedsim") -> None:
         """Raise ValueError unless Python started here imports the copy, not an installed package."""
