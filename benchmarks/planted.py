@@ -196,7 +196,11 @@ def _files(source: Path) -> list[str]:
         text=True,
         check=True,
     ).stdout
-    return [name for name in listed.split("\0") if name and (source / name).is_file()]
+    return [
+        name
+        for name in listed.split("\0")
+        if name and ((source / name).is_file() or (source / name).is_symlink())
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
