@@ -113,3 +113,19 @@ def test_digests_are_the_same_in_another_process() -> None:
     }
     assert len(said) == 1
     assert said != {""}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Linear(6, 2), r"must run on inputs of shape \(1, 5\)"),
+        (nn.Linear(5, 1), "must give 2 outputs an example"),
+        (nn.Linear(5, 3), "must give 2 outputs an example"),
+    ],
+)
+def test_a_module_that_does_not_fit_the_data_is_refused_before_anything_starts(
+    model: nn.Module, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(fedsim.InputError, match=said):
+        trained(tmp_path / "run", model=model)
+    assert not (tmp_path / "run").exists()
