@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import inspect
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from fedsim import config as configs
@@ -97,11 +93,15 @@ def run(
         progress: show a progress bar; None: as monitor.progress says.
     """
     from fedsim.engine.experiment import prepare
+    from fedsim.engine.holder import forget_nodes
     from fedsim.engine.metrics import ConsoleProgress
     from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
     validate.one_of(backend, BACKENDS, "backend")
-    if backend != "local" and (local := [name for name in config.references() if given.is_given(name)]):
+    local = [name for name in config.references() if given.is_given(name)]
+    if local:
+        forget_nodes()  # their objects may have changed under the same name
+    if backend != "local" and local:
         raise InputError(
             f"backend must be local for objects handed in from Python ({', '.join(local)}): Flower's "
             "processes do not have them. Put them into a module and name them as package.module:Object."
@@ -244,7 +244,7 @@ def _named(section: str, chosen: Any) -> Any:
     if section == "model":
         if isinstance(chosen, nn.Module):
             held = copy.deepcopy(chosen)
-            return given.hold("model", _weights_digest(held), lambda: copy.deepcopy(held))
+            return given.hold("model", given.digest_of(held), lambda: copy.deepcopy(held))
     elif section == "data" and isinstance(chosen, Data):
         return given.hold("data", chosen.digest(), lambda: chosen.splits)
     elif section == "data":
@@ -254,29 +254,7 @@ def _named(section: str, chosen: Any) -> Any:
         )
     elif section == "task" and not isinstance(chosen, Task | type):
         raise InputError(f"task must be a fedsim task, a name or a mapping, got {type(chosen).__name__}.")
-    return given.hold(section, _code_digest(chosen), chosen)
-
-
-def _code_digest(thing: Any) -> str:
-    """A sha256 of what an object is: the source of a function or class, or how an instance shows itself."""
-    try:
-        shown = inspect.getsource(thing)
-    except (TypeError, OSError):
-        shown = repr(thing)
-    return hashlib.sha256(shown.encode()).hexdigest()
-
-
-def _weights_digest(model: nn.Module) -> str:
-    """A sha256 of a module's layers and of everything in its state."""
-    found = hashlib.sha256(repr(model).encode())
-    content = io.BytesIO()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            content = io.BytesIO()
-            np.save(content, value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            found.update(f"{value.dtype} {tuple(value.shape)}".encode() + content.getvalue())
-    return found.hexdigest()
+    return given.hold(section, given.digest_of(chosen), chosen)
 
 
 def _free(config: Config) -> Path:

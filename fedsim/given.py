@@ -1,16 +1,27 @@
 """Objects handed in from Python: models, data, tasks and partitions that exist in this process alone.
 
 A configuration names one as "given:KIND_DIGEST". The digest is of what the object holds, so that a run is
-resumed with an equal one only; another process cannot have it, and says so.
+resumed with an equal one only, as far as Python shows; another process cannot have it, and says so.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import inspect
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from fedsim import digest
 from fedsim.validate import InputError
 
 MODULE = "given"
+BY_NAME = frozenset({"fedsim", "torch", "builtins", "abc", "typing"})
+"""Packages whose classes a digest knows by name."""
 _held: dict[str, Any] = {}
 
 
@@ -39,3 +50,84 @@ def get(reference: str, setting: str) -> Any:
             "not have it. Hand it in again, or name it as package.module:Object, which every process finds."
         )
     return _held[name]
+
+
+def digest_of(thing: Any) -> str:
+    """Return a sha256 of what an object does and holds, as far as Python shows it; equal in another process.
+
+    Of functions and classes the source, defaults and what they close over; of instances the class and the
+    attributes; of modules and arrays the values. fedsim's own code and torch's count by name.
+    """
+    return hashlib.sha256(_said(thing, frozenset()).encode()).hexdigest()
+
+
+def _said(thing: Any, above: frozenset[int]) -> str:
+    if id(thing) in above:
+        return "above"
+    above |= {id(thing)}
+    if isinstance(thing, np.ndarray) and thing.dtype.kind != "O":
+        return f"{thing.dtype}{thing.shape}{digest.of_array(thing).hex()}"
+    if isinstance(thing, Mapping):
+        return f"{{{','.join(f'{_said(k, above)}:{_said(v, above)}' for k, v in thing.items())}}}"
+    if isinstance(thing, set | frozenset):
+        return _said(sorted(thing, key=repr), above)
+    if isinstance(thing, list | tuple):
+        return f"[{','.join(_said(part, above) for part in thing)}]"
+    if isinstance(thing, functools.partial):
+        return f"partial{_said((thing.func, thing.args, thing.keywords), above)}"
+    if inspect.ismethod(thing):
+        return f"method{_said((thing.__self__, thing.__func__), above)}"
+    if inspect.isfunction(thing):
+        return f"function{_source(thing)}{_said(_beside(thing), above)}"
+    if isinstance(thing, type):
+        if thing.__module__.partition(".")[0] in BY_NAME:
+            return f"{thing.__module__}.{thing.__qualname__}"
+        made = {name: value for name, value in vars(thing).items() if not name.startswith("__")}
+        return f"class{_source(thing)}{_said([list(thing.__bases__), made], above)}"
+    if hasattr(thing, "state_dict") and hasattr(thing, "modules"):
+        return _module(thing, above)
+    if callable(getattr(thing, "detach", None)):
+        return _said(_values(thing), above)
+    if hasattr(thing, "__dict__") and not inspect.ismodule(thing):
+        return f"{_said(type(thing), above)}{_said(vars(thing), above)}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+
+
+def _module(module: Any, above: frozenset[int]) -> str:
+    """A module's tree, its classes and their attributes, and every value it holds."""
+    parts = [repr(module)]
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        parts.append(f"{name}{_said(_values(value), above)}{value.requires_grad}")
+    for name, part in module.named_modules():
+        held = {key: value for key, value in vars(part).items() if not key.startswith("_")}
+        parts.append(f"{name}{_said(type(part), above)}{_said(held, above | {id(module)})}")
+    return "".join(parts)
+
+
+def _values(tensor: Any) -> Any:
+    held = tensor.detach().cpu()
+    try:
+        return held.numpy()
+    except TypeError:  # bfloat16
+        return [str(held.dtype), held.float().numpy()]
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (TypeError, OSError):  # typed at the prompt, or made by a program
+        code = getattr(thing, "__code__", None)
+        return thing.__qualname__ if code is None else f"{code.co_code!r}{code.co_names}{_constants(code)}"
+
+
+def _constants(code: Any) -> str:
+    return str([_constants(c) + repr(c.co_code) if inspect.iscode(c) else repr(c) for c in code.co_consts])
+
+
+def _beside(function: Any) -> list[Any]:
+    """What a function closes over, and its defaults."""
+    cells = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            cells.append(cell.cell_contents)
+    return [cells, function.__defaults__, function.__kwdefaults__]

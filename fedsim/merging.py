@@ -35,18 +35,19 @@ class Choice:
 @functools.cache
 def choices(schema: type[Any]) -> tuple[str, ...]:
     """Return the dotted names of what is chosen in a schema: its parts that have a name and options."""
-    return tuple(_choices(schema(), ""))
+    return tuple(_choices(schema, ""))
 
 
-def _choices(settings: Any, prefix: str) -> Iterator[str]:
-    for entry in dataclasses.fields(settings):
-        value = getattr(settings, entry.name)
+def _choices(schema: type[Any], prefix: str) -> Iterator[str]:
+    # Of the defaults a field at a time: options as a whole may be refused as long as nothing is chosen.
+    for entry in dataclasses.fields(schema):
+        made = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
         if "Choice" in str(entry.type):
             yield prefix + entry.name
-        elif dataclasses.is_dataclass(value):
-            if {"name", "options"} <= {part.name for part in dataclasses.fields(value)}:
+        elif dataclasses.is_dataclass(kind := type(made)):
+            if {"name", "options"} <= {part.name for part in dataclasses.fields(kind)}:
                 yield prefix + entry.name
-            yield from _choices(value, f"{prefix}{entry.name}.")
+            yield from _choices(kind, f"{prefix}{entry.name}.")
 
 
 def schema_of(kind: type[Any]) -> DictConfig:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
-from fedsim import models, seeds, strategies
+from fedsim import models, references, seeds, strategies
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, optim
@@ -19,6 +22,7 @@ from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.ledger_view import LedgerHeader, LedgerRecord, LedgerView
 from fedsim.strategies.base import DataFacts, Plan, Strategy
 from fedsim.tasks import TASKS, Task
+from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, Tagged
 
 _log = logging.getLogger(__name__)
@@ -52,6 +56,8 @@ def prepare(config: Config) -> Experiment:
     augment.check(config.train.augmentations, splits.train.inputs[0])
     holders = partition_of(config, splits.train, task, config.seed)
     model = build_model(config, splits.train, task, config.seed)
+    if references.is_reference(config.model.name):
+        _check_fits(model, splits.train, task)
     strategy.clip_rule().group_of(trainable_names(model))  # refuses groups that do not fit the model
     facts = facts_of(config, holders, get_flat(model).numel())
     optim.ServerOptimizer(  # refuses a warm-up as long as the run
@@ -108,6 +114,28 @@ def build_model(config: Config, train: examples.ArrayDataset, task: Task, seed: 
     return models.build(
         config.model, train.example_shape, task.outputs(train.declared), seed, train.vocabulary
     )
+
+
+def _check_fits(model: nn.Module, train: examples.ArrayDataset, task: Task) -> None:
+    """Refuse a model from outside that does not take the data, or gives another number of outputs."""
+    dtype = get_flat(model).dtype
+    blank = examples.normalise(np.zeros_like(train.inputs[:1]), train, dtype)
+    shape, width = tuple(blank.shape), task.outputs(train.declared)
+    try:
+        with torch.no_grad():
+            outputs = copy.deepcopy(model)(blank)
+    except Exception as error:
+        raise InputError(
+            f"model must run on inputs of shape {shape}, one example of the data, but fails by "
+            f"{type(error).__name__}: {error}. Change the model, or the data."
+        ) from error
+    found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    if not isinstance(outputs, torch.Tensor) or outputs.shape[0] != 1 or outputs.shape[-1] != width:
+        raise InputError(
+            f"model must give {width} outputs an example, as the task has for {train.declared.size} "
+            f"{train.declared.kind}, shape (1, ..., {width}) for one, got {found}. Change its last layer, or "
+            "what the data declare."
+        )
 
 
 def header_of(

@@ -278,6 +278,11 @@ def node_for(setup: str, index: int) -> Node:
     return Node(config, index, seeds.Granted(keys))
 
 
+def forget_nodes() -> None:
+    """Let every node of this process be built anew."""
+    node_for.cache_clear()
+
+
 @functools.lru_cache(maxsize=8)
 def _sent(setup: str) -> tuple[Config, dict[str, bytes]]:
     """Return the configuration and the keys that `setup_of` says, read once for all nodes of a process."""

@@ -49,7 +49,7 @@ class Material:
         if self.strata is None:
             raise InputError(
                 f"federation.partition = {scheme} skews holders by label, and this task's targets have none. "
-                "Use iid, power_law, natural or file."
+                "Use iid, power_law, natural or file; a task of your own says its labels by Task.strata."
             )
         return self.strata
 

@@ -446,3 +446,18 @@ def test_features_pass_unchanged_but_for_their_dtype() -> None:
     out = normalise(features, data, dtype=torch.float64)
     assert out.dtype == torch.float64
     assert np.array_equal(out.numpy(), features.astype(np.float64))
+
+
+def test_a_table_is_chosen_by_name_though_its_options_are_refused_as_they_are_by_default(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "train.csv").write_text("age,owner,ill\n20,b,no\n40,a,yes\n60,b,yes\n", encoding="utf-8")
+    (tmp_path / "test.csv").write_text("age,ill\n30,no\n", encoding="utf-8")
+    options = {"numbers": {"age": [20, 60]}, "target": "ill", "classes": ["yes", "no"], "holder": "owner"}
+    found = datasets.load(DataConfig("table", options, str(tmp_path)))
+    assert found.train.inputs[:, 0].tolist() == [-1.0, 0.0, 1.0]
+    assert found.train.targets.tolist() == [1, 0, 0], "in the declared order"
+    assert found.train.groups is not None
+    assert found.train.groups.tolist() == [1, 0, 1]
+    with pytest.raises(InputError, match="must declare its columns"):
+        datasets.load(DataConfig("table", {}, str(tmp_path)))

@@ -1,0 +1,163 @@
+"""The examples: short, the same as centralized, with the epsilon and the headline they are to have."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsim import models
+from fedsim.engine.experiment import prepare
+from fedsim.run import Run
+from tests.conftest import final
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+LINES = 15
+CENTRALIZED = {"holders": 1, "nodes": 1, "partition": "iid"}
+# Name, unit and direction of the headline, and what the released model reaches at least.
+SCRIPTS: dict[str, tuple[str, str, bool, float]] = {
+    "own_module": ("accuracy", "%", True, 0.6),
+    "timm_model": ("accuracy", "%", True, 0.6),
+    "text_lora": ("accuracy", "%", True, 0.9),
+    "table_regression": ("within_a_day", "%", True, 0.9),
+    "multi_label": ("auc", "%", True, 0.95),
+    "mixed_sizes": ("accuracy", "%", True, 0.95),
+    "by_column": ("accuracy", "%", True, 0.75),
+    "own_everything": ("accuracy", "%", True, 0.55),
+}
+Start = Callable[[str], ModuleType]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Import scripts as they are started from their own folder, in an empty working folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("work"))
+        patch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+        patch.setenv("PYTHONPATH", str(EXAMPLES))
+        yield importlib.import_module
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture(scope="module")
+def done(start: Start) -> Callable[[str], Run]:
+    """The run of a script as it stands, made once."""
+    runs: dict[str, Run] = {}
+
+    def run(name: str) -> Run:
+        if name not in runs:
+            runs[name] = start(name).main()
+        return runs[name]
+
+    return run
+
+
+def largest_difference(one: Run, other: Run) -> float:
+    """Between any two parameters, over the largest one."""
+    first, second = final(one.folder).double(), final(other.folder).double()
+    return float((first - second).abs().max() / second.abs().max())
+
+
+def test_every_script_is_tried() -> None:
+    helpers = {"data", "own_parts"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS) | helpers
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_short_and_says_what_it_does(name: str) -> None:
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    after = text.splitlines()[tree.body[0].end_lineno :]
+    assert sum(bool(line.strip()) for line in after) <= LINES
+    assert f"examples/{name}.py" in (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_federated_equals_centralized(name: str, start: Start, done: Callable[[str], Run]) -> None:
+    federated = done(name)
+    assert federated.result["holders"] > 1
+    central = start(name).main(out=f"runs/{name}_central", federation=CENTRALIZED)
+    assert central.result["holders"] == 1
+    assert largest_difference(federated, central) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_epsilon_by_both_accountants_and_the_headline(name: str, done: Callable[[str], Run]) -> None:
+    run = done(name)
+    result: dict[str, Any] = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
+    spent, check = result["epsilon"]["example"], result["epsilon"]["example_check"]
+    assert (spent["accountant"], check["accountant"]) == ("pld", "rdp")
+    assert 0 < spent["value"] <= check["value"]
+    target = run.config.privacy.target_epsilon
+    assert target is not None
+    assert 0.99 * target <= spent["value"] <= target
+    headline, unit, higher, least = SCRIPTS[name]
+    assert result["headline"] == {"name": headline, "unit": unit, "higher_is_better": higher}
+    assert least <= result[headline] <= 1
+    assert f"epsilon={run.epsilon}" in repr(run)
+
+
+def test_adapters_and_head_are_all_that_is_trained(done: Callable[[str], Run]) -> None:
+    run = done("text_lora")
+    model = run.model
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert all("lora_" in name or ".classifier." in name for name in trained)
+    assert any("lora_" in name for name in trained)
+    held = load_file(run.folder / "final.safetensors")
+    fresh = models.build(run.config.model, (12,), 2, run.config.seed, 512).state_dict()
+    for name, value in fresh.items():
+        assert torch.equal(held[name], value) is (name not in trained), name
+
+
+def test_an_own_metric_is_in_the_unit_of_the_target(start: Start, done: Callable[[str], Run]) -> None:
+    run = done("table_regression")
+    lines = (start("data").stays() / "test.csv").read_text(encoding="utf-8").splitlines()[1:]
+    cells = [line.split(",") for line in lines]
+    wards = ("eyes", "heart", "surgery")
+    inputs = torch.tensor(
+        [[(int(c[0]) - 18) / 77 * 2 - 1, *(float(c[1] == ward) for ward in wards)] for c in cells]
+    )
+    off = (
+        torch.from_numpy(run.predict(inputs.numpy()).outputs[:, 0])
+        - torch.tensor([float(c[3]) for c in cells])
+    ).abs()
+    assert run.score == pytest.approx(float((off <= 1).float().mean()), abs=1e-6)
+    assert run.result["mae"] == pytest.approx(float(off.mean()), rel=1e-4)
+
+
+def test_labels_keep_their_order(start: Start, done: Callable[[str], Run]) -> None:
+    run = done("multi_label")
+    images, shown = start("data").scenes(200, 2)
+    said = run.predict(images)
+    assert said.names == ("red", "green", "blue")
+    for label in range(3):
+        assert (said.best[:, label] == shown[:, label]).mean() > 0.9
+
+
+def test_a_clinic_is_a_holder(start: Start, done: Callable[[str], Run]) -> None:
+    run = done("by_column")
+    lines = (start("data").stays() / "train.csv").read_text(encoding="utf-8").splitlines()[1:]
+    clinics = [line.split(",")[2] for line in lines]
+    sizes = [clinics.count(clinic) for clinic in sorted(set(clinics))]
+    assert run.result["holders"] == len(sizes) == 5
+    assert run.result["largest_holder"] == max(sizes)
+    holder_of = prepare(run.config).partition.holder_of
+    assert [sorted(set(clinics))[holder] for holder in holder_of] == clinics
+
+
+@pytest.mark.flower
+@pytest.mark.timeout(400)
+def test_own_parts_under_flowers_simulation_equal_local(start: Start, done: Callable[[str], Run]) -> None:
+    simulated = start("own_everything").main(out="runs/simulated", backend="simulation")
+    assert largest_difference(simulated, done("own_everything")) <= 1e-6
