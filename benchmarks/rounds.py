@@ -121,7 +121,9 @@ def real_work(steps: int) -> dict[str, Any]:
 
 def server_work(repeats: int) -> dict[str, Any]:
     """Sum of two node replies, secure noise and the optimizer, for 2.75 million parameters."""
-    config = settings(2, 2, "model.name=wide_resnet", "optimizer.name=momentum", "optimizer.options.momentum=0.9")
+    config = settings(
+        2, 2, "model.name=wide_resnet", "optimizer.name=momentum", "optimizer.options.momentum=0.9"
+    )
     experiment = prepare(config)
     size = experiment.facts.parameters
     replies = [

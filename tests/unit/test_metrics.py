@@ -81,7 +81,9 @@ def test_tensorboard_holds_scalars_histogram_picture_and_hparams(tmp_path: Path)
 
 def test_console_shows_epsilon_and_accuracy() -> None:
     out = io.StringIO()
-    progress = ConsoleProgress(10, Metric("accuracy", "%"), "t", Console(file=out, force_terminal=False, width=100))
+    progress = ConsoleProgress(
+        10, Metric("accuracy", "%"), "t", Console(file=out, force_terminal=False, width=100)
+    )
     progress.write(record(5))
     progress.close()
     assert "step 5/10" in out.getvalue()

@@ -20,9 +20,9 @@ from fedsim.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from fedsim.engine import optim
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.grads.flat import get_flat, spec
+from fedsim.merging import Choice
 from fedsim.models import weights
 from fedsim.privacy import accountant, events, ledger
-from fedsim.merging import Choice
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.levels import NoiseLevels
 from fedsim.validate import InputError
