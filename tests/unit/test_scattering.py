@@ -47,7 +47,7 @@ def image_arrays(root: Path, channels: int = 1, train_rows: int = 40) -> Path:
         labels = np.arange(rows) % 4
         images = RNG.integers(0, 60, (rows, 12, 12, channels)) + 60 * labels[:, None, None, None]
         np.save(root / f"{split}_inputs.npy", images.astype(np.uint8))
-        np.save(root / f"{split}_labels.npy", labels)
+        np.save(root / f"{split}_targets.npy", labels)
     return root
 
 
@@ -263,7 +263,7 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     root.mkdir()
     for split in ("train", "test"):
         np.save(root / f"{split}_inputs.npy", np.zeros((4, 5), np.float32))
-        np.save(root / f"{split}_labels.npy", np.zeros(4, np.int64))
+        np.save(root / f"{split}_targets.npy", np.zeros(4, np.int64))
     with pytest.raises(InputError, match="must get uint8 images"):
         datasets.load(DataConfig("arrays", {"classes": 4}, str(root), features=Choice("scattering")))
     root = image_arrays(tmp_path / "images")
