@@ -20,7 +20,7 @@ PACKAGES = ("fedsim", "strategies")
 
 @functools.cache
 def code_hash(*named: str) -> str:
-    """Return a digest of every Python file of `fedsim` and `strategies`, and of what the references `named` lead
+    """Return a digest of every Python file of `fedsim` and `strategies`, and of what references lead
     to (`fedsim.references`); server and nodes must agree."""
     digest = hashlib.sha256()
     for reference in sorted(set(named)):
