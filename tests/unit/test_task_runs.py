@@ -1,4 +1,4 @@
-"""Runs of every task: the federation equals one holder of everything, and the result leads with its headline."""
+"""Runs of every task: a federation equals one holder of everything; the result leads with its headline."""
 
 from __future__ import annotations
 
