@@ -74,6 +74,8 @@ class Registry(Generic[T]):
             package = importlib.import_module(self._package)
             for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
                 importlib.import_module(f"{self._package}.{module}")
+            # A module may have been imported before for itself: the order is that of the files all the same.
+            self._own = dict(sorted(self._own.items(), key=lambda item: item[1].__module__))
             self._complete = True
         return self._own
 
@@ -118,7 +120,7 @@ class Registry(Generic[T]):
         else:
             made = references.called(found, choice.options, known, self.options)
         if not isinstance(made, self.base) and self._adapt is not None:
-            made = self._adapt(made)
+            made = self._adapt(made) or made
         if not isinstance(made, self.base):
             raise InputError(
                 f"{self.setting} must name a {self.base.__module__}.{self.base.__name__} or what makes one, "

@@ -97,11 +97,13 @@ class _WithAreas(Means):
 def area(scores: NDArray[np.floating[Any]], present: NDArray[np.bool_]) -> float:
     """Return the area under the ROC curve of scores (N,), by ranks (Mann and Whitney 1947); ties count half.
 
-    NaN where all examples have the label, or none, or a score is not a number.
+    A score that is not a number is in the wrong order with every other. NaN where all examples have the
+    label, or none.
     """
     positive = int(present.sum())
-    if positive in (0, len(present)) or np.isnan(scores).any():
+    if positive in (0, len(present)):
         return float("nan")
+    scores = np.where(np.isnan(scores), np.where(present, -np.inf, np.inf), scores)
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     ranks = (last - (count - 1) / 2.0)[place]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -92,4 +92,4 @@ class Regression(Task):
 class _Rooted(Means):
     def result(self) -> dict[str, float]:
         found = super().result()
-        return found | {"rmse": float(torch.tensor(found["rmse"]).double().sqrt())}
+        return found | {"rmse": math.sqrt(found["rmse"])}

@@ -22,14 +22,22 @@ from torch import Tensor
 from fedsim import seeds
 from fedsim.config import Config, OptimizerConfig
 from fedsim.data import datasets, examples
-from fedsim.engine import optim
 from fedsim.engine.experiment import build_model
 from fedsim.noise.gaussian import standard_normal
+from fedsim.optimizers import OPTIMIZERS
 from fedsim.sampling import PoissonSampler
+from fedsim.schedules import SCHEDULES
+from fedsim.tasks.classification import Classification
 from tests.conftest import final, small, train
 
 MODEL = {"float32": "mlp", "float64": "small_cnn"}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+
+
+def adaptive(o: OptimizerConfig) -> tuple[tuple[float, float], float]:
+    """The betas and epsilon that a configuration says, or their published defaults."""
+    given = o.options
+    return (given.get("beta1", 0.9), given.get("beta2", 0.999)), given.get("epsilon", 1e-8)
 
 
 class Lamb(torch.optim.Optimizer):
@@ -38,34 +46,39 @@ class Lamb(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[Tensor], o: OptimizerConfig) -> None:
         super().__init__(parameters, {"lr": o.learning_rate})
         self.o, self.updates = o, 0
+        self.betas, self.epsilon = adaptive(o)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        o = self.o
+        o, (beta1, beta2) = self.o, self.betas
         self.updates += 1
         for group in self.param_groups:
             for q in group["params"]:
                 held = self.state[q]
-                for name, beta, power in (("m", o.beta1, q.grad), ("v", o.beta2, q.grad.square())):
+                for name, beta, power in (("m", beta1, q.grad), ("v", beta2, q.grad.square())):
                     held[name] = beta * held.get(name, torch.zeros_like(q)) + (1 - beta) * power
-                m, v = (held[n] / (1 - b**self.updates) for n, b in (("m", o.beta1), ("v", o.beta2)))
-                update = m / (v.sqrt() + o.epsilon) + o.weight_decay * q
+                m, v = (held[n] / (1 - b**self.updates) for n, b in (("m", beta1), ("v", beta2)))
+                update = m / (v.sqrt() + self.epsilon) + o.weight_decay * q
                 trust = q.norm() / update.norm() if q.norm() > 0 and update.norm() > 0 else 1.0
                 q -= group["lr"] * trust * update
 
 
 def inner_optimizer(parameters: list[Tensor], o: OptimizerConfig) -> torch.optim.Optimizer:
     """PyTorch's own rule of that name; lamb written out."""
-    decay, betas = o.weight_decay, (o.beta1, o.beta2)
+    decay, given, (betas, epsilon) = o.weight_decay, o.options, adaptive(o)
     match o.name:
         case "sgd" | "momentum" | "nesterov":
             return torch.optim.SGD(
-                parameters, o.learning_rate, o.momentum, weight_decay=decay, nesterov=o.name == "nesterov"
+                parameters,
+                o.learning_rate,
+                given.get("momentum", 0.0),
+                weight_decay=decay,
+                nesterov=o.name == "nesterov",
             )
         case "adam":
-            return torch.optim.Adam(parameters, o.learning_rate, betas, o.epsilon, decay)
+            return torch.optim.Adam(parameters, o.learning_rate, betas, epsilon, decay)
         case "adamw":
-            return torch.optim.AdamW(parameters, o.learning_rate, betas, o.epsilon, decay)
+            return torch.optim.AdamW(parameters, o.learning_rate, betas, epsilon, decay)
     return Lamb(parameters, o)
 
 
@@ -74,10 +87,11 @@ def rate_at(o: OptimizerConfig, steps: int, step: int) -> float:
     if step < o.warmup_steps:
         return o.learning_rate * (step + 1) / o.warmup_steps
     done = (step - o.warmup_steps) / (steps - o.warmup_steps)
-    if o.schedule == "constant":
+    if o.schedule.name == "constant":
         return o.learning_rate
-    left = 1 - done if o.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
-    return o.learning_rate * (o.final_fraction + (1 - o.final_fraction) * left)
+    left = 1 - done if o.schedule.name == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+    final = o.schedule.options.get("final_fraction", 0.0)
+    return o.learning_rate * (final + (1 - final) * left)
 
 
 def centralized(config: Config, monkeypatch: pytest.MonkeyPatch, noise_times: float = 1.0) -> Tensor:
@@ -85,8 +99,8 @@ def centralized(config: Config, monkeypatch: pytest.MonkeyPatch, noise_times: fl
     data = datasets.load(config.data).train
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     inputs = examples.normalise(data.inputs, data, dtype)
-    labels = torch.from_numpy(data.labels.copy())
-    model = build_model(config, data, config.seed)
+    labels = torch.from_numpy(data.targets.copy())
+    model = build_model(config, data, Classification(), config.seed)
     wrapped = GradSampleModule(model, batch_first=True, loss_reduction="mean")
     o, p, t = config.optimizer, config.privacy, config.train
     assert p.noise_multiplier is not None
@@ -189,8 +203,8 @@ def test_every_optimizer_schedule_and_average_equals_opacus(
 
 
 def test_every_optimizer_and_schedule_is_compared() -> None:
-    assert set(RULES) == set(optim.OPTIMIZERS)
-    assert {course.split(",")[0] for course in COURSES} == set(optim.SCHEDULES)
+    assert set(RULES) == set(OPTIMIZERS.own())
+    assert {course.split(",")[0] for course in COURSES} == set(SCHEDULES.own())
 
 
 def test_the_comparison_notices_noise_that_is_a_percent_off(

@@ -51,7 +51,7 @@ def test_one_step_equals_clipped_local_training_written_out(tmp_path: Path) -> N
     for holder in range(10):  # q = 1: everyone takes part
         ids = np.flatnonzero(experiment.partition.holder_of == holder)
         inputs = examples.normalise(data.inputs[ids], data, torch.float64)
-        labels = torch.from_numpy(data.labels[ids])
+        labels = torch.from_numpy(data.targets[ids])
         set_flat(model, start)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         for _ in range(2):

@@ -69,7 +69,7 @@ def written_out(config: Config, clip_norm: float, noise_std: float) -> torch.Ten
             total = torch.zeros_like(start)
             for i in ids:
                 inputs = examples.normalise(data.inputs[i : i + 1], data, torch.float64)
-                loss = torch.nn.functional.cross_entropy(model(inputs), torch.tensor([int(data.labels[i])]))
+                loss = torch.nn.functional.cross_entropy(model(inputs), torch.tensor([int(data.targets[i])]))
                 gradient = torch.cat(
                     [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]
                 )

@@ -138,7 +138,7 @@ def test_draws_and_noise_of_a_secure_run_do_not_follow_from_the_public_seed(
 
 
 @pytest.mark.parametrize("name", ["central_dpsgd", "local_dpsgd", "dp_fedavg"])
-def test_holder_scores_is_not_written_in_public_only_mode(name: str, tmp_path: Path) -> None:
+def test_holder_scores_are_not_written_in_public_only_mode(name: str, tmp_path: Path) -> None:
     skewed = [
         "federation.partition=shards",
         "federation.partition.options.per_holder=1",
@@ -158,9 +158,9 @@ def test_holders_whose_labels_the_test_set_lacks_are_left_out() -> None:
     splits, held, model = experiment.splits, experiment.partition, experiment.model
 
     def spread(train_targets: NDArray[np.int64], tested: int) -> dict[str, float]:
-        train = dataclasses.replace(splits.train, labels=train_targets)
+        train = dataclasses.replace(splits.train, targets=train_targets)
         test = splits.test.take(np.flatnonzero(splits.test.targets == tested))
-        return scoring.holder_scores(model, Splits(train, test), held, torch.float32).value
+        return scoring.holder_scores(model, experiment.task, Splits(train, test), held, torch.float32).value
 
     own = splits.train.targets
     label = max(range(10), key=lambda c: spread(np.full_like(own, c), c)["50%"])

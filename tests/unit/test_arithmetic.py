@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.engine.evaluate import class_accuracy, evaluate
+from fedsim.engine.evaluate import by_class, evaluate
 from fedsim.grads import FlatClip, arithmetic, clipped_gradient_sum
 from fedsim.grads.bookkeeping import Options, clipped_sum
 from fedsim.grads.local_training import LocalTraining, local_update
+from fedsim.tasks.classification import Classification
 
 SWITCHES = [*arithmetic._ON_CUDA, *arithmetic._ON_CPU]
 CPU = torch.device("cpu")
@@ -61,8 +62,12 @@ RUNS: dict[str, Callable[[nn.Module], Any]] = {
     "local training": lambda model: local_update(
         model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), LocalTraining(), np.random.default_rng(0)
     ),
-    "evaluation": lambda model: evaluate(model, [(torch.randn(2, 3), torch.tensor([0, 1]))]),
-    "accuracy by class": lambda model: class_accuracy(model, [(torch.randn(2, 3), torch.tensor([0, 1]))], 2),
+    "evaluation": lambda model: evaluate(
+        model, [(torch.randn(2, 3), torch.tensor([0, 1]))], Classification()
+    ),
+    "accuracy by class": lambda model: by_class(
+        model, [(torch.randn(2, 3), torch.tensor([0, 1]))], Classification(), 2
+    ),
 }
 
 

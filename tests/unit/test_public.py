@@ -215,14 +215,14 @@ def test_every_json_file_of_a_run_is_json(overrides: tuple[str, ...], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "told"), [("labels", 7, "0 .. 7"), ("inputs", float("nan"), "row 3")]
+    ("column", "value", "told"), [("targets", 7, "0 .. 7"), ("inputs", float("nan"), "row 3")]
 )
 @pytest.mark.parametrize("public_only", [True, False])
 def test_messages_about_wrong_examples_say_what_they_hold_only_where_they_may(
     public_only: bool, column: str, value: float, told: str, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
-    held = {"inputs": rng.standard_normal((50, 4)).astype(np.float32), "labels": np.arange(50) % 3}
+    held = {"inputs": rng.standard_normal((50, 4)).astype(np.float32), "targets": np.arange(50) % 3}
     for split in ("train", "test"):
         for name, array in held.items():
             np.save(tmp_path / f"{split}_{name}.npy", array)
@@ -233,4 +233,4 @@ def test_messages_about_wrong_examples_say_what_they_hold_only_where_they_may(
     with pytest.raises(InputError) as refused:
         prepare(small(*data))
     assert (told in str(refused.value)) is not public_only
-    assert f"{column} must" in str(refused.value)
+    assert f"{'labels' if column == 'targets' else column} must" in str(refused.value)

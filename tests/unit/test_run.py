@@ -121,10 +121,8 @@ def test_nonprivate_claims_no_epsilon(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw", "lamb"])
 def test_every_optimizer_resumes_exactly(name: str, tmp_path: Path) -> None:
-    momentum = "0.9" if name == "nesterov" else "0"
     config = small(
         f"optimizer.name={name}",
-        f"optimizer.options.momentum={momentum}",
         "optimizer.learning_rate=0.01",
         "optimizer.schedule=cosine",
         "train.ema_decay=0.9",
