@@ -35,18 +35,19 @@ class Choice:
 @functools.cache
 def choices(schema: type[Any]) -> tuple[str, ...]:
     """Return the dotted names of what is chosen in a schema: its parts that have a name and options."""
-    return tuple(_choices(schema(), ""))
+    return tuple(_choices(schema, ""))
 
 
-def _choices(settings: Any, prefix: str) -> Iterator[str]:
-    for entry in dataclasses.fields(settings):
-        value = getattr(settings, entry.name)
+def _choices(schema: type[Any], prefix: str) -> Iterator[str]:
+    # By the fields alone: a schema may refuse to be made of defaults, such as a table that declares nothing.
+    for entry in dataclasses.fields(schema):
+        value = entry.default_factory() if callable(entry.default_factory) else entry.default
         if "Choice" in str(entry.type):
             yield prefix + entry.name
-        elif dataclasses.is_dataclass(value):
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             if {"name", "options"} <= {part.name for part in dataclasses.fields(value)}:
                 yield prefix + entry.name
-            yield from _choices(value, f"{prefix}{entry.name}.")
+            yield from _choices(type(value), f"{prefix}{entry.name}.")
 
 
 def schema_of(kind: type[Any]) -> DictConfig:
