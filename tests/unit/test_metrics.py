@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedsim.engine.metrics import ConsoleProgress, JsonLines, Metrics
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.types import StepRecord
 from fedsim.visibility import Public, Sensitive
 from tests.conftest import small, train
