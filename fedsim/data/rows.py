@@ -17,6 +17,7 @@ from fedsim.validate import InputError, PrivateInputError
 
 Columns = dict[str, list[Any]]
 SUFFIXES = (".csv", ".jsonl", ".parquet")
+LONGEST_CELL = 2**31 - 1  # characters; csv's own limit of 131,072 is below a long text
 
 
 def read(path: Path, wanted: Sequence[str]) -> Columns:
@@ -39,12 +40,16 @@ def read(path: Path, wanted: Sequence[str]) -> Columns:
 
 
 def _csv(path: Path) -> Columns:
-    with open(path, encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, strict=True)
-        names = list(reader.fieldnames or [])
-        if len(set(names)) != len(names):
-            raise InputError(f"{path}: every column must have a name of its own, got {names}.")
-        rows = list(reader)
+    before = csv.field_size_limit(LONGEST_CELL)  # of the process
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            reader = csv.DictReader(handle, strict=True)
+            names = list(reader.fieldnames or [])
+            if len(set(names)) != len(names):
+                raise InputError(f"{path}: every column must have a name of its own, got {names}.")
+            rows = list(reader)
+    finally:
+        csv.field_size_limit(before)
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise InputError(f"{path}: every row must have {len(names)} cells, row {number} has not.")

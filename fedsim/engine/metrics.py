@@ -7,6 +7,7 @@ times) are useful in simulation and never to be published: `public_only` drops t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -204,6 +205,8 @@ class ConsoleProgress:
         self._n_delta = _number(numbers.get("n_delta", self._n_delta))
         self._score = numbers.get(self._headline.name, self._score)
         epsilon = f"{self._epsilon:.3g} (N x delta {self._n_delta:.2g})"
+        if math.isnan(self._epsilon):  # a run without privacy has none
+            epsilon = "-"
         if self._bar is not None:
             self._bar.update(
                 self._task,

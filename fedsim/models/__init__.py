@@ -15,6 +15,7 @@ from fedsim import references, seeds, validate
 from fedsim.config import ModelConfig, parse_options
 from fedsim.data.examples import ArrayDataset
 from fedsim.models import weights
+from fedsim.models.bag_of_words import BagOfWords, BagOfWordsOptions
 from fedsim.models.check import check, examples_are_independent, for_training
 from fedsim.models.cnn import CifarCnn, CifarCnnOptions, SmallCnn, SmallCnnOptions
 from fedsim.models.fix import fix, fixed
@@ -63,6 +64,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "bag_of_words": Family(BagOfWordsOptions, BagOfWords),
     "small_cnn": Family(SmallCnnOptions, SmallCnn),
     "cifar_cnn": Family(CifarCnnOptions, CifarCnn),
     "linear": Family(LinearOptions, Linear),
@@ -179,7 +181,7 @@ def _maker(config: ModelConfig, vocabulary: int | None) -> tuple[Callable[..., A
     if vocabulary is not None and "vocabulary" not in inspect.signature(family.make).parameters:
         validate.conflicts(
             f"model.name={config.name} takes numbers, but the data are ids of {vocabulary} tokens.",
-            "Use model.name=transformers, or a model of your own with an embedding.",
+            "Use model.name=bag_of_words or transformers, or a model of your own with an embedding.",
         )
     return family.make, {"options": parse_options(config.options, family.options, "model.options")}
 

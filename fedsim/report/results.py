@@ -127,7 +127,7 @@ def summary(held: Sequence[dict[str, Any]]) -> str:
     rows = [
         [
             f"`{_recipe(one)}`",
-            one["data"]["name"],
+            _data(one),
             _value(one, "example"),
             _claimed(one),
             _reached(one),
@@ -181,7 +181,7 @@ def _section(paper: str, held: Sequence[dict[str, Any]]) -> str:
     rows = [
         [
             f"`{_recipe(one)}`",
-            one["data"]["name"] + ("" if one["evaluated_on"] == "test set" else f" ({one['evaluated_on']})"),
+            _data(one) + ("" if one["evaluated_on"] == "test set" else f" ({one['evaluated_on']})"),
             _claimed(one),
             _reached(one),
             ", ".join(
@@ -210,6 +210,12 @@ def _recipe(held: dict[str, Any]) -> str:
         o for o in held["overrides"] if not o.startswith(("engine.", "monitor.", "title=", "data.root="))
     ]
     return " ".join([held["config"].removesuffix(".yaml"), *changed])
+
+
+def _data(held: dict[str, Any]) -> str:
+    """The source; of one that reads files, such as a table, the file too."""
+    name, options = held["data"]["name"], held["data"].get("options") or {}
+    return f"{name} ({options['train']})" if "train" in options else str(name)
 
 
 def _reached(held: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedsim.engine.metrics import ConsoleProgress, JsonLines, Metrics
-from fedsim.metric import Metric
+from fedsim.headline import Metric
 from fedsim.types import StepRecord
 from fedsim.visibility import Public, Sensitive
 from tests.conftest import small, train
@@ -89,3 +89,10 @@ def test_console_shows_epsilon_and_accuracy() -> None:
     assert "step 5/10" in out.getvalue()
     assert "epsilon 5" in out.getvalue()
     assert "test accuracy 50.00%" in out.getvalue()
+
+
+def test_console_claims_no_epsilon_where_there_is_none() -> None:
+    out = io.StringIO()
+    progress = ConsoleProgress(9, Metric("rmse", "points", False), "t", Console(file=out, width=100))
+    progress.update(9, {"epsilon": None, "n_delta": None, "rmse": 2.5})
+    assert out.getvalue() == "step 9/9  epsilon -  test rmse 2.5 points\n"

@@ -101,6 +101,13 @@ def test_tuning_is_not_shown_as_a_result(project: Path) -> None:
     assert "(held-out training examples)" in (project / "docs/results.md").read_text()
 
 
+def test_a_source_that_reads_files_says_which() -> None:
+    data = {"name": "table", "options": {"train": "exam/train.csv"}}
+    assert results._data({"data": data}) == "table (exam/train.csv)"
+    assert results._data({"data": {"name": "fashion_mnist", "options": {}}}) == "fashion_mnist"
+    assert results._data({"data": {"name": "fashion_mnist"}}) == "fashion_mnist"
+
+
 def test_claims_of_a_row_of_a_paper() -> None:
     reference = {
         "paper": "P",
