@@ -39,7 +39,6 @@ def choices(schema: type[Any]) -> tuple[str, ...]:
 
 
 def _choices(schema: type[Any], prefix: str) -> Iterator[str]:
-<<<<<<< HEAD
     # Of the defaults a field at a time: options as a whole may be refused as long as nothing is chosen.
     for entry in dataclasses.fields(schema):
         made = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
@@ -49,17 +48,6 @@ def _choices(schema: type[Any], prefix: str) -> Iterator[str]:
             if {"name", "options"} <= {part.name for part in dataclasses.fields(kind)}:
                 yield prefix + entry.name
             yield from _choices(kind, f"{prefix}{entry.name}.")
-=======
-    # By the fields alone: a schema may refuse to be made of defaults, such as a table that declares nothing.
-    for entry in dataclasses.fields(schema):
-        value = entry.default_factory() if callable(entry.default_factory) else entry.default
-        if "Choice" in str(entry.type):
-            yield prefix + entry.name
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            if {"name", "options"} <= {part.name for part in dataclasses.fields(value)}:
-                yield prefix + entry.name
-            yield from _choices(type(value), f"{prefix}{entry.name}.")
->>>>>>> 95f019146ec150ca7594dfd01a86459881994f4c
 
 
 def schema_of(kind: type[Any]) -> DictConfig:
