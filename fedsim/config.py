@@ -225,6 +225,8 @@ class Config:
         """Return what is named that fedsim does not bring (`fedsim.references`)."""
         chosen = (_at(self, path) for path in choices(Config))
         names = [choice.name for choice in chosen if choice is not None]
+        measured = self.task.options.get("metrics")
+        names += [name for name in measured or () if isinstance(name, str)]
         return tuple(dict.fromkeys(filter(references.is_reference, names)))
 
     def digest(self) -> str:
