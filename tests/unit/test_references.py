@@ -15,6 +15,7 @@ from torch import nn
 from fedsim import models, provenance, references, strategies
 from fedsim.config import ModelConfig
 from fedsim.engine.holder import node_for, setup_of
+from fedsim.flower import launch
 from fedsim.strategies.base import Strategy
 from fedsim.study import plan
 from fedsim.validate import InputError
@@ -166,3 +167,19 @@ def test_a_node_runs_only_what_it_was_told_of(folder: Path, monkeypatch: pytest.
     node = node_for(setup_of(small("model.name=own_things:Net", "engine.threads=1")), 0)
     assert isinstance(node.model.body, nn.Sequential)
     sys.modules.pop("evil", None)
+
+
+def test_a_node_imports_no_metric_it_was_not_told_of(folder: Path) -> None:
+    (folder / "evil.py").write_text("open('mark', 'w').close()\n", encoding="utf-8")
+    sent = setup_of(small("task.options.metrics=[evil:measure]"))
+    with pytest.raises(InputError, match="runs no code it was not told of, but is sent evil:measure"):
+        node_for(sent, 0)
+    assert not (folder / "mark").exists()
+    sys.modules.pop("evil", None)
+
+
+def test_the_module_of_a_metric_goes_along(folder: Path) -> None:
+    config = small("task.options.metrics=[own_things:a_number]")
+    assert config.references() == ("own_things:a_number",)
+    assert provenance.code_hash(*config.references()) != provenance.code_hash()
+    assert (launch._stage(folder / "base", config) / "own_things.py").is_file()
