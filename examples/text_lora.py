@@ -16,7 +16,7 @@ def main(out="runs/text_lora", federation=HOLDERS):
     options = {"target": "opinion", "classes": ["bad", "good"], "vocabulary": 512, "places": 12}
     texts = {"name": "text", "root": data.reviews(), "options": options}
     bert = {"name": "transformers", "options": {"architecture": "bert", "config": TINY, "lora": {"r": 4}}}
-    privacy, train = {"target_epsilon": 8.0, "delta": 1e-4}, {"steps": 30, "expected_batch_size": 300}
+    privacy, train = {"target_epsilon": 8.0, "delta": 1e-4}, {"steps": 100, "expected_batch_size": 300}
     rest = {"optimizer": {"name": "adam", "learning_rate": 0.02}, "privacy": privacy, "train": train}
     return fedsim.train(data=texts, model=bert, federation=federation, out=out, **rest)
 
