@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from fedsim import config as configs
@@ -16,6 +17,7 @@ from fedsim import given, validate
 from fedsim.config import Config
 from fedsim.data.from_python import Data
 from fedsim.engine.run_folder import RunFolder, default_name
+from fedsim.merging import Choice
 from fedsim.partitions.given import Owners
 from fedsim.run import Run
 from fedsim.tasks import Task
@@ -57,7 +59,8 @@ def train(
         resume: continue what `out` holds.
         backend: "local", in this process, or "simulation", Flower's, whose processes need every object named
             as package.module:Object.
-        **overrides: settings by section, as privacy={"target_epsilon": 3.0}, train={"steps": 100}, seed=1.
+        **overrides: settings by section, as privacy={"target_epsilon": 3.0}, train={"steps": 100}, seed=1;
+            functions and classes may stand where names of objects of your own may.
 
     Raises:
         InputError: something is wrong; nothing was started.
@@ -211,18 +214,36 @@ def _configured(
     overrides: Changes,
 ) -> Config:
     """Return the configuration with what was handed in, by names under which this process has it."""
-    changes: dict[str, Any] = copy.deepcopy(dict(overrides))
+    changes: dict[str, Any] = {name: _plain(name, value) for name, value in overrides.items()}
     for section, chosen in (("model", model), ("data", data), ("task", task)):
         if chosen is not None:
-            _set(changes, section, _named(section, chosen))
+            _set(changes, section, _plain(section, _named(section, chosen)))
+    if isinstance(model, nn.Module) and {p.dtype for p in model.parameters()} == {torch.float64}:
+        changes["model"].setdefault("dtype", "float64")
     if partition is not None:
-        federation = changes.setdefault("federation", {})
         scheme = _scheme(partition)
-        federation["partition"] = _named("partition", scheme)
-        if isinstance(scheme, Owners):
-            federation.setdefault("holders", scheme.count)
-            federation.setdefault("nodes", min(2, scheme.count))
+        federation = changes.setdefault("federation", {})
+        federation["partition"] = _plain("partition", _named("partition", scheme))
+        count = scheme.count if isinstance(scheme, Owners) else None
+        if isinstance(partition, str) and partition == "natural" and isinstance(data, Data):
+            count = data.holders
+        if count is not None:
+            federation.setdefault("holders", count)
+            federation.setdefault("nodes", min(2, count))
     return configs.loaded(config, changes)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return settings with names in place of the objects among them, such as functions that measure."""
+    if isinstance(value, Mapping):
+        return {key: _plain(str(key), part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, part) for part in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, str | int | float | Choice):
+        return value
+    return str(value) if isinstance(value, Path) else given.hold(name, given.digest_of(value), value)
 
 
 def _set(changes: dict[str, Any], section: str, chosen: Any) -> None:
@@ -232,7 +253,7 @@ def _set(changes: dict[str, Any], section: str, chosen: Any) -> None:
 
 
 def _scheme(partition: Any) -> Any:
-    if isinstance(partition, str | Mapping) or callable(partition) or hasattr(partition, "spread"):
+    if isinstance(partition, str | Mapping | Choice) or callable(partition) or hasattr(partition, "spread"):
         return partition
     return Owners(tuple(np.unique(np.asarray(partition), return_inverse=True)[1].tolist()))
 

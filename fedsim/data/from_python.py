@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim import digest
+from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.sources.arrays import finite
 from fedsim.data.sources.base import declared_one
+from fedsim.data.targets import Targets
 from fedsim.validate import InputError
 
 NAME = "data from Python"
@@ -30,7 +32,7 @@ class Data:
         classes, labels, values, tokens: exactly one declares the targets, as `data.options` of arrays do:
             classes there can be; labels an example can have (targets of 0 and 1); values it has; tokens.
         vocabulary: number of tokens there can be, where inputs are integer tokens of one length.
-        names: of the classes, labels or values.
+        names: of the classes, labels or values; targets may then be these words.
         holders: (N,) natural owner of each training example, any words or numbers, for
             federation.partition=natural.
         mean, std: of image channels on the [0, 1] scale, published constants; default 0.5.
@@ -65,6 +67,8 @@ class Data:
 
         def split(where: str, examples: Any, owners: NDArray[np.int64] | None) -> ArrayDataset:
             inputs, wanted = _arrays(where, examples)
+            if wanted.dtype.kind == "U":
+                wanted = _numbers(where, wanted, declared)
             image = inputs.dtype == np.uint8 and inputs.ndim == 4 and vocabulary is None
             if inputs.dtype.kind == "f":
                 finite(inputs, f"{where}: inputs")
@@ -75,6 +79,12 @@ class Data:
             return ArrayDataset(NAME, inputs, wanted, owners, declared, center, scale, vocabulary)
 
         self.splits = Splits(split("train", train, groups), split("test", test, None))
+
+    @property
+    def holders(self) -> int | None:
+        """The number of natural owners of training examples, None where none were named."""
+        groups = self.splits.train.groups
+        return None if groups is None else int(groups.max()) + 1
 
     def digest(self) -> str:
         """Return a sha256 of everything the splits hold and declare."""
@@ -113,6 +123,16 @@ def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     return _stacked(where, "inputs", found), _stacked(where, "targets", wanted)
 
 
+def _numbers(where: str, words: NDArray[Any], declared: Targets) -> NDArray[np.int64]:
+    """Return classes that are words as their numbers among the declared names."""
+    if declared.kind != "class" or not declared.names:
+        raise InputError(
+            f"{where}: targets are words, so fedsim.Data must be told the classes in their order: "
+            "names=[...]."
+        )
+    return rows.classes(words.tolist(), declared.names, where)[0]
+
+
 def _is_array(value: Any) -> bool:
     return isinstance(value, torch.Tensor | np.ndarray) and value.ndim > 0
 
@@ -139,7 +159,7 @@ def _stacked(where: str, what: str, arrays: Sequence[NDArray[Any]]) -> NDArray[A
         if (
             array.shape != first.shape
             or array.dtype.kind != first.dtype.kind
-            or array.dtype.kind not in "fiub"
+            or array.dtype.kind not in "fiubU"
         ):
             raise InputError(
                 f"{where}: {what} must be numbers of one shape and kind, got {first.dtype} of shape "

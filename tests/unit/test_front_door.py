@@ -264,3 +264,35 @@ def test_importing_it_is_cheap_and_shadows_nothing() -> None:
         "assert all(callable(getattr(fedsim, name)) for name in fedsim.__all__), 'a module hides a name'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_functions_and_classes_stand_where_names_may() -> None:
+    @fedsim.metric(unit="%")
+    def near(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return ((outputs - targets).abs() < 1.0).float()[:, 0]
+
+    changed = {
+        **SETTINGS,
+        "task": {"name": "regression", "options": {"metrics": [near]}},
+        "optimizer": {"learning_rate": np.float64(0.1), "schedule": lambda progress: 1.0 - progress},
+    }
+    run = fedsim.train(model=net(), data=numbers(), partition="iid", federation={"holders": 3}, **changed)
+    assert 0.0 <= run.result["near"] <= 1.0
+    assert [line["learning_rate"] for line in run.metrics] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_what_is_handed_in_says_what_need_not_be_repeated() -> None:
+    words = np.where(VALUES[:, 0] > 1.0, "tall", "short")
+    owners = [f"school {i % 4}" for i in range(200)]
+    pairs = (INPUTS[:200], words[:200]), (INPUTS[200:], words[200:])
+    data = Data(*pairs, classes=2, names=["short", "tall"], holders=owners)
+    assert data.splits.train.targets.tolist() == (words[:200] == "tall").astype(int).tolist()
+    model = nn.Linear(8, 2).double()
+    settings = {**SETTINGS, "task": "classification"}
+    run = fedsim.train(model=model, data=data, partition="natural", **settings)
+    assert run.config.federation.holders == 4
+    assert run.model.weight.dtype == torch.float64
+    with pytest.raises(InputError, match=r"told the classes in their order: names="):
+        Data(*pairs, classes=2)
+    with pytest.raises(InputError, match=r"must be one of the declared classes short, high"):
+        Data(*pairs, classes=2, names=["short", "high"])
