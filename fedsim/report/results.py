@@ -219,10 +219,14 @@ def _data(held: dict[str, Any]) -> str:
 
 
 def _reached(held: dict[str, Any]) -> str:
+    """Mean, spread to as many places, unit and name of the metric."""
     headline = Metric.of(held)
-    spread = "" if held["std"] is None else f" ± {headline.number(held['std'])}"
-    words = "" if headline.name == "accuracy" else f" ({headline.label})"
-    return f"{headline.number(held['mean'])}{spread}{words}"
+    mean = f"{headline.scale * held['mean']:.2f}" if headline.unit == "%" else f"{held['mean']:#.4g}"
+    places = len(mean.partition("e")[0].partition(".")[2])
+    spread = "" if held["std"] is None else f" ± {headline.scale * held['std']:.{places}f}"
+    if "e" in mean and held["std"] is not None:
+        spread = f" ± {headline.number(held['std'])}"
+    return f"{mean.removesuffix('.')}{spread} {headline.unit}".rstrip() + f" ({headline.name})"
 
 
 def _claimed(held: dict[str, Any]) -> str:

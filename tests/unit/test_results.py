@@ -33,7 +33,7 @@ def result(**more: Any) -> dict[str, Any]:
         },
         "evaluated_on": "test set",
         "data": {"name": "fashion_mnist"},
-        "engine": "local",
+        "backend": "local",
         "holders": 100,
         "partition": "dirichlet(alpha=0.5, concentration=total)",
         "steps": 400,
@@ -106,6 +106,23 @@ def test_a_source_that_reads_files_says_which() -> None:
     assert results._data({"data": data}) == "table (exam/train.csv)"
     assert results._data({"data": {"name": "fashion_mnist", "options": {}}}) == "fashion_mnist"
     assert results._data({"data": {"name": "fashion_mnist"}}) == "fashion_mnist"
+
+
+@pytest.mark.parametrize(
+    ("headline", "mean", "std", "text"),
+    [
+        (("accuracy", "%"), 0.905, 0.00707, "90.50 ± 0.71 % (accuracy)"),
+        (("rmse", "points"), 2.49034, 0.009883, "2.490 ± 0.010 points (rmse)"),
+        (("rmse", ""), 1234.5, None, "1234 (rmse)"),
+        (("loss", ""), 1.5e-9, 2e-10, "1.500e-09 ± 2e-10 (loss)"),
+    ],
+)
+def test_what_is_reached_has_a_name_and_a_unit(
+    headline: tuple[str, str], mean: float, std: float | None, text: str
+) -> None:
+    name, unit = headline
+    held = {"headline": {"name": name, "unit": unit, "higher_is_better": True}, "mean": mean, "std": std}
+    assert results._reached(held) == text
 
 
 def test_claims_of_a_row_of_a_paper() -> None:
