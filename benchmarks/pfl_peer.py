@@ -206,7 +206,7 @@ def _users(experiment: Experiment) -> list[tuple[Tensor, Tensor]]:
     """Return every holder's inputs and labels."""
     train, owner = experiment.splits.train, experiment.partition.holder_of
     rows = [np.flatnonzero(owner == holder) for holder in range(experiment.config.federation.holders)]
-    return [(examples.normalise(train.inputs[r], train), torch.from_numpy(train.labels[r])) for r in rows]
+    return [(examples.normalise(train.inputs[r], train), torch.from_numpy(train.targets[r])) for r in rows]
 
 
 def _simulation(experiment: Experiment, **options: Any) -> Simulation:

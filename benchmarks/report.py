@@ -43,7 +43,7 @@ TRUST_COLUMNS = (
     "unit",
     "epsilon per example",
     "epsilon per holder",
-    "accuracy",
+    "score",
     "spread",
     "seconds",
 )
@@ -51,9 +51,9 @@ COMPARISON_COLUMNS = (
     "variant",
     "epsilon per example",
     "epsilon per holder",
-    "accuracy",
+    "score",
     "spread",
-    "holders' accuracy, 5% to 95%",
+    "holders' scores, 5% to 95%",
     "bytes per holder and step",
     "survivors needed",
     "seconds",
@@ -69,7 +69,7 @@ def comparison(name: str, columns: Sequence[str] = COMPARISON_COLUMNS) -> str:
             f"FOLDER --json results/{name}.json`.\n"
         )
     seeds = f"{len(held['seeds'])} seeds" if len(held["seeds"]) > 1 else "one seed"
-    spread = f"\nAccuracy and spread (standard deviation) over {seeds}.\n" if "spread" in columns else ""
+    spread = f"\nScore (test accuracy) and spread (standard deviation) over {seeds}.\n" if "spread" in columns else ""
     return table(columns, [[row[c] for c in columns] for row in held["rows"]]) + spread + provenance(held)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fedsim import references, seeds, validate
 from fedsim.config import ModelConfig, parse_options
-from fedsim.data.examples import ArrayDataset
 from fedsim.models import weights
 from fedsim.models.bag_of_words import BagOfWords, BagOfWordsOptions
 from fedsim.models.check import check, examples_are_independent, for_training
@@ -39,7 +38,6 @@ __all__ = [
     "check",
     "examples_are_independent",
     "fixed",
-    "for_dataset",
     "for_training",
     "skeleton",
     "weights",
@@ -213,8 +211,3 @@ def _to_meta(model: nn.Module) -> nn.Module:
                     moved[id(value)] = nn.Parameter(meta, value.requires_grad) if kept else meta
                 held[name] = moved[id(value)] if value is not None else None  # type: ignore[assignment]
     return model
-
-
-def for_dataset(config: ModelConfig, dataset: ArrayDataset, seed: seeds.Root) -> nn.Module:
-    """Build the model for a data set's example shape and number of classes; see `build`."""
-    return build(config, dataset.example_shape, dataset.declared.size, seed, dataset.vocabulary)

@@ -25,6 +25,7 @@ from fedsim.grads import FlatClip, clipped_gradient_sum, vmap
 from fedsim.grads.arithmetic import float32
 from fedsim.grads.bookkeeping import Options, clipped_sum
 from fedsim.grads.per_example import cross_entropy
+from fedsim.tasks.classification import Classification
 from tests.conftest import final, small, train
 from tests.equivalence.test_bookkeeping import CASES, TIGHT, loss, make
 from tests.equivalence.test_rounding import excess_of_products
@@ -241,9 +242,9 @@ def test_views_are_those_of_the_cpu() -> None:
 def test_evaluation_is_that_of_the_cpu() -> None:
     model = build("cnn")
     examples = [(torch.randn(50, *SHAPE), torch.arange(50) % CLASSES)]
-    expected = evaluate.evaluate(model, examples)
+    expected = evaluate.evaluate(model, examples, Classification())
     with evaluate.on(model, torch.device(DEVICE)):
-        found = evaluate.evaluate(model, examples)
+        found = evaluate.evaluate(model, examples, Classification())
     assert next(model.parameters()).device.type == "cpu"
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fedsim import models, seeds
 from fedsim.config import ModelConfig
-from fedsim.data.examples import ArrayDataset
 from fedsim.models.initialise import fan_in_truncated_normal_, initialise
 from fedsim.models.wide_resnet import WSConv2d
 from fedsim.validate import InputError
@@ -127,12 +126,6 @@ def test_wide_resnet_relu_comes_before_every_norm(convolution: str) -> None:
     assert len(norms) == 3 * 2 + 3 + 1  # two a block, one for the projection of each stage, the last
     for name, value in seen.items():
         assert bool((value < 0).any()) != (name in norms), name
-
-
-def test_for_dataset_takes_shape_and_classes() -> None:
-    images, labels = np.zeros((2, 28, 28, 1), np.uint8), np.array([0, 1])
-    data = ArrayDataset("toy", images, labels, None, 7, (0.5,), (0.5,))
-    assert models.for_dataset(ModelConfig(), data, 0)(torch.zeros(1, 1, 28, 28)).shape == (1, 7)
 
 
 @pytest.mark.parametrize(

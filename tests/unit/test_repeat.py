@@ -45,7 +45,7 @@ def test_every_seed_runs_once_and_the_result_says_what_they_reached(
     assert held["reference"] == {"paper": "nobody 2000"}
     assert held["steps"] == 6
     assert held["partition"] == "dirichlet(alpha=0.5, concentration=total)"
-    assert held["engine"] == "local"
+    assert held["backend"] == "local"
     assert held["evaluated_on"] == "test set"
     assert held["hardware"]["torch"]
     assert held["commit"]
