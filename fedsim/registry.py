@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
-from fedsim import references, validate
+from fedsim import references
 from fedsim.merging import Choice, parse_options
 from fedsim.validate import InputError
 
@@ -170,5 +170,4 @@ def check_choice(choice: Any, setting: str) -> Choice:
         and set(choice) <= {"name", "options"}
     ):
         return Choice(choice["name"], dict(choice.get("options") or {}))
-    validate.conflicts(f"{setting} must list names or {{name, options}}, got {choice!r}.", "Write it so.")
-    raise AssertionError
+    raise InputError(f"{setting} must list names or {{name, options}}, got {choice!r}.")
