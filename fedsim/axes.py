@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from fedsim.registry import Registry, options_of
+from fedsim.registry import Registry, entry_points, first_line, options_of
 
 Described = dict[str, tuple[str, dict[str, Any]]]
 
@@ -29,15 +28,18 @@ def described() -> dict[str, Described]:
 
     found = {registry.setting: registry.described() for registry in registries()}
     found["model.name"] = {
-        name: (_first_line(family.make), options_of(family.options))
+        name: (first_line(family.make), options_of(family.options))
         for name, family in models.FAMILIES.items()
     }
     classes = {name: strategies.find(name) for name in strategies.names()}
     found["strategy.name"] = {
-        name: (_first_line(cls), options_of(cls.Options)) for name, cls in classes.items()
+        name: (first_line(cls), options_of(cls.Options)) for name, cls in classes.items()
     }
     return found
 
 
-def _first_line(thing: Any) -> str:
-    return (inspect.getdoc(thing) or "").partition("\n")[0]
+def offered() -> dict[str, dict[str, str]]:
+    """Return what installed packages offer, as references by setting and name."""
+    axes = {registry.setting: registry.axis for registry in registries()}
+    axes |= {"model.name": "models", "strategy.name": "strategies"}
+    return {setting: entry_points(axis) for setting, axis in axes.items()}

@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -33,11 +34,22 @@ def sources() -> dict[str, Path]:
 def code_hash(*named: str) -> str:
     """Return a digest of every Python file of fedsim, and of what `named` references lead to
     (`fedsim.references`); server and nodes must agree."""
+    return _digest([*_named_sources(named), *sources().items()])
+
+
+def reference_hash(*named: str) -> str:
+    """Return a digest of what `named` references lead to, as it is now; empty for none: a run's own code."""
+    found = _named_sources(named)
+    return _digest(found) if found else ""
+
+
+def _named_sources(named: Sequence[str]) -> list[tuple[str, Path]]:
+    return [item for reference in sorted(set(named)) for item in references.sources(reference).items()]
+
+
+def _digest(files: Iterable[tuple[str, Path]]) -> str:
     digest = hashlib.sha256()
-    for reference in sorted(set(named)):
-        for name, path in references.sources(reference).items():
-            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    for name, path in sources().items():
+    for name, path in files:
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

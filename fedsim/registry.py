@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, Generic, TypeVar
@@ -130,7 +131,7 @@ class Registry(Generic[T]):
 
     def described(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return, by name, the first line of a variant's docstring and its options with their defaults."""
-        return {name: (_first_line(variant), options_of(variant)) for name, variant in self.own().items()}
+        return {name: (first_line(variant), options_of(variant)) for name, variant in self.own().items()}
 
 
 @functools.cache
@@ -152,8 +153,10 @@ def options_of(variant: type[Any]) -> dict[str, Any]:
     return out
 
 
-def _first_line(variant: type[Any]) -> str:
-    return (inspect.getdoc(variant) or "").partition("\n")[0]
+def first_line(thing: Any) -> str:
+    """Return the first line of what documents an object: its own docstring, else its module's."""
+    said = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
+    return inspect.cleandoc(said or sys.modules[thing.__module__].__doc__ or "").partition("\n")[0]
 
 
 def check_choice(choice: Any, setting: str) -> Choice:

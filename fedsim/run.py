@@ -191,7 +191,7 @@ def _said(card: Card, outputs: Tensor) -> Predictions:
     if kind == "labels":
         shown, best = outputs.sigmoid(), (outputs > 0).to(torch.uint8)
     elif kind == "values":
-        shown = getattr(card.made_task, "predicted", lambda found: found)(outputs)
+        shown = card.made_task.predicted(outputs)
         best = shown
     elif kind == "tokens":
         shown = outputs.log_softmax(-1)

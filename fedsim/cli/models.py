@@ -110,6 +110,8 @@ def _list(options: argparse.Namespace) -> dict[str, Any]:
             table = show.table(setting, "", "options")
             for name, (about, given) in variants.items():
                 table.add_row(name, about, ", ".join(f"{key}={value}" for key, value in given.items()))
+            for name, reference in axes.offered()[setting].items():
+                table.add_row(name, f"{reference}, of an installed package", "its arguments")
             table.add_row("package.module:Object", "an object of your own", "its arguments")
             Console(width=max(120, Console().width)).print(table)
     return found

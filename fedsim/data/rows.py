@@ -101,7 +101,7 @@ def one_hot(cells: Sequence[Any], words: Sequence[str]) -> NDArray[np.float32]:
     places = {word: index for index, word in enumerate(words)}
     out = np.zeros((len(cells), len(words)), dtype=np.float32)
     for row, cell in enumerate(cells):
-        if (place := places.get(str(cell))) is not None:
+        if (place := places.get(str(cell).strip())) is not None:
             out[row, place] = 1.0
     return out
 
@@ -122,6 +122,15 @@ def classes(cells: Sequence[Any], words: Sequence[str], where: str) -> tuple[NDA
     return np.array(found, dtype=np.int64), Targets("class", len(words), tuple(places))
 
 
-def numbered(cells: Sequence[Any]) -> NDArray[np.int64]:
-    """Return owners of any words as numbers (N,) in their sorted order."""
+def numbered(cells: Sequence[Any], where: str) -> NDArray[np.int64]:
+    """Return owners of any words as numbers (N,) in their sorted order.
+
+    Raises:
+        PrivateInputError: a cell is empty.
+    """
+    if any(cell is None or str(cell).strip() == "" for cell in cells):
+        expected = f"{where} must name the holder of every row"
+        raise PrivateInputError(
+            f"{expected}, and is empty in some. Name it, or leave such rows out.", f"{expected}."
+        )
     return np.unique([str(cell) for cell in cells], return_inverse=True)[1].astype(np.int64)

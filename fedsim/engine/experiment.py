@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsim import models, references, seeds, strategies
+from fedsim import models, provenance, references, seeds, strategies
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, optim
@@ -157,6 +157,7 @@ def header_of(
         example_noise_factor=plan.example_noise_factor,
         run=run,
         secret=secret,
+        code=provenance.reference_hash(*config.references()),
         data=data,
     )
 

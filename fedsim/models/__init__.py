@@ -112,6 +112,7 @@ def build(
             input the family cannot take, a library that is not installed, a constructor that fails or makes
             no module, or a layer that `check` refuses.
     """
+    config = _offered(config)
     model = _layers(config, input_shape, outputs, seed, vocabulary)
     if not _keeps_values(config):
         _draw(model, config, seed)
@@ -129,16 +130,14 @@ def skeleton(
     Raises:
         InputError: as `build`.
     """
-    return _to_meta(_layers(config, input_shape, outputs, 0, vocabulary))
+    return _to_meta(_layers(_offered(config), input_shape, outputs, 0, vocabulary))
 
 
 def _layers(
     config: ModelConfig, input_shape: tuple[int, ...], outputs: int, seed: seeds.Root, vocabulary: int | None
 ) -> nn.Module:
     """The model as it is trained, checked; on the CPU with the values it keeps, or on the meta device."""
-    if config.name in (offered := entry_points("models")):
-        config = dataclasses.replace(config, name=offered[config.name])
-    references.check(config.name, [*FAMILIES, *offered], "model.name")
+    references.check(config.name, [*FAMILIES, *entry_points("models")], "model.name")
     validate.one_of(config.dtype, _DTYPES, "model.dtype")
     validate.positive(outputs, "outputs")
     if vocabulary is not None:
@@ -167,6 +166,12 @@ def _layers(
     return model.to("cpu" if _keeps_values(config) else "meta", _DTYPES[config.dtype])
 
 
+def _offered(config: ModelConfig) -> ModelConfig:
+    """The configuration with what an installed package offers under its name by reference."""
+    offered = {} if config.name in FAMILIES else entry_points("models")
+    return dataclasses.replace(config, name=offered.get(config.name, config.name))
+
+
 def _keeps_values(config: ModelConfig) -> bool:
     return references.is_reference(config.name) or FAMILIES[config.name].keeps_values
 
@@ -174,7 +179,10 @@ def _keeps_values(config: ModelConfig) -> bool:
 def _maker(config: ModelConfig, vocabulary: int | None) -> tuple[Callable[..., Any], dict[str, Any]]:
     """What makes the model, and its own arguments."""
     if references.is_reference(config.name):
-        return references.resolve(config.name, "model.name"), config.options
+        make = references.resolve(config.name, "model.name")
+        if not callable(make):
+            raise InputError(f"model.name must name what makes a model, but {config.name} is {make!r}.")
+        return make, config.options
     family = FAMILIES[config.name]
     if vocabulary is not None and "vocabulary" not in inspect.signature(family.make).parameters:
         validate.conflicts(

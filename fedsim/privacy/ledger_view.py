@@ -43,6 +43,8 @@ class LedgerHeader:
         example_noise_factor: the same for an example, where the unit is the holder; None: not bounded apart.
         run: random name of a run under secure noise; empty under seeded noise.
         secret: commitment to its secret (`fedsim.privacy.secret`), or empty.
+        code: digest of the source of what the configuration names from outside (package.module:Object), or
+            empty.
         data: keyed digest of each holder's examples (`fedsim.privacy.binding`), in holder order.
         version: format of the file.
     """
@@ -61,6 +63,7 @@ class LedgerHeader:
     example_noise_factor: float | None = None
     run: str = ""
     secret: str = ""
+    code: str = ""
     data: tuple[str, ...] = ()
     version: int = VERSION
 

@@ -103,6 +103,10 @@ class Task(ABC):
         """Return a label (N,) an example, by which partitions skew holders; None where there is none."""
         return None
 
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """Return what the outputs (n, ...) say in the targets' own unit, for values."""
+        return outputs
+
     def check_targets(self, targets: NDArray[Any]) -> None:  # noqa: B027 - most tasks ask nothing more
         """Refuse targets (N, ...) that break what the task's options declare of them.
 
@@ -159,9 +163,9 @@ class Task(ABC):
 
     def all_measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return one number an example, (n,), of every metric that is a mean over examples."""
-        found = dict(self.measures(outputs, targets))
+        found = {**self.measures(outputs, targets), "loss": self.loss(outputs, targets)}
         for metric, measure in self.measured:
-            values = measure(outputs, targets)
+            values = measure(outputs.clone(), targets.clone())  # which may write into what it is given
             if not isinstance(values, Tensor) or values.shape != (len(targets),):
                 shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise InputError(
@@ -169,7 +173,6 @@ class Task(ABC):
                     f"{shape}. Average over the other axes."
                 )
             found[metric.name] = values
-        found["loss"] = self.loss(outputs, targets)
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from fedsim.data.sources import SOURCES
 from fedsim.data.sources.base import Source
 from fedsim.data.targets import Targets
 from fedsim.validate import InputError, PrivateInputError
+
+_log = logging.getLogger(__name__)
 
 
 @SOURCES.register("table")
@@ -59,6 +62,8 @@ class Table(Source):
             raise InputError("data.options.target must name the column to predict, got none.")
         if self.classes and (self.labels or len(self.targets) > 1):
             raise InputError("data.options.classes goes with one target column and without labels.")
+        if self.target_range and (self.classes or self.labels):
+            raise InputError("data.options.target_range goes with a target of numbers: leave it out.")
         if self.target_range and (len(self.target_range) != 2 or not _below(*self.target_range)):
             raise InputError(f"data.options.target_range must be [low, high], got {self.target_range}.")
         used = [*self.numbers, *self.words, *self.targets]
@@ -76,7 +81,21 @@ class Table(Source):
         Raises:
             InputError: files or columns that are missing, cells that are no numbers or no declared class.
         """
-        return Splits(self._split(root / self.train, own=True), self._split(root / self.test, own=False))
+        splits = Splits(self._split(root / self.train, own=True), self._split(root / self.test, own=False))
+        self._warn(splits.test, root / self.test)
+        return splits
+
+    def _warn(self, test: ArrayDataset, path: Path) -> None:
+        """Say which columns tell nothing of the test split, which is public: most likely a wrong declaration."""
+        columns = test.inputs.any(axis=0)
+        place = len(self.numbers)
+        for index, name in enumerate(self.numbers):
+            if len(test) > 1 and np.ptp(test.inputs[:, index]) == 0:
+                _log.warning("%s: column %s is one value by data.options.numbers in every row.", path, name)
+        for name, words in self.words.items():
+            if not columns[place : place + len(words)].any():
+                _log.warning("%s: column %s has none of the words of data.options.words.", path, name)
+            place += len(words)
 
     def _split(self, path: Path, own: bool) -> ArrayDataset:
         owner = [self.holder] if self.holder is not None and own else []
@@ -86,7 +105,7 @@ class Table(Source):
             for name, (low, high) in self.numbers.items()
         ]
         parts += [rows.one_hot(found[name], [str(w) for w in words]) for name, words in self.words.items()]
-        groups = rows.numbered(found[owner[0]]) if owner else None
+        groups = rows.numbered(found[owner[0]], f"{path}: {owner[0]}") if owner else None
         wanted, declared = self._wanted(path, found)
         return ArrayDataset("table", np.concatenate(parts, axis=1), wanted, groups, declared)
 

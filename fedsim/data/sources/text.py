@@ -103,7 +103,7 @@ class Text(Source):
         owner = [self.holder] if self.holder is not None and own else []
         found = rows.read(path, [self.text, *extra, *owner])
         texts = ["" if cell is None else str(cell) for cell in found[self.text]]
-        owners = rows.numbered(found[owner[0]]) if owner else None
+        owners = rows.numbered(found[owner[0]], f"{path}: {owner[0]}") if owner else None
         return texts, found[self.target] if extra else [], owners
 
     def _tokenizer(self, root: Path) -> tuple[Any, int]:
