@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.merging import Choice
 from fedsim.partitions.given import Owners
 from fedsim.run import Run
-from fedsim.tasks import Task
+from fedsim.tasks import TASKS, Task
 from fedsim.validate import InputError
 
 if TYPE_CHECKING:
@@ -170,9 +171,9 @@ def compare(
     return study.run(study.load(source), list(overrides), Path(out), runner, sys.stderr)
 
 
-def load_run(folder: str | Path, model: nn.Module | None = None) -> Run:
-    """Return the finished run in a folder; `model` as of `fedsim.run.Run`."""
-    return Run(folder, model)
+def load_run(folder: str | Path, model: nn.Module | None = None, task: Task | None = None) -> Run:
+    """Return the finished run in a folder; `model` and `task` as of `fedsim.run.Run`."""
+    return Run(folder, model, task)
 
 
 def epsilon(
@@ -273,6 +274,9 @@ def _named(section: str, chosen: Any) -> Any:
             "data must be fedsim.Data(train, test, classes=...), a name or a mapping, got "
             f"{type(chosen).__name__}."
         )
+    elif section == "task" and type(chosen) in (own := {cls: name for name, cls in TASKS.own().items()}):
+        options = {entry.name: getattr(chosen, entry.name) for entry in dataclasses.fields(chosen)}
+        return {"name": own[type(chosen)], "options": options}
     elif section == "task" and not isinstance(chosen, Task | type):
         raise InputError(f"task must be a fedsim task, a name or a mapping, got {type(chosen).__name__}.")
     return given.hold(section, given.digest_of(chosen), chosen)

@@ -13,24 +13,27 @@ from torch import Tensor, nn
 
 from fedsim.data.examples import ArrayDataset, normalise
 from fedsim.run import Run
+from fedsim.tasks import Task
 from fedsim.validate import InputError
 
 WEIGHTS, PROGRAM, CARD = "model.safetensors", "model.pt2", "model.json"
 
 
 class Normalised(nn.Module):
-    """The model with what comes before it: bytes of images (n, H, W, C) are normalised, others passed on."""
+    """The model with what comes before and after it: bytes of images (n, H, W, C) are normalised, other
+    inputs passed on; values are in the targets' own unit."""
 
-    def __init__(self, model: nn.Module, blank: ArrayDataset) -> None:
+    def __init__(self, model: nn.Module, blank: ArrayDataset, task: Task) -> None:
         super().__init__()
         self.model = model
         self._blank = blank
+        self._task = task
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the model's outputs."""
         dtype = next(self.model.parameters()).dtype
         outputs: Tensor = self.model(normalise(inputs, self._blank, dtype))
-        return outputs
+        return self._task.predicted(outputs)
 
 
 def export(run: Run | str | Path, out: str | Path) -> dict[str, Path]:
@@ -42,8 +45,8 @@ def export(run: Run | str | Path, out: str | Path) -> dict[str, Path]:
 
     Returns:
         The files: "weights", the state dict with model.json as metadata; "program", a torch.export program
-        that takes raw inputs of any number (uint8 images (n, H, W, C), features, tokens) and gives outputs of
-        the model; "card", model.json.
+        that takes raw inputs of any number (uint8 images (n, H, W, C), features, tokens) and gives logits, or
+        values in the targets' own unit; "card", model.json.
 
     Raises:
         InputError: the folder holds other files of these names, or torch.export cannot follow the model.
@@ -68,7 +71,7 @@ def export(run: Run | str | Path, out: str | Path) -> dict[str, Path]:
 def _program(run: Run) -> Any:
     blank = run.card.blank()
     inputs = torch.tensor(blank.inputs).repeat(2, *[1] * (blank.inputs.ndim - 1))
-    wrapped = Normalised(run.model, blank).eval()
+    wrapped = Normalised(run.model, blank, run.task).eval()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

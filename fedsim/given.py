@@ -22,6 +22,29 @@ from fedsim.validate import InputError
 MODULE = "given"
 BY_NAME = frozenset({"fedsim", "torch", "builtins", "abc", "typing"})
 """Packages whose classes a digest knows by name."""
+_PLAIN = (int, float, complex, str, bytes, list, tuple, dict, set, frozenset, np.ndarray)
+_TORCHS_OWN = frozenset(
+    {
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_buffers",
+        "_forward_hooks",
+        "_forward_hooks_always_called",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_is_full_backward_hook",
+        "_load_state_dict_post_hooks",
+        "_load_state_dict_pre_hooks",
+        "_modules",
+        "_non_persistent_buffers_set",
+        "_parameters",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "training",
+    }
+)
+"""Attributes of every torch module, whose values count by themselves."""
 _held: dict[str, Any] = {}
 
 
@@ -52,6 +75,11 @@ def get(reference: str, setting: str) -> Any:
     return _held[name]
 
 
+def structure_of(module: Any) -> str:
+    """Return a sha256 of a module's tree, classes and attributes, but for the values of its tensors."""
+    return hashlib.sha256(_module(module, frozenset(), values=False).encode()).hexdigest()
+
+
 def digest_of(thing: Any) -> str:
     """Return a sha256 of what an object does and holds, as far as Python shows it; equal in another process.
 
@@ -65,7 +93,9 @@ def _said(thing: Any, above: frozenset[int]) -> str:
     if id(thing) in above:
         return "above"
     above |= {id(thing)}
-    if isinstance(thing, np.ndarray) and thing.dtype.kind != "O":
+    if isinstance(thing, np.ndarray) and thing.dtype.kind == "O":
+        return _said(thing.tolist(), above)
+    if isinstance(thing, np.ndarray):
         return f"{thing.dtype}{thing.shape}{digest.of_array(thing).hex()}"
     if isinstance(thing, Mapping):
         return f"{{{','.join(f'{_said(k, above)}:{_said(v, above)}' for k, v in thing.items())}}}"
@@ -82,7 +112,11 @@ def _said(thing: Any, above: frozenset[int]) -> str:
     if isinstance(thing, type):
         if thing.__module__.partition(".")[0] in BY_NAME:
             return f"{thing.__module__}.{thing.__qualname__}"
-        made = {name: value for name, value in vars(thing).items() if not name.startswith("__")}
+        made = {
+            name: value
+            for name, value in vars(thing).items()
+            if not name.startswith("__") or inspect.isfunction(value)
+        }
         return f"class{_source(thing)}{_said([list(thing.__bases__), made], above)}"
     if hasattr(thing, "state_dict") and hasattr(thing, "modules"):
         return _module(thing, above)
@@ -93,13 +127,15 @@ def _said(thing: Any, above: frozenset[int]) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
-def _module(module: Any, above: frozenset[int]) -> str:
+def _module(module: Any, above: frozenset[int], values: bool = True) -> str:
     """A module's tree, its classes and their attributes, and every value it holds."""
     parts = [repr(module)]
     for name, value in (*module.named_parameters(), *module.named_buffers()):
-        parts.append(f"{name}{_said(_values(value), above)}{value.requires_grad}")
+        parts.append(f"{name}{_said(_values(value), above) if values else value.shape}{value.requires_grad}")
     for name, part in module.named_modules():
-        held = {key: value for key, value in vars(part).items() if not key.startswith("_")}
+        held = {key: value for key, value in vars(part).items() if key not in _TORCHS_OWN}
+        if not values:
+            held = {key: value for key, value in held.items() if not hasattr(value, "dtype")}
         parts.append(f"{name}{_said(type(part), above)}{_said(held, above | {id(module)})}")
     return "".join(parts)
 
@@ -125,9 +161,11 @@ def _constants(code: Any) -> str:
 
 
 def _beside(function: Any) -> list[Any]:
-    """What a function closes over, and its defaults."""
+    """What a function closes over, its defaults, and the plain values among the globals it reads."""
     cells = []
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # not filled yet
             cells.append(cell.cell_contents)
-    return [cells, function.__defaults__, function.__kwdefaults__]
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    plain = {name: value for name, value in named.items() if isinstance(value, _PLAIN)}
+    return [cells, function.__defaults__, function.__kwdefaults__, plain]

@@ -6,6 +6,56 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+RESERVED = frozenset(
+    {
+        "assumed_public",
+        "clip_fraction",
+        "clip_norm",
+        "code_hash",
+        "commit",
+        "config",
+        "epsilon",
+        "examples",
+        "examples_per_holder_at_most",
+        "hardware",
+        "headline",
+        "holder_scores",
+        "holders",
+        "largest_holder",
+        "learning_rate",
+        "loss",
+        "mean_gradient_norm",
+        "n_delta",
+        "nodes",
+        "noise_multiplier",
+        "noise_source",
+        "noise_std_of_mean",
+        "noise_to_signal",
+        "non_finite_gradients",
+        "parameters",
+        "parameters_sha256",
+        "peak_memory_bytes",
+        "physical_batch_size",
+        "public_only",
+        "realised_batch_size",
+        "seconds",
+        "seconds_by_part",
+        "seed",
+        "sensitive",
+        "step",
+        "steps",
+        "steps_repeated_to_rounding",
+        "stopped_by_budget",
+        "strategy",
+        "sum_norm",
+        "task",
+        "title",
+        "train_loss",
+        "trust",
+    }
+)
+"""Names that result.json or the numbers of a step have already: no metric is called so."""
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -17,6 +17,7 @@ from fedsim import config as configs
 from fedsim.config import Config
 from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, normalise
+from fedsim.data.sources.arrays import finite
 from fedsim.engine import model_card
 from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.model_card import Card
@@ -24,6 +25,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.headline import Metric
 from fedsim.privacy import ledger
 from fedsim.privacy.ledger_view import LedgerView
+from fedsim.tasks import Task
 from fedsim.validate import InputError
 
 BATCH = 500
@@ -50,13 +52,14 @@ class Run:
 
     Args:
         folder: as `fedsim run --out`.
-        model: the module it trained, where that was handed in from Python to another process.
+        model, task: what was handed in from Python to another process: the module that it trained, and a task
+            of one's own.
 
     Raises:
         InputError: no finished run there.
     """
 
-    def __init__(self, folder: str | Path, model: nn.Module | None = None) -> None:
+    def __init__(self, folder: str | Path, model: nn.Module | None = None, task: Task | None = None) -> None:
         paths = RunFolder(Path(folder))
         if not paths.result.exists():
             raise InputError(
@@ -65,7 +68,7 @@ class Run:
             )
         self.folder = paths.root
         self._paths = paths
-        self._given = model
+        self._given, self._task = model, task
 
     @functools.cached_property
     def result(self) -> dict[str, Any]:
@@ -87,6 +90,11 @@ class Run:
     def model(self) -> nn.Module:
         """The released model, on the CPU, in eval mode."""
         return model_card.load_model(self.card, self._paths.final, self._given)
+
+    @property
+    def task(self) -> Task:
+        """What the model was trained for."""
+        return self.card.made_task if self._task is None else self._task
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -151,7 +159,7 @@ def predict(run: Run | str | Path, inputs: Any) -> Predictions:
     with torch.no_grad():
         for start in range(0, len(data), BATCH):
             found.append(model(normalise(data.inputs[start : start + BATCH], data, dtype)).float())
-    return _said(card, torch.cat(found))
+    return _said(card, run.task, torch.cat(found))
 
 
 def _as_trained(card: Card, inputs: Any) -> ArrayDataset:
@@ -169,6 +177,8 @@ def _as_trained(card: Card, inputs: Any) -> ArrayDataset:
             f"inputs must be at least one example of {blank.inputs.dtype} and shape {wanted or 'images'}, as "
             f"the model was trained on, got {array.dtype} of shape {array.shape}."
         )
+    if array.dtype.kind == "f":
+        finite(array, "inputs")
     rows = np.zeros(len(array), np.int64)
     return ArrayDataset(
         "inputs",
@@ -186,12 +196,12 @@ def _kinds_fit(array: NDArray[Any], kind: str) -> bool:
     return array.dtype == np.uint8 if kind == "u" else array.dtype.kind in ("iu" if kind == "i" else "f")
 
 
-def _said(card: Card, outputs: Tensor) -> Predictions:
+def _said(card: Card, task: Task, outputs: Tensor) -> Predictions:
     kind = card.targets.kind
     if kind == "labels":
         shown, best = outputs.sigmoid(), (outputs > 0).to(torch.uint8)
     elif kind == "values":
-        shown = card.made_task.predicted(outputs)
+        shown = task.predicted(outputs)
         best = shown
     elif kind == "tokens":
         shown = outputs.log_softmax(-1)

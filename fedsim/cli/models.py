@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsim.cli import show
 from fedsim.cli.arguments import command
 from fedsim.validate import InputError
+
+if TYPE_CHECKING:
+    from fedsim.engine.model_card import Card
 
 
 def add(commands: Any) -> None:
@@ -22,7 +25,10 @@ def add(commands: Any) -> None:
     )
     predict.add_argument("run", type=Path, metavar="RUN")
     predict.add_argument(
-        "input", type=Path, metavar="INPUT", help="a .npy array of examples, an image, or a folder of images"
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="a .npy array of examples; an image, or a folder of images; a table, or texts",
     )
     predict.add_argument("--out", type=Path, metavar="FILE", help="also write all outputs here, as .npy")
     export = command(
@@ -40,7 +46,7 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
     from fedsim.run import Run, predict
 
     run = Run(options.run)
-    names, inputs = _inputs(options.input, run.card.example_shape if run.card.mean else None)
+    names, inputs = _inputs(options.input, run.card)
     found = predict(run, inputs)
     if options.out is not None:
         np.save(options.out, found.outputs)
@@ -65,24 +71,32 @@ def _words(best: Any, outputs: Any, names: tuple[str, ...]) -> str:
     return " ".join(map(str, best.tolist()))
 
 
-def _inputs(path: Path, image: tuple[int, ...] | None) -> tuple[list[str], Any]:
-    """Return names and examples of a file or folder; images in the shape that the model was trained on."""
+def _inputs(path: Path, card: Card) -> tuple[list[str], Any]:
+    """Return names and examples of a file or folder, read as the run read its data, images in their shape."""
     import numpy as np
 
+    if not path.exists():
+        raise InputError(f"INPUT must be a file or folder, and {path} is not there.")
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} must be a .npy array of examples: {error}") from error
         return [str(row) for row in range(len(array))], array
-    if image is None:
-        raise InputError(f"INPUT must be a .npy array for a model that takes no images, got {path}.")
+    if not card.mean:
+        from fedsim.data.sources import SOURCES
+
+        if card.source is None:
+            raise InputError(f"INPUT must be a .npy array for a model of these data, got {path}.")
+        return SOURCES.make(card.source).inputs(path)
     from fedsim.data.sources.image_folder import pixels
 
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} must hold images, and is empty.")
-    return [p.name for p in files], np.stack([pixels(p, image) for p in files])
+    fit = "crop" if card.source is None else str(card.source.options.get("fit", "crop"))
+    names = [p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files]
+    return names, np.stack([pixels(p, card.example_shape, fit) for p in files])
 
 
 def _export(options: argparse.Namespace) -> dict[str, str]:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from fedsim import digest
 from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
-from fedsim.data.sources.arrays import finite
+from fedsim.data.sources.arrays import check_channels_last, finite
 from fedsim.data.sources.base import declared_one
+from fedsim.data.sources.image_folder import rgb
 from fedsim.data.targets import Targets
 from fedsim.validate import InputError
 
@@ -72,6 +73,8 @@ class Data:
             image = inputs.dtype == np.uint8 and inputs.ndim == 4 and vocabulary is None
             if inputs.dtype.kind == "f":
                 finite(inputs, f"{where}: inputs")
+            if image:
+                check_channels_last(f"{where}: inputs", inputs.shape)
             channels = inputs.shape[-1] if image else 0
             center, scale = (
                 tuple(map(float, (0.5,) * channels if given is None else given)) for given in (mean, std)
@@ -140,10 +143,11 @@ def _is_array(value: Any) -> bool:
 def _array(value: Any) -> NDArray[Any]:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().numpy()
-    array = np.asarray(value)
-    if array.dtype == np.uint8 and array.ndim == 2 and hasattr(value, "mode"):
-        array = array[..., None]  # a grey image of Pillow
-    return array
+    if hasattr(
+        value, "getbands"
+    ):  # an image of Pillow: grey stays grey, all others as image folders have them
+        return np.asarray(value)[..., None] if value.mode == "L" else rgb(value, "an image")
+    return np.asarray(value)
 
 
 def _channels_last(array: NDArray[Any], of_torch: bool, axes: int) -> NDArray[Any]:

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fedsim import __version__, given, merging, models
+from fedsim import __version__, given, merging, models, references
 from fedsim.config import ModelConfig
 from fedsim.data.examples import ArrayDataset
+from fedsim.data.sources import SOURCES
 from fedsim.data.targets import Targets
 from fedsim.merging import Choice
 from fedsim.tasks import TASKS, Task
@@ -42,6 +43,8 @@ class Card:
         features: the map between images and what the model sees, or None.
         outputs: width of the model's output.
         fixed: what model.fix replaced, a line a layer.
+        structure: digest of the layers and the code of a model from outside (`given.structure_of`), or empty.
+        source: data.name and options, where `predict` can read inputs as the run read them; else None.
         weights_sha256: of the file beside it.
         epsilon: what the ledger spent, by unit, as in result.json.
         format, version: of this file, and of fedsim.
@@ -57,6 +60,8 @@ class Card:
     features: Choice | None
     outputs: int
     fixed: list[str] = field(default_factory=list)
+    structure: str = ""
+    source: Choice | None = None
     weights_sha256: str = ""
     epsilon: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
@@ -97,11 +102,14 @@ def card_of(
     made: Task,
     train: ArrayDataset,
     features: Choice | None,
+    source: Choice,
 ) -> Card:
     """Return the card of a run's model."""
+    outside = references.is_reference(model.name)
+    kept = {name: value for name, value in task.options.items() if name not in ("metrics", "headline")}
     return Card(
         model=dataclasses.replace(model, init_from=None, init_sha256=None, reset=[]),
-        task=task,
+        task=Choice(task.name, kept),
         targets=train.declared,
         example_shape=train.example_shape,
         mean=train.mean,
@@ -110,6 +118,8 @@ def card_of(
         features=features,
         outputs=made.outputs(train.declared),
         fixed=list(models.fixed(trained)),
+        structure=given.structure_of(trained) if outside else "",
+        source=source if source.name in SOURCES.own() else None,
     )
 
 
@@ -127,7 +137,7 @@ def read(path: Path) -> Card:
         targets = Targets(held["targets"]["kind"], held["targets"]["size"], tuple(held["targets"]["names"]))
         chosen = {
             name: None if held[name] is None else Choice(held[name]["name"], held[name]["options"])
-            for name in ("task", "features")
+            for name in ("task", "features", "source")
         }
         model = merging.parse_options(held["model"], ModelConfig, "model")
         rest = {**chosen, "model": model, "targets": targets}
@@ -161,6 +171,11 @@ def load_model(card: Card, weights: Path, model: nn.Module | None = None) -> nn.
                     f"{weights.parent}: its model was handed in from Python. Hand it in again, as model=..."
                 ) from error
         model = models.build(card.model, card.example_shape, card.outputs, 0, card.vocabulary)
+    if card.structure and given.structure_of(model) != card.structure:
+        raise InputError(
+            f"{weights.parent}: {card.model.name} must be the model that was trained, and its layers or its "
+            "code are others now. Restore its source, or hand in the same model, as model=..."
+        )
     try:
         model.load_state_dict(load_file(weights))
     except (RuntimeError, KeyError) as error:

@@ -176,8 +176,8 @@ def _check_header(folder: RunFolder, held: LedgerHeader, now: LedgerHeader) -> N
         )
     if held.code != now.code:
         raise InputError(
-            f"{folder.root}: the source of what the configuration names (package.module:Object) is not what the "
-            "run was started with. Restore it, or start a new run in another --out."
+            f"{folder.root}: the source of what the configuration names (package.module:Object) is not what "
+            "the run was started with. Restore it, or start a new run in another --out."
         )
     if held != now:
         different = [name for name in vars(now) if getattr(held, name) != getattr(now, name)]

@@ -28,6 +28,7 @@ from fedsim.engine.opening import open_run
 from fedsim.engine.record import step_record
 from fedsim.engine.run_folder import RunFolder
 from fedsim.grads.flat import set_flat
+from fedsim.merging import Choice
 from fedsim.types import StepRecord, Transport
 from fedsim.validate import RunError
 from fedsim.visibility import Numbers, Public, Sensitive
@@ -227,6 +228,7 @@ class Server:
             self.experiment.task,
             self.experiment.splits.train,
             self.config.data.features,
+            Choice(self.config.data.name, self.config.data.options),
         )
         hidden = {name.partition(".")[2] for name in result["sensitive"] if name.startswith("epsilon.")}
         spent_in_public = {unit: value for unit, value in result["epsilon"].items() if unit not in hidden}

@@ -80,7 +80,15 @@ class Function(Scheme):
 
     def spread(self, material: Material, holders: int, rng: np.random.Generator) -> Ints:
         """See `Scheme.spread`."""
-        return np.asarray(self.function(material, holders, rng))
+        try:
+            return np.asarray(self.function(material, holders, rng))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"federation.partition: the function fails by {type(error).__name__}: {error}. It is called "
+                "with (material, holders, rng): see fedsim.partitions.base."
+            ) from error
 
 
 def even_sizes(n: int, parts: int) -> Ints:

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from fedsim import references, validate
 from fedsim.data.targets import Targets
-from fedsim.headline import Metric
+from fedsim.headline import RESERVED, Metric
 from fedsim.validate import InputError
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(outputs (n, ...), targets (n, ...)) -> one number an example, (n,)."""
-RESERVED = frozenset({"loss", "epsilon", "n_delta", "learning_rate", "step"})
-"""Names of a step's numbers that no metric may have."""
 
 
 def metric(unit: str = "", higher_is_better: bool = True) -> Callable[[Measure], Measure]:
@@ -143,8 +141,8 @@ class Task(ABC):
         names = [metric.name for metric in found]
         if len(set(names)) != len(names) or RESERVED & set(names):
             raise InputError(
-                f"task.options.metrics must have names of their own, got {names}; none of "
-                f"{', '.join(sorted(RESERVED))}. Rename the function."
+                f"task.options.metrics must have names of their own, got {', '.join(names)}: a result has "
+                f"other numbers called {', '.join(sorted(RESERVED & set(names))) or 'so'}. Rename functions."
             )
         return (*found, Metric("loss", higher_is_better=False))
 

@@ -77,7 +77,7 @@ def _split(
     if not inputs.ndim:
         raise InputError(f"{name}_inputs must have an axis of examples, got a single {inputs.dtype}.")
     if inputs.ndim == 4:
-        _check_channels_last(f"{name}_inputs", inputs.shape)
+        check_channels_last(f"{name}_inputs", inputs.shape)
     half: tuple[float, ...] = ()
     if inputs.dtype == np.uint8 and vocabulary is None:
         half = (0.5,) * inputs.shape[-1] if inputs.ndim == 4 else ()
@@ -91,7 +91,8 @@ def _split(
         raise with_place(error, before=f"The {name} split of ") from error
 
 
-def _check_channels_last(what: str, shape: tuple[int, ...]) -> None:
+def check_channels_last(what: str, shape: tuple[int, ...]) -> None:
+    """Raise InputError for images (N, H, W, C) whose channels seem to stand elsewhere."""
     height, width, channels = shape[1:]
     if height <= CHANNELS < channels or width == channels != height:
         raise InputError(

@@ -27,6 +27,14 @@ class Source(ABC):
             InputError: files missing or malformed; what is said of examples' content is a PrivateInputError.
         """
 
+    def inputs(self, path: Path) -> tuple[list[str], Any]:
+        """Return names and inputs (n, ...) of examples without targets, as `load` reads them.
+
+        Raises:
+            InputError: the source reads no such file, or one that does not fit.
+        """
+        raise InputError(f"{path} must be a .npy array of examples for a model of this data.")
+
 
 @dataclass(frozen=True)
 class Ready(Source):

@@ -132,8 +132,8 @@ def fitted(image: Any, size: tuple[int, int], fit: str = "crop") -> Any:
     return image.crop((left, top, left + wide, top + high))
 
 
-def pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return one image (H, W, C) in the shape (C, H, W) that a model was trained on, C of 1 or 3.
+def pixels(path: Path, shape: tuple[int, ...], fit: str = "crop") -> NDArray[np.uint8]:
+    """Return one image (H, W, C) in the shape (C, H, W) that a model was trained on, C of 1 or 3; `fitted`.
 
     Raises:
         InputError: the file is no image with a plain 8-bit meaning.
@@ -141,7 +141,7 @@ def pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     from PIL import Image
 
     channels, high, wide = shape
-    image = fitted(Image.fromarray(_decoded(path)), (high, wide))
+    image = fitted(Image.fromarray(_decoded(path)), (high, wide), fit)
     return np.asarray(image.convert("L"))[..., None] if channels == 1 else np.asarray(image)
 
 
@@ -215,7 +215,7 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
 
     try:
         with Image.open(path) as image:
-            return _rgb(image, path)
+            return rgb(image, path)
     except InputError:
         raise
     except Exception as error:  # a decoder of a damaged file may raise anything
@@ -225,7 +225,12 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
         ) from error
 
 
-def _rgb(image: Any, path: Path) -> NDArray[np.uint8]:
+def rgb(image: Any, path: Path | str) -> NDArray[np.uint8]:
+    """Return a Pillow image as (H, W, 3) uint8, with the values it shows.
+
+    Raises:
+        InputError: it has several frames, transparency, or no plain 8-bit meaning.
+    """
     if getattr(image, "n_frames", 1) != 1:
         raise InputError(
             f"image_folder: {path} must be one image, got {image.n_frames} frames. Save them apart."

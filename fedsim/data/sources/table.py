@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
@@ -86,28 +87,35 @@ class Table(Source):
         return splits
 
     def _warn(self, test: ArrayDataset, path: Path) -> None:
-        """Say which columns tell nothing of the test split, which is public: most likely a wrong declaration."""
-        columns = test.inputs.any(axis=0)
+        """Say which columns tell nothing in the test split, which is public: wrongly declared, it seems."""
         place = len(self.numbers)
         for index, name in enumerate(self.numbers):
             if len(test) > 1 and np.ptp(test.inputs[:, index]) == 0:
                 _log.warning("%s: column %s is one value by data.options.numbers in every row.", path, name)
         for name, words in self.words.items():
-            if not columns[place : place + len(words)].any():
+            if not test.inputs[:, place : place + len(words)].any():
                 _log.warning("%s: column %s has none of the words of data.options.words.", path, name)
             place += len(words)
 
     def _split(self, path: Path, own: bool) -> ArrayDataset:
         owner = [self.holder] if self.holder is not None and own else []
         found = rows.read(path, [*self.numbers, *self.words, *self.targets, *owner])
+        groups = rows.numbered(found[owner[0]], f"{path}: {owner[0]}") if owner else None
+        wanted, declared = self._wanted(path, found)
+        return ArrayDataset("table", self._inputs(path, found), wanted, groups, declared)
+
+    def inputs(self, path: Path) -> tuple[list[str], NDArray[np.float32]]:
+        """See `Source.inputs`: the rows of a file with the declared columns, named by their numbers."""
+        found = self._inputs(path, rows.read(path, [*self.numbers, *self.words]))
+        return [str(row) for row in range(len(found))], found
+
+    def _inputs(self, path: Path, found: rows.Columns) -> NDArray[np.float32]:
         parts = [
             rows.scaled(found[name], float(low), float(high), f"{path}: {name}")[:, None]
             for name, (low, high) in self.numbers.items()
         ]
         parts += [rows.one_hot(found[name], [str(w) for w in words]) for name, words in self.words.items()]
-        groups = rows.numbered(found[owner[0]], f"{path}: {owner[0]}") if owner else None
-        wanted, declared = self._wanted(path, found)
-        return ArrayDataset("table", np.concatenate(parts, axis=1), wanted, groups, declared)
+        return np.concatenate(parts, axis=1)
 
     def _wanted(self, path: Path, found: rows.Columns) -> tuple[Any, Targets]:
         names = self.targets

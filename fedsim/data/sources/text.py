@@ -78,16 +78,35 @@ class Text(Source):
         texts, labels, owners = self._read(path, own)
         if not texts:
             raise InputError(f"{path} must hold at least one text, got none.")
-        tokens = np.full((len(texts), self.places), PADDING, dtype=np.int64)
-        for row, text in enumerate(texts):
-            found = tokenize(text)[: self.places]
-            tokens[row, : len(found)] = found
+        tokens = self._tokens(texts, tokenize)
         if self.classes:
             wanted, declared = rows.classes(labels, self.classes, f"{path}: {self.target}")
             return ArrayDataset("text", tokens, wanted, owners, declared, vocabulary=size)
         following = np.full_like(tokens, IGNORED)
         following[:, :-1] = np.where(tokens[:, 1:] == PADDING, IGNORED, tokens[:, 1:])
         return ArrayDataset("text", tokens, following, owners, Targets("tokens", size), vocabulary=size)
+
+    def _tokens(self, texts: Sequence[str], tokenize: Any) -> NDArray[np.int64]:
+        tokens = np.full((len(texts), self.places), PADDING, dtype=np.int64)
+        for row, text in enumerate(texts):
+            found = tokenize(text)[: self.places]
+            tokens[row, : len(found)] = found
+        return tokens
+
+    def inputs(self, path: Path) -> tuple[list[str], NDArray[np.int64]]:
+        """See `Source.inputs`: the lines of a .txt, the texts of a table's column, or the files of a folder.
+
+        A tokenizer.json is looked for beside the path.
+        """
+        tokenize, _ = self._tokenizer(path.parent)
+        if path.is_dir():
+            files = _files(path)
+            return [file.name for file in files], self._tokens([_content(file) for file in files], tokenize)
+        if path.suffix == ".txt":
+            texts = [line for line in _content(path).splitlines() if line.strip()]
+        else:
+            texts = ["" if cell is None else str(cell) for cell in rows.read(path, [self.text])[self.text]]
+        return [str(row) for row in range(len(texts))], self._tokens(texts, tokenize)
 
     def _read(self, path: Path, own: bool) -> tuple[list[str], list[Any], NDArray[np.int64] | None]:
         """Return texts, their classes, and their owners where there are any."""
@@ -129,6 +148,12 @@ class Text(Source):
                 f"data.options.tokenizer must be bytes, words, or a tokenizer.json below {root}, got "
                 f"{self.tokenizer!r}: {error}."
             ) from error
+        first = made.id_to_token(PADDING)
+        if first is not None and "pad" not in first.lower():
+            raise InputError(
+                f"data.options.tokenizer must have its padding as token {PADDING}, and {self.tokenizer} has "
+                f"{first!r} there: that word could not be told from padding. Number its tokens anew."
+            )
         return (lambda text: made.encode(text).ids), made.get_vocab_size()
 
 
