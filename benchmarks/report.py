@@ -69,7 +69,11 @@ def comparison(name: str, columns: Sequence[str] = COMPARISON_COLUMNS) -> str:
             f"FOLDER --json results/{name}.json`.\n"
         )
     seeds = f"{len(held['seeds'])} seeds" if len(held["seeds"]) > 1 else "one seed"
-    spread = f"\nScore (test accuracy) and spread (standard deviation) over {seeds}.\n" if "spread" in columns else ""
+    spread = (
+        f"\nScore (test accuracy) and spread (standard deviation) over {seeds}.\n"
+        if "spread" in columns
+        else ""
+    )
     return table(columns, [[row[c] for c in columns] for row in held["rows"]]) + spread + provenance(held)
 
 

@@ -34,7 +34,8 @@ class Registry(Generic[T]):
         package: whose modules register the variants; imported when the first one is asked for.
         base: class that every variant derives from.
         adapt: makes a `base` of what an object from outside gave, where that is something simpler.
-        function: makes a `base` of a function from outside, where one is a variant itself.
+        function: makes a `base` of a function from outside, where one is a variant itself, or is made by what
+            is named and called with the options.
     """
 
     def __init__(
@@ -116,12 +117,14 @@ class Registry(Generic[T]):
             made = found
             if choice.options:
                 raise InputError(f"{self.options} must be empty for {choice.name}, got {choice.options}.")
-        elif self._function is not None and callable(found) and not isinstance(found, type):
-            made = self._function(functools.partial(found, **choice.options))
+        elif self._function is not None and _lacks_more(found, choice.options):  # a variant itself
+            made = functools.partial(found, **choice.options)
         else:
             made = references.called(found, choice.options, known, self.options)
         if not isinstance(made, self.base) and self._adapt is not None:
             made = self._adapt(made) or made
+        if not isinstance(made, self.base) and self._function is not None and callable(made):
+            made = self._function(made)
         if not isinstance(made, self.base):
             raise InputError(
                 f"{self.setting} must name a {self.base.__module__}.{self.base.__name__} or what makes one, "
@@ -157,6 +160,22 @@ def first_line(thing: Any) -> str:
     """Return the first line of what documents an object: its own docstring, else its module's."""
     said = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
     return inspect.cleandoc(said or sys.modules[thing.__module__].__doc__ or "").partition("\n")[0]
+
+
+def _lacks_more(function: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a function takes the options and still needs arguments: it is called later, with those."""
+    if isinstance(function, type) or not callable(function):
+        return False
+    try:
+        signature = inspect.signature(function)
+        signature.bind_partial(**options)
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(**options)
+    except TypeError:
+        return True
+    return False
 
 
 def check_choice(choice: Any, setting: str) -> Choice:

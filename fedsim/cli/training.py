@@ -12,7 +12,6 @@ from fedsim import validate
 from fedsim.cli import show
 from fedsim.cli.arguments import command, config_arguments, importing, load
 from fedsim.headline import Metric
-from fedsim.merging import Choice
 
 if TYPE_CHECKING:  # torch, flwr and dp-accounting take seconds to import: only where a command needs them
     from fedsim.config import Config
@@ -71,6 +70,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from fedsim.engine.run_folder import default_name
+    from fedsim.merging import Choice
 
     config = load(options)
     if config.federation.examples_per_holder_at_most is not None or config.monitor.public_only:

@@ -70,6 +70,8 @@ class Data:
             inputs, wanted = _arrays(where, examples)
             if wanted.dtype.kind == "U":
                 wanted = _numbers(where, wanted, declared)
+            elif wanted.dtype.kind == "b" and declared.kind == "class":
+                wanted = wanted.astype(np.int64)
             image = inputs.dtype == np.uint8 and inputs.ndim == 4 and vocabulary is None
             if inputs.dtype.kind == "f":
                 finite(inputs, f"{where}: inputs")

@@ -58,7 +58,7 @@ class Targets:
             "values": (examples, self.size),
             "tokens": (examples, None),
         }[self.kind]
-        kinds = {"values": "fiu", "labels": "biu", "class": "biu"}.get(self.kind, "iu")
+        kinds = {"values": "fiu", "labels": "biu"}.get(self.kind, "iu")
         fits = values.ndim == len(shape) and all(
             b in (None, a) for a, b in zip(values.shape, shape, strict=True)
         )

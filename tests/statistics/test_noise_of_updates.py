@@ -263,7 +263,8 @@ def test_holders_that_share_a_key_are_rejected(
         monkeypatch.setattr(NoiseShares, "norm_bound", lambda self, length, survivors: math.inf)
     else:
         monkeypatch.setattr(
-            "strategies.local_dpsgd.standard_normal", lambda _, count: gaussian.standard_normal(key, count)
+            "fedsim.strategies.local_dpsgd.standard_normal",
+            lambda _, count: gaussian.standard_normal(key, count),
         )
         with pytest.raises(RunError, match="it was not clipped"):
             reached(overrides, tmp_path / "noticed", monkeypatch)

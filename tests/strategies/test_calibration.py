@@ -61,9 +61,9 @@ class Careless(Outside):
 
 
 def installed(cls: type[Any], monkeypatch: pytest.MonkeyPatch) -> str:
-    module = types.ModuleType("strategies.outside")
+    module = types.ModuleType("fedsim.strategies.outside")
     module.STRATEGY = cls  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "strategies.outside", module)
+    monkeypatch.setitem(sys.modules, "fedsim.strategies.outside", module)
     monkeypatch.setattr(strategies, "names", lambda: ["outside"])
     return "strategy.name=outside"
 

@@ -76,8 +76,8 @@ def test_says_what_it_trusts(name: str) -> None:
     strategy = strategies.load(configs.load(f"smoke/{name}"))
     for text in (strategy.trusted, strategy.sent, strategy.noise_added, strategy.dropout_policy):
         assert text
-    assert type(strategy).__module__ == f"strategies.{name}"
-    assert "Source:" in (__import__(f"strategies.{name}", fromlist=["x"]).__doc__ or "")
+    assert type(strategy).__module__ == f"fedsim.strategies.{name}"
+    assert "Source:" in (__import__(f"fedsim.strategies.{name}", fromlist=["x"]).__doc__ or "")
 
 
 def test_every_strategy_has_a_smoke_file_that_names_it() -> None:

@@ -89,9 +89,9 @@ def test_exit_code_two_and_one_message(
 def test_model_with_batchnorm_is_refused_by_name_and_place(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def make(shape: tuple[int, ...], classes: int, options: object) -> nn.Module:
+    def make(input_shape: tuple[int, ...], outputs: int, options: object) -> nn.Module:
         return nn.Sequential(
-            nn.Conv2d(shape[0], 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(classes)
+            nn.Conv2d(input_shape[0], 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(outputs)
         )
 
     monkeypatch.setitem(models.FAMILIES, "bn", models.Family(models.LinearOptions, make))

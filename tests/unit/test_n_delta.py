@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedsim.engine.experiment import prepare
 from fedsim.engine.metrics import ConsoleProgress
+from fedsim.headline import Metric
 from fedsim.privacy import accountant, events, ledger
 from fedsim.privacy.ledger import Ledger, LedgerHeader
 from fedsim.report.claim import claim
@@ -59,7 +60,9 @@ def test_every_epsilon_of_a_run_says_n_delta_and_warns_above_one(
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["public"]
     assert last["n_delta"] == pytest.approx(4.0)
     shown = io.StringIO()
-    progress = ConsoleProgress(6, "t", Console(file=shown, force_terminal=False, width=200))
+    progress = ConsoleProgress(
+        6, Metric("accuracy", "%"), "t", Console(file=shown, force_terminal=False, width=200)
+    )
     progress.update(6, last)
     assert "(N x delta 4)" in shown.getvalue()
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedsim import tasks
 from fedsim.data.targets import IGNORED, Targets
+from fedsim.headline import Metric
 from fedsim.merging import Choice
-from fedsim.metric import Metric
 from fedsim.tasks import TASKS, Task
 from fedsim.tasks.classification import Classification
 from fedsim.tasks.language_modelling import LanguageModelling
@@ -210,7 +210,7 @@ def test_metrics_of_ones_own_have_unit_and_direction() -> None:
     [
         ({"metrics": [f"{HERE}:accuracy"]}, "must have names of their own"),
         ({"metrics": [f"{HERE}:plain", f"{HERE}:plain"]}, "must have names of their own"),
-        ({"metrics": [f"{HERE}:epsilon"]}, "none of epsilon, learning_rate, loss"),
+        ({"metrics": [f"{HERE}:epsilon"]}, "a result has other numbers called epsilon"),
         ({"metrics": [f"{HERE}:RNG"]}, "must list functions"),
         ({"headline": "acuracy"}, "Did you mean 'accuracy'"),
         ({"top_k": 5}, "top_k must be between 1 and 4"),
