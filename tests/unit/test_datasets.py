@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -461,3 +462,60 @@ def test_a_table_is_chosen_by_name_though_its_options_are_refused_as_they_are_by
     assert found.train.groups.tolist() == [1, 0, 1]
     with pytest.raises(InputError, match="must declare its columns"):
         datasets.load(DataConfig("table", {}, str(tmp_path)))
+
+
+def rows_of(folder: Path, lines: Sequence[str], head: str = "age,ward,out") -> None:
+    for name in ("train", "test"):
+        (folder / f"{name}.csv").write_text("\n".join([head, *lines]), encoding="utf-8")
+
+
+COLUMNS = {
+    "numbers": {"age": [0, 100]},
+    "words": {"ward": ["A", "B"]},
+    "target": "out",
+    "classes": ["no", "yes"],
+}
+
+
+def test_a_column_that_tells_nothing_of_public_data_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows_of(tmp_path, ["30, A ,no", "60,B,yes"])
+    data = load(DataConfig("table", COLUMNS, str(tmp_path))).train
+    assert data.inputs.tolist() == [[pytest.approx(-0.4), 1, 0], [pytest.approx(0.2), 0, 1]]
+    assert not caplog.records
+    wrong = {**COLUMNS, "numbers": {"age": [0, 1]}, "words": {"ward": ["a", "b"]}}
+    load(DataConfig("table", wrong, str(tmp_path)))
+    assert ["age is one value" in r.getMessage() for r in caplog.records] == [True, False]
+    assert "ward has none of the words" in caplog.records[1].getMessage()
+
+
+def test_rows_without_a_holder_and_ranges_without_numbers_are_refused(tmp_path: Path) -> None:
+    rows_of(tmp_path, ["30,A,no", "60,,yes"])
+    given = {**COLUMNS, "words": {}, "holder": "ward"}
+    with pytest.raises(InputError, match="must name the holder of every row"):
+        load(DataConfig("table", given, str(tmp_path)))
+    with pytest.raises(InputError, match="target_range goes with a target of numbers"):
+        load(DataConfig("table", {**COLUMNS, "target_range": [0, 1]}, str(tmp_path)))
+
+
+def test_a_tokenizer_whose_first_token_is_a_word_is_refused(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    rows_of(tmp_path, ["the room,no", "room the,yes"], "text,target")
+    for first, fits in (("the", False), ("[PAD]", True)):
+        model = tokenizers.models.WordLevel(
+            {first: 0, "room": 1, "the" if fits else "x": 2}, unk_token="room"
+        )
+        made = tokenizers.Tokenizer(model)
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.save(str(tmp_path / "tokenizer.json"))
+        config = DataConfig(
+            "text",
+            {"classes": ["no", "yes"], "tokenizer": "tokenizer.json", "places": 2 + fits},
+            str(tmp_path),
+        )
+        if fits:
+            assert load(config).train.inputs.tolist() == [[2, 1, 0], [1, 2, 0]]
+        else:
+            with pytest.raises(InputError, match="must have its padding as token 0"):
+                load(config)

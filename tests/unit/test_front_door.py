@@ -22,6 +22,7 @@ from fedsim.cli import main as command
 from fedsim.data import datasets
 from fedsim.data.from_python import Data
 from fedsim.engine import model_card
+from fedsim.tasks.regression import Regression
 from fedsim.validate import InputError
 from tests.conftest import SMALL
 
@@ -296,3 +297,61 @@ def test_what_is_handed_in_says_what_need_not_be_repeated() -> None:
         Data(*pairs, classes=2)
     with pytest.raises(InputError, match=r"must be one of the declared classes short, high"):
         Data(*pairs, classes=2, names=["short", "high"])
+
+
+def test_a_task_handed_in_is_kept_as_its_settings(tmp_path: Path) -> None:
+    kind = {**SETTINGS, "task": Regression(center=100.0, scale=10.0, unit="cm")}
+    raised = Data((INPUTS[:200], VALUES[:200] + 100), (INPUTS[200:], VALUES[200:] + 100), values=1)
+    run = fedsim.train(
+        model="linear", data=raised, partition="iid", federation={"holders": 2}, **kind, out=tmp_path / "run"
+    )
+    expected = run.predict(INPUTS[:3]).outputs
+    fedsim.given._held.clear()
+    again = fedsim.load_run(tmp_path / "run")
+    np.testing.assert_array_equal(again.predict(INPUTS[:3]).outputs, expected)
+    assert np.all(expected > 50), "in the targets' own unit"
+    fedsim.export(again, tmp_path / "out")
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    found = program(torch.from_numpy(INPUTS[:3])).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_another_module_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    run = fedsim.train(model=net(), data=numbers(), partition="iid", federation={"holders": 2}, **SETTINGS)
+    other = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    with pytest.raises(InputError, match="its layers or its code are others now"):
+        fedsim.load_run(run.folder, other).model  # noqa: B018
+
+
+def test_pictures_are_taken_as_image_folders_take_them() -> None:
+    colours = Image.fromarray(RNG.integers(0, 256, (6, 5, 3)).astype(np.uint8))
+    palette = colours.convert("P")
+    data = Data([(palette, 0)], [(palette, 1)], classes=2)
+    assert np.array_equal(data.splits.train.inputs[0], np.asarray(palette.convert("RGB")))
+    with pytest.raises(InputError, match="must not be transparent"):
+        Data([(Image.new("RGBA", (5, 6), (1, 2, 3, 4)), 0)], [(palette, 1)], classes=2)
+    planes = np.zeros((4, 3, 8, 8), np.uint8)
+    with pytest.raises(InputError, match="channels of its images in the last axis"):
+        Data((planes, np.zeros(4, int)), (planes, np.zeros(4, int)), classes=2)
+
+
+def test_rows_and_texts_are_predicted_as_they_were_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"{x:.3f},{'a' if x > 0.5 else 'b'},{'yes' if x > 0.5 else 'no'}" for x in RNG.random(120)]
+    for name, part in (("train", lines[:100]), ("test", lines[100:])):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["x,kind,wet", *part]), encoding="utf-8")
+    columns = {"numbers": {"x": [0, 1]}, "words": {"kind": ["a", "b"]}, "target": "wet"}
+    table = {"name": "table", "root": tmp_path, "options": {**columns, "classes": ["no", "yes"]}}
+    settings = {**SETTINGS, "task": "classification", "partition": "iid", "federation": {"holders": 2}}
+    run = fedsim.train(model="linear", data=table, **settings)
+    assert command(["predict", str(run.folder), str(tmp_path / "test.csv"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["predictions"]
+    truth = [line.endswith("yes") for line in lines[100:]]
+    assert np.mean([a == b for a, b in zip(said, truth, strict=True)]) == pytest.approx(run.score)
+
+
+def test_inputs_that_are_no_numbers_are_not_predicted(trained: fedsim.Run) -> None:
+    run = fedsim.train(model=net(), data=numbers(), partition="iid", federation={"holders": 2}, **SETTINGS)
+    with pytest.raises(InputError, match="must be finite"):
+        run.predict(np.full((1, 8), np.nan, np.float32))

@@ -129,3 +129,28 @@ def test_a_module_that_does_not_fit_the_data_is_refused_before_anything_starts(
     with pytest.raises(fedsim.InputError, match=said):
         trained(tmp_path / "run", model=model)
     assert not (tmp_path / "run").exists()
+
+
+SCALE = 1.0
+
+
+def scaled(progress: float) -> float:
+    return SCALE * progress
+
+
+class Kept(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self._value = value
+
+
+def test_hidden_attributes_and_globals_are_part_of_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert given.digest_of(Kept(1.0)) == given.digest_of(Kept(1.0)) != given.digest_of(Kept(5.0))
+    before = given.digest_of(scaled)
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 2.0)
+    assert given.digest_of(scaled) != before
+    boxes = [np.array([list(range(3000)), [end]], dtype=object) for end in (1, 2)]
+    assert given.digest_of(boxes[0]) != given.digest_of(boxes[1])
+    same, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert given.structure_of(same) == given.structure_of(other)
+    assert given.digest_of(same) != given.digest_of(other)

@@ -16,10 +16,12 @@ from fedsim import models, provenance, references, strategies
 from fedsim.config import ModelConfig
 from fedsim.engine.holder import node_for, setup_of
 from fedsim.flower import launch
+from fedsim.run import Run
 from fedsim.strategies.base import Strategy
 from fedsim.study import plan
-from fedsim.validate import InputError
+from fedsim.validate import InputError, RunError
 from tests.conftest import final, small, train
+from tests.unit.test_run import stop_at
 
 MODULE = """
 import numpy as np
@@ -183,3 +185,20 @@ def test_the_module_of_a_metric_goes_along(folder: Path) -> None:
     assert config.references() == ("own_things:a_number",)
     assert provenance.code_hash(*config.references()) != provenance.code_hash()
     assert (launch._stage(folder / "base", config) / "own_things.py").is_file()
+
+
+def test_a_run_goes_on_with_the_code_it_was_started_with(folder: Path) -> None:
+    config = small("model.name=own_things:Net")
+    with pytest.raises(RunError):
+        train(config, folder / "run", client=stop_at(3))
+    source = folder / "own_things.py"
+    before = source.read_text(encoding="utf-8")
+    source.write_text(before.replace("nn.Tanh()", "nn.ReLU()"), encoding="utf-8")
+    with pytest.raises(InputError, match="is not what the run was started with"):
+        train(config, folder / "run", resume=True)
+    source.write_text(before, encoding="utf-8")
+    train(config, folder / "run", resume=True)
+    sys.modules.pop("own_things")
+    source.write_text(before.replace("nn.Tanh()", "nn.ReLU()"), encoding="utf-8")
+    with pytest.raises(InputError, match="its layers or its code are others now"):
+        Run(folder / "run").model  # noqa: B018

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from fedsim import registry
+from fedsim import axes, models, registry
+from fedsim.config import ModelConfig
 from fedsim.data.sources import SOURCES
 from fedsim.merging import Choice
 from fedsim.optimizers import OPTIMIZERS
@@ -115,6 +116,7 @@ def test_a_foreign_object_of_the_wrong_kind_is_refused(
 def offered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installed package that offers a schedule named steps."""
     points = {"fedsim.schedules": [metadata.EntryPoint("steps", f"{HERE}:Steps", "fedsim.schedules")]}
+    points["fedsim.models"] = [metadata.EntryPoint("plain", "torch.nn:Linear", "fedsim.models")]
     monkeypatch.setattr(registry.metadata, "entry_points", lambda group: points.get(group, []))
     registry.entry_points.cache_clear()
     yield
@@ -129,6 +131,19 @@ def test_entry_points_are_chosen_by_their_name(offered: None) -> None:
     assert "steps" not in OPTIMIZERS.names()
     with pytest.raises(InputError, match=r"optimizer\.name must be one of"):
         OPTIMIZERS.make(Choice("steps"))
+
+
+def test_models_of_installed_packages_are_built_and_listed(offered: None) -> None:
+    config = ModelConfig("plain", {"in_features": 4, "out_features": 3})
+    assert models.build(config, (4,), 3, 0).weight.shape == (3, 4)
+    assert models.skeleton(config, (4,), 3).weight.is_meta
+    assert axes.offered()["model.name"] == {"plain": "torch.nn:Linear"}
+    assert axes.offered()["optimizer.schedule"] == {"steps": f"{HERE}:Steps"}
+
+
+def test_every_strategy_says_what_it_is() -> None:
+    said = [about for about, _ in axes.described()["strategy.name"].values()]
+    assert len(set(said)) == len(said)
 
 
 def test_a_new_file_in_a_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from fedsim import tasks
 from fedsim.data.targets import IGNORED, Targets
-from fedsim.headline import Metric
+from fedsim.headline import RESERVED, Metric
 from fedsim.merging import Choice
 from fedsim.tasks import TASKS, Task
 from fedsim.tasks.classification import Classification
@@ -20,6 +22,7 @@ from fedsim.tasks.language_modelling import LanguageModelling
 from fedsim.tasks.multi_label import MultiLabel, area
 from fedsim.tasks.regression import Regression
 from fedsim.validate import InputError, PrivateInputError
+from tests.conftest import small, train
 
 RNG = np.random.default_rng(3)
 
@@ -263,3 +266,24 @@ def test_strata_by_hand() -> None:
     assert np.bincount(deciles).tolist() == [10] * 10
     assert deciles[0] == 9
     assert LanguageModelling().strata(np.zeros((2, 3), np.int64)) is None
+
+
+def test_no_metric_has_the_name_of_another_number_of_a_run(tmp_path: Path) -> None:
+    train(small("train.steps=2"), tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    taken = {*result, *line["public"], *line["sensitive"]} - {"accuracy"}
+    assert {name for name in taken if name.isidentifier()} <= RESERVED
+
+
+def test_a_metric_that_writes_into_what_it_gets_changes_nothing() -> None:
+    def greedy(outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs.zero_()
+        targets.zero_()
+        return outputs[:, 0]
+
+    outputs, targets = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    plain, with_own = Classification(), Classification(metrics=[greedy])
+    found = with_own.all_measures(outputs.clone(), targets.clone())
+    for name, values in plain.all_measures(outputs, targets).items():
+        assert torch.equal(found[name], values)
