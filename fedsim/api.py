@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fedsim.engine.metrics import Watcher
     from fedsim.privacy.accountant import Calibration, EpsilonResult
 
+_log = logging.getLogger(__name__)
 BACKENDS = ("local", "simulation")
 Changes = Mapping[str, Any]
 
@@ -113,6 +115,9 @@ def run(
     retain_freed_memory()
     folder.check(config, resume)
     if (done := folder.finished()) is not None:
+        held = configs.load(folder.config) if folder.config.exists() else config
+        if held.data.root != config.data.root:
+            _log.warning("%s is a finished run of the data in %s.", folder.root, held.data.root)
         return done
     experiment = prepare(config)
     with contextlib.ExitStack() as stack:
