@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedsim.data.examples import ArrayDataset, normalise
+from fedsim.grads import arithmetic
 from fedsim.run import Run
 from fedsim.tasks import Task
 from fedsim.validate import InputError
@@ -73,7 +74,9 @@ def _program(run: Run) -> Any:
     inputs = torch.tensor(blank.inputs).repeat(2, *[1] * (blank.inputs.ndim - 1))
     wrapped = Normalised(run.model, blank, run.task).eval()
     try:
-        with warnings.catch_warnings():
+        # On the CPU nothing is rounded to TF32, and torch's export asks for cuDNN's switches in the old way,
+        # which raises unless they stand where a process starts.
+        with warnings.catch_warnings(), arithmetic.products("tf32"):
             warnings.simplefilter("ignore")
             any_number = {"inputs": {0: torch.export.Dim("n", min=1)}}
             program = torch.export.export(wrapped, (inputs,), dynamic_shapes=any_number)

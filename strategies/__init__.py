@@ -26,9 +26,7 @@ def load(config: Config) -> Strategy[Any]:
         InputError: unknown strategy or option (with the nearest valid one), or a setting it does not read.
     """
     cls = find(config.strategy.name)
-    options = parse_options(
-        config.strategy.options, cls.Options, f"strategy.options of {config.strategy.name}"
-    )
+    options = parse_options(config.strategy.options, cls.Options, "strategy.options")
     strategy = cls(config, options)
     rules.refuse_set(config, strategy.unread(), f"strategy.name = {config.strategy.name}")
     return strategy

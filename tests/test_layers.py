@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def _module(path: Path) -> str:
     return ("fedsim." if name.startswith("strategies") else "") + name.removesuffix(".__init__")
 
 
+KNOWN = {_module(path) for path in SOURCES}
+
+
 def _layer(module: str) -> int:
     matches = [
         (len(p), i) for i, layer in enumerate(LAYERS) for p in layer if f"{module}.".startswith(f"{p}.")
@@ -47,6 +51,7 @@ def _layer(module: str) -> int:
     return max(matches)[1]
 
 
+@functools.cache
 def _imports(path: Path) -> list[str]:
     out: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -54,8 +59,7 @@ def _imports(path: Path) -> list[str]:
             out += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            known = {_module(p) for p in SOURCES}
-            out += [n if n in known else node.module for n in names]
+            out += [n if n in KNOWN else node.module for n in names]
     return out
 
 
