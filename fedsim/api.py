@@ -20,6 +20,7 @@ from fedsim.config import Config
 from fedsim.data.from_python import Data
 from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.merging import Choice
+from fedsim.partitions.base import as_numbers
 from fedsim.partitions.given import Owners
 from fedsim.run import Run
 from fedsim.tasks import TASKS, Task
@@ -261,7 +262,7 @@ def _set(changes: dict[str, Any], section: str, chosen: Any) -> None:
 def _scheme(partition: Any) -> Any:
     if isinstance(partition, str | Mapping | Choice) or callable(partition) or hasattr(partition, "spread"):
         return partition
-    return Owners(tuple(np.unique(np.asarray(partition), return_inverse=True)[1].tolist()))
+    return Owners(tuple(as_numbers(partition).tolist()))
 
 
 def _named(section: str, chosen: Any) -> Any:

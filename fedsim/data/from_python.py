@@ -17,6 +17,7 @@ from fedsim.data.sources.arrays import check_channels_last, finite
 from fedsim.data.sources.base import declared_one
 from fedsim.data.sources.image_folder import rgb
 from fedsim.data.targets import Targets
+from fedsim.partitions.base import as_numbers
 from fedsim.validate import InputError
 
 NAME = "data from Python"
@@ -64,7 +65,7 @@ class Data:
         declared = type(targets)(targets.kind, targets.size, tuple(names))
         groups = None
         if holders is not None:
-            groups = np.unique(np.asarray(holders), return_inverse=True)[1].astype(np.int64)
+            groups = as_numbers(holders)
 
         def split(where: str, examples: Any, owners: NDArray[np.int64] | None) -> ArrayDataset:
             inputs, wanted = _arrays(where, examples)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedsim import validate
 from fedsim.data.targets import Targets
+from fedsim.partitions.base import as_numbers
 from fedsim.validate import InputError, PrivateInputError
 
 Columns = dict[str, list[Any]]
@@ -133,4 +134,4 @@ def numbered(cells: Sequence[Any], where: str) -> NDArray[np.int64]:
         raise PrivateInputError(
             f"{expected}, and is empty in some. Name it, or leave such rows out.", f"{expected}."
         )
-    return np.unique([str(cell) for cell in cells], return_inverse=True)[1].astype(np.int64)
+    return as_numbers([str(cell) for cell in cells])

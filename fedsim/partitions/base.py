@@ -91,6 +91,18 @@ class Function(Scheme):
             ) from error
 
 
+def as_numbers(owners: Any) -> Ints:
+    """Return owners (N,) of any words or numbers as 0, 1, ... in their sorted order.
+
+    Raises:
+        InputError: an owner that is not a number where all others are (NaN): nobody holds such an example.
+    """
+    held = np.asarray(owners)
+    if held.dtype.kind == "f" and not np.isfinite(held).all():
+        raise InputError("every example must have a holder, and some have NaN or infinity. Name theirs.")
+    return np.unique(held, return_inverse=True)[1].astype(np.int64, copy=False)
+
+
 def even_sizes(n: int, parts: int) -> Ints:
     """Return `parts` sizes that add up to n and differ by at most one."""
     return np.diff(np.arange(parts + 1, dtype=np.int64) * n // parts)

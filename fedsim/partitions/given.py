@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim import validate
 from fedsim.partitions import PARTITIONS
-from fedsim.partitions.base import Ints, Material, Scheme
+from fedsim.partitions.base import Ints, Material, Scheme, as_numbers
 from fedsim.validate import InputError
 
 
@@ -148,10 +148,11 @@ def numbered(owners: Any, holders: int, scheme: str, what: str) -> Ints:
     Raises:
         InputError: there are more or fewer than `holders`.
     """
-    found, holder_of = np.unique(owners, return_inverse=True)
-    if len(found) != holders:
+    holder_of = as_numbers(owners)
+    found = int(holder_of.max(initial=-1)) + 1
+    if found != holders:
         raise InputError(
-            f"federation.holders must be {len(found)}, {what}, with federation.partition = {scheme}, got "
-            f"{holders}. Set federation.holders={len(found)}."
+            f"federation.holders must be {found}, {what}, with federation.partition = {scheme}, got "
+            f"{holders}. Set federation.holders={found}."
         )
-    return holder_of.astype(np.int64, copy=False)
+    return holder_of

@@ -14,6 +14,7 @@ from fedsim.config import FederationConfig
 from fedsim.data.partition import Partition, partition
 from fedsim.merging import Choice
 from fedsim.partitions import Material
+from fedsim.partitions.base import as_numbers
 from fedsim.validate import InputError
 
 
@@ -177,3 +178,10 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "flwr_datasets", None)
     with pytest.raises(InputError, match="pip install flwr-datasets"):
         given("flwr_datasets", 3, MATERIAL)
+
+
+def test_owners_of_any_words_are_numbered_and_nobody_is_no_owner() -> None:
+    assert as_numbers(["b", "a", "b"]).tolist() == [1, 0, 1]
+    assert as_numbers([7.5, -1.0]).tolist() == [1, 0]
+    with pytest.raises(InputError, match="every example must have a holder"):
+        as_numbers([0.0, float("nan")])

@@ -21,6 +21,7 @@ from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.base import Source
 from fedsim.data.targets import Targets
+from fedsim.partitions.base import as_numbers
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
@@ -108,7 +109,7 @@ class ImageFolder(Source):
             raise InputError(
                 f"image_folder: with data.options.owners files must lie at CLASS/OWNER/FILE, got {short[0]}."
             )
-        return np.unique([found[1] for found in parts], return_inverse=True)[1].astype(np.int64)
+        return as_numbers([found[1] for found in parts])
 
 
 def fitted(image: Any, size: tuple[int, int], fit: str = "crop") -> Any:
