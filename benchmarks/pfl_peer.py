@@ -175,7 +175,7 @@ def measure(steps: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for holders in (100, 1_000):
         config = settings(
-            holders, 1, "model.name=cifar_cnn", "strategy.name=dp_fedavg", "optimizer.learning_rate=1.0",
+            holders, 1, "model.name=cifar_cnn", "preset=dp_fedavg", "optimizer.learning_rate=1.0",
             f"strategy.options={{local_batch_size: {EXAMPLES_A_USER}, local_learning_rate: {LOCAL_RATE}}}",
             f"data.train_examples={EXAMPLES_A_USER * holders}", f"privacy.clip_norm={CLIP_NORM}",
             f"train.expected_batch_size={EXAMPLES_A_USER * holders}", f"train.steps={steps + 2}",

@@ -124,7 +124,7 @@ def run(
     with contextlib.ExitStack() as stack:
         watching = list(watchers)
         if config.monitor.progress if progress is None else progress:
-            bar = ConsoleProgress(experiment.plan.steps, experiment.task.chosen, config.title)
+            bar = ConsoleProgress(experiment.mechanism.steps, experiment.task.chosen, config.title)
             stack.callback(bar.close)
             watching.append(bar)
         if backend == "simulation":

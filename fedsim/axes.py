@@ -14,26 +14,38 @@ def registries() -> list[Registry[Any]]:
     from fedsim.augmentations import AUGMENTATIONS
     from fedsim.data.feature_maps import FEATURES
     from fedsim.data.sources import SOURCES
+    from fedsim.noise import NOISE
     from fedsim.optimizers import OPTIMIZERS
     from fedsim.partitions import PARTITIONS
+    from fedsim.queries import QUERIES
+    from fedsim.samplers import SAMPLERS
     from fedsim.schedules import SCHEDULES
+    from fedsim.strategies import STRATEGIES
     from fedsim.tasks import TASKS
 
-    return [SOURCES, FEATURES, TASKS, PARTITIONS, AUGMENTATIONS, OPTIMIZERS, SCHEDULES]
+    return [
+        SOURCES,
+        FEATURES,
+        TASKS,
+        PARTITIONS,
+        STRATEGIES,
+        QUERIES,
+        SAMPLERS,
+        NOISE,
+        AUGMENTATIONS,
+        OPTIMIZERS,
+        SCHEDULES,
+    ]
 
 
 def described() -> dict[str, Described]:
     """Return, by setting and name, the first line of a variant's docstring and its options with defaults."""
-    from fedsim import models, strategies
+    from fedsim import models
 
     found = {registry.setting: registry.described() for registry in registries()}
     found["model.name"] = {
         name: (first_line(family.make), options_of(family.options))
         for name, family in models.FAMILIES.items()
-    }
-    classes = {name: strategies.find(name) for name in strategies.names()}
-    found["strategy.name"] = {
-        name: (first_line(cls), options_of(cls.Options)) for name, cls in classes.items()
     }
     return found
 
@@ -41,5 +53,5 @@ def described() -> dict[str, Described]:
 def offered() -> dict[str, dict[str, str]]:
     """Return what installed packages offer, as references by setting and name."""
     axes = {registry.setting: registry.axis for registry in registries()}
-    axes |= {"model.name": "models", "strategy.name": "strategies"}
+    axes["model.name"] = "models"
     return {setting: entry_points(axis) for setting, axis in axes.items()}

@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedsim import references, rules, validate
+from fedsim import presets, references, rules, validate
 from fedsim.merging import Choice, choices, dotlist, merge, parse_options, read, schema_of, to_dataclass
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
@@ -33,6 +33,7 @@ PATHS = ("data.root", "model.init_from", "federation.partition.options.file")
 
 FREE = (
     "extends",
+    "preset",
     "title",
     "reference",
     "engine",
@@ -81,7 +82,7 @@ class FederationConfig:
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    name: str = "central_dpsgd"
+    name: str = "central"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +96,6 @@ class ClipGroupConfig:
 class PrivacyConfig:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
-    noise_schedule: list[float] = field(default_factory=list)
     stop_at_epsilon: float | None = field(default=None, metadata=read_with(noise_multiplier=SET))
     delta: float = 1e-5
     accountant: str = "pld"
@@ -193,6 +193,7 @@ class Config:
     """Everything that defines a run, and the settings in FREE, which never change its result."""
 
     extends: str | None = None
+    preset: str | None = None
     title: str = ""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
@@ -200,6 +201,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    query: Choice = field(default_factory=lambda: Choice("gradient"))
+    sampler: Choice = field(default_factory=lambda: Choice("poisson"))
+    noise: Choice = field(default_factory=lambda: Choice("independent"))
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -232,6 +236,11 @@ class Config:
         named = (name for name in names if isinstance(name, str) and references.is_reference(name))
         return tuple(dict.fromkeys(named))
 
+    def method(self) -> str:
+        """Return the name of the preset that the axes are, or their own names."""
+        chosen = (self.strategy.name, self.query.name, self.sampler.name, self.noise.name)
+        return presets.name_of(chosen, CONFIG_DIR)
+
     def digest(self) -> str:
         """Return a hash of what defines the result."""
         return hashlib.sha256(json.dumps(self.defining(), sort_keys=True).encode()).hexdigest()[:16]
@@ -252,15 +261,24 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
     """
     merged = _from_file(source)
     if overrides:
-        given = dotlist(overrides)
-        merged = _located(merge(merged, given, "command line"), given, folder)
+        merged = _layered(merged, dotlist(overrides), "command line", folder)
     return _freeze(merged)
 
 
 def _from_file(source: str | Path) -> DictConfig:
     merged = _schema()
     for path, content in reversed(_chain(find(source))):
-        merged = _located(merge(merged, content, str(path)), content, path.parent)
+        merged = _layered(merged, content, str(path), path.parent)
+    return merged
+
+
+def _layered(merged: DictConfig, given: DictConfig, where: str, folder: Path | None) -> DictConfig:
+    """Merge what one file or command line says, over the preset it names."""
+    preset = _written(given, "preset")
+    if preset is not None:
+        merged = merge(merged, presets.content(str(preset), CONFIG_DIR), f"preset {preset}")
+    merged = _located(merge(merged, given, where), given, folder)
+    merged.preset = None
     return merged
 
 
@@ -285,7 +303,7 @@ def loaded(source: str | Path | Mapping[str, Any] | Config, changes: Mapping[str
 
 
 def _merged(merged: DictConfig, given: DictConfig, where: str) -> DictConfig:
-    return _located(merge(merged, given, where), given, Path())
+    return _layered(merged, given, where, Path())
 
 
 def _nested(settings: Mapping[str, Any], where: str) -> DictConfig:

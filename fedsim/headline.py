@@ -46,7 +46,7 @@ RESERVED = frozenset(
         "steps",
         "steps_repeated_to_rounding",
         "stopped_by_budget",
-        "strategy",
+        "method",
         "sum_norm",
         "task",
         "title",

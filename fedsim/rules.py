@@ -19,6 +19,14 @@ SET: tuple[Any, ...] = ()
 """Condition of `read_with`: whatever the other setting is, as long as it is not null, 0, false or empty."""
 
 
+ENGINE_SETTINGS = (
+    "engine.gradients",
+    "engine.gradient_memory",
+    "engine.precision",
+    "engine.channels_last",
+    "engine.cuda_graphs",
+)
+"""What only sums of per-example gradients over a whole node read."""
 REAL = (1e-50, 1e50)
 """Range of a positive number whose squares and ratios shall not leave double precision."""
 MOST = 10**9  # of whatever is counted and kept in a machine's integers
@@ -135,7 +143,6 @@ def check(c: Config) -> None:
         (p.target_epsilon, "privacy.target_epsilon"),
         (p.noise_multiplier, "privacy.noise_multiplier"),
         (p.clip_norm, "privacy.clip_norm"),
-        *((factor, "every entry of privacy.noise_schedule") for factor in p.noise_schedule),
     ):
         if size is not None:
             validate.in_range(size, *REAL, name)

@@ -1,42 +1,47 @@
-"""What a trust model must define: who is trusted, what is sent, where noise is added, what is released.
+"""What a trust model must define: who is trusted, what is sent, who adds up, and who adds the noise.
 
-A strategy yields everything privacy-relevant together in one `Plan`: sampler, clip, noise, divisor, events.
-Calibration, budget stop, dry run, ledger and reports read the plan's events and nothing else states epsilon,
-so they cannot disagree. The step loop (fedsim.engine.server) is the same for all strategies; adding one is
-adding a file here.
+The other axes are what a unit adds (fedsim.queries), who is drawn (fedsim.samplers) and how the noise hangs
+together over the steps (fedsim.noise); `fedsim.mechanism` composes them. The step loop (fedsim.engine.server)
+is the same for all; adding a trust model is adding a file here, or naming a class of your own.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import dp_accounting
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from fedsim import validate
 from fedsim.config import Config
-from fedsim.grads.clip import ClipRule, clip_rule
-from fedsim.grads.local_training import LocalTraining
-from fedsim.noise.gaussian import GaussianNoise
-from fedsim.privacy.budget import Budget
-from fedsim.sampling import PoissonSampler
-from fedsim.seeds import Root, derive
+from fedsim.grads.clip import ClipRule
+from fedsim.noise.over_time import NoiseOverTime
+from fedsim.privacy import events
+from fedsim.privacy.budget import Budget, within_budget
+from fedsim.privacy.family import EventFamily
+from fedsim.queries import Query, Statistic
+from fedsim.queries.base import Arrays, NodeView
+from fedsim.queries.statistic import Expected
+from fedsim.samplers import Draw, Sampler
+from fedsim.seeds import Root
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.visibility import Public, Tagged
 
-OptionsT = TypeVar("OptionsT")
+Sums = dict[str, NDArray[np.float64]]
+Ask = Callable[[str, Mapping[str, NDArray[Any]]], list[HolderReply]]
+"""(stage, arrays to send along) -> one checked reply from every node, sorted by node."""
+Noise = Callable[[str], NDArray[np.float64]]
+"""Name of a part -> the step's noise on its sum, (length,)."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a plan may know about the data.
+    """What a mechanism may know about the data.
 
     Attributes:
         examples: number N of training examples that are used; treated as public.
@@ -58,274 +63,214 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One run's mechanism.
+class Setting:
+    """What a trust model stands beside: all that a node knows, from the configuration alone."""
+
+    config: Config
+    query: Query
+    sampler: Sampler
+    noise: NoiseOverTime
+    clip: ClipRule
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one step releases, as the server knows it.
 
     Attributes:
-        unit: "example" or "holder": whose presence the events protect.
-        sampling_rate: probability q of a unit to be drawn in a step.
-        divisor: public constant by which the noisy sum is divided.
-        clip: bound on one unit's contribution; knows its sensitivity.
-        noise: Gaussian noise that reaches the sum in one step, or None; that of factor 1 where
-            privacy.noise_schedule sets factors.
-        budget: the events of the run, their noise multiplier, and the steps made; from
-            fedsim.privacy.budget.within_budget.
-        holder_noise_factor: what the noise multiplier is to be multiplied with for a holder of several
-            examples, where events bound single examples only because of their places in a period.
-        example_noise_factor: the same for an example, where the unit is the holder; None: not bounded apart.
+        statistic: the parts of the sum.
+        noise_stds: by part, standard deviation of the noise that the mechanism adds once, in units of the
+        sum;
+            empty where nothing is private.
+        facts: about the data.
+        agreed: what `Trust.agree` returned.
     """
 
-    unit: str
-    sampling_rate: float
-    divisor: float
-    clip: ClipRule
-    noise: GaussianNoise | None
-    budget: Budget
-    holder_noise_factor: float = 1.0
-    example_noise_factor: float | None = None
-
-    @property
-    def steps(self) -> int:
-        """Return the server updates to make; already cut at the budget."""
-        return self.budget.steps
-
-    @property
-    def stopped_by_budget(self) -> bool:
-        """Return whether `steps` is below the configured number because of stop_at_epsilon."""
-        return self.budget.stopped
-
-    def noise_factor(self, step: int) -> float:
-        """Return what multiplies the noise in one step."""
-        return self.budget.family.factor(step)
-
-    def event_at(self, step: int) -> dp_accounting.DpEvent:
-        """Return what the ledger records for one step."""
-        return self.budget.family.event_at(self.budget.noise_multiplier, step)
-
-    def total_event(self, steps: int) -> dp_accounting.DpEvent:
-        """Return what `steps` steps release together."""
-        return self.budget.event(steps)
-
-    def total_event_for_holder(self, steps: int, examples: int) -> dp_accounting.DpEvent:
-        """Return the example-level event of `steps` steps that bounds a holder with that many examples,
-        for `accountant.holder_epsilon_of_event`."""
-        return self.budget.event(steps, self.holder_noise_factor if examples > 1 else 1.0)
-
-    def total_event_for_example(self, steps: int) -> dp_accounting.DpEvent | None:
-        """Return the event of `steps` steps that bounds one example where the unit is the holder, or None."""
-        factor = self.example_noise_factor
-        return None if factor is None else self.budget.event(steps, factor)
+    statistic: Statistic
+    noise_stds: Mapping[str, float]
+    facts: DataFacts
+    agreed: Any = None
 
 
-class NodeView(Protocol):
-    """What a strategy sees of the node it runs on, at the task's parameters."""
+@dataclass(frozen=True)
+class Collected:
+    """The sums over all holders, and what they were made of.
 
-    holders: NDArray[np.int64]
+    Attributes:
+        sums: by part, float64 (length,).
+        replies: those that hold the counts and statistics of the step.
+        facts: public facts of the step, for the ledger.
+        lacking: noise that the server must still add, as the trust model counts it.
+    """
 
-    def online(self, holders: NDArray[np.int64], task: StepTask) -> NDArray[np.int64]:
-        """Return those of the holders that the availability model has online in this step."""
-        ...
-
-    def zero_sum(self) -> Tensor:
-        """Return a zero vector (P,) in the model's dtype, on its device."""
-        ...
-
-    def moved(self, update: Tensor) -> AbstractContextManager[None]:
-        """Within the block, take gradients at the task's parameters minus `update` (P,)."""
-        ...
-
-    def local_update(self, holder: int, task: StepTask, how: LocalTraining) -> tuple[Tensor, float]:
-        """Train on all examples of one holder; return start minus end (P,) and the mean loss."""
-        ...
-
-    def drawn(self, task: StepTask) -> NDArray[np.int64]:
-        """Return the global ids of the node's examples that are in this step's virtual batch, ascending."""
-        ...
-
-    def owners(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the holder of each of these examples."""
-        ...
-
-    def clipped_sums(
-        self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule
-    ) -> tuple[Tensor, ClippedSum]:
-        """Return a clipped gradient sum for each of `holders`, (H, P), and the statistics of all together."""
-        ...
-
-    def clipped_sum(self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule) -> ClippedSum:
-        """Return the clipped gradient sum of these examples at the task's parameters."""
-        ...
+    sums: Sums
+    replies: list[HolderReply]
+    facts: Mapping[str, Public[Any]] = field(default_factory=dict)
+    lacking: int = 0
 
 
-Ask = Callable[[str, Mapping[str, NDArray[Any]]], list[HolderReply]]
-"""(stage, arrays to send along) -> one checked reply from every node, sorted by node."""
+@dataclass(frozen=True)
+class Trust(ABC):
+    """Who adds up, and who adds noise. The fields are the options; what a method needs it is given.
 
+    Class attributes:
+        private: whether anything is protected.
+        trusted, sent, noise_added, dropout_policy: what tables say; {what} in `sent` is the query's.
+        stages: of a step, in order: what `collect` asks.
+        simulates_secrets: whether keys of holders come from the server: simulation only.
+        by_holder: whether nodes form a sum for each holder: more memory.
+        adapts: whether the server sees exact sums and adds all noise, so that the bound on a contribution may
+            follow what was released, and noise may be correlated over the steps.
+    """
 
-ENGINE_SETTINGS = (
-    "engine.gradients",
-    "engine.gradient_memory",
-    "engine.precision",
-    "engine.channels_last",
-    "engine.cuda_graphs",
-)
-"""What only `NodeView.clipped_sum` reads."""
-
-
-class Strategy(ABC, Generic[OptionsT]):
-    """Base of all trust models. Class attributes are what the comparison tables say about it."""
-
-    Options: ClassVar[type[Any]]
-    private: ClassVar[bool]
+    private: ClassVar[bool] = True
     trusted: ClassVar[str]
     sent: ClassVar[str]
     noise_added: ClassVar[str]
     dropout_policy: ClassVar[str]
-    stages: ClassVar[tuple[str, ...]] = ("",)  # of a step, in order: what `collect` asks
-    simulates_secrets: ClassVar[bool] = False  # whether keys of holders come from the server: simulation only
-    sums_by_holder: ClassVar[bool] = False  # whether `answer` takes `NodeView.clipped_sums`: more memory
+    stages: ClassVar[tuple[str, ...]] = ("",)
+    simulates_secrets: ClassVar[bool] = False
+    by_holder: ClassVar[bool] = False
+    adapts: ClassVar[bool] = True
+    unread: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: Config, options: OptionsT) -> None:
-        self.config = config
-        self.options = options
+    def check(self, at: Setting) -> None:
+        """Refuse what does not go with this trust model.
 
-    @abstractmethod
-    def plan(self, facts: DataFacts) -> Plan:
-        """Return the mechanism of this run; raises InputError for settings that cannot be private."""
+        Raises:
+            InputError: says why, and what to change.
+        """
+        if self.adapts:
+            return
+        chosen = f"strategy={at.config.strategy.name}"
+        if at.noise.said or at.noise.levels(at.config.train.steps):
+            validate.conflicts(
+                f"noise={at.config.noise.name} does not go with {chosen}: the noise of a step is made where "
+                "nobody knows that of other steps, all of one scale.",
+                "Use noise=independent, or strategy=central.",
+            )
+        if at.query.adaptive:
+            validate.conflicts(
+                f"query.options.target_quantile does not go with {chosen}: the bound would follow a count "
+                "that needs a server which sees it exactly and adds the noise.",
+                "Leave it null, or use strategy=central.",
+            )
 
-    def clip_rule(self) -> ClipRule:
-        """Return the clip rule, known from the configuration alone, so that nodes need no plan."""
-        privacy = self.config.privacy
-        return clip_rule(privacy)
+    def event(self, at: Setting, noise_multiplier: float, rate: float) -> dp_accounting.DpEvent:
+        """Return the event of one release of which a unit is part with probability `rate`."""
+        return events.gaussian_step(noise_multiplier, rate)
 
-    def unread(self) -> tuple[str, ...]:
-        """Return the settings that this strategy does not read; set to anything but their default, they are
-        refused."""
-        return ()
+    def agree(
+        self, at: Setting, family: EventFamily, statistic: Statistic, facts: DataFacts
+    ) -> tuple[Budget, float, Any]:
+        """Return the budget of the run, the multiplier of the noise that makes its events true, and whatever
+        server and nodes must agree on beforehand.
 
-    def keys(self, root: Root, step: int) -> dict[str, bytes]:
-        """Return the keys nodes need for a step, by purpose."""
-        return {purpose: derive(root, purpose, step) for purpose in ("draw", "availability", "augment")}
+        Raises:
+            InputError: as `within_budget`.
+        """
+        budget = within_budget(at.config.privacy, family, at.config.train.steps)
+        return budget, budget.noise_multiplier, None
 
-    def selected(self, task: StepTask, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Say which of `ids` the step draws, whoever owns them: Poisson with the task's rate by default."""
-        return PoissonSampler(task.sampling_rate, max(1, len(ids))).included(ids, task.keys["draw"])
+    def keys(self, at: Setting, root: Root, step: int) -> dict[str, bytes]:
+        """Return the keys that nodes need of a step beside the sampler's, by purpose; none by default."""
+        return {}
 
-    def answer(self, node: NodeView, task: StepTask) -> tuple[dict[str, NDArray[Any]], ClippedSum]:
+    def answer(self, at: Setting, node: NodeView, task: StepTask) -> tuple[Arrays, ClippedSum]:
         """Do one node's part: return the named arrays to send, and the sum they come from for statistics.
 
-        By default one sum over the drawn examples of all holders of the node: it does not matter whose
-        example is next to whose, so they share full physical batches.
+        By default the sums over the drawn units of all holders of the node.
         """
-        result = node.clipped_sum(node.drawn(task), task, self.clip_rule())
-        return {"sum": result.sum.cpu().numpy()}, result
+        return at.query.sums(node, task, at.clip)
 
-    def collect(self, plan: Plan, ask: Ask) -> tuple[NDArray[np.float64], list[HolderReply]]:
-        """Return the sum over all holders, float64 (P,), and the replies it was made of.
+    def collect(self, at: Setting, release: Release, along: Arrays, ask: Ask) -> Collected:
+        """Return the sums over all holders.
 
         By default one stage, added in node order: the order is fixed, so the sum is reproducible.
-        """
-        replies = ask("", {})
-        total = replies[0].arrays["sum"].astype(np.float64)
-        for reply in replies[1:]:
-            total += reply.arrays["sum"]
-        return total, replies
-
-    @abstractmethod
-    def noise(self, plan: Plan, root: Root, step: int, count: int) -> NDArray[np.float64] | None:
-        """Return the noise the server adds to the sum of this step, float64 (P,), or None."""
-
-    def reply_arrays(
-        self, reply: HolderReply, parameters: int, dtype: np.dtype[Any]
-    ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Return name -> (shape, dtype) of the arrays this reply must hold."""
-        return {"sum": ((parameters,), dtype)}
-
-    def counted_at_most(self, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
-        """Return the largest count an honest reply can have: by default the drawn examples of the node.
 
         Args:
+            at, release: the mechanism.
+            along: what the query tells nodes.
+            ask: asks every node.
+        """
+        replies = ask("", along)
+        sums: Sums = {}
+        for part in release.statistic.parts:
+            total = replies[0].arrays[part.name].astype(np.float64)
+            for reply in replies[1:]:
+                total += reply.arrays[part.name]
+            sums[part.name] = total
+        return Collected(sums, replies)
+
+    def added(
+        self, at: Setting, release: Release, got: Collected, noise: Noise, root: Root, step: int
+    ) -> Sums:
+        """Return what the server adds to the sums, by part: by default the mechanism's noise, once.
+
+        Args:
+            at, release: the mechanism.
+            got: the sums of the step.
+            noise: the mechanism's noise of the step.
+            root, step: what noise of the trust model's own derives from.
+        """
+        return {part.name: noise(part.name) for part in release.statistic.parts}
+
+    def reply_arrays(self, at: Setting, release: Release, reply: HolderReply) -> Expected:
+        """Return name -> (shape, dtype) of the arrays this reply must hold: by default one sum a part."""
+        return release.statistic.arrays()
+
+    def counted_at_most(
+        self, at: Setting, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]
+    ) -> int:
+        """Return the largest count an honest reply can have: by default the drawn units of the node.
+
+        Args:
+            at: what this stands beside.
             task: what the reply answers.
             holders: (H,) the node's holders.
             ids: (n,) ids of their examples.
         """
-        return int(np.count_nonzero(self.selected(task, ids)))
+        units = holders if at.query.unit == "holder" else ids
+        draw = Draw(task.step, task.sampling_rate, task.keys)
+        return int(np.count_nonzero(at.sampler.selected(draw, units)))
 
-    def problem_with(self, reply: HolderReply) -> str:
+    def problem_with(self, at: Setting, reply: HolderReply) -> str:
         """Return what is wrong with the arrays of a reply beyond shape, dtype, finiteness and norm, or ""."""
-        return ""
+        return at.query.problem_with(reply)
 
-    def norm_bound(self, plan: Plan, reply: HolderReply) -> float:
-        """Return the largest L2 norm an honest reply can have."""
-        return reply.count * plan.clip.sensitivity if reply.count else 0.0
+    def norm_bounds(self, at: Setting, release: Release, reply: HolderReply) -> dict[str, float]:
+        """Return the largest L2 norm that an honest reply's arrays can have, by name."""
+        return release.statistic.bounds(reply.count)
 
-    def noiseless_form(self) -> list[str]:
-        """Return the overrides that make `nonprivate` what this strategy is without clipping and noise."""
-        return ["privacy.clip_norm=1.0", "privacy.clipping=flat", "privacy.clip_groups={}"]
-
-    def traffic(self, facts: DataFacts, itemsize: int) -> tuple[float, int]:
+    def traffic(self, at: Setting, release: Release) -> tuple[float, int]:
         """Return (bytes a holder of its own would send and receive in a step, messages of a step).
 
-        By default the parameters down and one sum up, numbers of `itemsize` bytes, and a task and a reply
-        for each node.
+        By default the parameters down and one sum a part up, and a task and a reply for each node.
         """
-        return 2.0 * facts.parameters * itemsize, 2 * self.config.federation.nodes
+        down = release.facts.parameters * np.dtype(at.config.model.dtype).itemsize
+        return float(down + release.statistic.nbytes), 2 * at.config.federation.nodes
 
-    def node_traffic(self, parameters: int, dtype: np.dtype[Any], holders: int) -> tuple[int, int]:
+    def node_traffic(self, at: Setting, release: Release, holders: int) -> tuple[int, int]:
         """Return the bytes of arrays that a node of so many holders receives and sends in a step.
 
         Every stage sends the parameters with its task; the answers are what `reply_arrays` demands.
         """
-        received = len(self.stages) * parameters * dtype.itemsize
-        return received, sum(self._reply_bytes(stage, parameters, dtype, holders) for stage in self.stages)
+        down = release.facts.parameters * np.dtype(at.config.model.dtype).itemsize
+        return len(self.stages) * down, sum(
+            self.reply_bytes(at, release, stage, holders) for stage in self.stages
+        )
 
-    def _reply_bytes(self, stage: str, parameters: int, dtype: np.dtype[Any], holders: int) -> int:
+    def reply_bytes(self, at: Setting, release: Release, stage: str, holders: int) -> int:
+        """Return the bytes of the arrays that a node of so many holders answers at a stage."""
         reply = HolderReply(0, 0, 0, np.arange(holders), "", {}, 0, {}, {}, stage)
-        arrays = self.reply_arrays(reply, parameters, dtype).values()
+        arrays = self.reply_arrays(at, release, reply).values()
         return sum(math.prod(shape) * kind.itemsize for shape, kind in arrays)
 
-    def survivors_needed(self) -> str:
+    def survivors_needed(self, at: Setting) -> str:
         """Return how many holders must stay to the end of a step for its privacy statement to hold."""
         return "any"
 
-    def noise_std_of_sum(self, plan: Plan) -> float:
-        """Return the standard deviation of all noise in one step's sum when every holder takes part."""
-        return 0.0 if plan.noise is None else plan.noise.noise_std
-
-    def step_facts(self) -> dict[str, Public[Any]]:
-        """Return public facts of the step just collected, for the ledger; none by default."""
-        return {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return server-side state that a resumed run needs (correlated noise); none by default."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
-
-
-def drawn_holders(task: StepTask, holders: NDArray[np.int64]) -> int:
-    """Return how many of these holders a step draws."""
-    return int(np.count_nonzero(_holder_sampler(task, holders).included(holders, task.keys["draw"])))
-
-
-def _holder_sampler(task: StepTask, holders: NDArray[np.int64]) -> PoissonSampler:
-    return PoissonSampler(task.sampling_rate, max(1, len(holders)))
-
-
-def sum_of_updates(node: NodeView, task: StepTask, clip: ClipRule, how: LocalTraining) -> ClippedSum:
-    """Draw holders of the node, train at each, and return the sum of their clipped updates.
-
-    Every holder counts once whatever its size. An update that is not finite adds zero; `count`, `norms` and
-    `losses` are over holders, in ascending order.
-    """
-    sampler = _holder_sampler(task, node.holders)
-    drawn = node.online(node.holders[sampler.included(node.holders, task.keys["draw"])], task)
-    total = node.zero_sum()
-    norms = torch.zeros(len(drawn), dtype=torch.float64)
-    losses = torch.zeros(len(drawn), dtype=torch.float64)
-    for place, holder in enumerate(drawn):
-        update, losses[place] = node.local_update(int(holder), task, how)
-        norms[place] = torch.linalg.vector_norm(update.double())
-        if torch.isfinite(norms[place]):
-            total += update * float(clip.coefficients(norms[place : place + 1]))
-    return ClippedSum(total, len(drawn), clip.sensitivity, norms, losses)
+    def noise_std_of_sum(self, at: Setting, release: Release) -> float:
+        """Return the standard deviation of all noise in the main part of one step's sum when every holder
+        takes part."""
+        return release.noise_stds.get(release.statistic.main.name, 0.0)

@@ -106,7 +106,7 @@ def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
 def _mechanism(options: argparse.Namespace) -> tuple[float, int, float]:
     """Return (sampling rate, steps, delta) from the command line."""
     from fedsim import rules, validate
-    from fedsim.sampling import sampling_rate
+    from fedsim.samplers.keyed import sampling_rate
 
     if (options.sampling_rate is None) == (options.population is None or options.batch is None):
         raise InputError("give either --sampling-rate, or --population together with --batch.")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedsim import provenance
 from fedsim.engine.experiment import Experiment
 from fedsim.engine.replies import Expectation, judge
+from fedsim.strategies.base import Release
 from fedsim.types import HolderReply, StepTask, Transport
 from fedsim.validate import RunError
 
@@ -37,11 +38,12 @@ class Collector:
         self._step = 0
         self._parameters: NDArray[Any] = np.zeros(0)
         self._keys: dict[str, bytes] = {}
+        self._release = experiment.mechanism.release()
         self.timing: dict[str, float] = {}
 
-    def begin(self, step: int, keys: dict[str, bytes], parameters: NDArray[Any]) -> None:
-        """Start a step: its keys, the parameters nodes work at (P,), and the clock at zero."""
-        self._step, self._keys, self._parameters = step, keys, parameters
+    def begin(self, step: int, keys: dict[str, bytes], parameters: NDArray[Any], release: Release) -> None:
+        """Start a step: its keys, the parameters nodes work at (P,), its release, and the clock at zero."""
+        self._step, self._keys, self._parameters, self._release = step, keys, parameters, release
         self.timing = {"ask": 0.0, "wait": 0.0, "transfer": 0.0, "compute": 0.0}
 
     def ask(self, stage: str, arrays: Mapping[str, NDArray[Any]]) -> list[HolderReply]:
@@ -57,7 +59,9 @@ class Collector:
         wave = 0
         while owing:
             asked = self._able(owing)
-            task = StepTask(self._step, wave, self._experiment.plan.sampling_rate, self._keys, stage, arrays)
+            task = StepTask(
+                self._step, wave, self._experiment.mechanism.sampling_rate, self._keys, stage, arrays
+            )
             began = time.perf_counter()
             answers = self._transport.ask(dict.fromkeys(asked, task), self._parameters)
             spent = time.perf_counter() - began
@@ -79,18 +83,17 @@ class Collector:
         return [accepted[node] for node in sorted(accepted)]
 
     def _expectation(self) -> Expectation:
-        experiment, strategy = self._experiment, self._experiment.strategy
-        nodes = experiment.config.federation.nodes
-        count, dtype = self._parameters.size, self._parameters.dtype
+        experiment, mechanism, release = self._experiment, self._experiment.mechanism, self._release
+        nodes, method = experiment.config.federation.nodes, mechanism.method
         return Expectation(
             code_hash=provenance.code_hash(*experiment.config.references()),
             holders_of_node=lambda node: experiment.partition.holders_of_node(node, nodes),
-            arrays=lambda reply: strategy.reply_arrays(reply, count, dtype),
-            counted_at_most=lambda task, node: strategy.counted_at_most(
-                task, experiment.partition.holders_of_node(node, nodes), self._ids_of(node)
+            arrays=lambda reply: mechanism.reply_arrays(release, reply),
+            counted_at_most=lambda task, node: method.trust.counted_at_most(
+                method.at, task, experiment.partition.holders_of_node(node, nodes), self._ids_of(node)
             ),
-            norm_bound=lambda reply: strategy.norm_bound(experiment.plan, reply),
-            problem_with=strategy.problem_with,
+            norm_bounds=lambda reply: mechanism.norm_bounds(release, reply),
+            problem_with=lambda reply: method.trust.problem_with(method.at, reply),
         )
 
     def _note_time(self, spent: float, replies: list[HolderReply]) -> None:

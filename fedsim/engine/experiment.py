@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedsim import models, provenance, references, seeds, strategies
+from fedsim import models, provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, optim
 from fedsim.grads.flat import get_flat, spec, trainable_names
+from fedsim.mechanism import Mechanism, Method
 from fedsim.partitions import Material
-from fedsim.privacy import accountant, budget
+from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.ledger_view import LedgerHeader, LedgerRecord, LedgerView
-from fedsim.strategies.base import DataFacts, Plan, Strategy
+from fedsim.strategies.base import DataFacts
 from fedsim.tasks import TASKS, Task
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, Tagged
@@ -36,19 +36,22 @@ class Experiment:
     splits: examples.Splits
     partition: partition.Partition
     model: nn.Module
-    strategy: Strategy[Any]
-    facts: DataFacts
-    plan: Plan
+    mechanism: Mechanism
     task: Task
+
+    @property
+    def facts(self) -> DataFacts:
+        """Return what the mechanism knows about the data."""
+        return self.mechanism.facts
 
 
 def prepare(config: Config) -> Experiment:
-    """Load data, draw the partition, build and check the model, and make the plan.
+    """Load data, draw the partition, build and check the model, and compose the mechanism.
 
     Raises:
         InputError: anything wrong with the configuration or the data it names; nothing has been started.
     """
-    strategy = strategies.load(config)
+    method = Method.of(config)
     optim.check(config.optimizer)
     device.check(config)
     splits = datasets.load(config.data, bool(config.monitor.public_only))
@@ -58,31 +61,30 @@ def prepare(config: Config) -> Experiment:
     model = build_model(config, splits.train, task, config.seed)
     if references.is_reference(config.model.name):
         _check_fits(model, splits.train, task)
-    strategy.clip_rule().group_of(trainable_names(model))  # refuses groups that do not fit the model
+    method.at.clip.group_of(trainable_names(model))  # refuses groups that do not fit the model
     facts = facts_of(config, holders, get_flat(model).numel())
     optim.ServerOptimizer(  # refuses a warm-up as long as the run
         optim.resolved(config.optimizer, config.train, facts.examples), config.train, spec(model)
     )
-    return Experiment(config, splits, holders, model, strategy, facts, planned(strategy, facts), task)
+    return Experiment(config, splits, holders, model, planned(method, facts), task)
 
 
-def planned(strategy: Strategy[Any], facts: DataFacts) -> Plan:
-    """Return the strategy's plan, whose events keep within the budget it was given.
+def planned(method: Method, facts: DataFacts) -> Mechanism:
+    """Return the mechanism on data of these sizes, with a warning where delta is large for them.
 
     Raises:
-        InputError: they do not, or as `Strategy.plan`.
+        InputError: as `Mechanism.of`.
     """
-    plan = strategy.plan(facts)
-    if strategy.private:
-        delta = strategy.config.privacy.delta
+    mechanism = Mechanism.of(method, facts)
+    if method.private:
+        delta = method.at.config.privacy.delta
         if accountant.check_delta(delta, facts.examples) > accountant.WARNED_N_DELTA:
             _log.warning("privacy.delta %g is above 1 / %d, the number of examples", delta, facts.examples)
-    budget.check(plan.total_event(plan.steps), plan.unit, strategy.config.privacy)
-    return plan
+    return mechanism
 
 
 def facts_of(config: Config, holders: partition.Partition, parameters: int) -> DataFacts:
-    """Return what a plan may know: the largest holder is public where it is the declared cap."""
+    """Return what a mechanism may know: the largest holder is public where it is the declared cap."""
     at_most = config.federation.examples_per_holder_at_most
     largest = Sensitive(int(holders.sizes().max())) if at_most is None else Public(at_most)
     return DataFacts(holders.examples, config.federation.holders, largest, parameters)
@@ -139,22 +141,22 @@ def _check_fits(model: nn.Module, train: examples.ArrayDataset, task: Task) -> N
 
 
 def header_of(
-    plan: Plan, config: Config, facts: DataFacts, run: str = "", secret: str = "", data: tuple[str, ...] = ()
+    mechanism: Mechanism, config: Config, run: str = "", secret: str = "", data: tuple[str, ...] = ()
 ) -> LedgerHeader:
     """Return the header of the ledger of a run; `run`, `secret` and `data` as in `LedgerHeader`."""
-    privacy = config.privacy
+    privacy, facts = config.privacy, mechanism.facts
     return LedgerHeader(
         config_hash=config.digest(),
         delta=privacy.delta,
-        unit=plan.unit,
+        unit=mechanism.unit,
         accountant=privacy.accountant,
         target_epsilon=privacy.target_epsilon,
         stop_at_epsilon=privacy.stop_at_epsilon,
         examples=facts.examples,
         holders=facts.holders,
         examples_per_holder_at_most=config.federation.examples_per_holder_at_most,
-        holder_noise_factor=plan.holder_noise_factor,
-        example_noise_factor=plan.example_noise_factor,
+        holder_noise_factor=mechanism.holder_noise_factor,
+        example_noise_factor=mechanism.example_noise_factor,
         run=run,
         secret=secret,
         code=provenance.reference_hash(*config.references()),
@@ -180,7 +182,7 @@ def spent(book: LedgerView, facts: DataFacts) -> dict[str, Tagged[EpsilonResult]
     return out
 
 
-def epsilons(plan: Plan, steps: int, config: Config, facts: DataFacts) -> dict[str, Tagged[EpsilonResult]]:
+def epsilons(mechanism: Mechanism, steps: int, config: Config) -> dict[str, Tagged[EpsilonResult]]:
     """Return what `steps` updates will spend: `spent` of the ledger they would write."""
-    records = (LedgerRecord.of(step, plan.event_at(step)) for step in range(steps))
-    return spent(LedgerView(header_of(plan, config, facts), tuple(records)), facts)
+    records = (LedgerRecord.of(step, mechanism.event_at(step)) for step in range(steps))
+    return spent(LedgerView(header_of(mechanism, config), tuple(records)), mechanism.facts)

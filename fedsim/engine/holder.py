@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim import config as configs
-from fedsim import provenance, references, seeds, strategies
+from fedsim import provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import batches, datasets
 from fedsim.engine.ahead import ahead
@@ -34,7 +34,8 @@ from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.per_example import clipped_gradient_sum, clipped_gradient_sums
 from fedsim.grads.ways import out_of_memory
-from fedsim.sampling import HolderAvailability
+from fedsim.mechanism import Method
+from fedsim.samplers.keyed import HolderAvailability
 from fedsim.seeds import stream
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import InputError
@@ -66,7 +67,7 @@ class Node:
     def __init__(self, config: Config, index: int, seed: seeds.Root) -> None:
         self.config = config
         self.index = index
-        self.strategy = strategies.load(config)
+        self.method = Method.of(config)
         splits = datasets.load(config.data, bool(config.monitor.public_only))
         self.train, self.task = splits.train, task_of(config, splits)
         self.partition = partition_of(config, self.train, self.task, seed)
@@ -89,9 +90,13 @@ class Node:
 
     def drawn(self, task: StepTask) -> NDArray[np.int64]:
         """Return the ids in this step's virtual batch, ascending: drawn, and of a holder that is online."""
-        ids = self.ids[self.strategy.selected(task, self.ids)]
+        ids = self.ids[self.method.selected(task, self.ids)]
         owners = self.partition.holder_of[ids]
         return ids[np.isin(owners, self.online(self.holders, task))] if self._sometimes_offline else ids
+
+    def drawn_holders(self, task: StepTask) -> NDArray[np.int64]:
+        """Return the node's holders that are drawn in this step and online, ascending."""
+        return self.online(self.holders[self.method.selected(task, self.holders)], task)
 
     @property
     def _sometimes_offline(self) -> bool:
@@ -306,9 +311,9 @@ def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -
         RunError: together with what was asked before, the answer would show what holders hide.
     """
     began = time.perf_counter()
-    asked.admit(task, parameters, node.config.digest(), node.strategy.stages)
+    asked.admit(task, parameters, node.config.digest(), node.method.trust.stages)
     set_flat(node.model, torch.tensor(parameters))
-    arrays, result = node.strategy.answer(node, task)
+    arrays, result = node.method.answer(node, task)
     asked.keep(task, arrays)
     return HolderReply(
         step=task.step,

@@ -94,7 +94,7 @@ def open_run(experiment: Experiment, folder: RunFolder, resume: bool) -> OpenRun
         state = _restored(experiment, folder, book)
         root: seeds.Root | None = seeds.derive(experiment.config.seed, "run")
         if secure:
-            header, last = book.header, state.completed == experiment.plan.steps
+            header, last = book.header, state.completed == experiment.mechanism.steps
             if not last or secret.exists(folder.root, header.run):
                 held = _held(folder, header, last)
             root = None if held is None else held.root
@@ -136,7 +136,7 @@ def _header(experiment: Experiment, root: seeds.Root, run: str, secure: bool) ->
         root, held.holder_of, held.num_holders, {"inputs": train.inputs, "targets": train.targets}
     )
     committed = secret.commitment(root) if secure and isinstance(root, bytes) else ""
-    return header_of(experiment.plan, experiment.config, experiment.facts, run, committed, data)
+    return header_of(experiment.mechanism, experiment.config, run, committed, data)
 
 
 def _held(folder: RunFolder, header: LedgerHeader, last: bool) -> secret.Held | None:

@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from fedsim import provenance
 from fedsim.engine import checkpoint, scoring
 from fedsim.engine.experiment import Experiment
@@ -42,25 +40,25 @@ def result_of(
         spent: epsilon by unit, from the ledger.
         seconds: of this process's part of the run, by part; "run" is all of it.
     """
-    config, plan, released = experiment.config, experiment.plan, state.released()
+    config, mechanism, released = experiment.config, experiment.mechanism, state.released()
     public_only = bool(config.monitor.public_only)
     stated = {
         "title": config.title,
-        "strategy": config.strategy.name,
+        "method": config.method(),
         "task": config.task.name,
         "headline": dataclasses.asdict(experiment.task.chosen),
-        "noise_multiplier": None if plan.noise is None else plan.noise.noise_multiplier,
+        "noise_multiplier": mechanism.noise_multiplier or None,
         "noise_source": config.privacy.noise_source,
         "steps": state.completed,
         "steps_repeated_to_rounding": state.differing,
-        "stopped_by_budget": plan.stopped_by_budget,
+        "stopped_by_budget": mechanism.stopped_by_budget,
         "parameters_sha256": checkpoint.parameters_sha256(released),
         "parameters": released.numel(),
         "examples": experiment.facts.examples,
         "holders": config.federation.holders,
         "examples_per_holder_at_most": config.federation.examples_per_holder_at_most,
         "assumed_public": list(ASSUMED_PUBLIC),
-        "trust": _trust(experiment, released),
+        "trust": _trust(experiment),
         "nodes": config.federation.nodes,
         "seed": config.seed,
         "config": config.digest(),
@@ -88,17 +86,17 @@ def result_of(
     return result | {"sensitive": sensitive_names(tagged)}
 
 
-def _trust(experiment: Experiment, released: Tensor) -> dict[str, Any]:
+def _trust(experiment: Experiment) -> dict[str, Any]:
     """What a comparison says about the run's trust model."""
-    strategy = experiment.strategy
-    bytes_per_holder, messages = strategy.traffic(experiment.facts, released.element_size())
+    mechanism, method = experiment.mechanism, experiment.mechanism.method
+    bytes_per_holder, messages = mechanism.traffic()
     return {
-        "trusted": strategy.trusted,
-        "noise_added": strategy.noise_added,
-        "unit": experiment.plan.unit if strategy.private else "none",
+        "trusted": method.trust.trusted,
+        "noise_added": method.noise_added,
+        "unit": method.unit if method.private else "none",
         "bytes_per_holder": bytes_per_holder,
         "messages": messages,
-        "survivors_needed": strategy.survivors_needed(),
+        "survivors_needed": mechanism.survivors_needed(),
     }
 
 
@@ -106,14 +104,14 @@ def hparams(experiment: Experiment) -> dict[str, Any]:
     """Return the settings that TensorBoard compares runs by."""
     c = experiment.config
     return {
-        "strategy": c.strategy.name,
+        "method": c.method(),
         "model": c.model.name,
         "holders": c.federation.holders,
         "partition": c.federation.partition.name,
         "expected_batch_size": c.train.expected_batch_size,
-        "steps": experiment.plan.steps,
+        "steps": experiment.mechanism.steps,
         "clip_norm": c.privacy.clip_norm,
-        "noise_multiplier": experiment.plan.noise.noise_multiplier if experiment.plan.noise else 0.0,
+        "noise_multiplier": experiment.mechanism.noise_multiplier,
         "augment_multiplicity": c.train.augment_multiplicity,
         "optimizer": c.optimizer.name,
         "learning_rate": c.optimizer.learning_rate,

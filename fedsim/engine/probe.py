@@ -57,7 +57,7 @@ def settle(experiment: Experiment, folder: RunFolder, parallel: bool) -> Experim
 
 
 def _probed(experiment: Experiment, parallel: bool) -> int:
-    if experiment.plan.unit == "holder":  # holders train locally, with a batch size of their own
+    if experiment.mechanism.unit == "holder":  # holders train locally, with a batch size of their own
         return int(EngineConfig().physical_batch_size)
     choice = probe(experiment, parallel)
     size = choice.examples * experiment.config.train.augment_multiplicity
@@ -94,8 +94,8 @@ class _Call:
 
     def __init__(self, experiment: Experiment, device: torch.device) -> None:
         self._config = config = experiment.config
-        self._by_holder = experiment.strategy.sums_by_holder
-        self._clip = experiment.strategy.clip_rule()
+        self._by_holder = experiment.mechanism.method.trust.by_holder
+        self._clip = experiment.mechanism.method.at.clip
         self._model = copy.deepcopy(experiment.model).to(device)
         self._flat = get_flat(self._model)
         values = seeds.stream(config.seed, "physical batch size")

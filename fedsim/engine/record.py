@@ -9,6 +9,7 @@ import numpy as np
 
 from fedsim.engine.experiment import Experiment
 from fedsim.engine.holder import NORM_EDGES
+from fedsim.strategies.base import Release
 from fedsim.types import HolderReply, StepRecord
 from fedsim.visibility import Numbers, Public, Sensitive
 
@@ -16,6 +17,7 @@ from fedsim.visibility import Numbers, Public, Sensitive
 def step_record(
     experiment: Experiment,
     step: int,
+    release: Release,
     replies: Sequence[HolderReply],
     signal: float,
     known: Numbers,
@@ -24,10 +26,11 @@ def step_record(
     """Return the record of one step.
 
     Args:
-        experiment: whose plan and strategy say what noise the step had.
+        experiment: whose mechanism says what noise the step had.
         step: number of the step, from 0; the record is that of step + 1 completed updates.
+        release: what the step released.
         replies: what the nodes answered.
-        signal: L2 norm of the exact sum.
+        signal: L2 norm of the exact sum, of its main part.
         known: numbers of the update and of the evaluation after it.
         timing: seconds by part; sensitive, for nodes take longer for a larger draw.
     """
@@ -36,13 +39,13 @@ def step_record(
         for name, value in reply.statistics.items():
             sums[name] = np.add(sums.get(name, 0.0), value)
     realised = sum(reply.count for reply in replies)
-    plan = experiment.plan
+    mechanism = experiment.mechanism
     numbers = {**known, **{f"seconds/{name}": Sensitive(value) for name, value in timing.items()}}
     numbers |= {"realised_batch_size": Sensitive(float(realised)), "sum_norm": Sensitive(signal)}
-    if plan.noise is not None:
-        noise_std = experiment.strategy.noise_std_of_sum(plan) * plan.noise_factor(step)
-        numbers["noise_std_of_mean"] = Public(noise_std / plan.divisor)
-        spread = noise_std * experiment.facts.parameters**0.5
+    if release.noise_stds:
+        noise_std = mechanism.noise_std_of_sum(release)
+        numbers["noise_std_of_mean"] = Public(noise_std / mechanism.divisor)
+        spread = noise_std * release.statistic.main.length**0.5
         numbers["noise_to_signal"] = Sensitive(spread / signal if signal else None)
     if realised:
         numbers["train_loss"] = Sensitive(float(sums["loss_sum"]) / realised)

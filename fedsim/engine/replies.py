@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Expectation:
     holders_of_node: Callable[[int], NDArray[np.int64]]
     arrays: Callable[[HolderReply], dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]]
     counted_at_most: Callable[[StepTask, int], int]
-    norm_bound: Callable[[HolderReply], float]
+    norm_bounds: Callable[[HolderReply], Mapping[str, float]]
     problem_with: Callable[[HolderReply], str]
 
 
@@ -98,10 +98,10 @@ def _problem(task: StepTask, reply: HolderReply, expect: Expectation) -> str:
         return problem
     if problem := expect.problem_with(reply):
         return problem
-    bound = expect.norm_bound(reply)
-    norm = norms.get("sum", 0.0)
-    if norm > bound * (1 + ROUNDING):
-        return f"sum has norm {norm:.6g}, above {bound:.6g} = count x sensitivity: it was not clipped"
+    for name, bound in expect.norm_bounds(reply).items():
+        if norms[name] > bound * (1 + ROUNDING):
+            said = f"{name} has norm {norms[name]:.6g}, above {bound:.6g} = count x sensitivity"
+            return f"{said}: it was not clipped"
     return ""
 
 

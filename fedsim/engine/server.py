@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Server:
     def __init__(self, experiment: Experiment, folder: RunFolder, transport: Transport, resume: bool) -> None:
         self.experiment = experiment
         self.config = experiment.config
-        self.plan = experiment.plan
+        self.mechanism = experiment.mechanism
         self.folder = folder
         self.transport = transport
         self.run = open_run(experiment, folder, resume)
@@ -86,11 +86,11 @@ class Server:
 
     def _loop(self, metrics: Metrics) -> Numbers:
         final: Numbers = {}
-        while self.state.completed < self.plan.steps:
+        while self.state.completed < self.mechanism.steps:
             record, final = self.step()
             metrics.write(record)
             done = self.state.completed
-            if done % self.config.train.checkpoint_every == 0 or done == self.plan.steps:
+            if done % self.config.train.checkpoint_every == 0 or done == self.mechanism.steps:
                 self._save()
         return final or self._evaluate()
 
@@ -98,30 +98,30 @@ class Server:
         """Make the next server update; return its record, and the evaluation where one was due."""
         clock = time.perf_counter
         began = clock()
-        state, strategy, step, root = (
-            self.state,
-            self.experiment.strategy,
-            self.state.completed,
-            self.run.root,
-        )
+        state, mechanism, step, root = self.state, self.mechanism, self.state.completed, self.run.root
         assert root is not None, "a run without its secret has no step left"
-        self._collector.begin(step, strategy.keys(root, step), state.parameters.numpy())
-        total, replies = strategy.collect(self.plan, self._collector.ask)
+        release = mechanism.release(state.query, mechanism.noise_factor(step))
+        keys = mechanism.method.keys(root, step)
+        self._collector.begin(step, keys, state.parameters.numpy(), release)
+        got = mechanism.collect(release, state.query, self._collector.ask)
         timing = self._collector.timing
         combined = clock()
-        noise = strategy.noise(self.plan, root, step, total.size)
+        noise = mechanism.noise(release, got, state.stream, root, step)
         noised = clock()
-        signal = float(np.linalg.norm(total))
-        if noise is not None:
-            total += noise
-        total /= self.plan.divisor
-        gradient = torch.from_numpy(total).to(state.parameters.dtype)
+        main = release.statistic.main.name
+        signal = float(np.linalg.norm(got.sums[main]))
+        for name, values in got.sums.items():
+            if name in noise:
+                values += noise[name]
+            values /= mechanism.divisor
+        gradient = torch.from_numpy(got.sums[main]).to(state.parameters.dtype)
         parameters = state.optimizer.step(state.parameters, gradient, step)
+        query = mechanism.method.at.query.updated(state.query, got.sums)
         updated = clock()
-        self._record(step, parameters)
+        self._record(step, parameters, got.facts)
         recorded = clock()
-        state.parameters, state.completed = parameters, step + 1
-        due = state.completed % self.config.train.eval_every == 0 or state.completed == self.plan.steps
+        state.parameters, state.query, state.completed = parameters, query, step + 1
+        due = state.completed % self.config.train.eval_every == 0 or state.completed == self.mechanism.steps
         evaluated = self._evaluate() if due else {}
         timing |= {
             "combine": combined - began - timing.pop("ask"),
@@ -134,21 +134,21 @@ class Server:
         for name, value in timing.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
         known = {"learning_rate": Public(state.optimizer.learning_rate(step)), **evaluated}
-        return step_record(self.experiment, step, replies, signal, known, timing), evaluated
+        return step_record(self.experiment, step, release, got.replies, signal, known, timing), evaluated
 
-    def _record(self, step: int, parameters: Tensor) -> None:
+    def _record(self, step: int, parameters: Tensor, facts: Mapping[str, Public[Any]]) -> None:
         """Put the step into the ledger, before anybody sees what it releases.
 
         Raises:
             RunError: the parameters are not finite, or the step was released before with other bits under
                 noise that is to stay secret.
         """
-        book, strategy = self.run.ledger, self.experiment.strategy
+        book = self.run.ledger
         digest = checkpoint.parameters_sha256(parameters)
         fresh = book.append(
             step,
-            self.plan.event_at(step),
-            strategy.step_facts(),
+            self.mechanism.event_at(step),
+            facts,
             parameters=digest,
         )
         if not fresh and book.record(step).parameters != digest:
@@ -186,7 +186,7 @@ class Server:
             scores = scoring.scores_of(
                 self.experiment.model, self.experiment.task, splits, dtype, held_out=held_out
             )
-        if not self.experiment.strategy.private:
+        if not self.mechanism.method.private:
             return scores
         epsilon = self.run.ledger.view().until(self.state.completed).epsilon()
         return {**scores, "epsilon": Public(epsilon.value), "n_delta": Public(epsilon.n_delta)}

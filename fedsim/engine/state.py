@@ -1,4 +1,4 @@
-"""What a run carries from step to step: parameters, optimizer state, and the strategy's own."""
+"""What a run carries from step to step: parameters, and the states of optimizer, query and noise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedsim.engine.experiment import Experiment
 from fedsim.engine.optim import ServerOptimizer
 from fedsim.engine.run_folder import RunFolder
 from fedsim.grads.flat import get_flat, spec
+from fedsim.noise.stream import Stream
 from fedsim.validate import InputError
 
 
@@ -22,12 +23,16 @@ class State:
         completed: updates made.
         parameters: (P,) in the model's dtype.
         optimizer: with its own state.
+        query: what the query carries.
+        stream: what correlated noise remembers; it saves time, and decides nothing.
         differing: steps that were repeated on the way here and gave other bits than at first.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         config = experiment.config
-        self._strategy = experiment.strategy
+        self._noise_is_kept = config.privacy.noise_source != "secure"
+        self.query = experiment.mechanism.method.at.query.state(config)
+        self.stream = Stream()
         self.completed = 0
         self.differing: list[int] = []
         self.parameters = get_flat(experiment.model).clone()
@@ -45,7 +50,9 @@ class State:
         tensors = {"parameters": self.parameters}
         state, numbers = self.optimizer.state_dict()
         tensors |= {f"optimizer.{name}": value for name, value in state.items()}
-        tensors |= {f"strategy.{name}": v for name, v in self._strategy.state_dict().items()}
+        tensors |= {f"query.{name}": value for name, value in self.query.items()}
+        if self._noise_is_kept:  # a checkpoint must not hold noise that is to stay secret: it is made again
+            tensors |= {f"noise.{name}": value for name, value in self.stream.state_dict().items()}
         meta = {**bound_to, "optimizer": numbers, "differing": self.differing}
         checkpoint.save(folder.checkpoints, self.completed, tensors, meta)
 
@@ -62,11 +69,12 @@ class State:
         if {name: state.get(name) for name in bound_to} != dict(bound_to):
             raise InputError(f"checkpoint {path} belongs to another run. Choose another --out.")
         self.parameters = tensors.pop("parameters")
-        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "strategy": {}}
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "query": {}, "noise": {}}
         for name, value in tensors.items():
             part, key = name.split(".", 1)
             parts[part][key] = value
         self.optimizer.load_state_dict(parts["optimizer"], state["optimizer"])
-        self._strategy.load_state_dict(parts["strategy"])
+        self.query = parts["query"]
+        self.stream.load_state_dict(parts["noise"])
         self.differing = list(state["differing"])
         self.completed = step

@@ -16,9 +16,10 @@ import dataclasses
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-from fedsim import strategies, validate
+from fedsim import validate
 from fedsim.config import Config
 from fedsim.flower.local_grid import LocalGrid
+from fedsim.strategies import STRATEGIES
 
 LOCAL, SIMULATION, DEPLOYMENT = "local", "simulation", "deployment"
 
@@ -43,11 +44,11 @@ def settled(config: Config, backend: str) -> Config:
             "compute the noise and remove it.",
             "Set privacy.noise_source=secure.",
         )
-    if deployed and strategies.load(config).simulates_secrets:
+    if deployed and STRATEGIES.find(config.strategy.name).simulates_secrets:
         validate.conflicts(
-            f"strategy.name={config.strategy.name} is for simulation: the holders' keys come from the "
+            f"strategy={config.strategy.name} is for simulation: the holders' keys come from the "
             "server, which could remove their noise in a deployment.",
-            "Use a strategy that trusts the server, such as central_dpsgd.",
+            "Use a trust model in which the server adds the noise, such as central.",
         )
     if config.monitor.public_only is not None:
         return config

@@ -45,14 +45,8 @@ def within_budget(privacy: PrivacyConfig, family: EventFamily, steps: int) -> Bu
         steps: as configured.
 
     Raises:
-        InputError: both or neither given, an unreachable target, a budget below one step, or a noise schedule
-            for a strategy that does not take one.
+        InputError: both or neither given, an unreachable target, or a budget below one step.
     """
-    if privacy.noise_schedule and family.levels is None:
-        validate.conflicts(
-            "privacy.noise_schedule is set, but the noise of this strategy is constant.",
-            "Set privacy.noise_schedule=[], or use strategy.name=central_dpsgd.",
-        )
     if (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
         given = "neither" if privacy.target_epsilon is None else "both"
         validate.conflicts(
@@ -95,6 +89,6 @@ def check(event: dp.DpEvent, unit: str, privacy: PrivacyConfig) -> None:
         spent = accountant.epsilon(event, privacy.delta, privacy.accountant, unit)
         if spent.value is None or spent.value > limit:
             validate.conflicts(
-                f"privacy.{name} is {limit:g}, but the strategy's plan releases {spent.describe()}.",
-                "Its plan() must take noise and steps from within_budget, with the family of its own events.",
+                f"privacy.{name} is {limit:g}, but the mechanism releases {spent.describe()}.",
+                "Its noise and steps must be those of within_budget, with the family of its own events.",
             )

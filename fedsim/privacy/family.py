@@ -1,7 +1,7 @@
 """What a mechanism releases for any noise multiplier: the one thing all accounting of a run asks.
 
 Calibration, the budget stop, the dry run, the ledger and the reports all take their events from the family of
-the run's plan, so a strategy that states its own event is calibrated and stopped by that event.
+the run's mechanism, so a trust model that states its own event is calibrated and stopped by that event.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import dp_accounting as dp
 
 from fedsim import validate
+from fedsim.noise.levels import NoiseLevels
 from fedsim.privacy import events
-from fedsim.privacy.levels import NoiseLevels
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EventFamily:
         if self.period > 1 and self.levels is not None:
             validate.conflicts(
                 f"a release covers {self.period} steps, but its noise multiplier changes from step to step.",
-                "Set privacy.noise_schedule=[].",
+                "Use noise=independent.",
             )
 
     @classmethod

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsim import models, seeds, strategies, validate
+from fedsim import models, seeds, validate
 from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
 from fedsim.data.sources import SOURCES
@@ -27,13 +27,13 @@ from fedsim.grads import batch
 from fedsim.grads.batch import Batch
 from fedsim.grads.cost import Cost, cost
 from fedsim.grads.flat import spec, trainable_names
+from fedsim.mechanism import Mechanism, Method
 from fedsim.merging import Choice
 from fedsim.optimizers import OPTIMIZERS
 from fedsim.partitions import Material
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.published import AGREEMENT
-from fedsim.strategies.base import DataFacts, Plan, Strategy
 from fedsim.tasks import TASKS, Task
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, Tagged, shown
@@ -52,9 +52,7 @@ READ_UP_TO = 10_000
 class _Known:
     """What the plan rests on."""
 
-    strategy: Strategy[Any]
-    plan: Plan
-    facts: DataFacts
+    mechanism: Mechanism
     holders: Tagged[dict[str, float]]
     model: nn.Module
     task: Task
@@ -80,24 +78,26 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         known = _from_sizes(config, size)
     public_only = bool(config.monitor.public_only)
     spent = shown(_spent(known, config), public_only=public_only)
-    plan, facts, train = known.plan, known.facts, config.train
+    mechanism, train = known.mechanism, config.train
+    facts, release = mechanism.facts, mechanism.release()
+    noise_std = release.noise_stds.get(release.statistic.main.name)
     optimizer = optim.resolved(config.optimizer, train, facts.examples)
     return {
-        "strategy": config.strategy.name,
-        "unit": plan.unit,
+        "method": config.method(),
+        "unit": mechanism.unit,
         "data": known.source,
         "examples": facts.examples,
         "holders": shown({"": known.holders}, public_only=public_only).get("", {}),
-        "steps": plan.steps,
-        "stopped_by_budget": plan.stopped_by_budget,
-        "sampling_rate": plan.sampling_rate,
+        "steps": mechanism.steps,
+        "stopped_by_budget": mechanism.stopped_by_budget,
+        "sampling_rate": mechanism.sampling_rate,
         "expected_batch_size": train.expected_batch_size,
-        "epochs": plan.steps * train.expected_batch_size / facts.examples,
+        "epochs": mechanism.steps * train.expected_batch_size / facts.examples,
         "learning_rate": optimizer.learning_rate,
         "warmup_steps": optimizer.warmup_steps,
-        "noise_multiplier": None if plan.noise is None else plan.noise.noise_multiplier,
-        "noise_std_of_sum": None if plan.noise is None else plan.noise.noise_std,
-        "noise_std_of_mean": None if plan.noise is None else plan.noise.noise_std / plan.divisor,
+        "noise_multiplier": mechanism.noise_multiplier or None,
+        "noise_std_of_sum": noise_std,
+        "noise_std_of_mean": None if noise_std is None else noise_std / mechanism.divisor,
         "epsilon": {name: dataclasses.asdict(value) for name, value in spent.items()},
         "published": published(config, spent),
         **_costs(config, known, flops_per_second),
@@ -142,9 +142,7 @@ def _from_data(experiment: Experiment) -> _Known:
             experiment.config.model, train.example_shape, task.outputs(train.declared), train.vocabulary
         )
     return _Known(
-        strategy=experiment.strategy,
-        plan=experiment.plan,
-        facts=experiment.facts,
+        mechanism=experiment.mechanism,
         holders=Sensitive(
             experiment.partition.summary(np.zeros(len(train), int) if strata is None else strata)
         ),
@@ -156,7 +154,7 @@ def _from_data(experiment: Experiment) -> _Known:
 
 
 def _from_sizes(config: Config, size: sizes.Size) -> _Known:
-    strategy = strategies.load(config)
+    method = Method.of(config)
     datasets.resolve(config.data)  # refuses unknown names
     if config.data.name in SOURCES.own():  # what is from outside may read its data at once
         SOURCES.make(Choice(config.data.name, config.data.options))  # refuses wrong options
@@ -164,7 +162,7 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     task, declared = TASKS.make(config.task), Targets("class", size.classes)
     task.check(declared)
     skeleton = models.skeleton(config.model, size.shape, task.outputs(declared))
-    strategy.clip_rule().group_of(trainable_names(skeleton))  # refuses groups that do not fit the model
+    method.at.clip.group_of(trainable_names(skeleton))  # refuses groups that do not fit the model
     optimizer = optim.resolved(config.optimizer, config.train, size.train)
     optim.ServerOptimizer(optimizer, config.train, spec(skeleton))  # refuses a warm-up as long as the run
     labels = np.arange(size.train, dtype=np.int64) % size.classes
@@ -173,9 +171,7 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     shape = " x ".join(map(str, size.shape))
     source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} even classes"
     return _Known(
-        strategy,
-        planned(strategy, facts),
-        facts,
+        planned(method, facts),
         Public(held.summary(labels)),
         skeleton,
         task,
@@ -194,11 +190,11 @@ def _example(config: Config, size: sizes.Size) -> NDArray[Any]:
 
 def _spent(known: _Known, config: Config) -> dict[str, Tagged[EpsilonResult]]:
     """All epsilons of the run; RDP with its default orders and PLD are always among them."""
-    plan = known.plan
-    spent = epsilons(plan, plan.steps, config, known.facts)
+    plan = known.mechanism
+    spent = epsilons(plan, plan.steps, config)
     if config.privacy.accountant == "rdp_objax":
         total = plan.total_event(plan.steps)
-        units = known.facts.examples if plan.unit == "example" else known.facts.holders
+        units = plan.facts.examples if plan.unit == "example" else plan.facts.holders
         renyi = accountant.epsilon(total, config.privacy.delta, "rdp", plan.unit)
         spent[f"{plan.unit}_rdp"] = Public(renyi.among(units))
     return spent
@@ -206,15 +202,15 @@ def _spent(known: _Known, config: Config) -> dict[str, Tagged[EpsilonResult]]:
 
 def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
     """Operations of the run, hours at a rate, bytes of a step and memory of its processes."""
-    train, facts, plan = config.train, known.facts, known.plan
+    train, facts, plan = config.train, known.mechanism.facts, known.mechanism
     one = cost(known.model, *known.view, known.task.loss)
     itemsize = 8 if config.model.dtype == "float64" else 4
     vector = facts.parameters * itemsize
     views = plan.steps * plan.sampling_rate * facts.examples * train.augment_multiplicity
     operations = views * one.training
-    holder_bytes, messages = known.strategy.traffic(facts, itemsize)
+    holder_bytes, messages = plan.traffic()
     hosted = -(-facts.holders // config.federation.nodes)
-    to_node, from_node = known.strategy.node_traffic(facts.parameters, np.dtype(config.model.dtype), hosted)
+    to_node, from_node = plan.node_traffic(hosted)
     return {
         "parameters": facts.parameters,
         "frozen_parameters": one.parameters - facts.parameters,

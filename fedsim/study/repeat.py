@@ -7,7 +7,7 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
     overrides        "key=value" strings on top of it
     reference        what the recipe reproduces, from the configuration
     evaluated_on     "test set", or "held-out training examples" while tuning
-    data, model, strategy, backend, holders, nodes, partition, steps, expected_batch_size, noise_multiplier
+    data, model, method, backend, holders, nodes, partition, steps, expected_batch_size, noise_multiplier
     target_epsilon   the budget the configuration asks for, or null
     epsilon, delta   by unit, the largest over the seeds, with accountant, relation and note
     headline         the metric: name, unit, direction; of unit "%" values are fractions
@@ -124,7 +124,7 @@ def summary(
         "evaluated_on": "held-out training examples" if config.data.holdout_examples else "test set",
         "data": dataclasses.asdict(dataclasses.replace(config.data, root=None)),
         "model": dataclasses.asdict(config.model),
-        "strategy": config.strategy.name,
+        "method": config.method(),
         "holders": config.federation.holders,
         "nodes": config.federation.nodes,
         "partition": _partition(config),

@@ -43,7 +43,7 @@ def run(speed: float, out: Path, monkeypatch: pytest.MonkeyPatch, clip_norm: flo
     """Train with everybody in every step, from the same parameters: the server's steps are tiny."""
     options = {"target_quantile": QUANTILE, "quantile_learning_rate": speed, "count_noise": COUNT_NOISE}
     config = small(
-        "strategy.name=dp_fedavg",
+        "preset=dp_fedavg",
         f"strategy.options={{{', '.join(f'{k}: {v}' for k, v in options.items())}}}",
         "model.name=linear",
         "model.dtype=float64",

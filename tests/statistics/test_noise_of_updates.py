@@ -44,21 +44,21 @@ ADAPTIVE = "strategy.options={target_quantile: 0.5, quantile_learning_rate: 1e-1
 ADAPTIVE_STD = 0.5 / math.sqrt(1 - 1 / 16)  # sigma 1; part of the budget pays for the count (s = 2)
 CASES: dict[str, tuple[tuple[str, ...], float]] = {
     # overrides, and the standard deviation in the sum with sigma 1, clip norm 0.5 and seven holders
-    "central_dpsgd": (("strategy.name=central_dpsgd",), 0.5),
-    "dp_fedavg": (("strategy.name=dp_fedavg",), 0.5),
-    "dp_fedavg, adaptive": (("strategy.name=dp_fedavg", ADAPTIVE), ADAPTIVE_STD),
-    "local_dpsgd": (("strategy.name=local_dpsgd",), 0.5 * math.sqrt(HOLDERS)),
+    "central_dpsgd": (("preset=central_dpsgd",), 0.5),
+    "dp_fedavg": (("preset=dp_fedavg",), 0.5),
+    "dp_fedavg, adaptive": (("preset=dp_fedavg", ADAPTIVE), ADAPTIVE_STD),
+    "local_dpsgd": (("preset=local_dpsgd",), 0.5 * math.sqrt(HOLDERS)),
     "local_dpsgd, three local steps": (
-        ("strategy.name=local_dpsgd", "strategy.options={local_steps: 3, local_learning_rate: 0.25}"),
+        ("preset=local_dpsgd", "strategy.options={local_steps: 3, local_learning_rate: 0.25}"),
         0.25 * 0.5 * math.sqrt(3 * HOLDERS),
     ),
-    "shares_dpsgd": (("strategy.name=shares_dpsgd",), 0.5),
+    "shares_dpsgd": (("preset=shares_dpsgd",), 0.5),
     "shares_dpsgd, discrete Gaussian": (
-        ("strategy.name=shares_dpsgd", "strategy.options={noise: discrete_gaussian}"),
+        ("preset=shares_dpsgd", "strategy.options={noise: discrete_gaussian}"),
         0.5,
     ),
     "shares_dpsgd, five of seven needed": (
-        ("strategy.name=shares_dpsgd", "strategy.options={min_survivors: 5}"),
+        ("preset=shares_dpsgd", "strategy.options={min_survivors: 5}"),
         0.5 * math.sqrt(HOLDERS / 5),
     ),
 }

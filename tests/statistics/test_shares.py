@@ -172,12 +172,12 @@ def released(out: Path, *overrides: str) -> Array:
 def test_a_whole_step_without_dropout_has_the_law_of_central_noise(kind: str, tmp_path: Path) -> None:
     """End to end, through rounding, masks and messages: the shares of 10 holders against N(0, 0.5^2)."""
     options = f"noise: {kind}"
-    values = released(tmp_path / "a", "strategy.name=shares_dpsgd", f"strategy.options={{{options}}}")
+    values = released(tmp_path / "a", "preset=shares_dpsgd", f"strategy.options={{{options}}}")
     assert same_law(values, 0.5)
     assert same_law(GaussianNoise(1.0, 0.5).sample(1, 0, values.size), 0.5)
     assert not same_law(values * 1.05, 0.5)
     extra = released(
-        tmp_path / "b", "strategy.name=shares_dpsgd", f"strategy.options={{{options}, min_survivors: 5}}"
+        tmp_path / "b", "preset=shares_dpsgd", f"strategy.options={{{options}, min_survivors: 5}}"
     )
     assert not same_law(extra, 0.5), "twice the variance when all survive and half would do"
     assert same_law(extra, 0.5 * math.sqrt(2))
@@ -185,14 +185,14 @@ def test_a_whole_step_without_dropout_has_the_law_of_central_noise(kind: str, tm
 
 
 def test_local_noise_is_the_holders_times_the_variance(tmp_path: Path) -> None:
-    values = released(tmp_path, "strategy.name=local_dpsgd")
+    values = released(tmp_path, "preset=local_dpsgd")
     assert same_law(values, 0.5 * math.sqrt(10))
     assert not same_law(values, 0.5)
 
 
 def test_dropouts_leave_the_noise_that_the_ledger_states(tmp_path: Path) -> None:
     options = "strategy.options={min_survivors: 4, dropout_rate: 0.35}"
-    values = released(tmp_path, "strategy.name=shares_dpsgd", options)
+    values = released(tmp_path, "preset=shares_dpsgd", options)
     (record,) = ledger.read(tmp_path / "ledger.jsonl").records
     assert 4 <= record.facts["survivors"] < 10
     assert record.facts["noise_std_of_server"] == 0.0
@@ -204,7 +204,7 @@ def test_dropouts_leave_the_noise_that_the_ledger_states(tmp_path: Path) -> None
 
 def test_a_shortfall_is_topped_up_to_the_variance_that_is_accounted(tmp_path: Path) -> None:
     options = "strategy.options={on_shortfall: top_up, dropout_rate: 0.35}"
-    values = released(tmp_path, "strategy.name=shares_dpsgd", options)
+    values = released(tmp_path, "preset=shares_dpsgd", options)
     (record,) = ledger.read(tmp_path / "ledger.jsonl").records
     survivors = record.facts["survivors"]
     assert survivors < 10

@@ -27,7 +27,7 @@ ADAPTIVE = ["strategy.options.target_quantile=0.5", "strategy.options.count_nois
 
 
 def fedavg(*more: str) -> Any:
-    return small("strategy.name=dp_fedavg", "model.name=linear", *more)
+    return small("preset=dp_fedavg", "model.name=linear", *more)
 
 
 def test_one_step_equals_clipped_local_training_written_out(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ DELTA = 1e-5
 
 def silo(*more: str, steps: int = 3, rate: float = 0.5) -> Config:
     options = f"strategy.options={{local_steps: {steps}, local_learning_rate: {rate}}}"
-    return small("strategy.name=local_dpsgd", "model.name=linear", options, *more)
+    return small("preset=local_dpsgd", "model.name=linear", options, *more)
 
 
 ONE_STEP = (
@@ -111,7 +111,7 @@ def test_one_local_step_and_full_local_rate_are_the_same_update(
     """The two forms meet at E = 1: the path of several steps, forced, gives what one noised sum gives."""
     from fedsim.strategies.local_dpsgd import LocalDPSGD
 
-    config = small("strategy.name=local_dpsgd", "model.dtype=float64", "federation.availability=0.7",
+    config = small("preset=local_dpsgd", "model.dtype=float64", "federation.availability=0.7",
                    "train.expected_batch_size=40")  # fmt: skip
     train(config, tmp_path / "a")
 
@@ -136,7 +136,7 @@ def test_the_event_is_every_local_release_and_epsilon_that_of_dp_accounting(tmp_
     spent = shown(epsilons(experiment.plan, 6, config, experiment.facts), public_only=False)
     assert spent["example_check"].value == pytest.approx(reference, rel=1e-6)
     assert view.epsilon().value == spent["example"].value
-    once = prepare(small("strategy.name=local_dpsgd", "model.name=linear", "train.steps=18"))
+    once = prepare(small("preset=local_dpsgd", "model.name=linear", "train.steps=18"))
     assert spent["example"].value == accountant.epsilon(once.plan.total_event(18), DELTA).value
     holder = accountant.holder_epsilon(sigma, q, 18, DELTA, experiment.facts.largest_holder.value)
     assert spent["holder"].value == holder.value
@@ -190,4 +190,4 @@ def test_local_steps_draw_anew_and_leave_the_model_where_it_was() -> None:
 )
 def test_wrong_options_are_refused_with_the_reason(options: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        prepare(small("strategy.name=local_dpsgd", f"strategy.options={{{options}}}"))
+        prepare(small("preset=local_dpsgd", f"strategy.options={{{options}}}"))

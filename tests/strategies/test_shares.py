@@ -28,7 +28,7 @@ from fedsim.validate import InputError, RunError
 from tests.conftest import final, small, train
 
 TINY = ("privacy.noise_multiplier=1e-9", "train.eval_every=1000", "model.dtype=float64")
-SHARES = "strategy.name=shares_dpsgd"
+SHARES = "preset=shares_dpsgd"
 
 
 def options(**values: object) -> str:
@@ -312,7 +312,7 @@ def test_budget_stops_the_run() -> None:
 
 
 def test_local_noise_reaches_the_sum_once_a_holder(tmp_path: Path) -> None:
-    config = small("strategy.name=local_dpsgd", "federation.availability=0.5", "train.steps=2")
+    config = small("preset=local_dpsgd", "federation.availability=0.5", "train.steps=2")
     prepared = prepare(config)
     assert prepared.plan.noise is not None
     assert prepared.strategy.noise_std_of_sum(prepared.plan) == pytest.approx(0.5 * math.sqrt(10))
@@ -320,7 +320,7 @@ def test_local_noise_reaches_the_sum_once_a_holder(tmp_path: Path) -> None:
     train(config, tmp_path / "a")
     train(
         small(
-            *("strategy.name=local_dpsgd", "federation.availability=0.5", "train.steps=2"),
+            *("preset=local_dpsgd", "federation.availability=0.5", "train.steps=2"),
             "federation.nodes=5",
         ),
         tmp_path / "b",

@@ -19,7 +19,7 @@ from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError
 from tests.conftest import small
 
-SHARES = ("strategy.name=shares_dpsgd", "federation.nodes=1", "model.name=linear", "data.train_examples=100")
+SHARES = ("preset=shares_dpsgd", "federation.nodes=1", "model.name=linear", "data.train_examples=100")
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_an_answer_that_cannot_be_repeated_is_refused(node: Node, monkeypatch: p
 
 def test_noise_of_a_holder_never_meets_two_sums() -> None:
     """local_dpsgd, where nobody is trusted: the same noise on sums at other parameters would cancel out."""
-    node = Node(small("strategy.name=local_dpsgd", "federation.nodes=1", "model.name=linear"), 0, 0)
+    node = Node(small("preset=local_dpsgd", "federation.nodes=1", "model.name=linear"), 0, 0)
     keys = node.strategy.keys(0, 0)
     task = StepTask(0, 0, 0.2, keys, "", {"noise_std": np.array([0.5])})
     at, asked = get_flat(node.model).numpy(), Asked()

@@ -46,7 +46,7 @@ CASES = {
     "delta": (["privacy.delta=1.5"], "privacy.delta"),
     "negative clip": (["privacy.clip_norm=-1"], "privacy.clip_norm"),
     "no such device": (["engine.device=cuda:99"], "engine.device"),
-    "noise for nonprivate": (["strategy.name=nonprivate", "privacy.clip_norm=1.0"], "noise_multiplier"),
+    "noise for nonprivate": (["preset=nonprivate", "privacy.clip_norm=1.0"], "noise_multiplier"),
     "override without value": (["train.steps"], "key.path=value"),
     "steps beyond a machine's integers": (
         ["train.steps=99999999999999999999"],

@@ -279,7 +279,7 @@ def test_auto_trains_as_a_number_does(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_local_training_is_not_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "probe", lambda *_: pytest.fail("probed"))
-    experiment = prepare(small(AUTO, "strategy.name=dp_fedavg", "privacy.noise_multiplier=1.0"))
+    experiment = prepare(small(AUTO, "preset=dp_fedavg", "privacy.noise_multiplier=1.0"))
     assert probe.settle(experiment, RunFolder(tmp_path), False).config.engine.physical_batch_size == 256
 
 

@@ -144,7 +144,7 @@ def test_the_cap_stands_for_the_largest_holder_whatever_its_size() -> None:
 def test_what_shares_send_does_not_depend_on_the_largest_holder() -> None:
     """Without a cap the ring holds what one holder of everything would send."""
     runs = [
-        prepare(small("strategy.name=shares_dpsgd", f"federation.partition={scheme}"))
+        prepare(small("preset=shares_dpsgd", f"federation.partition={scheme}"))
         for scheme in ("iid", "power_law")
     ]
     agreed = [run.strategy._setup for run in runs]  # type: ignore[attr-defined]

@@ -187,7 +187,7 @@ def test_groups_are_checked_against_the_model_before_anything_starts() -> None:
 @pytest.mark.parametrize("clipping", [["privacy.clipping=per_layer"], GROUPED], ids=["per_layer", "grouped"])
 def test_updates_of_holders_are_not_clipped_by_group(clipping: list[str]) -> None:
     with pytest.raises(InputError, match=r"clips updates flat.*whole update"):
-        prepare(small("strategy.name=dp_fedavg", *clipping))
+        prepare(small("preset=dp_fedavg", *clipping))
 
 
 def test_the_plan_keeps_the_sensitivity_and_the_event() -> None:

@@ -35,7 +35,7 @@ epsilons: [2, 20]
 overrides: [{overrides}]
 variants:
   central: []
-  nonprivate: [strategy.name=nonprivate, privacy.target_epsilon=null, privacy.clip_norm=1.0]
+  nonprivate: [preset=nonprivate, privacy.target_epsilon=null, privacy.clip_norm=1.0]
 """
 
 

@@ -160,7 +160,7 @@ def test_a_node_asks_for_what_is_configured(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_secure_sum_must_repeat_its_bits() -> None:
     with pytest.raises(InputError, match="must mask the very integers"):
-        prepare(small("strategy.name=shares_dpsgd", "engine.deterministic=false"))
+        prepare(small("preset=shares_dpsgd", "engine.deterministic=false"))
 
 
 @pytest.mark.parametrize("strategy", ["central_dpsgd", "local_dpsgd"])

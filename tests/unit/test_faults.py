@@ -198,7 +198,7 @@ def test_a_count_of_updates_below_the_clip_norm_is_judged(below: float, tmp_path
     def change(reply: HolderReply) -> HolderReply:
         return dataclasses.replace(reply, arrays={**reply.arrays, "below": np.array([below])})
 
-    config = small("strategy.name=dp_fedavg", "strategy.options={target_quantile: 0.5, count_noise: 2}")
+    config = small("preset=dp_fedavg", "strategy.options={target_quantile: 0.5, count_noise: 2}")
     with pytest.raises(RunError, match=r"below the clip norm|NaN or infinite"):
         train(config, tmp_path, client=spoiled(change))
     assert ledger.read(tmp_path / "ledger.jsonl").steps == FAULTY_STEP

@@ -201,8 +201,8 @@ def test_the_numbers_of_a_refused_reply_stay_unsaid(public_only: bool, tmp_path:
     "overrides",
     [
         ("train.expected_batch_size=1e-6",),
-        ("strategy.name=nonprivate", "privacy.noise_multiplier=null", "privacy.clip_norm=1.0"),
-        ("strategy.name=shares_dpsgd",),
+        ("preset=nonprivate", "privacy.noise_multiplier=null", "privacy.clip_norm=1.0"),
+        ("preset=shares_dpsgd",),
     ],
 )
 def test_every_json_file_of_a_run_is_json(overrides: tuple[str, ...], tmp_path: Path) -> None:

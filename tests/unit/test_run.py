@@ -112,7 +112,7 @@ def test_average_of_parameters_is_what_is_released(tmp_path: Path) -> None:
 
 
 def test_nonprivate_claims_no_epsilon(tmp_path: Path) -> None:
-    config = small("strategy.name=nonprivate", "privacy.noise_multiplier=null", "privacy.clip_norm=1.0")
+    config = small("preset=nonprivate", "privacy.noise_multiplier=null", "privacy.clip_norm=1.0")
     result = train(config, tmp_path)
     value = result["epsilon"]["example"]["value"]
     assert value is None or value == float("inf")

@@ -254,7 +254,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("public") / "run"
     train(
         small(
-            "strategy.name=nonprivate",
+            "preset=nonprivate",
             "privacy.noise_multiplier=null",
             "privacy.clip_norm=1.0",
             "train.steps=20",

@@ -110,6 +110,30 @@ def sampling_rate(expected_batch_size: float, population: int, availability: flo
     return min(rate, 1.0)
 
 
+def in_bin(ids: NDArray[np.int64], key: bytes, index: int, bins: int) -> NDArray[np.bool_]:
+    """Say which of `ids` fall into bin `index` when each id is thrown into one of `bins`, all equally likely.
+
+    Every id falls into exactly one bin, by the key alone: independently of the other ids, of whoever asks,
+    and of all data. Bin j takes the words of an id between j / bins and (j + 1) / bins.
+
+    Args:
+        ids: (n,) int64, non-negative, any order.
+        key: 32 bytes; used for nothing else.
+        index: 0 .. bins - 1.
+
+    Returns:
+        (n,) mask.
+
+    Raises:
+        InputError: an index outside the bins.
+    """
+    validate.in_range(index, 0, bins - 1, "bin index")
+    below = PoissonSampler((index + 1) / bins, 1).included(ids, key)
+    if index == 0:
+        return below
+    return below & ~PoissonSampler(index / bins, 1).included(ids, key)
+
+
 def _below(ids: NDArray[np.int64], key: bytes, probability: float) -> NDArray[np.bool_]:
     """Mask of the ids whose word in the stream of `key` is below probability * 2**64."""
     if ids.dtype != np.int64 or ids.ndim != 1:

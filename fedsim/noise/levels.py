@@ -34,11 +34,11 @@ class NoiseLevels:
     def __post_init__(self) -> None:
         validate.positive(self.steps, "train.steps")
         for factor in self.factors:
-            validate.positive(factor, "every entry of privacy.noise_schedule")
+            validate.positive(factor, "every entry of noise.options.factors")
         most = min(MAX_LEVELS, self.steps)
         if not 1 <= len(self.factors) <= most:
             raise InputError(
-                f"privacy.noise_schedule must hold 1 to {most} factors for {self.steps} steps, got "
+                f"noise.options.factors must hold 1 to {most} factors for {self.steps} steps, got "
                 f"{len(self.factors)}. Make it coarser."
             )
 

@@ -1,0 +1,316 @@
+"""One mechanism: query, sampler, noise over time and trust model, composed; or the reason why not.
+
+Everything private about a run follows from it: calibration, budget stop, dry run, ledger, noise and reports
+ask it, and nothing else states an event, a sensitivity or a scale of noise, so they cannot disagree.
+
+    cycle of the sampler  ->  one release of the Gaussian mechanism  (noise over time, trust model)
+    releases of the run   ->  `EventFamily`, an event for every noise multiplier and number of steps
+    target or multiplier  ->  `Budget`, the noise of this run and the steps it allows
+    query                 ->  noise of each part of the sum, from that multiplier and the part's bound
+
+`Method` is what a node knows, from the configuration alone; `Mechanism` adds what the server knows of the
+data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import dp_accounting
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim import rules, validate
+from fedsim.config import Config
+from fedsim.grads.clip import NoClip
+from fedsim.merging import Choice
+from fedsim.noise import NOISE
+from fedsim.noise.gaussian import standard_normal
+from fedsim.noise.stream import Stream
+from fedsim.privacy import budget as budgets
+from fedsim.privacy.budget import Budget
+from fedsim.privacy.family import EventFamily
+from fedsim.queries import QUERIES
+from fedsim.queries.base import Arrays, NodeView, State
+from fedsim.queries.statistic import Expected, within
+from fedsim.samplers import SAMPLERS, Draw, Participation
+from fedsim.samplers.keyed import sampling_rate
+from fedsim.seeds import Root, derive
+from fedsim.strategies import STRATEGIES, Trust
+from fedsim.strategies.base import Ask, Collected, DataFacts, Release, Setting, Sums
+from fedsim.types import ClippedSum, HolderReply, StepTask
+
+
+@dataclass(frozen=True)
+class Method:
+    """The axes a configuration chooses, as far as data does not matter."""
+
+    at: Setting
+    trust: Trust
+
+    @classmethod
+    def of(cls, config: Config) -> Method:
+        """Return what the configuration chooses.
+
+        Raises:
+            InputError: an unknown variant or option (with the nearest valid one), a setting that none of the
+                chosen ones reads, or variants that do not go together.
+        """
+        trust = STRATEGIES.make(Choice(config.strategy.name, config.strategy.options))
+        query, sampler = QUERIES.make(config.query), SAMPLERS.make(config.sampler)
+        for unread, chosen in (
+            (trust.unread, f"strategy = {config.strategy.name}"),
+            (query.unread, f"query = {config.query.name}"),
+        ):
+            rules.refuse_set(config, unread, chosen)
+        query.check(config)
+        clip = query.clip(config) if trust.private else NoClip()
+        at = Setting(config, query, sampler, NOISE.make(config.noise), clip)
+        trust.check(at)
+        return cls(at, trust)
+
+    @property
+    def private(self) -> bool:
+        """Return whether anything is protected."""
+        return self.trust.private
+
+    @property
+    def unit(self) -> str:
+        """Return who is drawn, bounded and protected: "example" or "holder"."""
+        return self.at.query.unit
+
+    @property
+    def sent(self) -> str:
+        """Return what travels, in words."""
+        return self.trust.sent.format(what=self.at.query.what)
+
+    @property
+    def noise_added(self) -> str:
+        """Return who adds noise, in words."""
+        return "; ".join(part for part in (self.trust.noise_added, self.at.noise.said) if part)
+
+    def keys(self, root: Root, step: int) -> dict[str, bytes]:
+        """Return the keys nodes need for a step, by purpose."""
+        common = {purpose: derive(root, purpose, step) for purpose in ("availability", "augment")}
+        return self.at.sampler.keys(root, step) | common | self.trust.keys(self.at, root, step)
+
+    def selected(self, task: StepTask, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Say which of `ids`, of examples or holders as the unit is, the step draws, whoever owns them."""
+        return self.at.sampler.selected(Draw(task.step, task.sampling_rate, task.keys), ids)
+
+    def answer(self, node: NodeView, task: StepTask) -> tuple[Arrays, ClippedSum]:
+        """Do one node's part: return the named arrays to send, and the sum they come from for statistics."""
+        return self.trust.answer(self.at, node, task)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A method on data of stated size: what a run releases, and its noise.
+
+    Attributes:
+        method: the axes.
+        facts: about the data.
+        participation: how often a unit takes part.
+        divisor: public constant by which the noisy sums are divided.
+        budget: the events of the run, their noise multiplier, and the steps made.
+        noise_multiplier: of the noise that makes the events true; 0 where nothing is private. It differs from
+            that of the events where part of the noise is spent otherwise, such as on rounding.
+        column_norm: sensitivity of a release, in bounds on one contribution.
+        agreed: what server and nodes agree on beforehand.
+    """
+
+    method: Method
+    facts: DataFacts
+    participation: Participation
+    divisor: float
+    budget: Budget
+    noise_multiplier: float
+    column_norm: float
+    agreed: Any
+
+    @classmethod
+    def of(cls, method: Method, facts: DataFacts) -> Mechanism:
+        """Return the mechanism of a run, whose events keep within the budget the configuration gives.
+
+        Raises:
+            InputError: sampler and noise do not go together, no such noise, a batch above the data, an
+                unreachable target, or a budget below one step.
+        """
+        at, trust, train = method.at, method.trust, method.at.config.train
+        availability = at.config.federation.availability
+        rate = sampling_rate(train.expected_batch_size, facts.examples, availability)
+        participation = at.sampler.participation(rate)
+        at.noise.check(participation, train.steps)
+        family = EventFamily(
+            lambda sigma: trust.event(at, sigma, participation.rate),
+            participation.period,
+            at.noise.levels(train.steps),
+        )
+        statistic = at.query.statistic(
+            facts.parameters, np.dtype(at.config.model.dtype), at.clip, at.query.state(at.config)
+        )
+        budget, multiplier, agreed = trust.agree(at, family, statistic, facts)
+        divisor = train.expected_batch_size
+        if method.unit == "holder":
+            divisor = participation.share * facts.holders * availability
+        made = cls(
+            method,
+            facts,
+            participation,
+            divisor,
+            budget,
+            multiplier,
+            at.noise.column_norm(participation, train.steps),
+            agreed,
+        )
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Refuse a run that spends more than it may, however it came to its noise.
+
+        Raises:
+            InputError: epsilon of the whole run is above target_epsilon or stop_at_epsilon, or the parts of
+                a release need more noise than they get.
+        """
+        if not self.method.private:
+            return
+        budgets.check(self.total_event(self.steps), self.unit, self.method.at.config.privacy)
+        for factor in dict.fromkeys(self.noise_factor(step) for step in range(self.steps)):
+            sigma = self.noise_multiplier * factor
+            if not within(self._multipliers(sigma), sigma):
+                validate.conflicts(
+                    f"query {self.method.at.config.query.name} splits noise multiplier {sigma:g} into parts "
+                    "that together have less noise.",
+                    "Its multipliers() must keep the sum of 1 / multiplier^2 within that of the whole.",
+                )
+
+    @property
+    def unit(self) -> str:
+        """Return whose presence the events protect."""
+        return self.method.unit
+
+    @property
+    def sampling_rate(self) -> float:
+        """Return the part of all units that a step takes on average."""
+        return self.participation.share
+
+    @property
+    def steps(self) -> int:
+        """Return the server updates to make; already cut at the budget."""
+        return self.budget.steps
+
+    @property
+    def stopped_by_budget(self) -> bool:
+        """Return whether `steps` is below the configured number because of stop_at_epsilon."""
+        return self.budget.stopped
+
+    @property
+    def holder_noise_factor(self) -> float:
+        """Return what the noise multiplier is to be multiplied with for a holder of several examples."""
+        return self.method.at.noise.holder_factor(self.participation, self.steps)
+
+    @property
+    def example_noise_factor(self) -> float | None:
+        """Return the same for an example where the unit is the holder, else None: changing an example changes
+        one contribution, by at most twice its bound."""
+        return 0.5 if self.unit == "holder" and self.method.private else None
+
+    def noise_factor(self, step: int) -> float:
+        """Return what multiplies the noise in one step."""
+        return self.budget.family.factor(step)
+
+    def event_at(self, step: int) -> dp_accounting.DpEvent:
+        """Return what the ledger records for one step."""
+        return self.budget.family.event_at(self.budget.noise_multiplier, step)
+
+    def total_event(self, steps: int) -> dp_accounting.DpEvent:
+        """Return what `steps` steps release together."""
+        return self.budget.event(steps)
+
+    def total_event_for_holder(self, steps: int, examples: int) -> dp_accounting.DpEvent:
+        """Return the example-level event of `steps` steps that bounds a holder with that many examples,
+        for `accountant.holder_epsilon_of_event`."""
+        return self.budget.event(steps, self.holder_noise_factor if examples > 1 else 1.0)
+
+    def total_event_for_example(self, steps: int) -> dp_accounting.DpEvent | None:
+        """Return the event of `steps` steps that bounds one example where the unit is the holder, or None."""
+        factor = self.example_noise_factor
+        return None if factor is None else self.budget.event(steps, factor)
+
+    def release(self, state: State | None = None, factor: float = 1.0) -> Release:
+        """Return what a step releases.
+
+        Args:
+            state: of the query; None: that before the first step.
+            factor: `noise_factor` of the step.
+        """
+        at = self.method.at
+        held = at.query.state(at.config) if state is None else state
+        statistic = at.query.statistic(self.facts.parameters, np.dtype(at.config.model.dtype), at.clip, held)
+        stds: dict[str, float] = {}
+        if self.method.private:
+            multipliers = self._multipliers(self.noise_multiplier * factor)
+            for part, multiplier in zip(statistic.parts, multipliers, strict=True):
+                stds[part.name] = multiplier * (part.bound * self.column_norm)
+        return Release(statistic, stds, self.facts, self.agreed)
+
+    def _multipliers(self, noise_multiplier: float) -> tuple[float, ...]:
+        units = self.participation.share * self._units * self.method.at.config.federation.availability
+        return self.method.at.query.multipliers(noise_multiplier, units)
+
+    @property
+    def _units(self) -> int:
+        return self.facts.holders if self.unit == "holder" else self.facts.examples
+
+    def collect(self, release: Release, state: State, ask: Ask) -> Collected:
+        """Return the sums over all holders at this release."""
+        at = self.method.at
+        return self.method.trust.collect(at, release, at.query.arrays(state), ask)
+
+    def noise(self, release: Release, got: Collected, stream: Stream, root: Root, step: int) -> Sums:
+        """Return what the server adds to the sums of a step, by part.
+
+        The same (root, step) always gives the same noise, so a resumed step releases nothing new. With an
+        integer root whoever knows the seed can subtract the noise (`seeded`); with 32 secret bytes from
+        the operating system nobody can once the secret is destroyed (`secure`).
+        """
+        at = self.method.at
+        factorisation = at.noise.factorisation(self.participation, at.config.train.steps)
+        parts = {part.name: part for part in release.statistic.parts}
+
+        def of_part(name: str) -> NDArray[np.float64]:
+            part = parts[name]
+            if factorisation is not None and part is release.statistic.main:
+                values = stream.sample(factorisation, root, step, part.length)
+            else:
+                values = standard_normal(derive(root, part.purpose, step), part.length)
+            values *= release.noise_stds[name]
+            return values
+
+        return self.method.trust.added(at, release, got, of_part, root, step)
+
+    def noise_std_of_sum(self, release: Release) -> float:
+        """Return the standard deviation of all noise in the main part of a step's sum."""
+        return self.method.trust.noise_std_of_sum(self.method.at, release)
+
+    def reply_arrays(self, release: Release, reply: HolderReply) -> Expected:
+        """Return name -> (shape, dtype) of the arrays that a reply must hold."""
+        return self.method.trust.reply_arrays(self.method.at, release, reply)
+
+    def norm_bounds(self, release: Release, reply: HolderReply) -> dict[str, float]:
+        """Return the largest L2 norms that an honest reply's arrays can have, by name."""
+        return self.method.trust.norm_bounds(self.method.at, release, reply)
+
+    def traffic(self) -> tuple[float, int]:
+        """Return (bytes a holder of its own would send and receive in a step, messages of a step)."""
+        return self.method.trust.traffic(self.method.at, self.release())
+
+    def node_traffic(self, holders: int) -> tuple[int, int]:
+        """Return the bytes of arrays that a node of so many holders receives and sends in a step."""
+        return self.method.trust.node_traffic(self.method.at, self.release(), holders)
+
+    def survivors_needed(self) -> str:
+        """Return how many holders must stay to the end of a step for its privacy statement to hold."""
+        return self.method.trust.survivors_needed(self.method.at)

@@ -1,0 +1,48 @@
+"""How the noise of one step hangs together with that of the others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedsim.noise.levels import NoiseLevels
+from fedsim.noise.stream import Factorisation
+from fedsim.samplers import Participation
+
+
+@dataclass(frozen=True)
+class NoiseOverTime(ABC):
+    """Noise over the steps of a run; its fields are the options.
+
+    A cycle of a sampler (`Participation.period` steps) is one release of the Gaussian mechanism. Its
+    sensitivity is `column_norm` times the bound on one unit's contribution to one step.
+    """
+
+    said: ClassVar[str]  # what tables add to where noise is added; "" for nothing
+
+    @abstractmethod
+    def check(self, participation: Participation, steps: int) -> None:
+        """Refuse a sampler whose cycles are not single releases under this noise.
+
+        Raises:
+            InputError: says why, and which samplers go with it.
+        """
+
+    def levels(self, steps: int) -> NoiseLevels | None:
+        """Return the factors on the noise multiplier over the run; None: constant."""
+        return None
+
+    def factorisation(self, participation: Participation, steps: int) -> Factorisation | None:
+        """Return what correlates the noise of the steps; None: nothing does."""
+        return None
+
+    def holder_factor(self, participation: Participation, steps: int) -> float:
+        """Return what the noise multiplier of an event is to be multiplied with for a holder of several
+        examples, where the event bounds single examples only because of their places in a cycle."""
+        return 1.0
+
+    def column_norm(self, participation: Participation, steps: int) -> float:
+        """Return the sensitivity of a release, in bounds on one contribution."""
+        found = self.factorisation(participation, steps)
+        return 1.0 if found is None else found.column_norm(steps)

@@ -1,0 +1,160 @@
+"""A query: what one unit adds to the sum of a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.grads.clip import ClipRule, clip_rule
+from fedsim.grads.local_training import LocalTraining
+from fedsim.queries.statistic import Statistic
+from fedsim.types import ClippedSum, HolderReply, StepTask
+
+Arrays = dict[str, NDArray[Any]]
+State = Mapping[str, Tensor]
+"""What a query carries from step to step; what a checkpoint holds of it."""
+
+
+class NodeView(Protocol):
+    """What a query and a trust model see of the node they run on, at the task's parameters."""
+
+    holders: NDArray[np.int64]
+
+    def online(self, holders: NDArray[np.int64], task: StepTask) -> NDArray[np.int64]:
+        """Return those of the holders that the availability model has online in this step."""
+        ...
+
+    def zero_sum(self) -> Tensor:
+        """Return a zero vector (P,) in the model's dtype, on its device."""
+        ...
+
+    def moved(self, update: Tensor) -> AbstractContextManager[None]:
+        """Within the block, take gradients at the task's parameters minus `update` (P,)."""
+        ...
+
+    def local_update(self, holder: int, task: StepTask, how: LocalTraining) -> tuple[Tensor, float]:
+        """Train on all examples of one holder; return start minus end (P,) and the mean loss."""
+        ...
+
+    def drawn(self, task: StepTask) -> NDArray[np.int64]:
+        """Return the global ids of the node's examples that are in this step's virtual batch, ascending."""
+        ...
+
+    def drawn_holders(self, task: StepTask) -> NDArray[np.int64]:
+        """Return the node's holders that are drawn in this step and online, ascending."""
+        ...
+
+    def owners(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the holder of each of these examples."""
+        ...
+
+    def clipped_sums(
+        self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule
+    ) -> tuple[Tensor, ClippedSum]:
+        """Return a clipped gradient sum for each of `holders`, (H, P), and the statistics of all together."""
+        ...
+
+    def clipped_sum(self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule) -> ClippedSum:
+        """Return the clipped gradient sum of these examples at the task's parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class Query(ABC):
+    """What one unit adds, and its bound; the fields are the options.
+
+    Class attributes:
+        unit: "example" or "holder": who contributes, is drawn, and is protected.
+        what: the contributions, in the words of tables.
+        unread: settings that this query does not read; set to anything but their default they are refused.
+    """
+
+    unit: ClassVar[str] = "example"
+    what: ClassVar[str]
+    unread: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, config: Config) -> None:  # noqa: B027 - most have nothing to refuse
+        """Refuse settings that do not go with this query.
+
+        Raises:
+            InputError: says which, and what to change.
+        """
+
+    def clip(self, config: Config) -> ClipRule:
+        """Return the rule that bounds a contribution, from the configuration alone: nodes need no plan."""
+        return clip_rule(config.privacy)
+
+    @abstractmethod
+    def statistic(self, parameters: int, dtype: np.dtype[Any], clip: ClipRule, state: State) -> Statistic:
+        """Return the parts of the sum.
+
+        Args:
+            parameters: length P of a gradient.
+            dtype: of the model.
+            clip: the rule in force, of this query or none.
+            state: of this query.
+        """
+
+    def multipliers(self, noise_multiplier: float, expected_units: float) -> tuple[float, ...]:
+        """Return the noise multiplier of each part, so that all together are a release of `noise_multiplier`
+        (`fedsim.queries.statistic`). For a query of one part: that one.
+
+        Args:
+            noise_multiplier: of the whole release.
+            expected_units: units that a step takes on average.
+        """
+        return (noise_multiplier,)
+
+    @property
+    def adaptive(self) -> bool:
+        """Return whether a bound moves with what was released: then only fresh noise at the server goes."""
+        return False
+
+    @abstractmethod
+    def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
+        """Return the sums over the drawn units of all holders of a node, by the parts' names, and the
+        statistics of what they are made of."""
+
+    def sums_by_holder(
+        self, node: NodeView, task: StepTask, clip: ClipRule, here: NDArray[np.bool_]
+    ) -> tuple[Tensor, ClippedSum]:
+        """Return the sum of the main part for each of the node's holders, (H, length), and the statistics.
+
+        Args:
+            node, task, clip: as in `sums`.
+            here: (H,) which of the holders take part at all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sums by holder")
+
+    def most_of_a_holder(self, examples: int) -> int:
+        """Return the largest number of units of a holder that has at most so many examples."""
+        return examples if self.unit == "example" else 1
+
+    def problem_with(self, reply: HolderReply) -> str:
+        """Return what is wrong with the sums of a reply beyond shape, dtype, finiteness and norm, or ""."""
+        return ""
+
+    def state(self, config: Config) -> State:
+        """Return the state before the first step; none by default."""
+        return {}
+
+    def arrays(self, state: State) -> Arrays:
+        """Return what nodes must know of the state."""
+        return {}
+
+    def updated(self, state: State, noisy: Mapping[str, NDArray[np.float64]]) -> State:
+        """Return the state after a step.
+
+        Args:
+            state: before it.
+            noisy: by part, the noised sums divided by the public number of units: public.
+        """
+        return state
