@@ -140,7 +140,7 @@ class Mechanism:
         at, trust, train = method.at, method.trust, method.at.config.train
         availability = at.config.federation.availability
         rate = sampling_rate(train.expected_batch_size, facts.examples, availability)
-        participation = at.sampler.participation(rate)
+        participation = at.sampler.participation(rate, train.expected_batch_size)
         at.noise.check(participation, train.steps)
         family = EventFamily(
             lambda sigma: trust.event(at, sigma, participation.rate),

@@ -121,6 +121,8 @@ class Trust(ABC):
         by_holder: whether nodes form a sum for each holder: more memory.
         adapts: whether the server sees exact sums and adds all noise, so that the bound on a contribution may
             follow what was released, and noise may be correlated over the steps.
+        unread: settings that this trust model does not read; set, they are refused.
+        tiny: options of a small example, for tests over all combinations.
     """
 
     private: ClassVar[bool] = True
@@ -133,6 +135,7 @@ class Trust(ABC):
     by_holder: ClassVar[bool] = False
     adapts: ClassVar[bool] = True
     unread: ClassVar[tuple[str, ...]] = ()
+    tiny: ClassVar[Mapping[str, Any]] = {}
 
     def check(self, at: Setting) -> None:
         """Refuse what does not go with this trust model.

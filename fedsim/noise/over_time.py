@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fedsim.noise.levels import NoiseLevels
 from fedsim.noise.stream import Factorisation
@@ -17,9 +18,14 @@ class NoiseOverTime(ABC):
 
     A cycle of a sampler (`Participation.period` steps) is one release of the Gaussian mechanism. Its
     sensitivity is `column_norm` times the bound on one unit's contribution to one step.
+
+    Class attributes:
+        said: what tables add to where noise is added; "" for nothing.
+        tiny: options of a small example, for tests over all combinations.
     """
 
-    said: ClassVar[str]  # what tables add to where noise is added; "" for nothing
+    said: ClassVar[str]
+    tiny: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def check(self, participation: Participation, steps: int) -> None:

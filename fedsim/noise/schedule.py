@@ -1,4 +1,4 @@
-"""Independent noise whose scale changes over the run in a few levels."""
+"""Independent noise whose scale changes over the run in a few levels (adaptive composition, Abadi et al. 2016)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Scheduled(NoiseOverTime):
     factors: list[float] = field(default_factory=list)
 
     said = ""
+    tiny = {"factors": [1.25, 0.75]}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         for factor in self.factors:

@@ -34,7 +34,7 @@ class Tree(NoiseOverTime):
 
     def check(self, participation: Participation, steps: int) -> None:
         """See `NoiseOverTime.check`: a unit must be in one step of a tree at most."""
-        if participation.period == 1:
+        if participation.period == 1 and participation.rate < 1.0:
             validate.conflicts(
                 "noise.name=tree correlates the noise of the steps of a cycle, in which a unit may take part "
                 "once; with this sampler it can take part in every step.",

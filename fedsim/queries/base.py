@@ -75,11 +75,13 @@ class Query(ABC):
         unit: "example" or "holder": who contributes, is drawn, and is protected.
         what: the contributions, in the words of tables.
         unread: settings that this query does not read; set to anything but their default they are refused.
+        tiny: options of a small example, for tests over all combinations.
     """
 
     unit: ClassVar[str] = "example"
     what: ClassVar[str]
     unread: ClassVar[tuple[str, ...]] = ()
+    tiny: ClassVar[Mapping[str, Any]] = {}
 
     def check(self, config: Config) -> None:  # noqa: B027 - most have nothing to refuse
         """Refuse settings that do not go with this query.

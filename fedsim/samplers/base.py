@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +51,21 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sampler(ABC):
-    """Who takes part in a step; its fields are the options. Units are examples or holders, by their ids."""
+    """Who takes part in a step; its fields are the options. Units are examples or holders, by their ids.
+
+    Class attributes:
+        tiny: options of a small example, for tests over all combinations.
+    """
+
+    tiny: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
-    def participation(self, share: float) -> Participation:
+    def participation(self, share: float, batch: float) -> Participation:
         """Return how often a unit takes part.
 
         Args:
             share: part of all units that a step shall take on average, 0 < share <= 1.
+            batch: train.expected_batch_size, which says so; for messages.
 
         Raises:
             InputError: no draw of this kind takes that share.

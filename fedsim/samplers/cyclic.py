@@ -34,18 +34,20 @@ class Cyclic(Sampler):
 
     groups: int = 4
 
+    tiny = {"groups": 2}  # noqa: RUF012
+
     def __post_init__(self) -> None:
         validate.positive(self.groups, "sampler.options.groups")
 
-    def participation(self, share: float) -> Participation:
+    def participation(self, share: float, batch: float) -> Participation:
         """See `Sampler.participation`."""
         if share * self.groups > 1.0 + 1e-12:
             validate.conflicts(
                 f"sampler.options.groups {self.groups} with sampling rate {share:.4g}: a step draws from one "
                 f"of {self.groups} groups of the units, each with probability {share * self.groups:.4g}, "
                 "above 1.",
-                f"Lower sampler.options.groups to {math.floor(1.0 / share)}, or train.expected_batch_size by "
-                f"a factor of {share * self.groups:.4g} or more.",
+                f"Lower sampler.options.groups to {math.floor(1.0 / share)}, or train.expected_batch_size to "
+                f"{batch / (share * self.groups):g} or less.",
             )
         return Participation(self.groups, self._rate_in_group(share), self.groups, share)
 

@@ -29,15 +29,15 @@ MISMATCH = 0.1  # largest relative difference between the batch asked for and th
 class Passes(Sampler):
     """Every unit once in every pass over the data, without amplification by sampling."""
 
-    def participation(self, share: float) -> Participation:
+    def participation(self, share: float, batch: float) -> Participation:
         """See `Sampler.participation`."""
         steps = round(1.0 / share)
         whole = 1.0 / (steps * share)  # mean batch of whole passes / batch asked for
         if abs(whole - 1.0) > MISMATCH:
             validate.conflicts(
-                f"train.expected_batch_size takes {share:.4g} of the examples in a step, which does not "
-                f"divide a pass: {steps} steps take {1.0 / steps:.4g} each on average.",
-                f"Multiply train.expected_batch_size by {whole:.6g}.",
+                f"train.expected_batch_size {batch:g} does not divide the {batch / share:g} examples of a "
+                f"pass: {steps} steps have {batch * whole:g} each on average.",
+                f"Set train.expected_batch_size to {batch * whole:g}.",
             )
         return Participation(period=steps, rate=1.0, separation=1, share=1.0 / steps)
 

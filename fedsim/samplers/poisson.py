@@ -1,4 +1,8 @@
-"""Poisson sampling: every unit in every step with the same probability, independently of all else."""
+"""Poisson sampling: every unit in every step with the same probability, independently of all else.
+
+Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", section 3; accounted as in Mironov, Talwar,
+Zhang 2019, "Renyi Differential Privacy of the Sampled Gaussian Mechanism".
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from fedsim.samplers.keyed import PoissonSampler
 class Poisson(Sampler):
     """Every unit with the same probability, whatever else is drawn; at probability 1 the full batch."""
 
-    def participation(self, share: float) -> Participation:
+    def participation(self, share: float, batch: float) -> Participation:
         """See `Sampler.participation`."""
         return Participation(period=1, rate=share, separation=1, share=share)
 

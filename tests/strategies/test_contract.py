@@ -1,46 +1,54 @@
-"""What every file in strategies/ must satisfy; a new strategy is picked up by its file name."""
+"""What every combination of the axes must satisfy; a new variant is picked up by its file."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from fedsim import config as configs
-from fedsim import strategies
-from fedsim.config import Config
+from fedsim import presets
 from fedsim.engine.experiment import prepare
 from fedsim.flower.client_app import app
-from fedsim.privacy import accountant, ledger
-from fedsim.strategies.base import DataFacts, Plan
-from fedsim.strategies.nonprivate import NonPrivate
+from fedsim.mechanism import Method
+from fedsim.privacy import accountant, events, ledger
+from fedsim.samplers import SAMPLERS
+from fedsim.strategies import STRATEGIES
+from fedsim.types import StepTask
 from fedsim.validate import InputError, RunError
 from tests.conftest import final, small, train
+from tests.strategies.combinations import AXES, EVERY, PRIVATE, VALID, Combination, name_of, of, reasons
 
-ALL = strategies.names()
-PRIVATE = [name for name in ALL if strategies.load(configs.load(f"smoke/{name}")).private]
+DELTA = 1e-5
+combinations = functools.partial(pytest.mark.parametrize, "chosen", ids=name_of)
 
-
-# Forms of a strategy that its options make another mechanism: they must satisfy the same.
-FORMS = {
-    "local_dpsgd, local steps": "strategy.options={local_steps: 3, local_learning_rate: 0.5}",
-    "dp_fedavg, adaptive": "strategy.options={target_quantile: 0.5, count_noise: 2}",
-    "shares_dpsgd, top up": "strategy.options={on_shortfall: top_up}",
+# Options that make another mechanism of a combination: it must satisfy the same.
+FORMS: dict[str, tuple[Combination, str]] = {
+    "local steps": (
+        ("local", "gradient", "poisson", "independent"),
+        "strategy.options={local_steps: 3, local_learning_rate: 0.5}",
+    ),
+    "adaptive": (
+        ("central", "holder_update", "poisson", "independent"),
+        "query.options={target_quantile: 0.5, count_noise: 2}",
+    ),
+    "top up": (("shares", "gradient", "poisson", "independent"), "strategy.options={on_shortfall: top_up}"),
 }
-
-
-def of(name: str, *overrides: str) -> Config:
-    """The small configuration under a strategy, or under a form of one."""
-    strategy, form = name.split(",")[0], [FORMS[name]] if name in FORMS else []
-    noise = [] if strategy in PRIVATE else ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"]
-    return small(f"strategy.name={strategy}", *form, *noise, *overrides)
+forms = pytest.mark.parametrize(
+    ("chosen", "form"),
+    [(chosen, "") for chosen in PRIVATE] + list(FORMS.values()),
+    ids=[*map(name_of, PRIVATE), *FORMS],
+)
 
 
 class Flaky:
@@ -58,141 +66,214 @@ class Flaky:
         return app(message, context)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], torch.Tensor]:
-    """The parameters that the small configuration ends in, under a strategy or form, trained once."""
-
-    @functools.cache
-    def parameters(name: str) -> torch.Tensor:
-        folder = tmp_path_factory.mktemp("unbroken")
-        train(of(name), folder)
-        return final(folder)
-
-    return parameters
+def formed(chosen: Combination, form: str, *overrides: str) -> configs.Config:
+    return of(chosen, *([form] if form else []), *overrides)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_says_what_it_trusts(name: str) -> None:
-    strategy = strategies.load(configs.load(f"smoke/{name}"))
-    for text in (strategy.trusted, strategy.sent, strategy.noise_added, strategy.dropout_policy):
+def start_of(config: configs.Config) -> torch.Tensor:
+    held = prepare(config).model.state_dict()
+    return torch.cat([held[name].flatten() for name in sorted(held)])
+
+
+def test_the_product_has_every_variant_in_a_combination_that_runs() -> None:
+    for place, registry in enumerate(AXES.values()):
+        assert {combination[place] for combination in VALID} == set(registry.own())
+
+
+@combinations([c for c in EVERY if reasons(c)])
+def test_what_does_not_go_together_is_refused_with_the_reason(chosen: Combination) -> None:
+    with pytest.raises(InputError) as refused:
+        prepare(of(chosen))
+    assert any(reason in str(refused.value) for reason in reasons(chosen)), str(refused.value)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES.own()))
+def test_a_trust_model_says_what_it_trusts(name: str) -> None:
+    trust = STRATEGIES.own()[name]
+    for text in (trust.trusted, trust.sent, trust.noise_added, trust.dropout_policy):
         assert text
-    assert type(strategy).__module__ == f"fedsim.strategies.{name}"
-    assert "Source:" in (__import__(f"fedsim.strategies.{name}", fromlist=["x"]).__doc__ or "")
+    assert trust.__module__ == f"fedsim.strategies.{name}", "one file a trust model"
 
 
-def test_every_strategy_has_a_smoke_file_that_names_it() -> None:
-    """In the file itself: one that leaves its strategy to the defaults would test another under its name."""
-    said = {
-        path.stem: OmegaConf.select(OmegaConf.load(path), "strategy.name")
-        for path in (configs.CONFIG_DIR / "smoke").glob("*.yaml")
-    }
-    assert said == {name: name for name in ALL}
+@pytest.mark.parametrize("axis", list(AXES))
+def test_a_variant_says_where_it_is_from(axis: str) -> None:
+    for variant in AXES[axis].own().values():
+        assert variant.__doc__
+        module = importlib.import_module(variant.__module__).__doc__ or ""
+        assert re.search(r"Source:|et al. \d{4}|\d{4}\)", module), variant
 
 
-@pytest.mark.parametrize("name", [*ALL, "local_dpsgd, local steps"])
+SMOKE = sorted(path.stem for path in (configs.CONFIG_DIR / "smoke").glob("*.yaml"))
+
+
+def test_every_preset_has_a_smoke_file_that_names_it() -> None:
+    """In the file itself: one that leaves its method to the defaults would test another under its name."""
+    said = {name: OmegaConf.load(configs.CONFIG_DIR / "smoke" / f"{name}.yaml") for name in SMOKE}
+    for name in presets.names(configs.CONFIG_DIR):
+        assert OmegaConf.select(said[name], "preset") == name
+    for name, text in said.items():
+        assert "preset" in text or any(axis in text for axis in AXES), name
+
+
+@pytest.mark.parametrize("name", SMOKE)
 def test_learns_on_its_smoke_config(name: str, tmp_path: Path) -> None:
-    form = [FORMS[name]] if name in FORMS else []
-    quiet = ["monitor.progress=false", "monitor.tensorboard=false"]
-    config = configs.load(f"smoke/{name.split(',')[0]}", [*form, *quiet])
+    path = configs.CONFIG_DIR / "smoke" / f"{name}.yaml"
+    config = configs.load(path, ["monitor.progress=false", "monitor.tensorboard=false"])
+    said = OmegaConf.load(path)
+    for axis in AXES:
+        wanted = OmegaConf.select(said, axis)
+        wanted = OmegaConf.select(wanted, "name") if OmegaConf.is_config(wanted) else wanted
+        assert wanted in (None, getattr(config, axis).name), "it runs what it names"
     result = train(config, tmp_path)
-    assert result["strategy"] == name.split(",")[0]
+    assert result["method"] == (
+        OmegaConf.select(said, "preset") if name in said.get("preset", "") else result["method"]
+    )
     assert result["accuracy"] > 0.5, "ten balanced classes: chance is 0.1"
 
 
 @pytest.mark.usefixtures("epsilon_takes_no_time")
-@pytest.mark.parametrize("name", PRIVATE)
-def test_vanishing_noise_and_clipping_equal_the_noiseless_form(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@forms
+def test_vanishing_noise_and_clipping_equal_the_non_private_run_on_the_same_draws(
+    chosen: Combination, form: str, tmp_path: Path
 ) -> None:
-    """With the strategy's own draws, `nonprivate` in its noiseless form gives the same parameters."""
-    loose = ["privacy.clip_norm=1e4", "privacy.noise_multiplier=1e-14", "train.eval_every=1000"]
-    config = of(name, "model.dtype=float64", *loose)
-    train(config, tmp_path / "private")
-    private, rate, own_plan = strategies.load(config), prepare(config).plan.sampling_rate, NonPrivate.plan
-
-    def plan(self: NonPrivate, facts: DataFacts) -> Plan:
-        return dataclasses.replace(own_plan(self, facts), sampling_rate=rate)
-
-    monkeypatch.setattr(NonPrivate, "plan", plan)
-    monkeypatch.setattr(NonPrivate, "keys", lambda _, root, step: private.keys(root, step))
-    monkeypatch.setattr(NonPrivate, "selected", lambda _, task, ids: private.selected(task, ids))
-    train(of("nonprivate", "model.dtype=float64", *private.noiseless_form()), tmp_path / "plain")
-    assert torch.max(torch.abs(final(tmp_path / "private") - final(tmp_path / "plain"))) <= 1e-9
+    if "local_steps" in form:
+        pytest.skip("its non-private form is written out in test_local_dpsgd")
+    loose = ["privacy.clip_norm=1e4", "privacy.noise_multiplier=1e-14", "model.dtype=float64"]
+    more = [] if "target_quantile" not in form else ["query.options.quantile_learning_rate=1e-12"]
+    train(formed(chosen, form, *loose, *more), tmp_path / "private")
+    plain: Combination = ("nonprivate", chosen[1], chosen[2], "independent")
+    train(of(plain, "model.dtype=float64"), tmp_path / "plain")
+    gap = torch.max(torch.abs(final(tmp_path / "private") - final(tmp_path / "plain")))
+    assert gap <= 1e-9
+    assert torch.max(torch.abs(final(tmp_path / "plain") - start_of(of(plain, "model.dtype=float64")))) > 1e-3
 
 
-@pytest.mark.parametrize("name", [*PRIVATE, *FORMS])
-def test_event_has_a_finite_epsilon_by_both_accountants(name: str) -> None:
-    plan = prepare(of(name)).plan
+@forms
+def test_the_event_has_a_finite_epsilon_by_both_accountants(chosen: Combination, form: str) -> None:
+    mechanism = prepare(formed(chosen, form)).mechanism
     for kind in ("pld", "rdp"):
-        value = accountant.epsilon(plan.event_at(0), 1e-5, kind, plan.unit).value
+        value = accountant.epsilon(mechanism.total_event(1), DELTA, kind, mechanism.unit).value
         assert value is not None
         assert 0 < value < math.inf
 
 
+@forms
+def test_the_target_is_met_by_what_is_released(chosen: Combination, form: str) -> None:
+    target = ["privacy.noise_multiplier=null", "privacy.target_epsilon=3", "privacy.accountant=rdp"]
+    mechanism = prepare(formed(chosen, form, *target)).mechanism
+    reached = accountant.epsilon(mechanism.total_event(mechanism.steps), DELTA, "rdp", mechanism.unit).value
+    assert reached is not None
+    assert 2.99 < reached <= 3.0
+
+
+@forms
+def test_the_recorded_event_is_of_the_rate_at_which_units_take_part(chosen: Combination, form: str) -> None:
+    mechanism = prepare(formed(chosen, form)).mechanism
+    participation = mechanism.participation
+    assert mechanism.budget.family.period == participation.period
+    found = events.releases(mechanism.total_event(participation.period))
+    assert {release.sampling_rate for release in found} == {participation.rate}
+
+
+@pytest.mark.parametrize("batch", [10, 5, 40])
+@pytest.mark.parametrize("sampler", list(SAMPLERS.own()))
+def test_units_take_part_as_the_sampler_says(sampler: str, batch: int) -> None:
+    """In one step of a cycle at most, there at the stated rate, and never closer than stated; 1e-7."""
+    if sampler == "cyclic" and batch == 40:
+        pytest.skip("two groups cannot both be whole")
+    config = of(("central", "gradient", sampler, "independent"), f"train.expected_batch_size={batch}")
+    mechanism, method = prepare(config).mechanism, Method.of(config)
+    says, cycles, units = mechanism.participation, 60, 4000
+    taken = np.zeros((cycles * says.period, units), dtype=bool)
+    for step in range(len(taken)):
+        task = StepTask(step, 0, mechanism.sampling_rate, method.keys(11, step))
+        taken[step] = method.selected(task, np.arange(units))
+        backwards = method.selected(task, np.arange(units)[::-1].copy())
+        assert np.array_equal(taken[step], backwards[::-1]), "whoever else is asked about"
+    once = taken.reshape(cycles, says.period, units).sum(axis=1)
+    assert once.max() <= 1
+    assert abs(once.mean() - says.rate) <= 5.4 * math.sqrt(says.rate * (1 - says.rate) / once.size) + 1e-12
+    assert abs(taken.mean() - says.share) <= 5.4 * math.sqrt(says.share / taken.size) + 0.02 * says.share
+    unit, step = np.argwhere(taken.T).T
+    gaps = np.diff(step)[np.diff(unit) == 0]
+    assert gaps.min() >= says.separation
+
+
 @pytest.mark.usefixtures("epsilon_takes_no_time")
-@pytest.mark.parametrize("name", [*ALL, *FORMS])
-def test_empty_draw_is_an_ordinary_step(name: str, tmp_path: Path) -> None:
-    result = train(of(name, "train.expected_batch_size=1e-6", "optimizer.learning_rate=1e-9"), tmp_path)
-    assert result["steps"] == 6
+@forms
+def test_an_empty_draw_is_an_ordinary_step(chosen: Combination, form: str, tmp_path: Path) -> None:
+    """Under passes a draw is empty where there are more steps in a pass than units."""
+    few = "train.expected_batch_size=1e-6" if chosen[2] != "passes" else "train.expected_batch_size=0.01"
+    config = formed(chosen, form, few, "optimizer.learning_rate=1e-9")
+    assert train(config, tmp_path)["steps"] == 6
     assert ledger.read(tmp_path / "ledger.jsonl").steps == 6
-    start = prepare(of(name)).model.state_dict()
-    moved = torch.max(torch.abs(final(tmp_path) - torch.cat([start[k].flatten() for k in sorted(start)])))
-    assert (moved > 0) == (name != "nonprivate"), "noise is added to an empty sum, and nothing else is"
+    assert torch.max(torch.abs(final(tmp_path) - start_of(config))) > 0, "noise is added to an empty sum"
 
 
 @pytest.mark.usefixtures("epsilon_takes_no_time")
-@pytest.mark.parametrize("name", [*ALL, *FORMS])
-def test_a_node_that_fails_once_is_asked_again_with_the_same_keys(
-    name: str, tmp_path: Path, unbroken: Callable[[str], torch.Tensor]
+@forms
+def test_a_node_that_fails_is_asked_again_and_a_broken_run_goes_on_exactly(
+    chosen: Combination, form: str, tmp_path: Path
 ) -> None:
-    train(of(name), tmp_path, client=Flaky(lambda n: n == 3))
-    assert torch.equal(final(tmp_path), unbroken(name))
-
-
-@pytest.mark.usefixtures("epsilon_takes_no_time")
-@pytest.mark.parametrize("name", [*ALL, *FORMS])
-def test_a_node_that_fails_twice_stops_the_run_which_resumes_exactly(
-    name: str, tmp_path: Path, unbroken: Callable[[str], torch.Tensor]
-) -> None:
+    config = formed(chosen, form)
+    train(config, tmp_path / "unbroken")
+    train(config, tmp_path / "once", client=Flaky(lambda n: n == 3))
+    assert torch.equal(final(tmp_path / "once"), final(tmp_path / "unbroken"))
     with pytest.raises(RunError, match="disk of this holder is gone"):
-        train(of(name), tmp_path, client=Flaky(lambda n: n >= 4))
-    assert not (tmp_path / "result.json").exists()
-    train(of(name), tmp_path, resume=True)
-    assert torch.equal(final(tmp_path), unbroken(name))
-    assert ledger.read(tmp_path / "ledger.jsonl").steps == 6
+        train(config, tmp_path / "twice", client=Flaky(lambda n: n >= 4))
+    assert not (tmp_path / "twice" / "result.json").exists()
+    train(config, tmp_path / "twice", resume=True)
+    assert torch.equal(final(tmp_path / "twice"), final(tmp_path / "unbroken"))
+    assert ledger.read(tmp_path / "twice" / "ledger.jsonl").steps == 6
 
 
 @pytest.mark.usefixtures("epsilon_takes_no_time")
-@pytest.mark.parametrize("name", [*PRIVATE, *FORMS])
-def test_noise_is_added_once_whatever_the_number_of_holders(name: str, tmp_path: Path) -> None:
-    """With no example drawn the update is the noise alone, of the scale the strategy states for its sum."""
-    start = prepare(of(name)).model.state_dict()
-    origin = torch.cat([start[k].flatten() for k in sorted(start)])
-    count = origin.numel()
-    for holders in (2, 3, 50):
-        out = tmp_path / str(holders)
-        config = of(
-            name,
-            f"federation.holders={holders}",
-            f"federation.nodes={min(holders, 4)}",
-            "train.expected_batch_size=1e-6",
-            "train.steps=1",
-            "optimizer.name=sgd",
-        )
-        prepared = prepare(config)
-        plan = prepared.plan
-        config = dataclasses.replace(
-            config, optimizer=dataclasses.replace(config.optimizer, learning_rate=plan.divisor)
-        )
-        train(config, out)
-        noise = (final(out) - origin).double()  # learning rate / divisor = 1: minus the noise on the sum
-        stated = prepared.strategy.noise_std_of_sum(plan)
+@forms
+def test_noise_is_added_once_whatever_the_number_of_holders(
+    chosen: Combination, form: str, tmp_path: Path
+) -> None:
+    """With nobody drawn the update is the noise alone, of the scale that is stated for the sum."""
+    count = start_of(formed(chosen, form)).numel()
+    for holders in (2, 3, 30):
+        few = "train.expected_batch_size=1e-6" if chosen[2] != "passes" else "train.expected_batch_size=0.01"
+        of_holders = [f"federation.holders={holders}", f"federation.nodes={min(holders, 4)}"]
+        one = ["train.steps=1", "optimizer.name=sgd"]
+        one += ["noise.options.factors=[1.25]"] if chosen[3] == "schedule" else []
+        config = formed(chosen, form, *of_holders, few, *one)
+        mechanism = prepare(config).mechanism
+        rate = dataclasses.replace(config.optimizer, learning_rate=mechanism.divisor)
+        config = dataclasses.replace(config, optimizer=rate)
+        train(config, tmp_path / str(holders))
+        noise = (final(tmp_path / str(holders)) - start_of(config)).double()  # minus the noise on the sum
+        release = mechanism.release(factor=mechanism.noise_factor(0))
+        stated = mechanism.noise_std_of_sum(release)
         ratio = float(noise.square().mean()) / stated**2
         assert abs(ratio - 1) < 6 * math.sqrt(2 / count), "false alarm 2e-9; twice the noise gives ratio 4"
 
 
-def test_unknown_strategy_and_option_are_refused_with_the_nearest_name() -> None:
+@combinations([c for c in VALID if c not in PRIVATE])
+def test_non_private_runs_claim_nothing(chosen: Combination, tmp_path: Path) -> None:
+    result = train(of(chosen), tmp_path)
+    assert result["trust"]["unit"] == "none"
+    assert ledger.read(tmp_path / "ledger.jsonl").epsilon().value == math.inf
+    few = of(
+        chosen,
+        "train.expected_batch_size=1e-6" if chosen[2] != "passes" else "train.expected_batch_size=0.01",
+    )
+    train(few, tmp_path / "empty")
+    assert torch.equal(final(tmp_path / "empty"), start_of(few)), "nothing is added to an empty sum"
+
+
+def test_unknown_variants_and_options_are_refused_with_the_nearest_name() -> None:
+    for axis, near, right in (
+        ("strategy", "centrl", "central"),
+        ("query", "gradeint", "gradient"),
+        ("sampler", "poison", "poisson"),
+        ("noise", "tre", "tree"),
+    ):
+        with pytest.raises(InputError, match=right):
+            prepare(small(f"{axis}={near}"))
+        with pytest.raises(InputError, match="unknown key"):
+            prepare(small(f"{axis}.options={{zap: 1}}"))
     with pytest.raises(InputError, match="central_dpsgd"):
-        prepare(small("strategy.name=central_dpsg"))
-    with pytest.raises(InputError, match="unknown key"):
-        prepare(small("strategy.options={zap: 1}"))
+        small("preset=central_dpsg")

@@ -92,8 +92,7 @@ def test_the_wheel_has_all_that_commands_need_and_nothing_beside(installed: Path
 
 def test_commands_and_the_front_door_run_from_any_folder(installed: Path, elsewhere: Path) -> None:
     (elsewhere / "two.yaml").write_text(
-        "title: two\nrecipe: quickstart\nseeds: [0]\n"
-        "variants: {central: [], local: [preset=local_dpsgd]}\n",
+        "title: two\nrecipe: quickstart\nseeds: [0]\nvariants: {central: [], local: [preset=local_dpsgd]}\n",
         encoding="utf-8",
     )
     (elsewhere / "script.py").write_text(SCRIPT, encoding="utf-8")
