@@ -26,7 +26,7 @@ from fedsim.config import Config
 from fedsim.grads.clip import NoClip
 from fedsim.merging import Choice
 from fedsim.noise import NOISE
-from fedsim.noise.gaussian import standard_normal
+from fedsim.noise.gaussian import step_noise
 from fedsim.noise.stream import Stream
 from fedsim.privacy import budget as budgets
 from fedsim.privacy.budget import Budget
@@ -68,6 +68,12 @@ class Method:
         clip = query.clip(config) if trust.private else NoClip()
         at = Setting(config, query, sampler, NOISE.make(config.noise), clip)
         trust.check(at)
+        if query.adaptive and config.noise.name != "independent":
+            validate.conflicts(
+                "query.options.target_quantile moves the bound on a contribution from step to step, but "
+                f"noise={config.noise.name} has one scale for several steps, or changes the parts' budget.",
+                "Leave it null, or use noise=independent.",
+            )
         return cls(at, trust)
 
     @property
@@ -270,12 +276,7 @@ class Mechanism:
         return self.method.trust.collect(at, release, at.query.arrays(state), ask)
 
     def noise(self, release: Release, got: Collected, stream: Stream, root: Root, step: int) -> Sums:
-        """Return what the server adds to the sums of a step, by part.
-
-        The same (root, step) always gives the same noise, so a resumed step releases nothing new. With an
-        integer root whoever knows the seed can subtract the noise (`seeded`); with 32 secret bytes from
-        the operating system nobody can once the secret is destroyed (`secure`).
-        """
+        """Return what the server adds to the sums of a step, by part."""
         at = self.method.at
         factorisation = at.noise.factorisation(self.participation, at.config.train.steps)
         parts = {part.name: part for part in release.statistic.parts}
@@ -284,10 +285,9 @@ class Mechanism:
             part = parts[name]
             if factorisation is not None and part is release.statistic.main:
                 values = stream.sample(factorisation, root, step, part.length)
-            else:
-                values = standard_normal(derive(root, part.purpose, step), part.length)
-            values *= release.noise_stds[name]
-            return values
+                values *= release.noise_stds[name]
+                return values
+            return step_noise(root, step, part.length, release.noise_stds[name], part.purpose)
 
         return self.method.trust.added(at, release, got, of_part, root, step)
 

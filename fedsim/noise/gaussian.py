@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim import seeds, validate
+from fedsim import seeds
 from fedsim.validate import InputError
 
 _PAIRS = 1 << 14  # uniforms of each kind per block: the working set (about 1 MiB) stays in cache
@@ -99,34 +98,15 @@ class _BlockMaker:
         np.multiply(sines, radius, out=sines)
 
 
-@dataclass(frozen=True)
-class GaussianNoise:
-    """The noise of the Gaussian mechanism, added once to a sum of known sensitivity.
+def step_noise(
+    root: seeds.Root, step: int, count: int, noise_std: float, purpose: str = "noise"
+) -> NDArray[np.float64]:
+    """Return the noise of one step, (count,) float64 with standard deviation `noise_std`.
 
-    Attributes:
-        noise_multiplier: noise standard deviation / sensitivity, > 0.
-        sensitivity: L2 sensitivity of the sum, from the clip that made it, > 0.
+    The same (root, step, purpose) always gives the same noise, so a resumed step releases nothing new. With
+    an integer root whoever knows the seed can subtract the noise (`seeded`); with 32 secret bytes from the
+    operating system nobody can once the secret is destroyed (`secure`).
     """
-
-    noise_multiplier: float
-    sensitivity: float
-
-    def __post_init__(self) -> None:
-        validate.positive(self.noise_multiplier, "noise_multiplier")
-        validate.positive(self.sensitivity, "sensitivity")
-
-    @property
-    def noise_std(self) -> float:
-        """Return the standard deviation of every coordinate, in units of the sum."""
-        return self.noise_multiplier * self.sensitivity
-
-    def sample(self, root: seeds.Root, step: int, count: int) -> NDArray[np.float64]:
-        """Return the noise of one step, (count,) float64 with standard deviation `noise_std`.
-
-        The same (root, step) always gives the same noise, so a resumed step releases nothing new. With an
-        integer root whoever knows the seed can subtract the noise (`seeded`); with 32 secret bytes from
-        the operating system nobody can once the secret is destroyed (`secure`).
-        """
-        values = standard_normal(seeds.derive(root, "noise", step), count)
-        np.multiply(values, self.noise_std, out=values)
-        return values
+    values = standard_normal(seeds.derive(root, purpose, step), count)
+    np.multiply(values, noise_std, out=values)
+    return values

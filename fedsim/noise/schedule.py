@@ -1,4 +1,4 @@
-"""Independent noise whose scale changes over the run in a few levels (adaptive composition, Abadi et al. 2016)."""
+"""Independent noise whose scale changes over the run in a few levels (adaptive composition)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Poisson sampling: every unit in every step with the same probability, independently of all else.
 
-Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", section 3; accounted as in Mironov, Talwar,
-Zhang 2019, "Renyi Differential Privacy of the Sampled Gaussian Mechanism".
+Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", section 3; accounted as in Mironov,
+Talwar, Zhang 2019, "Renyi Differential Privacy of the Sampled Gaussian Mechanism".
 """
 
 from __future__ import annotations

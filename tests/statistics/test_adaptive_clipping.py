@@ -18,7 +18,7 @@ from scipy import stats
 
 from fedsim.engine.experiment import prepare
 from fedsim.engine.optim import ServerOptimizer
-from fedsim.strategies.dp_fedavg import DPFedAvg
+from fedsim.mechanism import Mechanism
 from tests.conftest import small, train
 from tests.statistics.test_noise_of_updates import ALARM, every_step_has_the_scale, steps_are_independent
 
@@ -44,7 +44,7 @@ def run(speed: float, out: Path, monkeypatch: pytest.MonkeyPatch, clip_norm: flo
     options = {"target_quantile": QUANTILE, "quantile_learning_rate": speed, "count_noise": COUNT_NOISE}
     config = small(
         "preset=dp_fedavg",
-        f"strategy.options={{{', '.join(f'{k}: {v}' for k, v in options.items())}}}",
+        f"query.options={{{', '.join(f'{k}: {v}' for k, v in options.items())}}}",
         "model.name=linear",
         "model.dtype=float64",
         "data.train_examples=50",
@@ -60,27 +60,27 @@ def run(speed: float, out: Path, monkeypatch: pytest.MonkeyPatch, clip_norm: flo
         "optimizer.learning_rate=1e-9",
     )
     bounds, below, drawn, sums, gradients = [], [], [], [], []
-    collect, step = DPFedAvg.collect, ServerOptimizer.step
+    collect, step = Mechanism.collect, ServerOptimizer.step
 
-    def spy_collect(self: Any, plan: Any, ask: Any) -> Any:
+    def spy_collect(self: Any, release: Any, state: Any, ask: Any) -> Any:
         def asking(stage: str, arrays: Any) -> Any:
             bounds.append(float(arrays["clip_norm"][0]))
             return ask(stage, arrays)
 
-        total, replies = collect(self, plan, asking)
-        below.append(sum(float(reply.arrays["below"][0]) for reply in replies))
-        drawn.append(sum(reply.count for reply in replies))
-        sums.append(total.copy())
-        return total, replies
+        got = collect(self, release, state, asking)
+        below.append(sum(float(reply.arrays["below"][0]) + reply.count / 2 for reply in got.replies))
+        drawn.append(sum(reply.count for reply in got.replies))
+        sums.append(got.sums["sum"].copy())
+        return got
 
     def spy_step(self: Any, parameters: Any, gradient: Any, number: int) -> Any:
         gradients.append(gradient.numpy().copy())
         return step(self, parameters, gradient, number)
 
-    monkeypatch.setattr(DPFedAvg, "collect", spy_collect)
+    monkeypatch.setattr(Mechanism, "collect", spy_collect)
     monkeypatch.setattr(ServerOptimizer, "step", spy_step)
     train(config, out)
-    noise = np.stack(gradients) * prepare(config).plan.divisor - np.stack(sums)
+    noise = np.stack(gradients) * prepare(config).mechanism.divisor - np.stack(sums)
     return Seen(np.array(bounds), np.array(below), np.array(drawn), noise)
 
 

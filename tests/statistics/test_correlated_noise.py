@@ -17,15 +17,11 @@ from scipy import stats
 from fedsim import seeds
 from fedsim.engine.experiment import prepare
 from fedsim.engine.optim import ServerOptimizer
-from fedsim.noise.correlated import (
-    BandedToeplitz,
-    Mechanism,
-    Stream,
-    TreeAggregation,
-    in_bin,
-    optimal_coefficients,
-)
-from fedsim.strategies.base import Plan
+from fedsim.mechanism import Mechanism
+from fedsim.noise.banded import BandedToeplitz, optimal_coefficients
+from fedsim.noise.stream import Factorisation, Stream
+from fedsim.noise.tree import TreeAggregation
+from fedsim.samplers.keyed import in_bin
 from tests.conftest import small, train
 
 Array = NDArray[np.float64]
@@ -36,12 +32,12 @@ TREE = TreeAggregation(8)  # two whole passes and a part of a third
 RUN = 62  # steps of a run: more than anything in it repeats after
 
 
-def draw(mechanism: Mechanism, steps: int = STEPS, root: int = 3) -> Array:
+def draw(mechanism: Factorisation, steps: int = STEPS, root: int = 3) -> Array:
     stream = Stream()
     return np.stack([stream.sample(mechanism, root, t, COUNT) for t in range(steps)])
 
 
-def covariance(mechanism: Mechanism, steps: int = STEPS) -> Array:
+def covariance(mechanism: Factorisation, steps: int = STEPS) -> Array:
     _, decoder = mechanism.factors(steps)
     return decoder @ decoder.T
 
@@ -77,7 +73,7 @@ def coordinates_are_independent(rows: Array, expected: Array) -> bool:
 
 
 @pytest.mark.parametrize("mechanism", [TREE, BANDED], ids=["tree", "banded"])
-def test_covariance_over_steps_is_the_matrix(mechanism: Mechanism) -> None:
+def test_covariance_over_steps_is_the_matrix(mechanism: Factorisation) -> None:
     rows = draw(mechanism)
     assert covariance_matches(rows, covariance(mechanism))
     assert coordinates_are_independent(rows, covariance(mechanism))
@@ -138,10 +134,10 @@ def test_noise_made_wrongly_is_rejected() -> None:
     assert not coordinates_are_independent(shared, covariance(BANDED)), "coordinates that share noise"
 
 
-def released_noise(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Array, Plan]:
+def released_noise(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Array, Mechanism]:
     """Train, and return for every step what reached the optimizer minus the exact sum, (steps, P)."""
     config = small(
-        f"strategy.name={name}",
+        f"preset={name}",
         "model.name=linear",
         "model.dtype=float64",
         "train.expected_batch_size=100",
@@ -151,24 +147,23 @@ def released_noise(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> tup
         "federation.holders=7",
     )
     sums, gradients = [], []
-    cls = type(prepare(config).strategy)
-    collect, step = cls.collect, ServerOptimizer.step
+    collect, step = Mechanism.collect, ServerOptimizer.step
 
-    def spy_collect(self, plan, ask):  # type: ignore[no-untyped-def]
-        total, replies = collect(self, plan, ask)
-        sums.append(total.copy())
-        return total, replies
+    def spy_collect(self, release, state, ask):  # type: ignore[no-untyped-def]
+        got = collect(self, release, state, ask)
+        sums.append(got.sums["sum"].copy())
+        return got
 
     def spy_step(self, parameters, gradient, number):  # type: ignore[no-untyped-def]
         gradients.append(gradient.numpy().copy())
         return step(self, parameters, gradient, number)
 
-    monkeypatch.setattr(cls, "collect", spy_collect)
+    monkeypatch.setattr(Mechanism, "collect", spy_collect)
     monkeypatch.setattr(ServerOptimizer, "step", spy_step)
     train(config, out)
     experiment = prepare(config)
-    noise = np.stack(gradients) * experiment.plan.divisor - np.stack(sums)
-    return noise, experiment.plan
+    noise = np.stack(gradients) * experiment.mechanism.divisor - np.stack(sums)
+    return noise, experiment.mechanism
 
 
 @pytest.mark.parametrize("name", ["dp_ftrl", "dp_mf"])
@@ -177,7 +172,7 @@ def test_the_noise_that_reaches_the_update(
 ) -> None:
     """sigma 1, clip 0.5: 4 steps a pass (3 levels), or 4 bands."""
     noise, plan = released_noise(name, tmp_path, monkeypatch)
-    mechanism: Mechanism = TreeAggregation(4)
+    mechanism: Factorisation = TreeAggregation(4)
     if name == "dp_mf":
         mechanism = BandedToeplitz(optimal_coefficients(4, RUN))
     encoder, _ = mechanism.factors(RUN)
@@ -189,8 +184,8 @@ def test_the_noise_that_reaches_the_update(
     once = noise.copy()
     once[-2] = 0
     assert not covariance_matches(once, expected), "left out once"
-    assert plan.noise is not None
-    assert expected[0, 0] == pytest.approx(plan.noise.noise_std**2), "what the plan says of the first step"
+    stated = plan.release().noise_stds["sum"]
+    assert expected[0, 0] == pytest.approx(stated**2), "what the mechanism says of the first step"
 
 
 def bins_are_even_and_independent(bins_of: NDArray[np.int64], bins: int) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedsim import seeds
-from fedsim.sampling import HolderAvailability, PoissonSampler
+from fedsim.samplers.keyed import HolderAvailability, PoissonSampler
 
 ALARM = 1e-6
 RATE, IDS, STEPS = 0.04, 20_000, 400

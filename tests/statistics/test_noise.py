@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedsim import seeds
-from fedsim.noise.gaussian import GaussianNoise, standard_normal
+from fedsim.noise.gaussian import standard_normal, step_noise
 
 ALARM = 1e-6
-NOISE = GaussianNoise(noise_multiplier=1.5, sensitivity=0.2)
 STD = 0.3
 COUNT = 1_000_003
 BLOCK = 16_384  # the generator works in blocks of this size: halves share their radii
@@ -26,11 +25,11 @@ Array = NDArray[np.float64]
 
 
 def draw(step: int, root: seeds.Root = 11) -> Array:
-    return NOISE.sample(root, step, COUNT)
+    return step_noise(root, step, COUNT, STD)
 
 
 VALUES = draw(0)
-STEPS = np.stack([NOISE.sample(11, step, 50_000) for step in range(60)])
+STEPS = np.stack([step_noise(11, step, 50_000, STD) for step in range(60)])
 
 
 def scale_is_right(values: Array) -> bool:
@@ -89,7 +88,6 @@ def nothing_is_used_twice(rows: Array) -> bool:
 
 
 def test_correct_noise_passes_every_check() -> None:
-    assert NOISE.noise_std == pytest.approx(STD)
     assert scale_is_right(VALUES)
     assert shape_is_normal(VALUES)
     assert tails_are_normal(VALUES)
@@ -99,7 +97,7 @@ def test_correct_noise_passes_every_check() -> None:
 
 
 def test_secret_roots_pass_too() -> None:
-    values = NOISE.sample(bytes(range(32)), 3, COUNT)
+    values = step_noise(bytes(range(32)), 3, COUNT, STD)
     assert scale_is_right(values)
     assert shape_is_normal(values)
     assert coordinates_are_independent(values)
@@ -160,7 +158,7 @@ def test_a_reused_key_is_rejected() -> None:
 
 
 def test_weakly_correlated_steps_are_rejected() -> None:
-    common = NOISE.sample(11, 999, STEPS.shape[1])
+    common = step_noise(11, 999, STEPS.shape[1], STD)
     assert not steps_are_independent((STEPS + 0.15 * common) / np.sqrt(1 + 0.15**2))
 
 
@@ -186,8 +184,6 @@ def test_a_step_repeats_itself_and_differs_from_all_else() -> None:
         assert not np.isclose(other, VALUES, rtol=1e-9, atol=0).any()
 
 
-def test_the_multiplier_and_the_sensitivity_scale_the_same_draw() -> None:
-    twice = GaussianNoise(noise_multiplier=3.0, sensitivity=0.2).sample(11, 0, 1000)
-    wider = GaussianNoise(noise_multiplier=1.5, sensitivity=0.4).sample(11, 0, 1000)
-    assert np.allclose(twice, 2 * VALUES[:1000], rtol=1e-15)
-    assert np.allclose(wider, 2 * VALUES[:1000], rtol=1e-15)
+def test_the_scale_scales_the_same_draw_and_another_purpose_is_another_draw() -> None:
+    assert np.allclose(step_noise(11, 0, 1000, 2 * STD), 2 * VALUES[:1000], rtol=1e-15)
+    assert not np.isclose(step_noise(11, 0, 1000, STD, "another"), VALUES[:1000], rtol=1e-9).any()

@@ -1,4 +1,4 @@
-"""The noise that really reaches the update, for every strategy whose noise is independent over steps.
+"""The noise that really reaches the update, for every method whose noise is independent over steps.
 
 Each strategy is trained end to end, and what reached the optimizer minus the exact sum is tested: scale,
 shape, independence over coordinates and over steps. False alarms: every check rejects correct noise with
@@ -22,16 +22,17 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedsim import config as configs
-from fedsim import strategies
+from fedsim import mechanism
 from fedsim.engine.asked import Asked
 from fedsim.engine.experiment import prepare
 from fedsim.engine.optim import ServerOptimizer
+from fedsim.mechanism import Mechanism, Method
 from fedsim.noise import gaussian
-from fedsim.noise.gaussian import GaussianNoise
 from fedsim.noise.shares import NoiseShares
+from fedsim.strategies.local import Local
 from fedsim.validate import RunError
 from tests.conftest import small, train
+from tests.strategies.methods import PRIVATE
 
 Array = NDArray[np.float64]
 ALARM = 1e-6
@@ -40,7 +41,7 @@ STEPS_OF_SHARES = 30  # a step of four stages and seven secret sharings takes it
 FEW = 8  # for noise that is wrong in every step
 HOLDERS = 7
 CORRELATED = {"dp_ftrl", "dp_mf"}
-ADAPTIVE = "strategy.options={target_quantile: 0.5, quantile_learning_rate: 1e-12, count_noise: 2}"
+ADAPTIVE = "query.options={target_quantile: 0.5, quantile_learning_rate: 1e-12, count_noise: 2}"
 ADAPTIVE_STD = 0.5 / math.sqrt(1 - 1 / 16)  # sigma 1; part of the budget pays for the count (s = 2)
 CASES: dict[str, tuple[tuple[str, ...], float]] = {
     # overrides, and the standard deviation in the sum with sigma 1, clip norm 0.5 and seven holders
@@ -88,23 +89,22 @@ def _trained(overrides: tuple[str, ...], out: Path, monkeypatch: pytest.MonkeyPa
         *overrides,
     )
     gradients, sums = [], []
-    step, cls = ServerOptimizer.step, type(strategies.load(config))
-    collect = cls.collect
+    step, collect = ServerOptimizer.step, Mechanism.collect
 
     def spy_step(self: Any, parameters: Any, gradient: Any, number: int) -> Any:
         gradients.append(gradient.numpy().copy())
         return step(self, parameters, gradient, number)
 
-    def spy_collect(self: Any, plan: Any, ask: Any) -> Any:
-        total, replies = collect(self, plan, ask)
-        sums.append(total.copy())
-        return total, replies
+    def spy_collect(self: Any, release: Any, state: Any, ask: Any) -> Any:
+        got = collect(self, release, state, ask)
+        sums.append(got.sums["sum"].copy())
+        return got
 
     with monkeypatch.context() as patch:
         patch.setattr(ServerOptimizer, "step", spy_step)
-        patch.setattr(cls, "collect", spy_collect)
+        patch.setattr(Mechanism, "collect", spy_collect)
         train(config, out)
-    return np.stack(gradients) * prepare(config).plan.divisor, np.stack(sums)
+    return np.stack(gradients) * prepare(config).mechanism.divisor, np.stack(sums)
 
 
 def scale_is(rows: Array, std: float) -> bool:
@@ -157,9 +157,8 @@ CHECKS = (
 )
 
 
-def test_every_private_strategy_is_covered() -> None:
-    private = {n for n in strategies.names() if strategies.load(configs.load(f"smoke/{n}")).private}
-    assert {name.split(",")[0] for name in CASES} | CORRELATED == private
+def test_every_private_method_is_covered() -> None:
+    assert {name.split(",")[0] for name in CASES} | CORRELATED == set(PRIVATE)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -181,7 +180,7 @@ def test_noise_reaches_the_update_as_stated(
     repeated = rows.copy()
     repeated[5] = rows[2]
     assert not steps_are_independent(repeated, std), "one step's noise twice"
-    common = GaussianNoise(1.0, std).sample(1, 0, rows.shape[1])
+    common = gaussian.step_noise(1, 0, rows.shape[1], std)
     assert not steps_are_independent((rows + 0.3 * common) / math.sqrt(1.09), std), "a common part"
     once = rows.copy()
     once[-1] *= 1.2
@@ -223,7 +222,10 @@ def test_with_examples_holders_add_the_same_noise(
 
 def _same_step(cls: type[Any]) -> Any:
     own = cls.keys
-    return lambda self, root, step: {**own(self, root, step), "holders": own(self, root, 0)["holders"]}
+    return lambda self, at, root, step: {
+        **own(self, at, root, step),
+        "holders": own(self, at, root, 0)["holders"],
+    }
 
 
 @pytest.mark.parametrize("name", ["central_dpsgd", "dp_fedavg", "local_dpsgd", "shares_dpsgd"])
@@ -231,7 +233,7 @@ def test_a_strategy_that_repeats_its_noise_is_rejected(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides, std = CASES[name]
-    cls = type(strategies.load(small(*overrides)))
+    cls = type(Method.of(small(*overrides)).trust)
     if name in ("local_dpsgd", "shares_dpsgd"):
         monkeypatch.setattr(cls, "keys", _same_step(cls))
         with pytest.raises(RunError, match="came again"):  # nodes notice; without them the noise itself tells
@@ -240,8 +242,9 @@ def test_a_strategy_that_repeats_its_noise_is_rejected(
         if name == "shares_dpsgd":  # the rotation alone would make the repetition look new
             overrides = (*overrides, "strategy.options={rotate: false}")
     else:
-        sample = GaussianNoise.sample
-        monkeypatch.setattr(GaussianNoise, "sample", lambda self, root, step, n: sample(self, root, 0, n))
+        monkeypatch.setattr(
+            mechanism, "step_noise", lambda root, _, *more: gaussian.step_noise(root, 0, *more)
+        )
     rows = reached(overrides, tmp_path / "rows", monkeypatch)
     assert scale_is(rows[:1], std)
     assert not steps_are_independent(rows, std)
@@ -263,13 +266,12 @@ def test_holders_that_share_a_key_are_rejected(
         monkeypatch.setattr(NoiseShares, "norm_bound", lambda self, length, survivors: math.inf)
     else:
         monkeypatch.setattr(
-            "fedsim.strategies.local_dpsgd.standard_normal",
+            "fedsim.strategies.local.standard_normal",
             lambda _, count: gaussian.standard_normal(key, count),
         )
         with pytest.raises(RunError, match="it was not clipped"):
             reached(overrides, tmp_path / "noticed", monkeypatch)
-        cls = type(strategies.load(small(*overrides)))
-        monkeypatch.setattr(cls, "norm_bound", lambda self, plan, reply: math.inf)
+        monkeypatch.setattr(Local, "norm_bounds", lambda *_: {})
     rows = reached(overrides, tmp_path / "rows", monkeypatch)
     assert not scale_is(rows, std)
     assert scale_is(rows[:1], std * math.sqrt(HOLDERS if "three" not in name else 3 * HOLDERS))

@@ -1,4 +1,4 @@
-"""Who takes part, and how often, is what the recorded event says: for every private strategy and form.
+"""Who takes part, and how often, is what the recorded event says: for every private method and form.
 
 Real runs with real nodes, messages and ledger; only the gradients are left out. False alarms: keys are fixed,
 and every bound fails for correct sampling with probability at most 1e-6.
@@ -21,7 +21,7 @@ from fedsim.engine.holder import Node
 from fedsim.privacy import events, ledger
 from fedsim.types import ClippedSum
 from tests.conftest import train
-from tests.strategies.test_contract import FORMS, PRIVATE, of
+from tests.strategies.methods import FORMS, PRIVATE, of
 
 pytestmark = pytest.mark.usefixtures("epsilon_takes_no_time")
 
@@ -101,7 +101,7 @@ def test_units_take_part_at_the_rate_of_the_recorded_event(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = of(name, *settings(name))
-    plan = prepare(config).plan
+    plan = prepare(config).mechanism
     units = EXAMPLES if plan.unit == "example" else config.federation.holders
     watched = Watched(monkeypatch)
     train(config, tmp_path)
@@ -137,7 +137,7 @@ def test_the_rate_is_that_among_those_who_are_online(
     prepared = prepare(config)
     watched = Watched(monkeypatch)
     train(config, tmp_path)
-    sizes, by_holder = prepared.partition.sizes(), prepared.plan.unit == "holder"
+    sizes, by_holder = prepared.partition.sizes(), prepared.mechanism.unit == "holder"
     hits = trials = 0
     for record in ledger.read(tmp_path / "ledger.jsonl").records:
         ((_, rate, times),) = events.releases(record.event)

@@ -1,10 +1,9 @@
-"""Noise and steps follow the events of the strategy's own plan, whoever wrote the strategy."""
+"""Noise and steps follow the events of the mechanism, whoever wrote its parts."""
 
 from __future__ import annotations
 
 import json
-import sys
-import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,19 @@ import numpy as np
 import pytest
 from dp_accounting import rdp
 
-from fedsim import strategies
+from fedsim.config import Config
 from fedsim.engine.experiment import prepare
-from fedsim.noise.gaussian import GaussianNoise
-from fedsim.privacy import accountant, ledger
+from fedsim.noise.levels import NoiseLevels
+from fedsim.privacy import ledger
 from fedsim.privacy.budget import Budget, within_budget
 from fedsim.privacy.family import EventFamily
-from fedsim.privacy.levels import NoiseLevels
-from fedsim.strategies.base import Plan
-from fedsim.strategies.central_dpsgd import CentralDPSGD
+from fedsim.queries.gradient import Gradient
+from fedsim.samplers import Participation, Sampler
+from fedsim.strategies.base import Setting
+from fedsim.strategies.central import Central
 from fedsim.study.plan import describe
 from fedsim.validate import InputError
 from tests.conftest import small, train
-from tests.strategies.test_contract import FORMS, PRIVATE, of
 
 DELTA = 1e-5
 
@@ -35,37 +34,42 @@ def two_gaussians(noise_multiplier: float) -> dp.DpEvent:
     return dp.ComposedDpEvent([dp.GaussianDpEvent(factor * noise_multiplier) for factor in (1, 2)])
 
 
-class Outside(CentralDPSGD):
-    """Everybody takes part in every step: no event of this strategy is Poisson sampled."""
+@dataclass(frozen=True)
+class Everybody(Sampler):
+    """All units in every step."""
 
-    def selected(self, task: Any, ids: Any) -> Any:
+    def participation(self, share: float, batch: float) -> Participation:
+        return Participation(1, 1.0, 1, share)
+
+    def selected(self, draw: Any, ids: Any) -> Any:
         return np.ones(len(ids), dtype=np.bool_)
 
-    def budget(self, facts: Any) -> Budget:
-        return within_budget(self.config.privacy, EventFamily(two_gaussians), self.config.train.steps)
 
-    def plan(self, facts: Any) -> Plan:
-        budget, clip = self.budget(facts), self.clip_rule()
-        noise = GaussianNoise(budget.noise_multiplier, clip.sensitivity)
-        return Plan("example", 1.0, self.config.train.expected_batch_size, clip, noise, budget)
+@dataclass(frozen=True)
+class Outside(Central):
+    """A step that releases the sum over everybody, and something else beside it."""
+
+    def event(self, at: Setting, noise_multiplier: float, rate: float) -> dp.DpEvent:
+        return two_gaussians(noise_multiplier)
 
 
+@dataclass(frozen=True)
 class Careless(Outside):
     """Calibrates as if examples were drawn, and states what it does."""
 
-    def budget(self, facts: Any) -> Budget:
-        rate = self.config.train.expected_batch_size / facts.examples
-        steps = self.config.train.steps
-        drawn = within_budget(self.config.privacy, EventFamily.gaussian(rate), steps)
-        return Budget(EventFamily(two_gaussians), drawn.noise_multiplier, drawn.steps)
+    def agree(
+        self, at: Setting, family: EventFamily, statistic: Any, facts: Any
+    ) -> tuple[Budget, float, None]:
+        rate = at.config.train.expected_batch_size / facts.examples
+        drawn = within_budget(at.config.privacy, EventFamily.gaussian(rate), at.config.train.steps)
+        return Budget(family, drawn.noise_multiplier, drawn.steps), drawn.noise_multiplier, None
 
 
-def installed(cls: type[Any], monkeypatch: pytest.MonkeyPatch) -> str:
-    module = types.ModuleType("fedsim.strategies.outside")
-    module.STRATEGY = cls  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fedsim.strategies.outside", module)
-    monkeypatch.setattr(strategies, "names", lambda: ["outside"])
-    return "strategy.name=outside"
+HERE = "tests.strategies.test_calibration"
+
+
+def of_outside(cls: type[Any], *overrides: str) -> Config:
+    return small(f"strategy={HERE}:{cls.__name__}", f"sampler={HERE}:Everybody", *overrides)
 
 
 def spent(noise_multiplier: float, steps: int) -> float:
@@ -76,11 +80,9 @@ def spent(noise_multiplier: float, steps: int) -> float:
 TARGET = ("privacy.noise_multiplier=null", "privacy.target_epsilon=8", "privacy.accountant=rdp")
 
 
-def test_a_strategy_with_its_own_event_is_calibrated_by_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small(installed(Outside, monkeypatch), *TARGET)
-    plan = prepare(config).plan
+def test_a_trust_model_with_its_own_event_is_calibrated_by_it(tmp_path: Path) -> None:
+    config = of_outside(Outside, *TARGET)
+    plan = prepare(config).mechanism
     assert 7.99 < spent(plan.budget.noise_multiplier, 6) <= 8.0
     result = train(config, tmp_path)
     assert 7.99 < result["epsilon"]["example"]["value"] <= 8.0
@@ -91,31 +93,33 @@ def test_a_strategy_with_its_own_event_is_calibrated_by_it(
     assert json.loads((tmp_path / "result.json").read_text())["epsilon"] == result["epsilon"]
 
 
-def test_a_strategy_with_its_own_event_stops_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = installed(Outside, monkeypatch)
+def test_a_trust_model_with_its_own_event_stops_by_it() -> None:
     long = ("train.steps=300", "privacy.noise_multiplier=10", "privacy.accountant=rdp")
-    plan = prepare(small(name, *long, "privacy.stop_at_epsilon=3")).plan
+    plan = prepare(of_outside(Outside, *long, "privacy.stop_at_epsilon=3")).mechanism
     assert plan.stopped_by_budget
     assert spent(10.0, plan.steps) <= 3.0 < spent(10.0, plan.steps + 1)
 
 
 @pytest.mark.parametrize("limit", ["privacy.target_epsilon", "privacy.stop_at_epsilon"])
-def test_a_plan_that_spends_more_than_it_may_is_refused(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = installed(Careless, monkeypatch)
+def test_a_mechanism_that_spends_more_than_it_may_is_refused(limit: str) -> None:
     noise = "null" if "target" in limit else "1"
-    config = small(name, f"privacy.noise_multiplier={noise}", f"{limit}=8", "train.steps=6")
+    config = of_outside(Careless, f"privacy.noise_multiplier={noise}", f"{limit}=8", "train.steps=6")
     for make in (prepare, describe):
-        with pytest.raises(InputError, match=rf"{limit} is 8, but the strategy's plan releases epsilon \d\d"):
+        with pytest.raises(InputError, match=rf"{limit} is 8, but the mechanism releases epsilon \d\d"):
             make(config)
 
 
-@pytest.mark.parametrize("name", [*PRIVATE, *FORMS])
-def test_the_target_is_met_by_what_the_plan_releases(name: str) -> None:
-    config = of(name, *TARGET[:2], "privacy.accountant=rdp")
-    plan = prepare(config).plan
-    reached = accountant.epsilon(plan.total_event(plan.steps), DELTA, "rdp", plan.unit).value
-    assert reached is not None
-    assert 7.98 < reached <= 8.0
+@dataclass(frozen=True)
+class Spendthrift(Gradient):
+    """Gives its part half of the noise that it is to have."""
+
+    def multipliers(self, noise_multiplier: float, expected_units: float) -> tuple[float, ...]:
+        return (noise_multiplier / 2,)
+
+
+def test_a_query_that_takes_more_than_its_noise_is_refused() -> None:
+    with pytest.raises(InputError, match="parts that together have less noise"):
+        prepare(small(f"query={HERE}:Spendthrift"))
 
 
 def test_a_budget_that_cannot_be_computed_says_so() -> None:

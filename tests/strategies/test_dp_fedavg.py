@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from dp_accounting import pld, rdp
 
-from fedsim import strategies
 from fedsim.data import examples
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.grads.flat import get_flat, set_flat
+from fedsim.noise.stream import Stream
+from fedsim.strategies.base import Collected
 from fedsim.validate import InputError, RunError
 from fedsim.visibility import shown
 from tests.conftest import final, small, train
 
-ADAPTIVE = ["strategy.options.target_quantile=0.5", "strategy.options.count_noise=2.0"]
+ADAPTIVE = ["query.options.target_quantile=0.5", "query.options.count_noise=2.0"]
 
 
 def fedavg(*more: str) -> Any:
@@ -39,9 +40,9 @@ def test_one_step_equals_clipped_local_training_written_out(tmp_path: Path) -> N
         "privacy.clip_norm=0.02",
         "optimizer.name=sgd",
         "optimizer.learning_rate=1.0",
-        "strategy.options.local_epochs=2",
-        "strategy.options.local_batch_size=1000",
-        "strategy.options.local_learning_rate=0.05",
+        "query.options.local_epochs=2",
+        "query.options.local_batch_size=1000",
+        "query.options.local_learning_rate=0.05",
     )
     train(config, tmp_path)
     experiment = prepare(config)
@@ -72,7 +73,7 @@ def test_one_step_equals_clipped_local_training_written_out(tmp_path: Path) -> N
 def test_both_units_and_twice_the_sensitivity_for_an_example() -> None:
     config = fedavg("train.steps=20")
     experiment = prepare(config)
-    spent = shown(epsilons(experiment.plan, 20, config, experiment.facts), public_only=False)
+    spent = shown(epsilons(experiment.mechanism, 20, config), public_only=False)
     assert spent["holder"].unit == "holder"
     assert spent["example"].value > spent["holder"].value, (
         "changing an example may turn its holder's update round"
@@ -82,11 +83,12 @@ def test_both_units_and_twice_the_sensitivity_for_an_example() -> None:
 
 @pytest.mark.parametrize("count_noise", [1.0, 2.0, 10.0])
 def test_sum_and_count_together_spend_the_stated_multiplier(count_noise: float) -> None:
-    config = fedavg("strategy.options.target_quantile=0.5", f"strategy.options.count_noise={count_noise}")
-    plan = prepare(config).plan
-    assert plan.noise is not None
-    assert plan.noise.noise_multiplier**-2 + (2 * count_noise) ** -2 == pytest.approx(1.0**-2)
-    assert plan.noise.noise_multiplier > 1.0
+    config = fedavg("query.options.target_quantile=0.5", f"query.options.count_noise={count_noise}")
+    stds = prepare(config).mechanism.release().noise_stds
+    assert stds["below"] == count_noise
+    multiplier = stds["sum"] / config.privacy.clip_norm
+    assert multiplier**-2 + (2 * count_noise) ** -2 == pytest.approx(1.0**-2)
+    assert multiplier > 1.0
 
 
 @pytest.mark.parametrize(("sigma", "batch", "steps"), [(1.0, 60, 20), (0.7, 4, 200), (3.0, 400, 5)])
@@ -100,8 +102,8 @@ def test_epsilon_of_a_holder_is_that_of_dp_accounting(sigma: float, batch: float
     for options in ([], ADAPTIVE):
         config = fedavg(*more, *options)
         experiment = prepare(config)
-        assert experiment.plan.sampling_rate == rate
-        spent = shown(epsilons(experiment.plan, steps, config, experiment.facts), public_only=False)
+        assert experiment.mechanism.sampling_rate == rate
+        spent = shown(epsilons(experiment.mechanism, steps, config), public_only=False)
         renyi = rdp.RdpAccountant().compose(one, steps).get_epsilon(1e-5)
         assert spent["holder_check"].value == pytest.approx(renyi, rel=1e-6)
         losses = pld.PLDAccountant(value_discretization_interval=1e-3).compose(one, steps)
@@ -111,10 +113,10 @@ def test_epsilon_of_a_holder_is_that_of_dp_accounting(sigma: float, batch: float
 
 def test_two_releases_compose_to_the_stated_one() -> None:
     """Sum and count of adaptive clipping as two Gaussian releases: epsilon of the one that is recorded."""
-    plan = prepare(fedavg("strategy.options={target_quantile: 0.5, count_noise: 1.5}")).plan
-    assert plan.noise is not None
+    config = fedavg("query.options={target_quantile: 0.5, count_noise: 1.5}")
+    multiplier = prepare(config).mechanism.release().noise_stds["sum"] / config.privacy.clip_norm
     both = dp.ComposedDpEvent(
-        [dp.GaussianDpEvent(plan.noise.noise_multiplier), dp.GaussianDpEvent(2 * 1.5)]
+        [dp.GaussianDpEvent(multiplier), dp.GaussianDpEvent(2 * 1.5)]
     )  # the centred count has sensitivity 1/2
     whole = rdp.RdpAccountant().compose(both).get_epsilon(1e-5)
     assert whole == pytest.approx(rdp.RdpAccountant().compose(dp.GaussianDpEvent(1.0)).get_epsilon(1e-5))
@@ -122,28 +124,40 @@ def test_two_releases_compose_to_the_stated_one() -> None:
 
 def test_count_noise_that_alone_overspends_is_refused() -> None:
     with pytest.raises(InputError, match="count_noise"):
-        prepare(fedavg("strategy.options.target_quantile=0.5", "strategy.options.count_noise=0.4"))
+        prepare(fedavg("query.options.target_quantile=0.5", "query.options.count_noise=0.4"))
 
 
 @pytest.mark.parametrize("name", ["central_dpsgd", "local_dpsgd", "shares_dpsgd", "dp_ftrl", "dp_mf"])
 def test_adaptive_clipping_is_refused_where_no_event_covers_it(name: str) -> None:
     with pytest.raises(InputError, match=r"unknown key 'target_quantile'"):
-        prepare(small(f"strategy.name={name}", "strategy.options={target_quantile: 0.5}"))
+        prepare(small(f"preset={name}", "query.options={target_quantile: 0.5}"))
     with pytest.raises(InputError, match=r"privacy.clipping must be one of"):
-        prepare(small(f"strategy.name={name}", "privacy.clipping=adaptive"))
+        prepare(small(f"preset={name}", "privacy.clipping=adaptive"))
 
 
 @pytest.mark.parametrize("quantile", [0.3, 0.5, 0.8])
 def test_clip_norm_finds_the_quantile(quantile: float) -> None:
-    config = fedavg(f"strategy.options.target_quantile={quantile}", "strategy.options.count_noise=2.0")
-    strategy = strategies.load(config)
-    plan = prepare(fedavg(*ADAPTIVE, "federation.holders=400", "train.expected_batch_size=400")).plan
+    config = fedavg(
+        f"query.options.target_quantile={quantile}",
+        "query.options.count_noise=2.0",
+        "federation.holders=400",
+        "train.expected_batch_size=400",
+    )
+    mechanism = prepare(config).mechanism
+    query = mechanism.method.at.query
     norms = np.random.Generator(np.random.Philox(key=3)).lognormal(1.0, 0.7, 400)
+    state = query.state(config)
+
+    def clip_norm() -> float:
+        return float(query.arrays(state)["clip_norm"][0])
+
     for step in range(150):
-        strategy._centred_count = float((norms <= strategy.clip_rule().sensitivity).sum() - 200)
-        strategy.noise(plan, b"r" * 32, step, 1)
-    reached = float((norms <= strategy.clip_rule().sensitivity).mean())
-    assert abs(reached - quantile) < 0.05
+        release = mechanism.release(state)
+        below = np.array([float((norms <= clip_norm()).sum() - 200)])
+        sums = {"sum": np.zeros(release.statistic.main.length), "below": below}
+        noise = mechanism.noise(release, Collected(sums, []), Stream(), b"r" * 32, step)
+        state = query.updated(state, {"below": (below + noise["below"]) / mechanism.divisor})
+    assert abs(float((norms <= clip_norm()).mean()) - quantile) < 0.05
 
 
 def test_adaptive_clip_norm_survives_a_resume(tmp_path: Path) -> None:
@@ -161,17 +175,38 @@ def test_adaptive_clip_norm_survives_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            ["strategy=shares"],
+            "target_quantile does not go with strategy=shares: the bound would follow a count",
+        ),
+        (["strategy=nonprivate", "privacy.noise_multiplier=null"], "does not go with strategy=nonprivate"),
+    ],
+)
+def test_a_moving_bound_needs_a_server_that_counts(others: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare(fedavg(*ADAPTIVE, *others, *(["privacy.clip_norm=1.0"] if "null" in others[-1] else [])))
+
+
+@pytest.mark.parametrize(
+    "others", [["sampler=passes", "noise=tree"], ["noise={name: schedule, options: {factors: [2.0, 1.0]}}"]]
+)
+def test_a_moving_bound_goes_with_fresh_noise_only(others: list[str]) -> None:
+    with pytest.raises(InputError, match=r"target_quantile.*noise=independent"):
+        prepare(fedavg(*ADAPTIVE, *others))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ("train.augment_multiplicity=2", "augment"),
         ("privacy.clipping=normalised", "clips updates flat"),
-        ("strategy.options.local_epochs=0", "local_epochs"),
-        ("strategy.options.target_quantile=1.5", "target_quantile"),
-        ("strategy.options.weighting=examples", "multiplies the sensitivity.*weights themselves are private"),
-        ("strategy.options.weighting=loss", "weighting must be one of equal"),
-        ("strategy.options={target_quantile: 0.5, count_noise: 0}", "exact count, which no event covers"),
-        ("strategy.options={target_quantile: 0.5, count_noise: -1}", "count_noise must be a positive"),
-        ("strategy.options.count_noise=2", "noise of adaptive clipping, which is off"),
+        ("query.options.local_epochs=0", "local_epochs"),
+        ("query.options.target_quantile=1.5", "target_quantile"),
+        ("query.options={target_quantile: 0.5, count_noise: 0}", "an exact count has no event"),
+        ("query.options={target_quantile: 0.5, count_noise: -1}", "count_noise .* must be a positive"),
+        ("query.options.count_noise=2", "nothing reads it while .*target_quantile is None"),
     ],
 )
 def test_refusals(change: str, message: str) -> None:

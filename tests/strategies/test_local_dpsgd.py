@@ -19,8 +19,9 @@ from fedsim.engine.holder import Node
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.noise.gaussian import standard_normal
 from fedsim.privacy import accountant, ledger
-from fedsim.sampling import HolderAvailability, PoissonSampler
+from fedsim.samplers.keyed import HolderAvailability, PoissonSampler
 from fedsim.seeds import derive
+from fedsim.strategies.local import Local
 from fedsim.types import StepTask
 from fedsim.validate import InputError
 from fedsim.visibility import shown
@@ -48,9 +49,10 @@ def written_out(config: Config, clip_norm: float, noise_std: float) -> torch.Ten
     the local models; for sgd. Returns the parameters, sorted by name."""
     experiment = prepare(config)
     data, model = experiment.splits.train, experiment.model
-    options, federation = experiment.strategy.options, config.federation
+    options, federation = experiment.mechanism.method.trust, config.federation
+    assert isinstance(options, Local)
     root = derive(config.seed, "run")
-    rate, start = experiment.plan.sampling_rate, get_flat(model)
+    rate, start = experiment.mechanism.sampling_rate, get_flat(model)
     online = np.ones(federation.holders, dtype=bool)
     if federation.availability < 1.0:
         key = derive(root, "availability", 0)
@@ -109,17 +111,15 @@ def test_one_local_step_and_full_local_rate_are_the_same_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two forms meet at E = 1: the path of several steps, forced, gives what one noised sum gives."""
-    from fedsim.strategies.local_dpsgd import LocalDPSGD
-
     config = small("preset=local_dpsgd", "model.dtype=float64", "federation.availability=0.7",
                    "train.expected_batch_size=40")  # fmt: skip
     train(config, tmp_path / "a")
 
-    def forced(self, node, task):  # type: ignore[no-untyped-def]
-        result = self._trained(node, task)
+    def forced(self, at, node, task):  # type: ignore[no-untyped-def]
+        result = self._trained(at, node, task)
         return {"sum": result.sum.numpy()}, result
 
-    monkeypatch.setattr(LocalDPSGD, "answer", forced)
+    monkeypatch.setattr(Local, "answer", forced)
     train(config, tmp_path / "b")
     assert torch.allclose(final(tmp_path / "a"), final(tmp_path / "b"), atol=1e-10)
 
@@ -133,11 +133,11 @@ def test_the_event_is_every_local_release_and_epsilon_that_of_dp_accounting(tmp_
     one = dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(sigma))
     assert [record.event for record in view.records] == [dp.SelfComposedDpEvent(one, 3)] * 6
     reference = rdp.RdpAccountant().compose(one, 18).get_epsilon(DELTA)
-    spent = shown(epsilons(experiment.plan, 6, config, experiment.facts), public_only=False)
+    spent = shown(epsilons(experiment.mechanism, 6, config), public_only=False)
     assert spent["example_check"].value == pytest.approx(reference, rel=1e-6)
     assert view.epsilon().value == spent["example"].value
     once = prepare(small("preset=local_dpsgd", "model.name=linear", "train.steps=18"))
-    assert spent["example"].value == accountant.epsilon(once.plan.total_event(18), DELTA).value
+    assert spent["example"].value == accountant.epsilon(once.mechanism.total_event(18), DELTA).value
     holder = accountant.holder_epsilon(sigma, q, 18, DELTA, experiment.facts.largest_holder.value)
     assert spent["holder"].value == holder.value
     assert holder.value is not None
@@ -146,12 +146,12 @@ def test_the_event_is_every_local_release_and_epsilon_that_of_dp_accounting(tmp_
 
 
 def test_calibration_and_budget_count_local_steps() -> None:
-    plan = prepare(silo("privacy.noise_multiplier=null", "privacy.target_epsilon=3")).plan
+    plan = prepare(silo("privacy.noise_multiplier=null", "privacy.target_epsilon=3")).mechanism
     reached = accountant.epsilon(plan.total_event(plan.steps), DELTA).value
     assert reached is not None
     assert 2.999 < reached <= 3.0
-    single = prepare(silo("privacy.stop_at_epsilon=4", "train.steps=200", steps=1, rate=1.0)).plan
-    plan = prepare(silo("privacy.stop_at_epsilon=4", "train.steps=200", steps=5)).plan
+    single = prepare(silo("privacy.stop_at_epsilon=4", "train.steps=200", steps=1, rate=1.0)).mechanism
+    plan = prepare(silo("privacy.stop_at_epsilon=4", "train.steps=200", steps=5)).mechanism
     assert plan.stopped_by_budget
     assert plan.steps == single.steps // 5
     with pytest.raises(InputError, match=r"4.0 is below the epsilon of a single release: .* step is \d"):
@@ -168,13 +168,13 @@ def test_the_result_does_not_depend_on_nodes_or_physical_batch(tmp_path: Path) -
 def test_local_steps_draw_anew_and_leave_the_model_where_it_was() -> None:
     config = silo("train.augment_multiplicity=2", "train.augmentations=[flip]", "model.dtype=float64")
     node = Node(config, 0, config.seed)
-    task = StepTask(0, 0, 0.3, node.strategy.keys(1, 0), arrays={"noise_std": np.array([0.5])})
+    task = StepTask(0, 0, 0.3, node.method.keys(1, 0), arrays={"noise_std of sum": np.array([0.5])})
     before = get_flat(node.model)
-    first = node.strategy.answer(node, task)
+    first = node.method.answer(node, task)
     assert torch.equal(get_flat(node.model), before)
-    again = node.strategy.answer(node, task)
+    again = node.method.answer(node, task)
     assert np.array_equal(first[0]["sum"], again[0]["sum"]), "a repeated task repeats its message"
-    drawn = [node.drawn(dataclasses.replace(task, keys=node.strategy.keys(1, 0)))]
+    drawn = [node.drawn(dataclasses.replace(task, keys=node.method.keys(1, 0)))]
     assert first[1].count != 3 * len(drawn[0]), "three draws, not one draw three times"
     assert first[1].count == len(first[1].norms) == len(first[1].losses)
 

@@ -1,6 +1,6 @@
 """The secret of a secure run, and the keys of its draws and noise, are in no byte of what the run writes.
 
-For every strategy all files of the run's folder are searched, while the run is interrupted and at its end.
+For every method all files of the run's folder are searched, while the run is interrupted and at its end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import pytest
 from fedsim.seeds import derive
 from fedsim.validate import RunError
 from tests.conftest import train
-from tests.strategies.test_contract import PRIVATE, Flaky, of
+from tests.strategies.methods import PRIVATE, of
+from tests.strategies.test_contract import Flaky
 
 PURPOSES = ("draw", "noise", "holders", "quantile", "top up", "dropouts")
 OF_THE_RUN = ("passes", "groups")

@@ -23,7 +23,7 @@ from fedsim.flower.client_app import app
 from fedsim.privacy import secret
 from fedsim.validate import RunError
 from tests.conftest import final, small, train
-from tests.strategies.test_contract import PRIVATE, of
+from tests.strategies.methods import PRIVATE, of
 
 FORMS = [*PRIVATE, "dp_fedavg, adaptive"]
 SECURE = "privacy.noise_source=secure"

@@ -15,14 +15,16 @@ from flwr.app import Message
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedsim import secure_sum, strategies
+from fedsim import secure_sum
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
+from fedsim.mechanism import Method
 from fedsim.privacy import accountant, events, ledger
+from fedsim.privacy.masked_sum import MaskedSum
 from fedsim.secure_sum.protocol import DEALT_BYTES, TAG_BYTES
-from fedsim.strategies.shares_dpsgd import SharesDPSGD
+from fedsim.strategies.shares import Shares
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import InputError, RunError
 from tests.conftest import final, small, train
@@ -54,9 +56,9 @@ def test_every_option_computes_the_same_sum(changes: dict[str, object], tmp_path
 def test_sums_of_all_holders_at_once_equal_those_of_each_alone() -> None:
     config = small("model.dtype=float64", "federation.nodes=2", "engine.physical_batch_size=16", SHARES)
     node = Node(config, 1, config.seed)
-    root_keys = node.strategy.keys(config.seed, 0)
+    root_keys = node.method.keys(config.seed, 0)
     task = StepTask(0, 0, 0.3, root_keys)
-    clip = node.strategy.clip_rule()
+    clip = node.method.at.clip
     ids = node.drawn(task)
     sums, together = node.clipped_sums(ids, task, clip)
     assert together.count == len(ids) == len(together.norms)
@@ -199,10 +201,7 @@ def add_to_masked(value: int) -> Callable[[HolderReply], None]:
 def test_a_masked_vector_that_is_no_clipped_sum_with_noise_stops_the_run(bits: int, tmp_path: Path) -> None:
     """Far beyond the bound of an entry, and within it but longer than clipped examples and noise together."""
     config = small(SHARES, options(ring_bits=bits))
-    strategy = prepare(config).strategy
-    assert isinstance(strategy, SharesDPSGD)
-    assert strategy._setup is not None
-    bound = strategy._setup.settings.bound
+    bound = prepare(config).mechanism.agreed.settings.bound
     for value, message in (
         (1 << (bits - 2), "within the bound give at most"),
         (bound, "secure sum has norm"),
@@ -221,16 +220,16 @@ def test_nodes_take_no_threshold_from_the_server() -> None:
         ((options(neighbours=8, threshold=7),), (8, 7)),
     ):
         config = small(SHARES, *extra)
-        server, node = prepare(config).strategy, strategies.load(config)
-        assert isinstance(server, SharesDPSGD)
-        assert isinstance(node, SharesDPSGD)
-        assert server._setup is not None
-        sent = server._setup.to_arrays()
-        assert [len(values) for values in sent.values()] == [3, 2], (
-            "bound, ring bits, length; scale, variance"
+        server, node = prepare(config).mechanism.agreed, Method.of(config)
+        assert isinstance(node.trust, Shares)
+        sent = server.to_arrays()
+        assert [len(values) for values in sent.values()] == [3, 3], (
+            "bound, ring bits, length; scale, variance, weight"
         )
-        assert node._from_arrays(sent) == server._setup
-        made = node._from_arrays(sent).settings
+        found = MaskedSum.from_arrays(sent, node.trust._terms(node.at))
+        told = dataclasses.replace(server, vector=dataclasses.replace(server.vector, sensitivity=0.0))
+        assert found == told, "all but the sensitivity, which nodes do not need"
+        made = found.settings
         assert (made.degree, made.threshold) == wanted
 
 
@@ -239,19 +238,19 @@ def test_the_event_is_that_of_the_rate_at_which_examples_are_drawn() -> None:
     for extra in ((), ("federation.availability=0.5", options(min_survivors=2))):
         config = small(SHARES, *extra)
         prepared = prepare(config)
-        (release,) = events.releases(prepared.plan.event_at(0))
+        (release,) = events.releases(prepared.mechanism.event_at(0))
         rate = 60 / 400 / config.federation.availability
-        assert release.sampling_rate == prepared.plan.sampling_rate == pytest.approx(rate)
+        assert release.sampling_rate == prepared.mechanism.sampling_rate == pytest.approx(rate)
         node, drawn, steps = Node(small(SHARES, "federation.nodes=1"), 0, 0), 0, 300
         for step in range(steps):
-            task = StepTask(step, 0, release.sampling_rate, prepared.strategy.keys(0, step))
+            task = StepTask(step, 0, release.sampling_rate, prepared.mechanism.method.keys(0, step))
             drawn += len(node.drawn(task))
         spread = math.sqrt(steps * 400 * rate * (1 - rate))
         assert abs(drawn - steps * 400 * rate) < 5 * spread, "false alarm 6e-7"
-        central = prepare(small(*(e for e in extra if "options" not in e))).plan
+        central = prepare(small(*(e for e in extra if "options" not in e))).mechanism
         ours, theirs = (
             accountant.epsilon(plan.total_event(500), 1e-5, "rdp_integer", "example").value
-            for plan in (prepared.plan, central)
+            for plan in (prepared.mechanism, central)
         )
         assert ours is not None
         assert theirs is not None
@@ -293,20 +292,18 @@ def uniform(words: NDArray[np.uint32]) -> bool:
 
 def test_target_epsilon_is_met_by_the_recorded_event_with_more_real_noise() -> None:
     config = small(SHARES, "privacy.noise_multiplier=null", "privacy.target_epsilon=3")
-    plan = prepare(config).plan
-    assert plan.noise is not None
+    plan = prepare(config).mechanism
     assert plan.budget.calibration is not None
     assert plan.budget.calibration.achieved.value == pytest.approx(3.0, rel=1e-3)
     (release,) = events.releases(plan.event_at(0))
     assert release.noise_multiplier == plan.budget.calibration.noise_multiplier
-    assert 1.0 <= plan.noise.noise_multiplier / release.noise_multiplier < 1.006
-    central = prepare(small("privacy.noise_multiplier=null", "privacy.target_epsilon=3")).plan.noise
-    assert central is not None
-    assert 1.0 < plan.noise.noise_multiplier / central.noise_multiplier < 1.15, "Renyi instead of PLD"
+    assert 1.0 <= plan.noise_multiplier / release.noise_multiplier < 1.006
+    central = prepare(small("privacy.noise_multiplier=null", "privacy.target_epsilon=3")).mechanism
+    assert 1.0 < plan.noise_multiplier / central.noise_multiplier < 1.15, "Renyi instead of PLD"
 
 
 def test_budget_stops_the_run() -> None:
-    plan = prepare(small(SHARES, "privacy.stop_at_epsilon=3", "train.steps=500")).plan
+    plan = prepare(small(SHARES, "privacy.stop_at_epsilon=3", "train.steps=500")).mechanism
     assert plan.stopped_by_budget
     assert 0 < plan.steps < 500
 
@@ -314,9 +311,11 @@ def test_budget_stops_the_run() -> None:
 def test_local_noise_reaches_the_sum_once_a_holder(tmp_path: Path) -> None:
     config = small("preset=local_dpsgd", "federation.availability=0.5", "train.steps=2")
     prepared = prepare(config)
-    assert prepared.plan.noise is not None
-    assert prepared.strategy.noise_std_of_sum(prepared.plan) == pytest.approx(0.5 * math.sqrt(10))
-    assert prepared.plan.event_at(0) == prepare(small("federation.availability=0.5")).plan.event_at(0)
+    release = prepared.mechanism.release()
+    assert prepared.mechanism.noise_std_of_sum(release) == pytest.approx(0.5 * math.sqrt(10))
+    assert prepared.mechanism.event_at(0) == prepare(small("federation.availability=0.5")).mechanism.event_at(
+        0
+    )
     train(config, tmp_path / "a")
     train(
         small(

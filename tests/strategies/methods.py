@@ -1,0 +1,26 @@
+"""The named methods, and forms of them, on the small configuration."""
+
+from __future__ import annotations
+
+from fedsim import config as configs
+from fedsim import presets
+from fedsim.config import Config
+from fedsim.mechanism import Method
+from tests.conftest import small
+
+ALL = presets.names(configs.CONFIG_DIR)
+PRIVATE = [name for name in ALL if Method.of(configs.load(f"smoke/{name}")).private]
+
+# Forms of a method that its options make another mechanism: they must satisfy the same.
+FORMS = {
+    "local_dpsgd, local steps": "strategy.options={local_steps: 3, local_learning_rate: 0.5}",
+    "dp_fedavg, adaptive": "query.options={target_quantile: 0.5, count_noise: 2}",
+    "shares_dpsgd, top up": "strategy.options={on_shortfall: top_up}",
+}
+
+
+def of(name: str, *overrides: str) -> Config:
+    """Return the small configuration under a method, or under a form of one."""
+    method, form = name.split(",")[0], [FORMS[name]] if name in FORMS else []
+    noise = [] if method in PRIVATE else ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"]
+    return small(f"preset={method}", *form, *noise, *overrides)
