@@ -29,6 +29,7 @@ from fedsim.noise import NOISE
 from fedsim.noise.gaussian import step_noise
 from fedsim.noise.stream import Stream
 from fedsim.privacy import budget as budgets
+from fedsim.privacy import events
 from fedsim.privacy.budget import Budget
 from fedsim.privacy.family import EventFamily
 from fedsim.queries import QUERIES
@@ -65,6 +66,7 @@ class Method:
         ):
             rules.refuse_set(config, unread, chosen)
         query.check(config)
+        sampler.check(config)
         clip = query.clip(config) if trust.private else NoClip()
         at = Setting(config, query, sampler, NOISE.make(config.noise), clip)
         trust.check(at)
@@ -101,9 +103,15 @@ class Method:
         common = {purpose: derive(root, purpose, step) for purpose in ("availability", "augment")}
         return self.at.sampler.keys(root, step) | common | self.trust.keys(self.at, root, step)
 
-    def selected(self, task: StepTask, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Say which of `ids`, of examples or holders as the unit is, the step draws, whoever owns them."""
-        return self.at.sampler.selected(Draw(task.step, task.sampling_rate, task.keys), ids)
+    def selected(self, task: StepTask, ids: NDArray[np.int64], population: int) -> NDArray[np.bool_]:
+        """Say which of `ids`, of examples or holders as the unit is, the step draws, whoever owns them.
+
+        Args:
+            task: of the step.
+            ids: (n,) any of 0 .. population - 1, in any order.
+            population: how many units there are.
+        """
+        return self.at.sampler.selected(Draw(task.step, task.sampling_rate, population, task.keys), ids)
 
     def answer(self, node: NodeView, task: StepTask) -> tuple[Arrays, ClippedSum]:
         """Do one node's part: return the named arrays to send, and the sum they come from for statistics."""
@@ -146,10 +154,11 @@ class Mechanism:
         at, trust, train = method.at, method.trust, method.at.config.train
         availability = at.config.federation.availability
         rate = sampling_rate(train.expected_batch_size, facts.examples, availability)
-        participation = at.sampler.participation(rate, train.expected_batch_size)
+        units = facts.holders if method.unit == "holder" else facts.examples
+        participation = at.sampler.participation(rate, train.expected_batch_size, units)
         at.noise.check(participation, train.steps)
         family = EventFamily(
-            lambda sigma: trust.event(at, sigma, participation.rate),
+            lambda sigma: trust.event(at, sigma, participation),
             participation.period,
             at.noise.levels(train.steps),
         )
@@ -198,6 +207,11 @@ class Mechanism:
         return self.method.unit
 
     @property
+    def relation(self) -> str:
+        """Return the neighbouring relation of the events."""
+        return events.relation(self.total_event(1))
+
+    @property
     def sampling_rate(self) -> float:
         """Return the part of all units that a step takes on average."""
         return self.participation.share
@@ -220,8 +234,10 @@ class Mechanism:
     @property
     def example_noise_factor(self) -> float | None:
         """Return the same for an example where the unit is the holder, else None: changing an example changes
-        one contribution, by at most twice its bound."""
-        return 0.5 if self.unit == "holder" and self.method.private else None
+        one contribution, by at most twice its bound. That is what events of relation replace one say."""
+        if self.unit != "holder" or not self.method.private:
+            return None
+        return 1.0 if self.relation == events.REPLACE else 0.5
 
     def noise_factor(self, step: int) -> float:
         """Return what multiplies the noise in one step."""

@@ -27,7 +27,7 @@ from fedsim.privacy.family import EventFamily
 from fedsim.queries import Query, Statistic
 from fedsim.queries.base import Arrays, NodeView
 from fedsim.queries.statistic import Expected
-from fedsim.samplers import Draw, Sampler
+from fedsim.samplers import Draw, Participation, Sampler
 from fedsim.seeds import Root
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.visibility import Public, Tagged
@@ -159,9 +159,11 @@ class Trust(ABC):
                 "Leave it null, or use strategy=central.",
             )
 
-    def event(self, at: Setting, noise_multiplier: float, rate: float) -> dp_accounting.DpEvent:
-        """Return the event of one release of which a unit is part with probability `rate`."""
-        return events.gaussian_step(noise_multiplier, rate)
+    def event(self, at: Setting, noise_multiplier: float, taking: Participation) -> dp_accounting.DpEvent:
+        """Return the event of one release, a cycle of the sampler, in which units take part like that."""
+        if taking.sample is not None:
+            return events.fixed_size_step(noise_multiplier, *taking.sample)
+        return events.gaussian_step(noise_multiplier, taking.rate)
 
     def agree(
         self, at: Setting, family: EventFamily, statistic: Statistic, facts: DataFacts
@@ -223,19 +225,26 @@ class Trust(ABC):
         return release.statistic.arrays()
 
     def counted_at_most(
-        self, at: Setting, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]
+        self,
+        at: Setting,
+        facts: DataFacts,
+        task: StepTask,
+        holders: NDArray[np.int64],
+        ids: NDArray[np.int64],
     ) -> int:
         """Return the largest count an honest reply can have: by default the drawn units of the node.
 
         Args:
             at: what this stands beside.
+            facts: about the data.
             task: what the reply answers.
             holders: (H,) the node's holders.
             ids: (n,) ids of their examples.
         """
-        units = holders if at.query.unit == "holder" else ids
-        draw = Draw(task.step, task.sampling_rate, task.keys)
-        return int(np.count_nonzero(at.sampler.selected(draw, units)))
+        by_holder = at.query.unit == "holder"
+        population = facts.holders if by_holder else facts.examples
+        draw = Draw(task.step, task.sampling_rate, population, task.keys)
+        return int(np.count_nonzero(at.sampler.selected(draw, holders if by_holder else ids)))
 
     def problem_with(self, at: Setting, reply: HolderReply) -> str:
         """Return what is wrong with the arrays of a reply beyond shape, dtype, finiteness and norm, or ""."""

@@ -46,9 +46,10 @@ from fedsim import validate
 from fedsim.noise.gaussian import standard_normal
 from fedsim.privacy import events
 from fedsim.queries.base import Arrays, NodeView
+from fedsim.samplers import Participation
 from fedsim.seeds import Root, derive
 from fedsim.strategies import STRATEGIES
-from fedsim.strategies.base import Ask, Collected, Noise, Release, Setting, Sums, Trust
+from fedsim.strategies.base import Ask, Collected, DataFacts, Noise, Release, Setting, Sums, Trust
 from fedsim.types import ClippedSum, HolderReply, StepTask
 
 _STD = "noise_std of "  # name of what tells nodes the noise of a part
@@ -101,9 +102,9 @@ class Local(Trust):
                 "Use query=gradient and sampler=poisson, or local_steps 1.",
             )
 
-    def event(self, at: Setting, noise_multiplier: float, rate: float) -> dp_accounting.DpEvent:
+    def event(self, at: Setting, noise_multiplier: float, taking: Participation) -> dp_accounting.DpEvent:
         """See `Trust.event`: all local steps of a message, composed."""
-        return events.composed(events.gaussian_step(noise_multiplier, rate), self.local_steps)
+        return events.composed(super().event(at, noise_multiplier, taking), self.local_steps)
 
     def keys(self, at: Setting, root: Root, step: int) -> dict[str, bytes]:
         """See `Trust.keys`: what the holders' own noise derives from."""
@@ -157,11 +158,16 @@ class Local(Trust):
         return {}
 
     def counted_at_most(
-        self, at: Setting, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]
+        self,
+        at: Setting,
+        facts: DataFacts,
+        task: StepTask,
+        holders: NDArray[np.int64],
+        ids: NDArray[np.int64],
     ) -> int:
         """See `Trust.counted_at_most`: the draws of all local steps."""
         tasks = [_local_task(task, local) for local in range(self.local_steps)]
-        return sum(super(Local, self).counted_at_most(at, local, holders, ids) for local in tasks)
+        return sum(super(Local, self).counted_at_most(at, facts, local, holders, ids) for local in tasks)
 
     def noise_std_of_sum(self, at: Setting, release: Release) -> float:
         """See `Trust.noise_std_of_sum`."""

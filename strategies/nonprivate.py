@@ -20,6 +20,7 @@ from fedsim.privacy import events
 from fedsim.privacy.budget import Budget, without_privacy
 from fedsim.privacy.family import EventFamily
 from fedsim.queries import Statistic
+from fedsim.samplers import Participation
 from fedsim.seeds import Root
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.base import Collected, DataFacts, Noise, Release, Setting, Sums, Trust
@@ -49,7 +50,7 @@ class NonPrivate(Trust):
                 )
         super().check(at)
 
-    def event(self, at: Setting, noise_multiplier: float, rate: float) -> dp_accounting.DpEvent:
+    def event(self, at: Setting, noise_multiplier: float, taking: Participation) -> dp_accounting.DpEvent:
         """See `Trust.event`."""
         return events.non_private_step()
 

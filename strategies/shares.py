@@ -57,6 +57,7 @@ from fedsim.queries import Statistic
 from fedsim.queries.base import Arrays, NodeView
 from fedsim.queries.statistic import Expected
 from fedsim.rules import ENGINE_SETTINGS
+from fedsim.samplers import Participation
 from fedsim.secure_sum import arrays as messages
 from fedsim.secure_sum import shamir
 from fedsim.secure_sum.protocol import DEALT_BYTES, SEALED_BYTES, TAG_BYTES, graph_of
@@ -130,10 +131,16 @@ class Shares(Trust):
                 "the very integers it masked before.",
                 "Use engine.deterministic=true.",
             )
+        if at.sampler.fixed_size:
+            validate.conflicts(
+                f"strategy=shares does not go with sampler={at.config.sampler.name}: what integer noise "
+                "gains by sampling is proved for Poisson draws of units that are added or removed.",
+                "Use sampler=poisson, or strategy=central.",
+            )
 
-    def event(self, at: Setting, noise_multiplier: float, rate: float) -> dp_accounting.DpEvent:
+    def event(self, at: Setting, noise_multiplier: float, taking: Participation) -> dp_accounting.DpEvent:
         """See `Trust.event`; `noise_multiplier` is the effective one."""
-        return events.renyi_gaussian_step(noise_multiplier, rate)
+        return events.renyi_gaussian_step(noise_multiplier, taking.rate)
 
     def _least(self, at: Setting) -> int:
         holders = at.config.federation.holders
@@ -333,10 +340,15 @@ class Shares(Trust):
         return {}
 
     def counted_at_most(
-        self, at: Setting, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]
+        self,
+        at: Setting,
+        facts: DataFacts,
+        task: StepTask,
+        holders: NDArray[np.int64],
+        ids: NDArray[np.int64],
     ) -> int:
         """See `Trust.counted_at_most`: only the stage of the sums has counts."""
-        return super().counted_at_most(at, task, holders, ids) if task.stage == "" else 0
+        return super().counted_at_most(at, facts, task, holders, ids) if task.stage == "" else 0
 
     def node_traffic(self, at: Setting, release: Release, holders: int) -> tuple[int, int]:
         """See `Trust.node_traffic`; much of what holders say passes through the server to others."""

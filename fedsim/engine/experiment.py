@@ -149,6 +149,7 @@ def header_of(
         config_hash=config.digest(),
         delta=privacy.delta,
         unit=mechanism.unit,
+        relation=mechanism.relation,
         accountant=privacy.accountant,
         target_epsilon=privacy.target_epsilon,
         stop_at_epsilon=privacy.stop_at_epsilon,

@@ -90,13 +90,15 @@ class Node:
 
     def drawn(self, task: StepTask) -> NDArray[np.int64]:
         """Return the ids in this step's virtual batch, ascending: drawn, and of a holder that is online."""
-        ids = self.ids[self.method.selected(task, self.ids)]
+        ids = self.ids[self.method.selected(task, self.ids, self.partition.examples)]
         owners = self.partition.holder_of[ids]
         return ids[np.isin(owners, self.online(self.holders, task))] if self._sometimes_offline else ids
 
     def drawn_holders(self, task: StepTask) -> NDArray[np.int64]:
         """Return the node's holders that are drawn in this step and online, ascending."""
-        return self.online(self.holders[self.method.selected(task, self.holders)], task)
+        return self.online(
+            self.holders[self.method.selected(task, self.holders, self.config.federation.holders)], task
+        )
 
     @property
     def _sometimes_offline(self) -> bool:

@@ -1,4 +1,4 @@
-"""Independent noise whose scale changes over the run in a few levels (adaptive composition)."""
+"""Independent noise whose scale changes in a few fixed levels: adaptive composition (Abadi et al. 2016)."""
 
 from __future__ import annotations
 

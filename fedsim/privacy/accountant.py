@@ -4,7 +4,7 @@ All numbers come from dp_accounting: `pld` (privacy loss distributions, tight) a
 conversion of Canonne, Kamath, Steinke 2020, Proposition 12). `rdp_objax` is the older way of Objax, kept to
 reproduce Kurakin et al. 2022: 26 orders from 1.25 to 20 and rdp + ln(1/delta) / (order - 1) of Mironov 2017.
 `rdp_integer` is `rdp` at whole orders; it answers for events proved only there, whatever was asked for.
-Every value is an upper bound under add/remove one.
+Every value is an upper bound, under the relation of its event.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from fedsim.validate import InputError
 ACCOUNTANTS = ("pld", "rdp", "rdp_objax", "rdp_integer")
 MAX_INTEGER_ORDER = 256
 UNITS = ("example", "holder")
-RELATION = "add/remove one"
 MEANINGLESS_ABOVE = 100.0  # e**100 protects nobody; printed with the value, which stays exact
 MOST_N_DELTA = 10.0  # N x delta units may be given away whole within (epsilon, delta); above this: refused
 WARNED_N_DELTA = 1.0
@@ -148,7 +147,8 @@ def epsilon(event: dp.DpEvent, delta: float, accountant: str = "pld", unit: str 
     accountant = _answering(event, accountant)
     value, note = _epsilon(_parts(event), float(delta), accountant)
     found = events.releases(event)
-    return EpsilonResult(value, delta, RELATION, accountant, unit, _amplification(found), note)
+    relation = events.relation(event)
+    return EpsilonResult(value, delta, relation, accountant, unit, _amplification(found, relation), note)
 
 
 def holder_epsilon(
@@ -183,8 +183,13 @@ def holder_epsilon_of_event(
     count = int(examples_of_holder)
     found = events.releases(event)
     parts = _parts(event, count)
-    accountant = _answering(event, accountant)
-    if accountant != "pld" and count > 1 and any(release.sampling_rate < 1.0 for release in found):
+    accountant, relation = _answering(event, accountant), events.relation(event)
+    if count > 1 and relation == events.REPLACE:
+        value, note = (
+            None,
+            "not available: how many of a holder's examples a fixed-size draw takes is not bounded",
+        )
+    elif accountant != "pld" and count > 1 and any(release.sampling_rate < 1.0 for release in found):
         value, note = None, "Renyi DP of a mixture of Gaussians is not available; use pld"
         if events.renyi_only(event):
             note = "not available: the mechanism is bounded at whole Renyi orders only"
@@ -193,10 +198,10 @@ def holder_epsilon_of_event(
     if value is not None and MEANINGLESS_ABOVE < value < math.inf:
         reading = f"no meaningful protection of a holder with {count} examples"
         note = f"{note}; {reading}" if note else reading
-    amplification = _amplification(found)
+    amplification = _amplification(found, relation)
     if count > 1:
         amplification += f", {count} examples of the holder drawn independently"
-    return EpsilonResult(value, delta, RELATION, accountant, "holder", amplification, note)
+    return EpsilonResult(value, delta, relation, accountant, "holder", amplification, note)
 
 
 def noise_multiplier_for(
@@ -403,15 +408,16 @@ def _without_library_warnings() -> Iterator[None]:
         logger.removeFilter(drop)
 
 
-def _amplification(found: tuple[Release, ...]) -> str:
+def _amplification(found: tuple[Release, ...], relation: str) -> str:
     rates = sorted({release.sampling_rate for release in found if release.noise_multiplier > 0.0})
     if not rates:
         return "no amplification"
     if rates == [1.0]:
         return "no amplification (full batch)"
+    how = "Poisson sampling" if relation == events.ADD_REMOVE else "sampling without replacement"
     if len(rates) == 1:
-        return f"Poisson sampling with rate {rates[0]:.4g}"
-    return f"Poisson sampling with rates {rates[0]:.4g} to {rates[-1]:.4g}"
+        return f"{how} with rate {rates[0]:.4g}"
+    return f"{how} with rates {rates[0]:.4g} to {rates[-1]:.4g}"
 
 
 def _first_guess(target_epsilon: float, delta: float, unit_noise: Sequence[Release]) -> float:

@@ -1,15 +1,23 @@
 """Events: what a step released, in the vocabulary of dp_accounting, and as JSON.
 
-The relation is add/remove one, of an example or of a holder; which of the two is the unit the caller
-states. A step of DP-SGD with Poisson sampling is PoissonSampled(q, Gaussian(sigma)) (Abadi et al. 2016;
-Mironov, Talwar, Zhang 2019), full batch is plain Gaussian.
+Of an example or of a holder: which of the two is the unit the caller states. A step of DP-SGD with Poisson
+sampling is PoissonSampled(q, Gaussian(sigma)) (Abadi et al. 2016; Mironov, Talwar, Zhang 2019), full batch is
+plain Gaussian; their relation is add/remove one.
+
+A step that takes a fixed number of B units out of N is SampledWithoutReplacement(N, B, Gaussian(sigma)), with
+relation replace one. Sigma is the noise over the bound C on one contribution, as everywhere here; replacing a
+unit moves the sum by up to 2 C, that is as adding one does at sigma / 2. By Zhu, Dong, Wang 2022 ("Optimal
+accounting of differential privacy via characteristic function", Theorem 11) such a step is dominated, in both
+directions, by those of Poisson sampling at rate B / N of that mechanism, and so are compositions. `releases`
+says so. (dp_accounting takes the multiplier of this event as noise / 2 C for Renyi DP and does not compose it
+by privacy loss distributions: it never sees one.)
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import attr
@@ -56,6 +64,46 @@ def gaussian_step(noise_multiplier: float, sampling_rate: float) -> dp.DpEvent:
     if sampling_rate == 1.0:
         return gaussian
     return dp.PoissonSampledDpEvent(float(sampling_rate), gaussian)
+
+
+ADD_REMOVE, REPLACE = "add/remove one", "replace one"
+
+
+def relation(event: dp.DpEvent) -> str:
+    """Return the neighbouring relation of an event.
+
+    Raises:
+        InputError: parts of it have different ones.
+    """
+    found = set(_relations(event))
+    if len(found) > 1:
+        raise InputError(f"releases of one event must have one neighbouring relation, got {sorted(found)}.")
+    return found.pop() if found else ADD_REMOVE
+
+
+def _relations(event: dp.DpEvent) -> Iterator[str]:
+    match event:
+        case dp.SelfComposedDpEvent():
+            yield from _relations(event.event)
+        case dp.ComposedDpEvent():
+            for part in event.events:
+                yield from _relations(part)
+        case dp.SampledWithoutReplacementDpEvent():
+            yield REPLACE
+        case dp.GaussianDpEvent() | dp.PoissonSampledDpEvent():
+            yield ADD_REMOVE
+
+
+def fixed_size_step(noise_multiplier: float, population: int, sample: int) -> dp.DpEvent:
+    """Return the event of a step that takes exactly `sample` of `population` units, all subsets alike.
+
+    Raises:
+        InputError: a noise multiplier that is not positive, or a sample outside 1 .. population.
+    """
+    validate.positive(noise_multiplier, "noise_multiplier")
+    validate.in_range(sample, 1, population, "units of a fixed-size sample")
+    gaussian = dp.GaussianDpEvent(float(noise_multiplier))
+    return dp.SampledWithoutReplacementDpEvent(int(population), int(sample), gaussian)
 
 
 def renyi_gaussian_step(noise_multiplier: float, sampling_rate: float) -> dp.DpEvent:
@@ -124,6 +172,9 @@ def with_noise(event: dp.DpEvent, factor: float) -> dp.DpEvent:
             return dp.ComposedDpEvent([with_noise(part, factor) for part in event.events])
         case dp.PoissonSampledDpEvent():
             return dp.PoissonSampledDpEvent(event.sampling_probability, with_noise(event.event, factor))
+        case dp.SampledWithoutReplacementDpEvent():
+            inner = with_noise(event.event, factor)
+            return dp.SampledWithoutReplacementDpEvent(event.source_dataset_size, event.sample_size, inner)
         case RenyiGaussianDpEvent():  # before its base
             return RenyiGaussianDpEvent(event.noise_multiplier * factor)
         case dp.GaussianDpEvent():
@@ -134,7 +185,8 @@ def with_noise(event: dp.DpEvent, factor: float) -> dp.DpEvent:
 
 
 def releases(event: dp.DpEvent) -> tuple[Release, ...]:
-    """Return the Gaussian releases inside `event`, equal ones merged, in a fixed order.
+    """Return the Poisson sampled Gaussian releases that `event` is made of or dominated by, in a fixed order,
+    equal ones merged.
 
     Composition does not depend on order, so this is all an accountant needs.
 
@@ -161,6 +213,13 @@ def to_json(event: dp.DpEvent) -> dict[str, Any]:
             return {
                 "type": "poisson_sampled",
                 "sampling_rate": float(event.sampling_probability),
+                "event": to_json(event.event),
+            }
+        case dp.SampledWithoutReplacementDpEvent():
+            return {
+                "type": "sampled_without_replacement",
+                "population": int(event.source_dataset_size),
+                "sample": int(event.sample_size),
                 "event": to_json(event.event),
             }
         case dp.SelfComposedDpEvent():
@@ -191,6 +250,10 @@ def from_json(data: Mapping[str, Any]) -> dp.DpEvent:
                 rate = float(data["sampling_rate"])
                 _check_rate(rate)
                 return dp.PoissonSampledDpEvent(rate, from_json(data["event"]))
+            case "sampled_without_replacement":
+                population, sample = int(data["population"]), int(data["sample"])
+                validate.in_range(sample, 1, population, "event sample")
+                return dp.SampledWithoutReplacementDpEvent(population, sample, from_json(data["event"]))
             case "self_composed":
                 count = data["count"]
                 if not isinstance(count, int) or count < 1:
@@ -220,6 +283,11 @@ def _collect(event: dp.DpEvent, count: int, counts: Counter[tuple[float, float]]
             if not isinstance(event.event, dp.GaussianDpEvent):
                 raise _unknown(f"PoissonSampledDpEvent of {type(event.event).__name__}")
             counts[(float(event.event.noise_multiplier), float(event.sampling_probability))] += count
+        case dp.SampledWithoutReplacementDpEvent():
+            if type(event.event) is not dp.GaussianDpEvent:
+                raise _unknown(f"SampledWithoutReplacementDpEvent of {type(event.event).__name__}")
+            rate = event.sample_size / event.source_dataset_size
+            counts[(float(event.event.noise_multiplier) / 2.0, rate)] += count
         case dp.NonPrivateDpEvent():
             counts[(0.0, 1.0)] += count
         case dp.NoOpDpEvent():
@@ -235,6 +303,6 @@ def _check_rate(rate: float) -> None:
 
 def _unknown(name: str) -> InputError:
     return InputError(
-        f"event must be Gaussian, Poisson sampled Gaussian, a composition of these, or non-private; got "
+        f"event must be Gaussian, sampled Gaussian, a composition of these, or non-private; got "
         f"{name}. A mechanism of another kind needs its event added to fedsim/privacy/events.py first."
     )

@@ -52,7 +52,7 @@ class LedgerHeader:
     config_hash: str
     delta: float
     unit: str = "example"
-    relation: str = accountant.RELATION
+    relation: str = events.ADD_REMOVE
     accountant: str = "pld"
     target_epsilon: float | None = None
     stop_at_epsilon: float | None = None
@@ -72,7 +72,7 @@ class LedgerHeader:
         if not 0.0 < self.delta < 1.0:
             raise InputError(f"delta must be above 0 and below 1, got {self.delta!r}.")
         validate.one_of(self.unit, accountant.UNITS, "unit")
-        validate.one_of(self.relation, (accountant.RELATION,), "relation")
+        validate.one_of(self.relation, (events.ADD_REMOVE, events.REPLACE), "relation")
         validate.one_of(self.accountant, accountant.ACCOUNTANTS, "accountant")
         for name in ("examples", "holders", "examples_per_holder_at_most"):
             if (number := getattr(self, name)) is not None:
@@ -120,6 +120,7 @@ class LedgerRecord:
             raise InputError(f"facts of a step must not be named {', '.join(taken)}: the event says that.")
         found = events.releases(event)
         one = len(found) == 1 and found[0].times == 1 and found[0].noise_multiplier > 0.0
+        one = one and events.relation(event) == events.ADD_REMOVE  # else they are of what dominates it
         sigma, rate = (found[0].noise_multiplier, found[0].sampling_rate) if one else (None, None)
         stated = {name: fact.value for name, fact in (facts or {}).items()}
         return cls(step, event, sigma, rate, stated, parameters)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.config import Config
 from fedsim.seeds import Root, derive
 
 
@@ -26,12 +27,15 @@ class Participation:
         rate: probability to take part in a cycle, 0 < rate <= 1.
         separation: fewest steps from one participation to the next.
         share: part of all units that a step takes on average; what tasks carry as `sampling_rate`.
+        sample: (units, of which each step takes exactly so many) where the draw has a fixed size; its
+            neighbouring relation is then replace one. None: add or remove one.
     """
 
     period: int
     rate: float
     separation: int
     share: float
+    sample: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class Draw:
     Attributes:
         step: server updates before this one.
         share: `Participation.share`.
+        population: how many units there are, of which ids are 0 .. population - 1.
         keys: of the step, those of `Sampler.keys` among them.
     """
 
     step: int
     share: float
+    population: int
     keys: Mapping[str, bytes]
 
 
@@ -54,18 +60,21 @@ class Sampler(ABC):
     """Who takes part in a step; its fields are the options. Units are examples or holders, by their ids.
 
     Class attributes:
+        fixed_size: whether a step takes exactly so many units: `Participation.sample` is then set.
         tiny: options of a small example, for tests over all combinations.
     """
 
+    fixed_size: ClassVar[bool] = False
     tiny: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
-    def participation(self, share: float, batch: float) -> Participation:
+    def participation(self, share: float, batch: float, units: int) -> Participation:
         """Return how often a unit takes part.
 
         Args:
             share: part of all units that a step shall take on average, 0 < share <= 1.
             batch: train.expected_batch_size, which says so; for messages.
+            units: how many units there are.
 
         Raises:
             InputError: no draw of this kind takes that share.
@@ -76,6 +85,13 @@ class Sampler(ABC):
         """Say which of `ids` (n,), non-negative and in any order, a step takes; (n,).
 
         The answer for an id depends on the id and the draw alone, not on the other ids nor on who asks.
+        """
+
+    def check(self, config: Config) -> None:  # noqa: B027 - most have nothing to refuse
+        """Refuse settings that do not go with this sampler.
+
+        Raises:
+            InputError: says which, and what to change.
         """
 
     def keys(self, root: Root, step: int) -> dict[str, bytes]:

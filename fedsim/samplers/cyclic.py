@@ -39,7 +39,7 @@ class Cyclic(Sampler):
     def __post_init__(self) -> None:
         validate.positive(self.groups, "sampler.options.groups")
 
-    def participation(self, share: float, batch: float) -> Participation:
+    def participation(self, share: float, batch: float, units: int) -> Participation:
         """See `Sampler.participation`."""
         if share * self.groups > 1.0 + 1e-12:
             validate.conflicts(

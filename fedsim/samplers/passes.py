@@ -29,7 +29,7 @@ MISMATCH = 0.1  # largest relative difference between the batch asked for and th
 class Passes(Sampler):
     """Every unit once in every pass over the data, without amplification by sampling."""
 
-    def participation(self, share: float, batch: float) -> Participation:
+    def participation(self, share: float, batch: float, units: int) -> Participation:
         """See `Sampler.participation`."""
         steps = round(1.0 / share)
         whole = 1.0 / (steps * share)  # mean batch of whole passes / batch asked for

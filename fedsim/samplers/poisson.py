@@ -21,7 +21,7 @@ from fedsim.samplers.keyed import PoissonSampler
 class Poisson(Sampler):
     """Every unit with the same probability, whatever else is drawn; at probability 1 the full batch."""
 
-    def participation(self, share: float, batch: float) -> Participation:
+    def participation(self, share: float, batch: float, units: int) -> Participation:
         """See `Sampler.participation`."""
         return Participation(period=1, rate=share, separation=1, share=share)
 

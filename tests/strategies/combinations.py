@@ -34,6 +34,9 @@ REFUSED = {
     ("passes", "banded"): "with this sampler they can be 1 apart",
     ("passes", "schedule"): "with this sampler 4 steps are one release",
     ("cyclic", "schedule"): "with this sampler 2 steps are one release",
+    ("fixed_size", "tree"): "with this sampler it can take part in every step",
+    ("fixed_size", "banded"): "with this sampler they can be 1 apart",
+    ("shares", "fixed_size"): "is proved for Poisson draws",
 }
 
 

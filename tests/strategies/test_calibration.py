@@ -38,7 +38,7 @@ def two_gaussians(noise_multiplier: float) -> dp.DpEvent:
 class Everybody(Sampler):
     """All units in every step."""
 
-    def participation(self, share: float, batch: float) -> Participation:
+    def participation(self, share: float, batch: float, units: int) -> Participation:
         return Participation(1, 1.0, 1, share)
 
     def selected(self, draw: Any, ids: Any) -> Any:

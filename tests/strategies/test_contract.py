@@ -70,6 +70,11 @@ def formed(chosen: Combination, form: str, *overrides: str) -> configs.Config:
     return of(chosen, *([form] if form else []), *overrides)
 
 
+def few(chosen: Combination) -> str:
+    """A batch in which nobody is; under passes, a step of a pass with more steps than there are units."""
+    return f"train.expected_batch_size={0.01 if chosen[2] == 'passes' else 1e-6}"
+
+
 def start_of(config: configs.Config) -> torch.Tensor:
     held = prepare(config).model.state_dict()
     return torch.cat([held[name].flatten() for name in sorted(held)])
@@ -171,7 +176,9 @@ def test_the_recorded_event_is_of_the_rate_at_which_units_take_part(chosen: Comb
     mechanism = prepare(formed(chosen, form)).mechanism
     participation = mechanism.participation
     assert mechanism.budget.family.period == participation.period
-    found = events.releases(mechanism.total_event(participation.period))
+    event = mechanism.total_event(participation.period)
+    assert (events.relation(event) == events.REPLACE) == (participation.sample is not None)
+    found = events.releases(event)
     assert {release.sampling_rate for release in found} == {participation.rate}
 
 
@@ -187,11 +194,13 @@ def test_units_take_part_as_the_sampler_says(sampler: str, batch: int) -> None:
     taken = np.zeros((cycles * says.period, units), dtype=bool)
     for step in range(len(taken)):
         task = StepTask(step, 0, mechanism.sampling_rate, method.keys(11, step))
-        taken[step] = method.selected(task, np.arange(units))
-        backwards = method.selected(task, np.arange(units)[::-1].copy())
+        taken[step] = method.selected(task, np.arange(units), units)
+        backwards = method.selected(task, np.arange(units)[::-1].copy(), units)
         assert np.array_equal(taken[step], backwards[::-1]), "whoever else is asked about"
     once = taken.reshape(cycles, says.period, units).sum(axis=1)
     assert once.max() <= 1
+    if says.sample is not None:
+        assert (taken.sum(axis=1) == units * says.share).all()
     assert abs(once.mean() - says.rate) <= 5.4 * math.sqrt(says.rate * (1 - says.rate) / once.size) + 1e-12
     assert abs(taken.mean() - says.share) <= 5.4 * math.sqrt(says.share / taken.size) + 0.02 * says.share
     unit, step = np.argwhere(taken.T).T
@@ -202,9 +211,9 @@ def test_units_take_part_as_the_sampler_says(sampler: str, batch: int) -> None:
 @pytest.mark.usefixtures("epsilon_takes_no_time")
 @forms
 def test_an_empty_draw_is_an_ordinary_step(chosen: Combination, form: str, tmp_path: Path) -> None:
-    """Under passes a draw is empty where there are more steps in a pass than units."""
-    few = "train.expected_batch_size=1e-6" if chosen[2] != "passes" else "train.expected_batch_size=0.01"
-    config = formed(chosen, form, few, "optimizer.learning_rate=1e-9")
+    if chosen[2] == "fixed_size":
+        pytest.skip("no draw is empty")
+    config = formed(chosen, form, few(chosen), "optimizer.learning_rate=1e-9")
     assert train(config, tmp_path)["steps"] == 6
     assert ledger.read(tmp_path / "ledger.jsonl").steps == 6
     assert torch.max(torch.abs(final(tmp_path) - start_of(config))) > 0, "noise is added to an empty sum"
@@ -233,13 +242,14 @@ def test_noise_is_added_once_whatever_the_number_of_holders(
     chosen: Combination, form: str, tmp_path: Path
 ) -> None:
     """With nobody drawn the update is the noise alone, of the scale that is stated for the sum."""
+    if chosen[2] == "fixed_size":
+        pytest.skip("no draw is empty; nothing of the noise depends on the sampler")
     count = start_of(formed(chosen, form)).numel()
     for holders in (2, 3, 30):
-        few = "train.expected_batch_size=1e-6" if chosen[2] != "passes" else "train.expected_batch_size=0.01"
         of_holders = [f"federation.holders={holders}", f"federation.nodes={min(holders, 4)}"]
         one = ["train.steps=1", "optimizer.name=sgd"]
         one += ["noise.options.factors=[1.25]"] if chosen[3] == "schedule" else []
-        config = formed(chosen, form, *of_holders, few, *one)
+        config = formed(chosen, form, *of_holders, few(chosen), *one)
         mechanism = prepare(config).mechanism
         rate = dataclasses.replace(config.optimizer, learning_rate=mechanism.divisor)
         config = dataclasses.replace(config, optimizer=rate)
@@ -256,12 +266,11 @@ def test_non_private_runs_claim_nothing(chosen: Combination, tmp_path: Path) -> 
     result = train(of(chosen), tmp_path)
     assert result["trust"]["unit"] == "none"
     assert ledger.read(tmp_path / "ledger.jsonl").epsilon().value == math.inf
-    few = of(
-        chosen,
-        "train.expected_batch_size=1e-6" if chosen[2] != "passes" else "train.expected_batch_size=0.01",
-    )
-    train(few, tmp_path / "empty")
-    assert torch.equal(final(tmp_path / "empty"), start_of(few)), "nothing is added to an empty sum"
+    if chosen[2] == "fixed_size":
+        return
+    nobody = of(chosen, few(chosen))
+    train(nobody, tmp_path / "empty")
+    assert torch.equal(final(tmp_path / "empty"), start_of(nobody)), "nothing is added to an empty sum"
 
 
 def test_unknown_variants_and_options_are_refused_with_the_nearest_name() -> None:

@@ -46,7 +46,7 @@ def participation(config: Config, steps: int, ids: np.ndarray | None = None) -> 
     experiment = prepare(config)
     everyone = np.arange(400) if ids is None else ids
     of_node = Method.of(config)
-    return np.stack([of_node.selected(task, everyone) for task in tasks(experiment, steps)])
+    return np.stack([of_node.selected(task, everyone, 400) for task in tasks(experiment, steps)])
 
 
 def test_ftrl_everybody_takes_part_once_in_every_pass() -> None:
@@ -290,7 +290,7 @@ def test_offline_holders_only_take_away(name: str) -> None:
     everyone = node.method
     for task in tasks(prepare(config), 5):
         drawn = node.drawn(task)
-        assert set(drawn) <= set(node.ids[everyone.selected(task, node.ids)])
+        assert set(drawn) <= set(node.ids[everyone.selected(task, node.ids, 400)])
     assert prepare(config).mechanism.sampling_rate == pytest.approx(1 / 5)
 
 
