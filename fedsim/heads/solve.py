@@ -15,11 +15,16 @@ from fedsim.heads.spectrum import Spectrum
 from fedsim.validate import InputError
 
 
-def ridge(noise_std: float, width: int, factor: float = 1.0) -> float:
-    """Return a ridge from the noise alone: factor times its norm, s sqrt(2 d).
+RIDGE = 0.15  # of the noise's norm, for denoised second moments; see `ridge`
 
-    With factor 1, G + E + r I is positive definite for any true G (but for the O(d^(-2/3)) beyond the
-    edge), and directions in which G is below the noise are shrunk by half at least. Nothing private enters.
+
+def ridge(noise_std: float, width: int, factor: float = RIDGE) -> float:
+    """Return a ridge from the noise alone: factor times its norm, s sqrt(2 d). Nothing private enters.
+
+    With factor 1, G + E + r I is positive definite for any true G (but for the O(d^(-2/3)) beyond the edge),
+    and a noisy matrix can be solved with as it is. What `Spectrum.denoised` makes of it needs less: for 50,000
+    images and 1,280 features the best factor was 0.1 at epsilon 8 and 0.1 to 0.2 at 0.1 to 1, and between 0.05
+    and 0.35 the accuracy stayed within 1.3 points of the best.
 
     Args:
         noise_std: s of the packed second moments; see `Part.noise_std`.
