@@ -112,12 +112,17 @@ def _whitening(height: int, width: int, channels: int) -> whitening.Whitening:
 
 @torch.no_grad()
 def _features(network: EfficientNetLite0, images: NDArray[np.uint8]) -> Iterator[Tensor]:
-    for start in range(0, len(images), BATCH):
-        values = torch.tensor(images[start : start + BATCH]).movedim(-1, 1).float()
-        enlarged = (F.interpolate(values, (EDGE, EDGE), mode="bilinear") - 127) / 128
-        colour = enlarged.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    for colour in inputs(images, EDGE):
         parts = [F.adaptive_avg_pool2d(seen, GRID).flatten(1) for seen in network.stages(colour, TAPPED)]
         yield torch.cat([F.layer_norm(part, part.shape[1:]) for part in parts], 1)
+
+
+def inputs(images: NDArray[np.uint8], edge: int) -> Iterator[Tensor]:
+    """Yield what the network takes, (n, 3, edge, edge) float32, n up to 64, of images (N, H, W, 1 or 3)."""
+    for start in range(0, len(images), BATCH):
+        values = torch.tensor(images[start : start + BATCH]).movedim(-1, 1).float()
+        enlarged = (F.interpolate(values, (edge, edge), mode="bilinear") - 127) / 128
+        yield enlarged.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 class _Same(nn.Module):
@@ -188,11 +193,14 @@ class EfficientNetLite0(nn.Module):
             if stage in wanted:
                 yield hidden
 
+    def pooled(self, inputs: Tensor) -> Tensor:
+        """Map (n, 3, H, W) to what the last layer sees (n, 1280), each within [0, 6]."""
+        (hidden,) = self.stages(inputs, (len(STAGES) - 1,))
+        return F.relu6(self._bn1(self._conv_head(hidden))).mean((2, 3))
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, 3, H, W), RGB as (value - 127) / 128, to the logits (n, 1000) of ImageNet-1k."""
-        (hidden,) = self.stages(inputs, (len(STAGES) - 1,))
-        hidden = F.relu6(self._bn1(self._conv_head(hidden)))
-        return self._fc(hidden.mean((2, 3)))
+        return self._fc(self.pooled(inputs))
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fedsim.config import DataConfig
 from fedsim.data import backbone, datasets, features, silhouettes
+from fedsim.data.feature_maps import FEATURES
 from fedsim.merging import Choice
 from fedsim.validate import InputError
 
@@ -100,3 +101,27 @@ def test_silhouettes_are_the_same_everywhere() -> None:
     covered = (drawn.max(axis=3) > 0).mean(axis=(1, 2))
     assert 0.2 < covered.mean() < 0.7
     assert covered.min() > 0
+
+
+def test_last_layer_features_are_what_the_last_layer_sees(
+    images: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published last layer makes of them the logits of the whole network, also for colour and size."""
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
+    network = backbone.published()
+    made = FEATURES.make(Choice("efficientnet_lite0_last"))
+    assert made.output_shape((28, 28, 1)) == made.output_shape((40, 30, 3)) == (1280,)
+    computed = np.concatenate(list(made.compute(images)))
+    assert computed.shape == (80, 1280)
+    assert computed.min() >= 0
+    assert computed.max() <= 6
+    with torch.no_grad():
+        logits = network(next(backbone.inputs(images[:8], backbone.EDGE)))
+        torch.testing.assert_close(network._fc(torch.from_numpy(computed[:8])), logits, rtol=1e-3, atol=1e-3)
+    stored = features.of_images(Choice("efficientnet_lite0_last"), images[60:70])
+    np.testing.assert_allclose(stored.astype(np.float32), computed[60:70], rtol=1e-3, atol=1e-3)
+    colour = next(made.compute(np.repeat(images[:4], 3, axis=3)))
+    np.testing.assert_allclose(colour, computed[:4], rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="1 or 3 channels, got 2"):
+        made.output_shape((28, 28, 2))
+    assert made.version() != FEATURES.make(Choice("efficientnet_lite0")).version()
