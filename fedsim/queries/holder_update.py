@@ -86,7 +86,8 @@ class HolderUpdate(Query):
         if config.privacy.clipping != "flat":
             validate.conflicts(
                 f"query holder_update clips updates flat, got privacy.clipping={config.privacy.clipping}: "
-                "what it clips is a holder's whole update, one vector, whose norm the adaptive clip norm follows.",
+                "what it clips is a holder's whole update, one vector, whose norm the adaptive clip norm "
+                "follows.",
                 "Use flat.",
             )
 

@@ -81,7 +81,8 @@ def test_the_wheel_has_all_that_commands_need_and_nothing_beside(installed: Path
         "py.typed",
         "configs/base.yaml",
         "configs/compare/trust_models.yaml",
-        "strategies/central_dpsgd.py",
+        "configs/presets/central_dpsgd.yaml",
+        "strategies/central.py",
         "data/embedded/fashion_mnist_subset.npz",
     ):
         assert (installed / "fedsim" / name).is_file(), name
@@ -92,8 +93,7 @@ def test_the_wheel_has_all_that_commands_need_and_nothing_beside(installed: Path
 
 def test_commands_and_the_front_door_run_from_any_folder(installed: Path, elsewhere: Path) -> None:
     (elsewhere / "two.yaml").write_text(
-        "title: two\nrecipe: quickstart\nseeds: [0]\n"
-        "variants: {central: [], local: [preset=local_dpsgd]}\n",
+        "title: two\nrecipe: quickstart\nseeds: [0]\nvariants: {central: [], local: [preset=local_dpsgd]}\n",
         encoding="utf-8",
     )
     (elsewhere / "script.py").write_text(SCRIPT, encoding="utf-8")
