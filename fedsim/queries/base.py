@@ -73,7 +73,7 @@ class Query(ABC):
 
     Class attributes:
         unit: "example" or "holder": who contributes, is drawn, and is protected.
-        what: the contributions, in the words of tables.
+        what: the contributions before anything bounds them, in the words of tables.
         unread: settings that this query does not read; set to anything but their default they are refused.
     """
 
