@@ -115,7 +115,7 @@ class Query(ABC):
 
     @property
     def adaptive(self) -> bool:
-        """Return whether a bound moves with what was released: then only fresh noise at the server goes."""
+        """Return whether a bound moves with what was released: then only noise that the server adds goes."""
         return False
 
     @abstractmethod
@@ -126,7 +126,8 @@ class Query(ABC):
     def sums_by_holder(
         self, node: NodeView, task: StepTask, clip: ClipRule, here: NDArray[np.bool_]
     ) -> tuple[Tensor, ClippedSum]:
-        """Return the sum of the main part for each of the node's holders, (H, length), and the statistics.
+        """Return for each of the node's holders its sums, part after part in one row, (H, length of all
+        parts), and the statistics of all together.
 
         Args:
             node, task, clip: as in `sums`.

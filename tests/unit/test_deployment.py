@@ -22,6 +22,7 @@ from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.server_app import train as train_on
 from fedsim.mechanism import Method
+from fedsim.strategies.local import Local
 from fedsim.validate import InputError
 from tests.conftest import small, train
 
@@ -96,6 +97,17 @@ def test_strategies_whose_holders_keys_come_from_the_server_are_refused(name: st
         with pytest.raises(InputError, match="is for simulation"):
             deployment.settled(config, "deployment")
     else:
+        deployment.settled(config, "deployment")
+    deployment.settled(config, "simulation")
+
+
+def a_trust_model() -> Local:
+    return Local()
+
+
+def test_a_trust_model_that_a_function_makes_is_refused_as_well() -> None:
+    config = small(SECURE, f"strategy.name={__name__}:a_trust_model")
+    with pytest.raises(InputError, match="is for simulation"):
         deployment.settled(config, "deployment")
     deployment.settled(config, "simulation")
 

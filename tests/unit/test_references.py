@@ -172,6 +172,15 @@ def test_a_node_runs_only_what_it_was_told_of(folder: Path, monkeypatch: pytest.
     sys.modules.pop("evil", None)
 
 
+@pytest.mark.parametrize("setting", ["strategy", "query", "sampler", "noise"])
+def test_a_node_imports_no_part_of_a_method_it_was_not_told_of(setting: str, folder: Path) -> None:
+    (folder / "evil.py").write_text("open('mark', 'w').close()\n", encoding="utf-8")
+    with pytest.raises(InputError, match="runs no code it was not told of, but is sent evil:Part"):
+        node_for(setup_of(small(f"{setting}=evil:Part")), 0)
+    assert not (folder / "mark").exists()
+    sys.modules.pop("evil", None)
+
+
 def test_a_node_imports_no_metric_it_was_not_told_of(folder: Path) -> None:
     (folder / "evil.py").write_text("open('mark', 'w').close()\n", encoding="utf-8")
     sent = setup_of(small("task.options.metrics=[evil:measure]"))
