@@ -176,7 +176,7 @@ def measure(steps: int) -> dict[str, Any]:
     for holders in (100, 1_000):
         config = settings(
             holders, 1, "model.name=cifar_cnn", "preset=dp_fedavg", "optimizer.learning_rate=1.0",
-            f"strategy.options={{local_batch_size: {EXAMPLES_A_USER}, local_learning_rate: {LOCAL_RATE}}}",
+            f"query.options={{local_batch_size: {EXAMPLES_A_USER}, local_learning_rate: {LOCAL_RATE}}}",
             f"data.train_examples={EXAMPLES_A_USER * holders}", f"privacy.clip_norm={CLIP_NORM}",
             f"train.expected_batch_size={EXAMPLES_A_USER * holders}", f"train.steps={steps + 2}",
         )  # fmt: skip
@@ -235,9 +235,11 @@ def _collector(experiment: Experiment, client: Any) -> Callable[[], NDArray[Any]
     parameters = get_flat(experiment.model).numpy()
 
     def collect() -> NDArray[Any]:
-        keys = experiment.strategy.keys(seeds.derive(SEED, "run"), 0)
-        collector.begin(0, keys, parameters)
-        return experiment.strategy.collect(experiment.plan, collector.ask)[0]
+        mechanism = experiment.mechanism
+        release = mechanism.release()
+        keys = mechanism.method.keys(seeds.derive(SEED, "run"), 0)
+        collector.begin(0, keys, parameters, release)
+        return mechanism.collect(release, {}, collector.ask).sums["sum"]
 
     return collect
 

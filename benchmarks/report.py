@@ -10,32 +10,54 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
 import math
 import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from scipy import stats
 
 from benchmarks import pictures, tables
 from benchmarks.tables import load
-from fedsim import strategies
+from fedsim import presets
+from fedsim.config import CONFIG_DIR
 from fedsim.report.markers import missing, provenance, table, update
+from fedsim.strategies import STRATEGIES
 from fedsim.validate import FedsimError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def trust_models() -> str:
-    """One row for each file in strategies/, from what its class says."""
+    """One row for each trust model of fedsim's, from what its class says."""
     rows = []
-    for name in strategies.names():
-        cls = importlib.import_module(f"fedsim.strategies.{name}").STRATEGY
-        rows.append([f"`{name}`", cls.trusted, cls.sent, cls.noise_added, cls.dropout_policy])
+    for name, cls in STRATEGIES.own().items():
+        sent = cls.sent.format(what="contributions")
+        rows.append([f"`{name}`", cls.trusted, sent, cls.noise_added, cls.dropout_policy])
     return table(["strategy", "who is trusted", "what is sent", "where noise is added", "dropouts"], rows)
+
+
+def methods() -> str:
+    """One row for each file in configs/presets/: what it picks, and its own first words."""
+    rows = []
+    for name in presets.names(CONFIG_DIR):
+        held = presets.content(name, CONFIG_DIR)
+        chosen = [_choice(held[axis]) for axis in presets.AXES]
+        said = (CONFIG_DIR / presets.FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        about = " ".join(line[1:].strip() for line in said if line.startswith("#"))
+        rows.append([f"`{name}`", *chosen, about])
+    return table(["preset", *presets.AXES, "what it is"], rows)
+
+
+def _choice(choice: Any) -> str:
+    """Return a choice as text: its name, with the options it has."""
+    if isinstance(choice, str):
+        return f"`{choice}`"
+    options = ", ".join(f"{key}: {value}" for key, value in choice.options.items())
+    return f"`{choice.name}` ({options})"
 
 
 TRUST_COLUMNS = (
@@ -115,6 +137,7 @@ def _with_error(values: Sequence[float]) -> str:
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "trust-models": trust_models,
+        "methods": methods,
         "trust-comparison": lambda: comparison("trust_models", TRUST_COLUMNS),
     },
     "docs/comparisons.md": {

@@ -76,9 +76,11 @@ def hosted_holders(steps: int) -> dict[str, Any]:
                 parameters: NDArray[Any] = parameters,
                 experiment: Experiment = experiment,
             ) -> None:
-                keys = experiment.strategy.keys(seeds.derive(SEED, "run"), 0)
-                collector.begin(0, keys, parameters)
-                experiment.strategy.collect(experiment.plan, collector.ask)
+                mechanism = experiment.mechanism
+                release = mechanism.release()
+                keys = mechanism.method.keys(seeds.derive(SEED, "run"), 0)
+                collector.begin(0, keys, parameters, release)
+                mechanism.collect(release, {}, collector.ask)
 
             def plain(parameters: NDArray[Any] = parameters, holders: int = holders) -> None:
                 trivial(parameters, holders).astype(np.float64)
@@ -130,6 +132,7 @@ def server_work(repeats: int) -> dict[str, Any]:
         HolderReply(0, 0, n, np.zeros(1, np.int64), "", {"sum": np.ones(size, np.float32)}, 1, {}, {})
         for n in (0, 1)
     ]
+    mechanism, release = experiment.mechanism, experiment.mechanism.release()
     noise = GaussianNoise(1.0, 1.0)
     optimizer = ServerOptimizer(config.optimizer, config.train, spec(experiment.model))
     parameters = get_flat(experiment.model)
@@ -139,7 +142,7 @@ def server_work(repeats: int) -> dict[str, Any]:
 
     def add() -> None:
         nonlocal total
-        total = experiment.strategy.collect(experiment.plan, lambda *_: replies)[0]
+        total = mechanism.collect(release, {}, lambda *_: replies).sums["sum"]
 
     raw = interleaved(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -9,11 +10,9 @@ from torch import nn
 
 import fedsim
 from fedsim.headline import Metric
-from fedsim.noise.gaussian import GaussianNoise
-from fedsim.privacy.budget import within_budget
-from fedsim.privacy.family import EventFamily
-from fedsim.strategies.base import DataFacts, Plan
-from fedsim.strategies.central_dpsgd import CentralDPSGD
+from fedsim.noise.gaussian import standard_normal
+from fedsim.seeds import derive
+from fedsim.strategies.central import Central
 
 
 class Net(nn.Module):
@@ -28,15 +27,22 @@ class Net(nn.Module):
         return self.head(self.body(images.flatten(1)).tanh())
 
 
-class FullBatch(CentralDPSGD):
-    """Gradient descent on all examples in every step: the guarantee needs no sampling to be secret."""
+@dataclass(frozen=True)
+class TwoServers(Central):
+    """Two servers add half the variance of the noise each, by keys of their own: neither knows all of it."""
 
-    def plan(self, facts: DataFacts) -> Plan:
-        """The Gaussian mechanism on everything, divided by the public number of examples."""
-        budget = within_budget(self.config.privacy, EventFamily.gaussian(1.0), self.config.train.steps)
-        clip = self.clip_rule()
-        noise = GaussianNoise(budget.noise_multiplier, clip.sensitivity)
-        return Plan("example", 1.0, float(facts.examples), clip, noise, budget)
+    noise_added = "two servers, half of it each, on the sum"
+
+    def added(self, at, release, got, noise, root, step):
+        """What both servers add to each part of the sum: together the noise that the event counts on."""
+        sums = {}
+        for part in release.statistic.parts:
+            first, second = (
+                standard_normal(derive(root, f"{part.purpose} of a server", step, server), part.length)
+                for server in (0, 1)
+            )
+            sums[part.name] = release.noise_stds[part.name] * math.sqrt(0.5) * (first + second)
+        return sums
 
 
 @dataclass(frozen=True)

@@ -154,12 +154,12 @@ class EngineConfig:
             number of devices its process sees.
         deterministic: on CUDA, take only kernels that give the same bits again. Where it is off a step that
             is repeated, after an interruption or for a node that failed, equals the first to rounding only,
-            and `shares_dpsgd` refuses to run. The CPU always repeats its bits.
+            and the trust model `shares` refuses to run. The CPU always repeats its bits.
         threads: torch threads of a process; None for one if the model has less than 100 000 parameters, and
             for all cores otherwise.
         cpus_per_node, gpus_per_node: what Flower's simulation reserves for a node.
 
-    Per-holder sums (`shares_dpsgd`) are taken by the vmap engine in any case, and local training by ordinary
+    Per-holder sums (under `shares`) are taken by the vmap engine in any case, and local training by ordinary
     gradients; the bookkeeping engine's settings do not reach those. There is no setting for `torch.compile`:
     see `fedsim.grads.bookkeeping.Options`.
     """

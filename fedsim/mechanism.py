@@ -130,7 +130,7 @@ class Mechanism:
         budget: the events of the run, their noise multiplier, and the steps made.
         noise_multiplier: of the noise that makes the events true; 0 where nothing is private. It differs from
             that of the events where part of the noise is spent otherwise, such as on rounding.
-        column_norm: sensitivity of a release, in bounds on one contribution.
+        column_norm: sensitivity of a release of the main part, in bounds on one contribution.
         agreed: what server and nodes agree on beforehand.
     """
 
@@ -275,7 +275,10 @@ class Mechanism:
         if self.method.private:
             multipliers = self._multipliers(self.noise_multiplier * factor)
             for part, multiplier in zip(statistic.parts, multipliers, strict=True):
-                stds[part.name] = multiplier * (part.bound * self.column_norm)
+                norm = (
+                    self.column_norm if part is statistic.main else 1.0
+                )  # only the main part's is correlated
+                stds[part.name] = multiplier * (part.bound * norm)
         return Release(statistic, stds, self.facts, self.agreed)
 
     def _multipliers(self, noise_multiplier: float) -> tuple[float, ...]:

@@ -55,15 +55,21 @@ def schema_of(kind: type[Any]) -> DictConfig:
     return _thaw(OmegaConf.structured(kind))
 
 
-def parse_options(options: dict[str, Any], schema: type[Any], where: str) -> Any:
+def parse_options(options: dict[str, Any], schema: type[Any], where: str, setting: str = "") -> Any:
     """Return `schema(**options)` for a frozen dataclass of options, with typed conversion.
+
+    Args:
+        options: as written.
+        schema: the dataclass.
+        where: what holds the options, for messages.
+        setting: their dotted name, where `where` is another.
 
     Raises:
         InputError: unknown option (with the nearest valid one), wrong type, or one that nothing reads.
     """
     typed = schema_of(schema)
     parsed = to_dataclass(merge(typed, OmegaConf.create(options), where), schema)
-    rules.refuse_unread(parsed, where)
+    rules.refuse_unread(parsed, setting or where)
     return parsed
 
 

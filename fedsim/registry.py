@@ -112,7 +112,7 @@ class Registry(Generic[T]):
         """
         found = self.find(choice.name)
         if isinstance(found, type) and dataclasses.is_dataclass(found):
-            made = parse_options(choice.options, found, f"{self.options} of {choice.name}")
+            made = parse_options(choice.options, found, f"{self.options} of {choice.name}", self.options)
         elif isinstance(found, self.base):  # an instance in a module: its options are set
             made = found
             if choice.options:

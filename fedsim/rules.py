@@ -74,7 +74,7 @@ def refuse_set(config: Config, names: Iterable[str], reader: str) -> None:
     Args:
         config: the configuration.
         names: such as "engine.precision".
-        reader: what does not read them, such as "strategy.name = dp_fedavg".
+        reader: what does not read them, such as "query = holder_update".
 
     Raises:
         InputError: names the setting and the choice that ignores it.

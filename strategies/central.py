@@ -28,6 +28,6 @@ class Central(Trust):
     """The server sees the exact sum and adds the noise once."""
 
     trusted = "server (sees the exact sum)"
-    sent = "sum of {what}"
+    sent = "sum of clipped {what}"
     noise_added = "server, once, on the sum"
     dropout_policy = "ask once more with the same keys, then stop"

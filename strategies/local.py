@@ -69,7 +69,7 @@ class Local(Trust):
     local_learning_rate: float = 1.0
 
     trusted = "nobody"
-    sent = "noised sum of {what} of each holder, or its model's change by such steps"
+    sent = "noised sum of clipped {what} of each holder, or its model's change by such steps"
     noise_added = "every holder, in full, on its own sum"
     dropout_policy = "ask once more with the same keys, then stop"
     simulates_secrets = True

@@ -102,7 +102,7 @@ class Shares(Trust):
     threshold: int | None = None
 
     trusted = "server to follow the protocol (sees only the noisy sum), most holders not to work with it"
-    sent = "masked, rounded sum of {what} with a share of the noise, a holder"
+    sent = "masked, rounded sum of clipped {what} with a share of the noise, a holder"
     noise_added = "every holder, a share of it, as integers"
     dropout_policy = "below min_survivors: refuse the step, or top up the noise; below the threshold: refuse"
     stages = STAGES

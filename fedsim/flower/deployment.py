@@ -19,6 +19,7 @@ from flwr.superlink.grid import InMemoryGrid
 from fedsim import validate
 from fedsim.config import Config
 from fedsim.flower.local_grid import LocalGrid
+from fedsim.merging import Choice
 from fedsim.strategies import STRATEGIES
 
 LOCAL, SIMULATION, DEPLOYMENT = "local", "simulation", "deployment"
@@ -44,7 +45,8 @@ def settled(config: Config, backend: str) -> Config:
             "compute the noise and remove it.",
             "Set privacy.noise_source=secure.",
         )
-    if deployed and STRATEGIES.find(config.strategy.name).simulates_secrets:
+    chosen = Choice(config.strategy.name, config.strategy.options)
+    if deployed and STRATEGIES.make(chosen).simulates_secrets:
         validate.conflicts(
             f"strategy={config.strategy.name} is for simulation: the holders' keys come from the "
             "server, which could remove their noise in a deployment.",

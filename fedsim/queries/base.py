@@ -73,7 +73,7 @@ class Query(ABC):
 
     Class attributes:
         unit: "example" or "holder": who contributes, is drawn, and is protected.
-        what: the contributions, in the words of tables.
+        what: the contributions before anything bounds them, in the words of tables.
         unread: settings that this query does not read; set to anything but their default they are refused.
         tiny: options of a small example, for tests over all combinations.
     """
@@ -117,7 +117,7 @@ class Query(ABC):
 
     @property
     def adaptive(self) -> bool:
-        """Return whether a bound moves with what was released: then only fresh noise at the server goes."""
+        """Return whether a bound moves with what was released: then only noise that the server adds goes."""
         return False
 
     @abstractmethod
@@ -128,7 +128,8 @@ class Query(ABC):
     def sums_by_holder(
         self, node: NodeView, task: StepTask, clip: ClipRule, here: NDArray[np.bool_]
     ) -> tuple[Tensor, ClippedSum]:
-        """Return the sum of the main part for each of the node's holders, (H, length), and the statistics.
+        """Return for each of the node's holders its sums, part after part in one row, (H, length of all
+        parts), and the statistics of all together.
 
         Args:
             node, task, clip: as in `sums`.

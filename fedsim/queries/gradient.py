@@ -21,7 +21,7 @@ from fedsim.types import ClippedSum, StepTask
 class Gradient(Query):
     """The gradient of an example at the step's parameters, averaged over its views, then clipped."""
 
-    what = "clipped per-example gradients"
+    what = "per-example gradients"
 
     def statistic(self, parameters: int, dtype: np.dtype[Any], clip: ClipRule, state: State) -> Statistic:
         """See `Query.statistic`."""

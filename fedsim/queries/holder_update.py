@@ -59,7 +59,7 @@ class HolderUpdate(Query):
     count_noise: float | None = field(default=None, metadata=read_with(target_quantile=SET))
 
     unit = "holder"
-    what = "clipped holder updates"
+    what = "holder updates"
     unread = (*ENGINE_SETTINGS, "train.augment_multiplicity", "train.augmentations")
 
     def __post_init__(self) -> None:

@@ -252,6 +252,6 @@ def test_evaluation_is_that_of_the_cpu() -> None:
 @pytest.mark.parametrize("strategy", ["central_dpsgd", "shares_dpsgd", "local_dpsgd"])
 def test_a_run_ends_where_that_of_the_cpu_does(strategy: str, tmp_path: Path) -> None:
     for out, place in (("here", "cpu"), ("there", DEVICE)):
-        config = small(f"strategy.name={strategy}", "train.steps=4", f"engine.device={place}")
+        config = small(f"preset={strategy}", "train.steps=4", f"engine.device={place}")
         train(config, tmp_path / out)
     torch.testing.assert_close(final(tmp_path / "there"), final(tmp_path / "here"), rtol=1e-3, atol=1e-4)

@@ -25,7 +25,7 @@ from fedsim.data import datasets, examples
 from fedsim.engine.experiment import build_model
 from fedsim.noise.gaussian import standard_normal
 from fedsim.optimizers import OPTIMIZERS
-from fedsim.sampling import PoissonSampler
+from fedsim.samplers.keyed import PoissonSampler
 from fedsim.schedules import SCHEDULES
 from fedsim.tasks.classification import Classification
 from tests.conftest import final, small, train

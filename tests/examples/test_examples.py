@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import json
 import sys
@@ -11,13 +12,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsim import models
+from fedsim import models, seeds
 from fedsim.engine.experiment import prepare
+from fedsim.noise.gaussian import standard_normal
+from fedsim.noise.stream import Stream
+from fedsim.privacy import events
 from fedsim.run import Run
+from fedsim.strategies.base import Collected
+from fedsim.strategies.central import Central
 from tests.conftest import final
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -154,6 +161,35 @@ def test_a_clinic_is_a_holder(start: Start, done: Callable[[str], Run]) -> None:
     assert run.result["largest_holder"] == max(sizes)
     holder_of = prepare(run.config).partition.holder_of
     assert [sorted(set(clinics))[holder] for holder in holder_of] == clinics
+
+
+def test_two_servers_add_the_noise_that_is_accounted(done: Callable[[str], Run]) -> None:
+    """In independent halves: the whole has the stated scale, and is not what one server would have added.
+
+    False alarms: bounds of five standard errors, below 1e-5 together.
+    """
+    run = done("own_everything")
+    mechanism = prepare(run.config).mechanism
+    release, nothing, own = mechanism.release(), Collected({}, []), sys.modules["own_parts"]
+    assert type(mechanism.method.trust) is own.TwoServers
+    assert mechanism.event_at(0) == events.gaussian_step(mechanism.noise_multiplier, 1.0)
+    std = mechanism.noise_std_of_sum(release)
+    assert std == mechanism.noise_multiplier * run.config.privacy.clip_norm
+    noise = [mechanism.noise(release, nothing, Stream(), 5, step)["sum"] for step in range(2)]
+    again = mechanism.noise(release, nothing, Stream(), 5, 0)["sum"]
+    assert np.array_equal(noise[0], again), "a step that is repeated releases nothing new"
+    trusting = dataclasses.replace(mechanism, method=dataclasses.replace(mechanism.method, trust=Central()))
+    central = trusting.noise(release, nothing, Stream(), 5, 0)["sum"]
+    halves = [
+        standard_normal(seeds.derive(5, "noise of a server", 0, server), central.size) * std * 0.5**0.5
+        for server in range(2)
+    ]
+    np.testing.assert_allclose(noise[0], halves[0] + halves[1], rtol=1e-12, atol=1e-12)
+    error = central.size**-0.5
+    for values in (*noise, central):
+        assert values.std() == pytest.approx(std, rel=5 * error / 2**0.5)
+    for one, other in ((noise[0], central), (noise[0], noise[1]), halves):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 5 * error
 
 
 @pytest.mark.flower

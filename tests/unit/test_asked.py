@@ -14,7 +14,7 @@ from fedsim.engine import holder
 from fedsim.engine.asked import Asked
 from fedsim.engine.holder import Node
 from fedsim.grads.flat import get_flat
-from fedsim.strategies.shares_dpsgd import STAGES
+from fedsim.strategies.shares import STAGES
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError
 from tests.conftest import small
@@ -42,22 +42,22 @@ class Asker:
         return holder.answer(self.node, task, at, self.asked)
 
     def step(self, step: int, stop_before: str = "") -> None:
-        """Collect a step as the strategy does; each stage's task and reply are kept."""
+        """Collect a step as the mechanism does; each stage's task and reply are kept."""
         from fedsim.engine.experiment import prepare
 
-        prepared = prepare(self.node.config)
-        keys = prepared.strategy.keys(seeds.derive(0, "run"), step)
+        mechanism = prepare(self.node.config).mechanism
+        keys = mechanism.method.keys(seeds.derive(0, "run"), step)
 
         def ask(stage: str, arrays: dict[str, Any]) -> list[HolderReply]:
             if stage == stop_before and stage:
                 raise StopIteration
-            task = StepTask(step, 0, prepared.plan.sampling_rate, keys, stage, dict(arrays))
+            task = StepTask(step, 0, mechanism.sampling_rate, keys, stage, dict(arrays))
             self.tasks[step, stage] = task
             self.replies[step, stage] = self.answer(task)
             return [self.replies[step, stage]]
 
         try:
-            prepared.strategy.collect(prepared.plan, ask)  # type: ignore[arg-type]
+            mechanism.collect(mechanism.release(), {}, ask)  # type: ignore[arg-type]
         except StopIteration:
             return
 
@@ -204,14 +204,14 @@ def test_an_answer_that_cannot_be_repeated_is_refused(node: Node, monkeypatch: p
 def test_noise_of_a_holder_never_meets_two_sums() -> None:
     """local_dpsgd, where nobody is trusted: the same noise on sums at other parameters would cancel out."""
     node = Node(small("preset=local_dpsgd", "federation.nodes=1", "model.name=linear"), 0, 0)
-    keys = node.strategy.keys(0, 0)
-    task = StepTask(0, 0, 0.2, keys, "", {"noise_std": np.array([0.5])})
+    keys = node.method.keys(0, 0)
+    task = StepTask(0, 0, 0.2, keys, "", {"noise_std of sum": np.array([0.5])})
     at, asked = get_flat(node.model).numpy(), Asked()
     first = holder.answer(node, task, at, asked)
     assert arrays_equal(holder.answer(node, task, at, asked), first)
     for changed, parameters in (
         (task, at + 1),
-        (with_array(task, "noise_std", lambda a: a * 0), at),
+        (with_array(task, "noise_std of sum", lambda a: a * 0), at),
         (with_key(task, "draw"), at),
         (dataclasses.replace(task, step=1), at),
     ):
@@ -223,5 +223,5 @@ def test_where_the_server_is_trusted_nothing_is_remembered() -> None:
     node = Node(small("federation.nodes=1", "model.name=linear"), 0, 0)
     at, asked = get_flat(node.model).numpy(), Asked()
     for step in (3, 1, 1):
-        holder.answer(node, StepTask(step, 0, 0.2, node.strategy.keys(0, 0)), at + step, asked)
+        holder.answer(node, StepTask(step, 0, 0.2, node.method.keys(0, 0)), at + step, asked)
     assert asked == Asked()

@@ -221,7 +221,7 @@ def test_the_probe_takes_the_costs_of_the_strategy() -> None:
     """One sum a holder is one parameter vector a holder, and a whole gradient an example."""
     limits: dict[str, int] = {}
     for name in ("central_dpsgd", "shares_dpsgd"):
-        experiment = prepare(small(AUTO, f"strategy.name={name}", "federation.holders=40"))
+        experiment = prepare(small(AUTO, f"preset={name}", "federation.holders=40"))
         choice = probe.probe(experiment, parallel=False)
         limits[name] = choice.costs[1].memory
         vector = 4 * experiment.facts.parameters

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.noise.levels import NoiseLevels
 from fedsim.privacy import accountant, calibrations
 from fedsim.privacy.family import EventFamily
-from fedsim.privacy.levels import NoiseLevels
 
 TARGET, DELTA, STEPS = 2.0, 1e-5, 40
 

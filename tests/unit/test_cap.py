@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim import seeds, strategies
-from fedsim.config import Config, FederationConfig
+from fedsim import presets, seeds
+from fedsim.config import CONFIG_DIR, Config, FederationConfig
 from fedsim.data.partition import Partition, partition
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.merging import Choice
@@ -79,7 +79,7 @@ def test_a_cap_below_one_is_refused() -> None:
         small("federation.examples_per_holder_at_most=0")
 
 
-@pytest.mark.parametrize("name", strategies.names())
+@pytest.mark.parametrize("name", presets.names(CONFIG_DIR))
 def test_examples_above_the_cap_reach_no_update(name: str, tmp_path: Path) -> None:
     """Other content in unused examples changes no parameter; in used ones it does."""
     random = np.random.default_rng(0)
@@ -100,17 +100,17 @@ def test_examples_above_the_cap_reach_no_update(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["central_dpsgd", "local_dpsgd", "dp_mf"])
 def test_epsilon_per_holder_is_that_of_the_cap_in_result_and_ledger(name: str, tmp_path: Path) -> None:
-    config = small(f"strategy.name={name}", *UNEVEN, "federation.examples_per_holder_at_most=50")
+    config = small(f"preset={name}", *UNEVEN, "federation.examples_per_holder_at_most=50")
     experiment = prepare(config)
     assert experiment.facts.examples == np.minimum(uneven().sizes(), 50).sum()
     assert experiment.facts.largest_holder == Public(50)
-    spent = epsilons(experiment.plan, 6, config, experiment.facts)["holder"]
+    spent = epsilons(experiment.mechanism, 6, config)["holder"]
     assert isinstance(spent, Public)
-    event = experiment.plan.total_event_for_holder(6, 50)
+    event = experiment.mechanism.total_event_for_holder(6, 50)
     assert spent.value == accountant.holder_epsilon_of_event(event, 1e-5, 50).among(10)
     if name == "dp_mf":
-        assert experiment.plan.holder_noise_factor < 1.0, "what the ledger's header must say"
-        assert event != experiment.plan.total_event(6)
+        assert experiment.mechanism.holder_noise_factor < 1.0, "what the ledger's header must say"
+        assert event != experiment.mechanism.total_event(6)
     result = train(config, tmp_path)
     assert result["epsilon"]["holder"]["value"] == pytest.approx(spent.value.value)
     assert "epsilon.holder" not in result["sensitive"]
@@ -125,9 +125,9 @@ def test_without_a_cap_epsilon_per_holder_is_the_largest_ones_and_sensitive(tmp_
     experiment = prepare(config)
     assert isinstance(experiment.facts.largest_holder, Sensitive)
     assert experiment.facts.largest_holder.value == sizes.max() > sizes.mean() + 50
-    spent = epsilons(experiment.plan, 6, config, experiment.facts)["holder"]
+    spent = epsilons(experiment.mechanism, 6, config)["holder"]
     assert isinstance(spent, Sensitive)
-    event = experiment.plan.total_event(6)
+    event = experiment.mechanism.total_event(6)
     assert spent.value == accountant.holder_epsilon_of_event(event, 1e-5, int(sizes.max())).among(10)
     result = train(config, tmp_path)
     assert result["epsilon"]["holder"]["value"] == pytest.approx(spent.value.value)
@@ -147,18 +147,20 @@ def test_what_shares_send_does_not_depend_on_the_largest_holder() -> None:
         prepare(small("preset=shares_dpsgd", f"federation.partition={scheme}"))
         for scheme in ("iid", "power_law")
     ]
-    agreed = [run.strategy._setup for run in runs]  # type: ignore[attr-defined]
+    agreed = [run.mechanism.agreed for run in runs]
     assert agreed[0] is not None
     assert agreed[0] == agreed[1]
     assert [run.facts.most_of_a_holder for run in runs] == [400, 400]
-    assert runs[0].plan.noise == runs[1].plan.noise
+    stds = [run.mechanism.release().noise_stds for run in runs]
+    assert stds[0] == stds[1]
+    assert stds[0]["sum"] > 0
 
 
 def of(name: str, root: Path) -> Config:
     """Three steps of a strategy on an uneven federation whose holders use 20 examples at most."""
     noise = ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"] if name == "nonprivate" else []
     return small(
-        f"strategy.name={name}",
+        f"preset={name}",
         *noise,
         *UNEVEN,
         "federation.examples_per_holder_at_most=20",

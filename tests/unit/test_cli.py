@@ -42,7 +42,7 @@ def test_run_writes_everything_and_says_where(tmp_path: Path, capsys: pytest.Cap
 def test_epsilon_of_the_ledger_is_that_of_the_result(
     strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small(f"strategy.name={strategy}", "federation.examples_per_holder_at_most=60")
+    config = small(f"preset={strategy}", "federation.examples_per_holder_at_most=60")
     result = train(config, tmp_path)
     for source in (tmp_path, tmp_path / "ledger.jsonl"):
         spent = answer(capsys, "epsilon", str(source))

@@ -191,11 +191,12 @@ def test_updates_of_holders_are_not_clipped_by_group(clipping: list[str]) -> Non
 
 
 def test_the_plan_keeps_the_sensitivity_and_the_event() -> None:
-    plan = prepare(small("privacy.clipping=per_layer")).plan
-    assert plan.clip == PerLayerClip(0.5)
-    assert plan.noise is not None
-    assert plan.noise.noise_std == 0.5
-    assert plan.event_at(0) == events.gaussian_step(1.0, plan.sampling_rate)
+    mechanism = prepare(small("privacy.clipping=per_layer")).mechanism
+    assert mechanism.method.at.clip == PerLayerClip(0.5)
+    release = mechanism.release()
+    assert release.statistic.main.bound == 0.5
+    assert release.noise_stds == {"sum": 0.5}
+    assert mechanism.event_at(0) == events.gaussian_step(1.0, mechanism.sampling_rate)
 
 
 def _clipped_by_definition(config: Config, node: Node, ids: Any, task: Any) -> int:
@@ -220,7 +221,7 @@ def test_the_reported_count_is_of_examples_with_a_part_above_its_bound() -> None
     keys = {name: bytes(32) for name in ("draw", "availability", "augment")}
     task = StepTask(step=0, wave=0, sampling_rate=0.5, keys=keys)
     ids = node.ids[:40]
-    rule = node.strategy.clip_rule()
+    rule = node.method.at.clip
     result = node.clipped_sum(ids, task, rule)
     expected = _clipped_by_definition(config, node, ids, task)
     assert statistics(result)["clipped"] == expected

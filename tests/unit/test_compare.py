@@ -69,7 +69,7 @@ def test_shipped_comparisons_are_valid(path: Path) -> None:
     for cell in planned:
         first = cell.seed == planned[0].seed and cell.epsilon in (None, planned[0].epsilon)
         if first and wanted.recipe == "quickstart":  # of the embedded data
-            assert prepare(cell.config).plan.steps > 0
+            assert prepare(cell.config).mechanism.steps > 0
 
 
 def test_runs_all_cells_once_and_reports(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,11 +238,11 @@ def test_shipped_comparisons_cover_what_they_say() -> None:
     dropouts = compare.cells(compare.load("compare/dropout_rates"), [])
     rates = {c.config.strategy.options.get("dropout_rate", 0.0) for c in dropouts}
     assert rates == {0.0, 0.1, 0.15}
-    assert {c.config.strategy.name for c in dropouts} == {"central_dpsgd", "shares_dpsgd"}
+    assert {c.config.method() for c in dropouts} == {"central_dpsgd", "shares_dpsgd"}
     releases = {
         c.config.train.steps * c.config.strategy.options.get("local_steps", 1)
         for c in compare.cells(compare.load("compare/local_steps"), [])
     }
     assert releases == {60}, "the same noise in all of them"
-    trust = {c.config.strategy.name for c in compare.cells(compare.load("compare/trust_models"), [])}
+    trust = {c.config.method() for c in compare.cells(compare.load("compare/trust_models"), [])}
     assert trust >= {"central_dpsgd", "shares_dpsgd", "local_dpsgd", "nonprivate"}

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from fedsim import config as configs
-from fedsim import models, strategies
+from fedsim import models
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
+from fedsim.mechanism import Method
 from fedsim.study import plan
 from fedsim.validate import InputError
 from tests.conftest import small
@@ -196,6 +197,10 @@ OPTIONS = [
     ("data.options.classes=3", "data.name=mnist", "data.name=arrays"),
     ("data.options={classes: 3, fit: squeeze}", "data.name=arrays", "data.name=image_folder"),
     ("task.options.top_k=3", "task=regression", "task=classification"),
+    ("query.options.local_epochs=2", "query=gradient", "query=holder_update"),
+    ("sampler.options.groups=2", "sampler=poisson", "sampler=cyclic"),
+    ("noise.options.factors=[2.0,1.0]", "noise=independent", "noise=schedule"),
+    ("strategy.options.min_survivors=9", "strategy=central", "strategy=shares"),
 ]
 
 
@@ -225,20 +230,19 @@ def test_an_option_that_what_is_chosen_does_not_have_is_refused(
     [
         ("nonprivate", ["privacy.clip_norm=0.5"]),
         ("nonprivate", ["privacy.clipping=normalised"]),
-        ("nonprivate", ["strategy.options.local_epochs=2"]),
-        ("nonprivate", ["strategy.options.algorithm=fedavg", "engine.gradients=vmap"]),
-        ("nonprivate", ["strategy.options.algorithm=fedavg", "train.augmentations=[flip]"]),
+        ("nonprivate", ["query=holder_update", "engine.gradients=vmap"]),
+        ("nonprivate", ["query=holder_update", "train.augmentations=[flip]"]),
         ("dp_fedavg", ["engine.precision=bfloat16"]),
-        ("dp_fedavg", ["strategy.options.quantile_learning_rate=0.1"]),
+        ("dp_fedavg", ["query.options.quantile_learning_rate=0.1"]),
         ("shares_dpsgd", ["engine.gradients=opacus"]),
     ],
 )
 def test_a_setting_that_the_strategy_does_not_read_is_refused(strategy: str, settings: list[str]) -> None:
-    config = configs.load("base", [f"strategy.name={strategy}", *settings])
+    config = configs.load("base", [f"preset={strategy}", *settings])
     name = settings[-1].split("=")[0]
     with pytest.raises(InputError, match=f"{name} is .*(does not read it|nothing reads it)"):
-        strategies.load(config)
-    strategies.load(configs.load("base", [f"strategy.name={strategy}", *settings[:-1]]))
+        Method.of(config)
+    Method.of(configs.load("base", [f"preset={strategy}", *settings[:-1]]))
 
 
 @pytest.mark.parametrize("family", ["small_cnn", "wide_resnet"])

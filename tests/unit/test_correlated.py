@@ -10,9 +10,13 @@ from numpy.typing import NDArray
 from scipy.optimize import approx_fprime, minimize
 
 from fedsim import seeds
-from fedsim.noise import correlated
-from fedsim.noise.correlated import BandedToeplitz, Mechanism, Stream, TreeAggregation, in_bin
+from fedsim.noise import banded as banded_noise
+from fedsim.noise import tree as tree_noise
+from fedsim.noise.banded import BandedToeplitz, optimal_coefficients
 from fedsim.noise.gaussian import standard_normal
+from fedsim.noise.stream import Factorisation, Stream
+from fedsim.noise.tree import TreeAggregation
+from fedsim.samplers.keyed import in_bin
 from fedsim.validate import InputError
 
 Array = NDArray[np.float64]
@@ -20,44 +24,44 @@ ROOT, COUNT = 5, 7
 
 
 def banded(bands: int, steps: int) -> BandedToeplitz:
-    return BandedToeplitz(correlated.optimal_coefficients(bands, steps))
+    return BandedToeplitz(optimal_coefficients(bands, steps))
 
 
-CASES: list[tuple[Mechanism, int]] = [
+CASES: list[tuple[Factorisation, int]] = [
     *((TreeAggregation(restart), 23) for restart in (1, 2, 3, 7, 8, 13, 23, 40)),
     *((banded(bands, 23), 23) for bands in (1, 2, 3, 8, 23, 40)),
 ]
 
 
-def explicit_z(mechanism: Mechanism, steps: int, count: int) -> Array:
+def explicit_z(factorisation: Factorisation, steps: int, count: int) -> Array:
     """z in the order of the rows of C, from the keys the docstrings state."""
-    if isinstance(mechanism, BandedToeplitz):
+    if isinstance(factorisation, BandedToeplitz):
         return np.stack([standard_normal(seeds.derive(ROOT, "noise", t), count) for t in range(steps)])
-    assert isinstance(mechanism, TreeAggregation)
+    assert isinstance(factorisation, TreeAggregation)
     rows = []
     for t in range(steps):
-        number, level = t % mechanism.restart_every + 1, 0
+        number, level = t % factorisation.restart_every + 1, 0
         while number % 2**level == 0:
             rows.append(standard_normal(seeds.derive(ROOT, "noise", t, level), count))
             level += 1
     return np.stack(rows)
 
 
-def prefix_error(mechanism: Mechanism, steps: int) -> float:
+def prefix_error(factorisation: Factorisation, steps: int) -> float:
     """Mean squared error of prefix sums at noise multiplier and clip norm 1."""
-    _, decoder = mechanism.factors(steps)
-    return mechanism.column_norm(steps) ** 2 * float(np.sum(np.cumsum(decoder, axis=0) ** 2)) / steps
+    _, decoder = factorisation.factors(steps)
+    return factorisation.column_norm(steps) ** 2 * float(np.sum(np.cumsum(decoder, axis=0) ** 2)) / steps
 
 
-@pytest.mark.parametrize(("mechanism", "steps"), CASES, ids=str)
+@pytest.mark.parametrize(("factorisation", "steps"), CASES, ids=str)
 def test_noisy_gradients_are_unbiased_and_streamed_as_the_matrix_says(
-    mechanism: Mechanism, steps: int
+    factorisation: Factorisation, steps: int
 ) -> None:
-    encoder, decoder = mechanism.factors(steps)
+    encoder, decoder = factorisation.factors(steps)
     np.testing.assert_allclose(decoder @ encoder, np.eye(steps), atol=1e-12)
     stream = Stream()
-    rows = np.stack([stream.sample(mechanism, ROOT, t, COUNT) for t in range(steps)])
-    np.testing.assert_allclose(rows, decoder @ explicit_z(mechanism, steps, COUNT), atol=1e-12)
+    rows = np.stack([stream.sample(factorisation, ROOT, t, COUNT) for t in range(steps)])
+    np.testing.assert_allclose(rows, decoder @ explicit_z(factorisation, steps, COUNT), atol=1e-12)
 
 
 def test_tree_sensitivity_is_the_largest_column_norm_for_every_size() -> None:
@@ -82,8 +86,8 @@ def test_passes_share_no_row() -> None:
 @pytest.mark.parametrize("bands", [1, 2, 3, 5])
 def test_banded_sensitivity_over_all_participations_at_least_bands_apart(bands: int) -> None:
     steps = 11
-    mechanism = banded(bands, steps)
-    encoder, _ = mechanism.factors(steps)
+    factorisation = banded(bands, steps)
+    encoder, _ = factorisation.factors(steps)
     worst: dict[int, float] = {}
     for chosen in itertools.product((0, 1), repeat=steps):
         places = np.flatnonzero(chosen)
@@ -94,7 +98,7 @@ def test_banded_sensitivity_over_all_participations_at_least_bands_apart(bands: 
             gram = encoder[:, places].T @ encoder[:, places]
             np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-15)
     for participations, moved in worst.items():
-        bound = np.sqrt(participations) * mechanism.column_norm(steps)
+        bound = np.sqrt(participations) * factorisation.column_norm(steps)
         assert moved <= bound * (1 + 1e-12)
         if participations * bands <= steps:
             assert moved == pytest.approx(bound)
@@ -102,9 +106,9 @@ def test_banded_sensitivity_over_all_participations_at_least_bands_apart(bands: 
 
 def test_columns_closer_than_bands_do_overlap() -> None:
     """What cyclic sampling is for: without the separation the bound above is wrong."""
-    mechanism = banded(4, 12)
-    encoder, _ = mechanism.factors(12)
-    assert np.linalg.norm(encoder[:, 3] + encoder[:, 4]) > np.sqrt(2) * mechanism.column_norm(12) * 1.1
+    factorisation = banded(4, 12)
+    encoder, _ = factorisation.factors(12)
+    assert np.linalg.norm(encoder[:, 3] + encoder[:, 4]) > np.sqrt(2) * factorisation.column_norm(12) * 1.1
 
 
 def test_cycles_of_one_parity_share_no_row() -> None:
@@ -135,43 +139,43 @@ def test_tree_estimates_are_least_squares_within_each_subtree() -> None:
         assert prefix_variance[t] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("mechanism", "steps"), CASES, ids=str)
-def test_any_step_is_the_same_after_resuming_anywhere(mechanism: Mechanism, steps: int) -> None:
+@pytest.mark.parametrize(("factorisation", "steps"), CASES, ids=str)
+def test_any_step_is_the_same_after_resuming_anywhere(factorisation: Factorisation, steps: int) -> None:
     unbroken, states = [], []
     stream = Stream()
     for t in range(steps):
         states.append(stream.state_dict())
-        unbroken.append(stream.sample(mechanism, ROOT, t, COUNT))
+        unbroken.append(stream.sample(factorisation, ROOT, t, COUNT))
     for saved in range(steps):
         resumed = Stream()
         resumed.load_state_dict(states[saved])
         for t in range(saved, steps):
-            assert np.array_equal(resumed.sample(mechanism, ROOT, t, COUNT), unbroken[t])
+            assert np.array_equal(resumed.sample(factorisation, ROOT, t, COUNT), unbroken[t])
 
 
-@pytest.mark.parametrize("mechanism", [TreeAggregation(8), banded(4, 20)], ids=str)
-def test_a_step_depends_on_root_and_step_alone(mechanism: Mechanism) -> None:
+@pytest.mark.parametrize("factorisation", [TreeAggregation(8), banded(4, 20)], ids=str)
+def test_a_step_depends_on_root_and_step_alone(factorisation: Factorisation) -> None:
     ordered = Stream()
-    expected = [ordered.sample(mechanism, ROOT, t, COUNT) for t in range(20)]
+    expected = [ordered.sample(factorisation, ROOT, t, COUNT) for t in range(20)]
     wandering = Stream()
     for t in (7, 7, 3, 19, 0, 1, 12, 11):  # forward, again, backward
-        assert np.array_equal(wandering.sample(mechanism, ROOT, t, COUNT), expected[t])
+        assert np.array_equal(wandering.sample(factorisation, ROOT, t, COUNT), expected[t])
     empty = Stream()
     empty.load_state_dict({})
-    assert np.array_equal(empty.sample(mechanism, ROOT, 13, COUNT), expected[13])
-    assert not np.array_equal(empty.sample(mechanism, 99, 14, COUNT), expected[14])
-    assert np.array_equal(empty.sample(mechanism, ROOT, 15, COUNT), expected[15])
-    assert empty.sample(mechanism, ROOT, 16, 3).shape == (3,)
+    assert np.array_equal(empty.sample(factorisation, ROOT, 13, COUNT), expected[13])
+    assert not np.array_equal(empty.sample(factorisation, 99, 14, COUNT), expected[14])
+    assert np.array_equal(empty.sample(factorisation, ROOT, 15, COUNT), expected[15])
+    assert empty.sample(factorisation, ROOT, 16, 3).shape == (3,)
 
 
 def test_a_failure_inside_a_step_does_not_spoil_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    mechanism = TreeAggregation(16)
+    factorisation = TreeAggregation(16)
     ordered = Stream()
-    expected = [ordered.sample(mechanism, ROOT, t, COUNT) for t in range(9)]
+    expected = [ordered.sample(factorisation, ROOT, t, COUNT) for t in range(9)]
     stream = Stream()
     for t in range(7):
-        stream.sample(mechanism, ROOT, t, COUNT)
-    real, calls = correlated.standard_normal, []
+        stream.sample(factorisation, ROOT, t, COUNT)
+    real, calls = tree_noise.standard_normal, []
 
     def full(key: bytes, count: int) -> Array:
         calls.append(key)
@@ -180,27 +184,27 @@ def test_a_failure_inside_a_step_does_not_spoil_the_next(monkeypatch: pytest.Mon
         return real(key, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(correlated, "standard_normal", full)
+        patch.setattr(tree_noise, "standard_normal", full)
         with pytest.raises(MemoryError):
-            stream.sample(mechanism, ROOT, 7, COUNT)
+            stream.sample(factorisation, ROOT, 7, COUNT)
     for t in (7, 8):
-        assert np.array_equal(stream.sample(mechanism, ROOT, t, COUNT), expected[t])
+        assert np.array_equal(stream.sample(factorisation, ROOT, t, COUNT), expected[t])
 
 
 def test_returned_noise_is_not_the_memory() -> None:
-    for mechanism in (TreeAggregation(8), banded(3, 8)):
+    for factorisation in (TreeAggregation(8), banded(3, 8)):
         stream, clean = Stream(), Stream()
         for t in range(8):
-            values = stream.sample(mechanism, ROOT, t, COUNT)
-            assert np.array_equal(values, clean.sample(mechanism, ROOT, t, COUNT))
+            values = stream.sample(factorisation, ROOT, t, COUNT)
+            assert np.array_equal(values, clean.sample(factorisation, ROOT, t, COUNT))
             values[:] = np.nan
 
 
 def test_memory_is_small() -> None:
-    for mechanism, most in ((TreeAggregation(1000), 10), (banded(6, 1000), 5), (banded(1, 1000), 0)):
+    for factorisation, most in ((TreeAggregation(1000), 10), (banded(6, 1000), 5), (banded(1, 1000), 0)):
         stream, largest = Stream(), 0
         for t in range(1000):
-            stream.sample(mechanism, ROOT, t, 2)
+            stream.sample(factorisation, ROOT, t, 2)
             largest = max(largest, stream.state_dict()["memory"].shape[0])
         assert largest <= most
 
@@ -215,11 +219,11 @@ def test_one_band_is_independent_noise_bit_for_bit() -> None:
 
 def test_the_gradient_of_the_loss_is_right() -> None:
     at = np.array([0.7, 0.5, 0.9, 0.3])
-    value, gradient = correlated._log_error(at, 30)
-    numeric = approx_fprime(at, lambda r: correlated._log_error(r, 30)[0], 1e-7)
+    value, gradient = banded_noise._log_error(at, 30)
+    numeric = approx_fprime(at, lambda r: banded_noise._log_error(r, 30)[0], 1e-7)
     np.testing.assert_allclose(gradient, numeric, rtol=1e-5)
-    mechanism = BandedToeplitz((1.0, *np.cumprod(at)))
-    assert value == pytest.approx(np.log(prefix_error(mechanism, 30)))
+    factorisation = BandedToeplitz((1.0, *np.cumprod(at)))
+    assert value == pytest.approx(np.log(prefix_error(factorisation, 30)))
 
 
 @pytest.mark.parametrize(("bands", "steps"), [(2, 20), (3, 50), (4, 12)])
@@ -243,12 +247,12 @@ def test_coefficients_are_optimal_without_the_bounds(bands: int, steps: int) -> 
 
 def test_coefficients_improve_on_the_square_root_and_are_repeatable() -> None:
     for bands, steps in ((2, 10), (8, 100), (32, 500)):
-        ours = correlated.optimal_coefficients(bands, steps)
+        ours = optimal_coefficients(bands, steps)
         root = np.cumprod([1.0, *((2 * j - 1) / (2 * j) for j in range(1, bands))])
         assert len(ours) == bands
         assert prefix_error(BandedToeplitz(ours), steps) < prefix_error(BandedToeplitz(tuple(root)), steps)
-        assert correlated.optimal_coefficients.__wrapped__(bands, steps) == ours
-    assert len(correlated.optimal_coefficients(9, 4)) == 4
+        assert optimal_coefficients.__wrapped__(bands, steps) == ours
+    assert len(optimal_coefficients(9, 4)) == 4
 
 
 @pytest.mark.parametrize("steps", [16, 64, 100])
@@ -274,7 +278,7 @@ def test_sizes_must_be_positive() -> None:
         TreeAggregation(0)
     for bands, steps in ((0, 5), (5, 0)):
         with pytest.raises(InputError):
-            correlated.optimal_coefficients(bands, steps)
+            optimal_coefficients(bands, steps)
 
 
 def test_every_id_is_in_exactly_one_bin_whoever_asks() -> None:

@@ -167,7 +167,7 @@ def test_a_secure_sum_must_repeat_its_bits() -> None:
 def test_out_of_memory_halves_the_physical_batch_once_and_says_so(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = small(f"strategy.name={strategy}", "federation.nodes=1", "engine.physical_batch_size=32")
+    config = small(f"preset={strategy}", "federation.nodes=1", "engine.physical_batch_size=32")
     train(config, tmp_path / "whole")
     sizes = {name: getattr(holder, name) for name in ("clipped_gradient_sum", "clipped_gradient_sums")}
 

@@ -12,8 +12,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
-from fedsim import seeds, strategies
-from fedsim.config import Config
+from fedsim import presets, seeds
+from fedsim.config import CONFIG_DIR, Config
 from fedsim.engine import holder
 from fedsim.engine.experiment import prepare
 from fedsim.engine.run_folder import RunFolder
@@ -21,6 +21,8 @@ from fedsim.flower import deployment
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.server_app import train as train_on
+from fedsim.mechanism import Method
+from fedsim.strategies.local import Local
 from fedsim.validate import InputError
 from tests.conftest import small, train
 
@@ -84,17 +86,28 @@ def test_seeded_noise_is_refused_before_a_node_is_asked(tmp_path: Path) -> None:
         assert deployment.settled(small(), backend).privacy.noise_source == "seeded"
 
 
-@pytest.mark.parametrize("name", strategies.names())
+@pytest.mark.parametrize("name", presets.names(CONFIG_DIR))
 def test_strategies_whose_holders_keys_come_from_the_server_are_refused(name: str) -> None:
     """Who makes a holder's noise key can remove its noise; the key "holders" of a step shows who does."""
     noise = ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"] if name == "nonprivate" else []
-    config = small(SECURE, f"strategy.name={name}", *noise)
-    gives_away = "holders" in strategies.load(config).keys(b"r" * 32, 0)
+    config = small(SECURE, f"preset={name}", *noise)
+    gives_away = "holders" in Method.of(config).keys(b"r" * 32, 0)
     assert gives_away == (name in ("local_dpsgd", "shares_dpsgd"))
     if gives_away:
         with pytest.raises(InputError, match="is for simulation"):
             deployment.settled(config, "deployment")
     else:
+        deployment.settled(config, "deployment")
+    deployment.settled(config, "simulation")
+
+
+def a_trust_model() -> Local:
+    return Local()
+
+
+def test_a_trust_model_that_a_function_makes_is_refused_as_well() -> None:
+    config = small(SECURE, f"strategy.name={__name__}:a_trust_model")
+    with pytest.raises(InputError, match="is for simulation"):
         deployment.settled(config, "deployment")
     deployment.settled(config, "simulation")
 
@@ -123,14 +136,14 @@ def sent(name: str, out: Path, *overrides: str) -> list[bytes]:
         return app(message, context)
 
     train(
-        small(f"strategy.name={name}", f"seed={SEED}", "train.steps=2", *noise, *overrides),
+        small(f"preset={name}", f"seed={SEED}", "train.steps=2", *noise, *overrides),
         out,
         client=client,
     )
     return held
 
 
-@pytest.mark.parametrize("name", strategies.names())
+@pytest.mark.parametrize("name", presets.names(CONFIG_DIR))
 def test_no_message_holds_the_seed_or_what_server_noise_follows_from(name: str, tmp_path: Path) -> None:
     root = seeds.derive(SEED, "run")
     secrets = [

@@ -64,9 +64,9 @@ def test_a_node_hands_them_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(per_example.bookkeeping, "clipped_sum", spy)
     node = Node(small("engine.gradient_memory=low", "engine.channels_last=off"), 0, 0)
-    keys = node.strategy.keys(0, 0)
+    keys = node.method.keys(0, 0)
     task = StepTask(step=0, wave=0, stage="", sampling_rate=0.1, keys=keys)
-    node.clipped_sum(node.ids[:3], task, node.strategy.clip_rule())
+    node.clipped_sum(node.ids[:3], task, node.method.at.clip)
     assert seen == [Options(memory_budget=0, channels_last=False, fill=2)]
 
 

@@ -347,14 +347,14 @@ def test_a_flower_that_is_not_installed_is_said(
 
 
 def test_the_dry_run_states_what_a_node_really_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the arrays of the messages of one step, for every strategy."""
-    import strategies
+    """Against the arrays of the messages of one step, for every method."""
+    from fedsim import presets
     from fedsim.flower.transport import GridTransport
     from fedsim.study.plan import describe
 
     monkeypatch.setattr("fedsim.study.plan.FLOPS_PER_SECOND", 1.0)
     ask = GridTransport.ask
-    for name in strategies.names():
+    for name in presets.names(configs.CONFIG_DIR):
         seen: list[tuple[int, int]] = []
 
         def watched(self: Any, tasks: Any, parameters: Any, seen: list[tuple[int, int]] = seen) -> Any:

@@ -16,7 +16,7 @@ import torch
 from flwr.app import Error, Message
 
 from fedsim import config as configs
-from fedsim import seeds, strategies
+from fedsim import presets, seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import setup_of
@@ -28,6 +28,7 @@ from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.server_app import train as train_on
 from fedsim.flower.transport import GridTransport
 from fedsim.grads.flat import get_flat
+from fedsim.mechanism import Method
 from fedsim.privacy import ledger
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError
@@ -116,9 +117,11 @@ def honest() -> tuple[StepTask, HolderReply, Expectation]:
     transport = GridTransport(LocalGrid(app, 2), setup_of(prepared.config), 2)
     transport.connect()
     collector = Collector(prepared, transport, "")
-    collector.begin(0, prepared.strategy.keys(seeds.derive(0, "run"), 0), get_flat(prepared.model).numpy())
+    mechanism = prepared.mechanism
+    keys = mechanism.method.keys(seeds.derive(0, "run"), 0)
+    collector.begin(0, keys, get_flat(prepared.model).numpy(), mechanism.release())
     reply = collector.ask("", {})[0]
-    task = StepTask(0, 0, prepared.plan.sampling_rate, prepared.strategy.keys(seeds.derive(0, "run"), 0))
+    task = StepTask(0, 0, mechanism.sampling_rate, keys)
     return task, reply, collector._expectation()
 
 
@@ -174,20 +177,22 @@ def test_every_field_of_a_reply_is_judged(field: str) -> None:
 
 def test_a_count_is_at_most_what_the_step_draws_for_every_strategy() -> None:
     """The bound is met: what a node may count is what it counts when all of its holders are there."""
-    for name in strategies.names():
-        private = strategies.load(configs.load(f"smoke/{name}")).private
+    for name in presets.names(configs.CONFIG_DIR):
+        private = Method.of(configs.load(f"smoke/{name}")).private
         plain = [] if private else ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"]
         for options in ([], ["strategy.options={local_steps: 3}"] if name == "local_dpsgd" else []):
-            prepared = prepare(small(f"strategy.name={name}", *plain, *options, "train.steps=3"))
+            prepared = prepare(small(f"preset={name}", *plain, *options, "train.steps=3"))
+            mechanism = prepared.mechanism
             transport = GridTransport(LocalGrid(app, 2), setup_of(prepared.config), 2)
             transport.connect()
             collector = Collector(prepared, transport, "")
+            release, state = mechanism.release(), mechanism.method.at.query.state(prepared.config)
             for step in range(3):
-                keys = prepared.strategy.keys(seeds.derive(0, "run"), step)
-                collector.begin(step, keys, get_flat(prepared.model).numpy())
-                replies = prepared.strategy.collect(prepared.plan, collector.ask)[1]
+                keys = mechanism.method.keys(seeds.derive(0, "run"), step)
+                collector.begin(step, keys, get_flat(prepared.model).numpy(), release)
+                replies = mechanism.collect(release, state, collector.ask).replies
                 expect = collector._expectation()
-                task = StepTask(step, 0, prepared.plan.sampling_rate, keys)
+                task = StepTask(step, 0, mechanism.sampling_rate, keys)
                 counts = [expect.counted_at_most(task, reply.node) for reply in replies]
                 assert counts == [reply.count for reply in replies], name
                 assert sum(counts) > 0, name
@@ -198,7 +203,7 @@ def test_a_count_of_updates_below_the_clip_norm_is_judged(below: float, tmp_path
     def change(reply: HolderReply) -> HolderReply:
         return dataclasses.replace(reply, arrays={**reply.arrays, "below": np.array([below])})
 
-    config = small("preset=dp_fedavg", "strategy.options={target_quantile: 0.5, count_noise: 2}")
+    config = small("preset=dp_fedavg", "query.options={target_quantile: 0.5, count_noise: 2}")
     with pytest.raises(RunError, match=r"below the clip norm|NaN or infinite"):
         train(config, tmp_path, client=spoiled(change))
     assert ledger.read(tmp_path / "ledger.jsonl").steps == FAULTY_STEP

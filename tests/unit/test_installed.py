@@ -81,7 +81,8 @@ def test_the_wheel_has_all_that_commands_need_and_nothing_beside(installed: Path
         "py.typed",
         "configs/base.yaml",
         "configs/compare/trust_models.yaml",
-        "strategies/central_dpsgd.py",
+        "configs/presets/central_dpsgd.yaml",
+        "strategies/central.py",
         "data/embedded/fashion_mnist_subset.npz",
     ):
         assert (installed / "fedsim" / name).is_file(), name

@@ -23,7 +23,7 @@ from tests.conftest import SMALL, command, small, train
 
 @pytest.mark.parametrize("strategy", ["central_dpsgd", "dp_fedavg"])
 def test_a_delta_that_gives_away_more_than_ten_examples_is_refused(strategy: str) -> None:
-    given = [f"strategy.name={strategy}", "data.train_examples=200"]
+    given = [f"preset={strategy}", "data.train_examples=200"]
     with pytest.raises(InputError, match=r"privacy\.delta must be at most 0\.05 for 200 examples, got 0\.4"):
         prepare(small(*given, "privacy.delta=0.4"))
     prepare(small(*given, "privacy.delta=0.05"))

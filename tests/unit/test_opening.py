@@ -19,9 +19,9 @@ from fedsim import seeds
 from fedsim.config import Config
 from fedsim.engine import checkpoint
 from fedsim.engine.run_folder import RunFolder
+from fedsim.mechanism import Mechanism
 from fedsim.privacy import ledger, secret
 from fedsim.privacy.binding import holder_digests
-from fedsim.strategies.base import Plan
 from fedsim.validate import InputError, RunError
 from tests.conftest import SMALL, command, final, forked, small, train
 from tests.unit.test_run import secrets, stop_at
@@ -128,7 +128,7 @@ def test_the_result_states_what_the_ledger_holds_where_the_plan_says_less(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(small(), out, 5)
-    monkeypatch.setattr(Plan, "steps", property(lambda self: 4))
+    monkeypatch.setattr(Mechanism, "steps", property(lambda self: 4))
     result = train(small(), out, resume=True)
     book = ledger.read(out / "ledger.jsonl")
     assert (result["steps"], book.steps) == (4, 5)
@@ -466,7 +466,7 @@ def test_what_defines_the_result_may_not_change(change: str, out: Path) -> None:
 def test_parameters_that_are_not_finite_stop_the_run(
     overrides: Sequence[str], name: str, strategy: str, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL, *overrides, f"strategy.name={strategy}", "privacy.clip_norm=1e6"]
+    arguments = [*SMALL, *overrides, f"preset={strategy}", "privacy.clip_norm=1e6"]
     assert command(["run", "base", *arguments, "--out", str(out)]) == 3
     told = capsys.readouterr().err
     assert f"the {name} after the update must be finite" in told

@@ -108,10 +108,10 @@ def test_both_ways_of_planning_agree() -> None:
     assert size is not None
     read = plan.describe(config)
     unread = plan._from_sizes(config, size)
-    assert unread.facts.parameters == read["parameters"]
-    assert unread.facts.examples == read["examples"]
-    assert unread.plan.sampling_rate == read["sampling_rate"]
-    assert unread.facts.largest_holder.value == read["holders"]["max_size"]
+    assert unread.mechanism.facts.parameters == read["parameters"]
+    assert unread.mechanism.facts.examples == read["examples"]
+    assert unread.mechanism.sampling_rate == read["sampling_rate"]
+    assert unread.mechanism.facts.largest_holder.value == read["holders"]["max_size"]
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedsim import config as configs
-from fedsim import models, strategies
+from fedsim import models
 from fedsim.config import CONFIG_DIR, Config
 from fedsim.data import sizes
+from fedsim.mechanism import Mechanism, Method
 from fedsim.privacy import accountant, published
 from fedsim.strategies.base import DataFacts
 from fedsim.visibility import Public
@@ -32,7 +33,7 @@ def epsilon_of(config: Config) -> accountant.EpsilonResult:
     """What the recipe's own accountant says of its whole run, at the public size of its data."""
     size = sizes.of(config)
     assert size is not None
-    plan = strategies.load(config).plan(DataFacts(size.train, config.federation.holders, Public(1), 1))
+    plan = Mechanism.of(Method.of(config), DataFacts(size.train, config.federation.holders, Public(1), 1))
     total = plan.total_event(plan.steps)
     return accountant.epsilon(total, config.privacy.delta, config.privacy.accountant, plan.unit)
 
@@ -134,7 +135,7 @@ def test_kurakin_epsilons_to_the_printed_digit(recipe: str, printed: str, pld: f
     objax = epsilon_of(config)
     assert objax.accountant == "rdp_objax"
     assert f"{objax.value:.1e}" == printed
-    plan = strategies.load(config).plan(DataFacts(1_281_167, 100, Public(1), 1))
+    plan = Mechanism.of(Method.of(config), DataFacts(1_281_167, 100, Public(1), 1))
     total = plan.total_event(plan.steps)
     assert accountant.epsilon(total, 1e-6, "pld").value == pytest.approx(pld, rel=1e-3)
     other = accountant.epsilon(total, 1e-6, "rdp").value

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedsim import models, provenance, references, strategies
+from fedsim import models, provenance, references
 from fedsim.config import ModelConfig
 from fedsim.engine.holder import node_for, setup_of
 from fedsim.flower import launch
+from fedsim.mechanism import Method
 from fedsim.run import Run
-from fedsim.strategies.base import Strategy
+from fedsim.strategies.base import Trust
 from fedsim.study import plan
 from fedsim.validate import InputError, RunError
 from tests.conftest import final, small, train
@@ -27,7 +28,7 @@ MODULE = """
 import numpy as np
 import torch
 from torch import nn
-from fedsim.strategies.central_dpsgd import CentralDPSGD
+from fedsim.strategies.central import Central
 
 class Net(nn.Module):
     def __init__(self, num_classes, input_shape, width=8, scale=0.3):
@@ -40,7 +41,7 @@ class Net(nn.Module):
     def forward(self, inputs):
         return self.body(inputs)
 
-class Own(CentralDPSGD):
+class Own(Central):
     pass
 
 def a_number(**options):
@@ -151,10 +152,10 @@ def test_a_run_with_a_model_and_a_strategy_of_ones_own(folder: Path) -> None:
     train(small(*names), folder / "own")
     train(small(names[0]), folder / "central")
     assert torch.equal(final(folder / "own"), final(folder / "central"))
-    assert isinstance(strategies.load(small(*names)), Strategy)
-    assert plan.describe(small(*names))["strategy"] == "own_things:Own"
-    with pytest.raises(InputError, match="must name a class derived from"):
-        strategies.load(small("strategy.name=own_things:Net"))
+    assert isinstance(Method.of(small(*names)).trust, Trust)
+    assert plan.describe(small(*names))["method"] == "own_things:Own + gradient + poisson + independent"
+    with pytest.raises(InputError, match=r"strategy\.name must name a fedsim\.strategies\.base\.Trust"):
+        Method.of(small("strategy.name=own_things:a_number"))
 
 
 def test_a_node_runs_only_what_it_was_told_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +169,15 @@ def test_a_node_runs_only_what_it_was_told_of(folder: Path, monkeypatch: pytest.
     monkeypatch.setenv(references.ALLOWED, "own_things:Net, own_things:Own")
     node = node_for(setup_of(small("model.name=own_things:Net", "engine.threads=1")), 0)
     assert isinstance(node.model.body, nn.Sequential)
+    sys.modules.pop("evil", None)
+
+
+@pytest.mark.parametrize("setting", ["strategy", "query", "sampler", "noise"])
+def test_a_node_imports_no_part_of_a_method_it_was_not_told_of(setting: str, folder: Path) -> None:
+    (folder / "evil.py").write_text("open('mark', 'w').close()\n", encoding="utf-8")
+    with pytest.raises(InputError, match="runs no code it was not told of, but is sent evil:Part"):
+        node_for(setup_of(small(f"{setting}=evil:Part")), 0)
+    assert not (folder / "mark").exists()
     sys.modules.pop("evil", None)
 
 

@@ -141,8 +141,11 @@ def test_models_of_installed_packages_are_built_and_listed(offered: None) -> Non
     assert axes.offered()["optimizer.schedule"] == {"steps": f"{HERE}:Steps"}
 
 
-def test_every_strategy_says_what_it_is() -> None:
-    said = [about for about, _ in axes.described()["strategy.name"].values()]
+@pytest.mark.parametrize("setting", ["strategy.name", "query.name", "sampler.name", "noise.name"])
+def test_every_strategy_says_what_it_is(setting: str) -> None:
+    said = [about for about, _ in axes.described()[setting].values()]
+    assert len(said) > 1
+    assert all(said)
     assert len(set(said)) == len(said)
 
 

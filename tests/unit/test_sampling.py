@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedsim import seeds
-from fedsim.sampling import HolderAvailability, PoissonSampler, sampling_rate
+from fedsim.samplers.keyed import HolderAvailability, PoissonSampler, sampling_rate
 from fedsim.validate import InputError
 
 KEY = seeds.derive(7, "draw", 0)

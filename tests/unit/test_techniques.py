@@ -22,9 +22,11 @@ from fedsim.engine.experiment import epsilons, prepare
 from fedsim.grads.flat import get_flat, spec
 from fedsim.merging import Choice
 from fedsim.models import weights
+from fedsim.noise.levels import NoiseLevels
+from fedsim.noise.stream import Stream
 from fedsim.privacy import accountant, events, ledger
 from fedsim.privacy.family import EventFamily
-from fedsim.privacy.levels import NoiseLevels
+from fedsim.strategies.base import Collected
 from fedsim.validate import InputError
 from fedsim.visibility import shown
 from tests.conftest import final, small, train
@@ -90,7 +92,6 @@ def test_average_warms_up_as_de_et_al() -> None:
         (["optimizer.warmup_steps=2", "optimizer.warmup_epochs=1"], "Give one of them"),
         (["optimizer.scale_with_batch=0"], "scale_with_batch"),
         (["optimizer.warmup_epochs=-1"], "warmup_epochs"),
-        (["privacy.noise_schedule=[1.0,0.0]"], "every entry of privacy.noise_schedule"),
         (["model.reset=[head.*]"], "model.init_from is None"),
     ],
 )
@@ -118,7 +119,7 @@ def test_levels_cut_the_run_into_equal_parts() -> None:
             counted = [f for f, count in levels.counts(first) for _ in range(count)]
             assert counted == [levels.factor(step) for step in range(first)]
     for factors, steps in (((), 5), ((1.0,) * 17, 100), ((1.0, 1.0), 1), ((1.0, -1.0), 5)):
-        with pytest.raises(InputError, match="noise_schedule"):
+        with pytest.raises(InputError, match=r"noise\.options\.factors"):
             NoiseLevels(factors, steps)
 
 
@@ -166,25 +167,39 @@ def test_steps_within_a_budget_follow_the_levels() -> None:
     assert spent(steps) <= 1.0 < spent(steps + 1)
 
 
+def schedule(*factors: float) -> str:
+    return f"noise={{name: schedule, options: {{factors: {list(factors)}}}}}"
+
+
 def scheduled(*overrides: str) -> Config:
-    return small("privacy.noise_schedule=[2.0,1.0,0.5]", "privacy.noise_multiplier=1.0", *overrides)
+    return small(schedule(2.0, 1.0, 0.5), "privacy.noise_multiplier=1.0", *overrides)
 
 
-def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factors", [(), (1.0, 0.0), (1.0, -1.0), (1.0, 1e300), (1.0,) * 7])
+def test_wrong_factors_are_refused_before_anything_starts(factors: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match=r"noise\.options\.factors"):
+        prepare(small(schedule(*factors)))
+
+
+@pytest.mark.parametrize("query", ["gradient", "holder_update"])
+def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(query: str, tmp_path: Path) -> None:
     """The noise of every step has the scale of the step's own event, which the ledger holds.
 
     False alarms: 18 bounds of five standard errors each, below 2e-5 together.
     """
     config = scheduled(
-        "train.expected_batch_size=1e-6", "optimizer.name=sgd",
+        f"query={query}", "train.expected_batch_size=1e-6", "optimizer.name=sgd",
         "optimizer.learning_rate=1e-6", "train.checkpoint_every=1",
     )  # fmt: skip
-    prepared = prepare(config)
-    plan = prepared.plan
+    plan = prepare(config).mechanism
     assert [plan.noise_factor(step) for step in range(6)] == [2.0, 2.0, 1.0, 1.0, 0.5, 0.5]
-    noise = [prepared.strategy.noise(plan, 3, step, 20_000) for step in range(6)]
+    nothing = Collected({}, [])
+    noise = []
+    for step in range(6):
+        release = plan.release(factor=plan.noise_factor(step))
+        noise.append(plan.noise(release, nothing, Stream(), 3, step)["sum"][:20_000])
+        assert noise[-1].size == 20_000
     for step, values in enumerate(noise):
-        assert values is not None
         # sensitivity 0.5; 20,000 values: a standard error is 0.5 %, the bound is five of them
         assert values.std() == pytest.approx(0.5 * plan.noise_factor(step), rel=0.025)
         assert abs(np.corrcoef(values, noise[(step + 1) % 6])[0, 1]) < 0.036  # five standard errors
@@ -199,13 +214,13 @@ def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(tmp_path: Path)
 def test_target_and_budget_of_a_scheduled_run(tmp_path: Path) -> None:
     config = scheduled("privacy.noise_multiplier=null", "privacy.target_epsilon=3")
     prepared = prepare(config)
-    spent = shown(epsilons(prepared.plan, 6, config, prepared.facts), public_only=False)
+    spent = shown(epsilons(prepared.mechanism, 6, config), public_only=False)
     assert spent["example"].value == pytest.approx(3.0, rel=2e-4)
     assert spent["example"].value <= 3.0  # type: ignore[operator]
     assert spent["holder"].value > 3.0  # type: ignore[operator]
     result = train(config, tmp_path / "target")
     assert result["epsilon"]["example"]["value"] == spent["example"].value
-    stopped = prepare(scheduled("privacy.stop_at_epsilon=1.5")).plan
+    stopped = prepare(scheduled("privacy.stop_at_epsilon=1.5")).mechanism
     assert 0 < stopped.steps < 6
     assert stopped.stopped_by_budget
     assert [stopped.noise_factor(step) for step in range(3)] == [2.0, 2.0, 1.0]  # parts of the planned run
@@ -222,26 +237,24 @@ def test_scheduled_runs_resume_exactly(tmp_path: Path) -> None:
 
 
 def test_equal_levels_are_a_constant_run(tmp_path: Path) -> None:
-    train(small("privacy.noise_schedule=[1.0]"), tmp_path / "a")
+    train(small(schedule(1.0)), tmp_path / "a")
     train(small(), tmp_path / "b")
     assert torch.equal(final(tmp_path / "a"), final(tmp_path / "b"))
-    train(small("privacy.noise_schedule=[1.0,0.9]"), tmp_path / "c")
+    train(small(schedule(1.0, 0.9)), tmp_path / "c")
     assert not torch.equal(final(tmp_path / "c"), final(tmp_path / "b"))
 
 
-@pytest.mark.parametrize(
-    "name", ["nonprivate", "dp_ftrl", "dp_mf", "dp_fedavg", "local_dpsgd", "shares_dpsgd"]
-)
+@pytest.mark.parametrize("name", ["nonprivate", "dp_ftrl", "dp_mf", "local_dpsgd", "shares_dpsgd"])
 def test_strategies_of_constant_noise_refuse_levels(name: str) -> None:
     noise = "null" if name == "nonprivate" else "1.0"
     unclipped = ["privacy.clip_norm=1.0"] if name == "nonprivate" else []
     config = small(
-        f"strategy.name={name}",
-        "privacy.noise_schedule=[2.0,1.0]",
+        f"preset={name}",
+        schedule(2.0, 1.0),
         f"privacy.noise_multiplier={noise}",
         *unclipped,
     )
-    with pytest.raises(InputError, match="noise_schedule"):
+    with pytest.raises(InputError, match=r"noise(\.name)?=schedule .*(changes the noise|does not go with)"):
         prepare(config)
 
 
