@@ -1,4 +1,4 @@
-"""A mechanism refuses parts that do not add up to its event, and scales the noise of each part by its own bound."""
+"""What composes a mechanism: parts of a release, their noise, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from tests.conftest import small
 
 FACTS = DataFacts(400, 10, Public(40), 7)
 HERE = __name__
-ADAPTIVE = "query={name: holder_update, options: {target_quantile: 0.5, count_noise: 2}}"
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,10 @@ def test_noise_of_parts_is_independent_and_of_their_own_keys() -> None:
 @pytest.mark.parametrize(
     "over_time", [[], ["sampler=passes", "noise=tree"], ["sampler=cyclic", "noise=banded"]], ids=str
 )
-def test_the_count_has_the_noise_that_is_asked_for_whatever_the_noise_over_time(over_time: list[str]) -> None:
-    """The sum pays for the correlation by the sensitivity of the whole release; a fresh count does not."""
-    config = small(ADAPTIVE, "train.expected_batch_size=80", *over_time)
-    mechanism = of(config)
+def test_only_the_main_part_pays_for_correlation_over_time(over_time: list[str]) -> None:
+    """By the sensitivity of the whole release; a unit moves the fresh noise of the others in one step."""
+    mechanism = of(small(f"query={HERE}:Twice", "train.expected_batch_size=80", *over_time))
     stds = mechanism.release().noise_stds
-    multiplier = (1 - 1 / 16) ** -0.5  # of noise multiplier 1, (2 s)^-2 goes to the count
-    assert stds["below"] == 2.0
-    assert stds["sum"] == pytest.approx(multiplier * 0.5 * mechanism.column_norm)
+    assert stds["square"] == pytest.approx(3 * math.sqrt(2))
+    assert stds["sum"] == pytest.approx(0.5 * math.sqrt(2) * mechanism.column_norm)
     assert (mechanism.column_norm > 1) == bool(over_time)

@@ -15,7 +15,8 @@ from fedsim.merging import Choice
 from fedsim.validate import InputError
 from tests.conftest import SMALL, small
 
-NAMES = ["central_dpsgd", "dp_fedavg", "dp_ftrl", "dp_mf", "local_dpsgd", "nonprivate", "shares_dpsgd"]
+NAMES = ["central_dpsgd", "dp_fedavg", "dp_fedavg_ftrl", "dp_fedavg_mf", "dp_fedavg_shares", "dp_ftrl"]
+NAMES += ["dp_mf", "local_dpsgd", "nonprivate", "shares_dpsgd"]
 
 
 def axes(config: Config) -> tuple[str, ...]:
@@ -30,7 +31,7 @@ def chained(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> Confi
     return configs.load(folder / f"{len(texts) - 1}.yaml", overrides)
 
 
-def test_the_seven_methods_are_presets() -> None:
+def test_the_methods_are_presets() -> None:
     assert presets.names(CONFIG_DIR) == NAMES
 
 
@@ -83,8 +84,8 @@ def test_a_loaded_configuration_names_its_axes_alone() -> None:
 
 
 def test_a_combination_without_a_name_says_its_parts() -> None:
-    config = configs.load("base", ["preset=shares_dpsgd", "query=holder_update"])
-    assert config.method() == "shares + holder_update + poisson + independent"
+    config = configs.load("base", ["preset=shares_dpsgd", "sampler=cyclic"])
+    assert config.method() == "shares + gradient + cyclic + independent"
 
 
 def test_python_takes_presets_too(tmp_path: Path) -> None:
