@@ -32,7 +32,6 @@ from fedsim import provenance, seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.holder import setup_of
-from fedsim.engine.optim import ServerOptimizer
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
 from fedsim.flower.client_app import app
@@ -40,6 +39,7 @@ from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.transport import GridTransport
 from fedsim.grads.bookkeeping.memory import retain_freed_memory
 from fedsim.grads.flat import get_flat, spec
+from fedsim.learners.optimizer import ServerOptimizer
 from fedsim.noise.gaussian import GaussianNoise
 from fedsim.types import HolderReply
 

@@ -14,6 +14,7 @@ def registries() -> list[Registry[Any]]:
     from fedsim.augmentations import AUGMENTATIONS
     from fedsim.data.feature_maps import FEATURES
     from fedsim.data.sources import SOURCES
+    from fedsim.learners import LEARNERS
     from fedsim.noise import NOISE
     from fedsim.optimizers import OPTIMIZERS
     from fedsim.partitions import PARTITIONS
@@ -32,6 +33,7 @@ def registries() -> list[Registry[Any]]:
         QUERIES,
         SAMPLERS,
         NOISE,
+        LEARNERS,
         AUGMENTATIONS,
         OPTIMIZERS,
         SCHEDULES,

@@ -204,6 +204,7 @@ class Config:
     query: Choice = field(default_factory=lambda: Choice("gradient"))
     sampler: Choice = field(default_factory=lambda: Choice("poisson"))
     noise: Choice = field(default_factory=lambda: Choice("independent"))
+    learner: Choice | None = None
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,4 +1,4 @@
-"""One mechanism: query, sampler, noise over time and trust model, composed; or the reason why not.
+"""One mechanism: query, sampler, noise over time, trust model and learner, composed; or why they are not.
 
 Everything private about a run follows from it: calibration, budget stop, dry run, ledger, noise and reports
 ask it, and nothing else states an event, a sensitivity or a scale of noise, so they cannot disagree.
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from fedsim import rules, validate
 from fedsim.config import Config
 from fedsim.grads.clip import NoClip
+from fedsim.learners import LEARNERS, Learner, Means
 from fedsim.merging import Choice
 from fedsim.noise import NOISE
 from fedsim.noise.gaussian import step_noise
@@ -33,7 +34,7 @@ from fedsim.privacy import events
 from fedsim.privacy.budget import Budget
 from fedsim.privacy.family import EventFamily
 from fedsim.queries import QUERIES
-from fedsim.queries.base import Arrays, NodeView, State
+from fedsim.queries.base import Arrays, NodeView, Shape, State
 from fedsim.queries.statistic import Expected, within
 from fedsim.samplers import SAMPLERS, Draw, Participation
 from fedsim.samplers.keyed import sampling_rate
@@ -42,6 +43,8 @@ from fedsim.strategies import STRATEGIES, Trust
 from fedsim.strategies.base import Ask, Collected, DataFacts, Release, Setting, Sums
 from fedsim.types import ClippedSum, HolderReply, StepTask
 
+_ANY = Shape(2, 1, 1, np.dtype(np.float32))
+
 
 @dataclass(frozen=True)
 class Method:
@@ -49,6 +52,7 @@ class Method:
 
     at: Setting
     trust: Trust
+    learner: Learner
 
     @classmethod
     def of(cls, config: Config) -> Method:
@@ -60,7 +64,10 @@ class Method:
         """
         trust = STRATEGIES.make(Choice(config.strategy.name, config.strategy.options))
         query, sampler = QUERIES.make(config.query), SAMPLERS.make(config.sampler)
+        chosen_learner = config.learner or Choice(query.learner)
+        learner = LEARNERS.make(chosen_learner)
         for unread, chosen in (
+            (learner.unread, f"learner = {chosen_learner.name}"),
             (trust.unread, f"strategy = {config.strategy.name}"),
             (query.unread, f"query = {config.query.name}"),
         ):
@@ -76,7 +83,15 @@ class Method:
                 f"noise={config.noise.name} has one scale for several steps, or changes the parts' budget.",
                 "Leave it null, or use noise=independent.",
             )
-        return cls(at, trust)
+        made = cls(at, trust, learner)
+        parts = {part.name for part in query.statistic(_ANY, clip, query.state(config)).parts}
+        if lacking := [name for name in learner.takes if name not in parts]:
+            validate.conflicts(
+                f"learner={chosen_learner.name} needs {', '.join(lacking)}, but query={config.query.name} gives "
+                f"{', '.join(sorted(parts))}.",
+                f"Use learner={query.learner}, or another query.",
+            )
+        return made
 
     @property
     def private(self) -> bool:
@@ -162,9 +177,7 @@ class Mechanism:
             participation.period,
             at.noise.levels(train.steps),
         )
-        statistic = at.query.statistic(
-            facts.parameters, np.dtype(at.config.model.dtype), at.clip, at.query.state(at.config)
-        )
+        statistic = at.query.statistic(_shape(at, facts), at.clip, at.query.state(at.config))
         budget, multiplier, agreed = trust.agree(at, family, statistic, facts)
         divisor = train.expected_batch_size
         if method.unit == "holder":
@@ -270,7 +283,7 @@ class Mechanism:
         """
         at = self.method.at
         held = at.query.state(at.config) if state is None else state
-        statistic = at.query.statistic(self.facts.parameters, np.dtype(at.config.model.dtype), at.clip, held)
+        statistic = at.query.statistic(_shape(at, self.facts), at.clip, held)
         stds: dict[str, float] = {}
         if self.method.private:
             multipliers = self._multipliers(self.noise_multiplier * factor)
@@ -311,8 +324,19 @@ class Mechanism:
         return self.method.trust.added(at, release, got, of_part, root, step)
 
     def noise_std_of_sum(self, release: Release) -> float:
-        """Return the standard deviation of all noise in the main part of a step's sum."""
-        return self.method.trust.noise_std_of_sum(self.method.at, release)
+        """Return the standard deviation of all noise in the main part of a step's sum; 0 without noise."""
+        return self.stds_of_sums(release).get(release.statistic.main.name, 0.0)
+
+    def stds_of_sums(self, release: Release) -> dict[str, float]:
+        """Return, by part, the standard deviation of all noise in a step's sum; empty without noise."""
+        return self.method.trust.stds_of_sums(self.method.at, release)
+
+    def means(self, release: Release, sums: Sums) -> Means:
+        """Return what the learner gets of noisy sums, which are divided in place."""
+        for values in sums.values():
+            values /= self.divisor
+        stds = {name: std / self.divisor for name, std in self.stds_of_sums(release).items()}
+        return Means(sums, release.statistic.main.name, stds)
 
     def reply_arrays(self, release: Release, reply: HolderReply) -> Expected:
         """Return name -> (shape, dtype) of the arrays that a reply must hold."""
@@ -333,3 +357,7 @@ class Mechanism:
     def survivors_needed(self) -> str:
         """Return how many holders must stay to the end of a step for its privacy statement to hold."""
         return self.method.trust.survivors_needed(self.method.at)
+
+
+def _shape(at: Setting, facts: DataFacts) -> Shape:
+    return Shape(facts.parameters, facts.features, facts.outputs, np.dtype(at.config.model.dtype))

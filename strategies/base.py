@@ -49,12 +49,16 @@ class DataFacts:
         largest_holder: examples of the largest one: the declared cap, or a sensitive number. What a holder
             may see of the mechanism must follow from `most_of_a_holder` instead.
         parameters: length P of a gradient.
+        features: entries of an example's input.
+        outputs: of the model, for one example.
     """
 
     examples: int
     holders: int
     largest_holder: Tagged[int]
     parameters: int
+    features: int = 1
+    outputs: int = 1
 
     @property
     def most_of_a_holder(self) -> int:
@@ -282,7 +286,7 @@ class Trust(ABC):
         """Return how many holders must stay to the end of a step for its privacy statement to hold."""
         return "any"
 
-    def noise_std_of_sum(self, at: Setting, release: Release) -> float:
-        """Return the standard deviation of all noise in the main part of one step's sum when every holder
-        takes part."""
-        return release.noise_stds.get(release.statistic.main.name, 0.0)
+    def stds_of_sums(self, at: Setting, release: Release) -> dict[str, float]:
+        """Return, by part, the standard deviation of all noise in one step's sum when every holder takes
+        part; empty where nothing is private."""
+        return dict(release.noise_stds)

@@ -169,9 +169,10 @@ class Local(Trust):
         tasks = [_local_task(task, local) for local in range(self.local_steps)]
         return sum(super(Local, self).counted_at_most(at, facts, local, holders, ids) for local in tasks)
 
-    def noise_std_of_sum(self, at: Setting, release: Release) -> float:
-        """See `Trust.noise_std_of_sum`."""
-        return self._noise_std_of(release, release.statistic.main.name, at.config.federation.holders)
+    def stds_of_sums(self, at: Setting, release: Release) -> dict[str, float]:
+        """See `Trust.stds_of_sums`: that of every holder."""
+        holders = at.config.federation.holders
+        return {name: self._noise_std_of(release, name, holders) for name in release.noise_stds}
 
     def _noise_std_of(self, release: Release, part: str, holders: int) -> float:
         own = release.noise_stds[part]

@@ -317,10 +317,10 @@ class Shares(Trust):
         parts = setup.vector.parts(setup.quantiser.decode(values, _signs(at, step)))
         return {part.name: own for part, own in zip(release.statistic.parts, parts, strict=True)}
 
-    def noise_std_of_sum(self, at: Setting, release: Release) -> float:
-        """See `Trust.noise_std_of_sum`."""
-        own = super().noise_std_of_sum(at, release)
-        return own * math.sqrt(at.config.federation.holders / self._least(at))
+    def stds_of_sums(self, at: Setting, release: Release) -> dict[str, float]:
+        """See `Trust.stds_of_sums`: those who are not needed add theirs too."""
+        more = math.sqrt(at.config.federation.holders / self._least(at))
+        return {name: std * more for name, std in release.noise_stds.items()}
 
     def reply_arrays(self, at: Setting, release: Release, reply: HolderReply) -> Expected:
         """See `Trust.reply_arrays`."""

@@ -24,7 +24,7 @@ LAYERS = [
     ["fedsim.data", "fedsim.tasks", "fedsim.models"],
     ["fedsim.samplers", "fedsim.secure_sum"],
     ["fedsim.noise", "fedsim.grads", "fedsim.heads", "fedsim.optimizers"],
-    ["fedsim.queries"],
+    ["fedsim.queries", "fedsim.learners"],
     ["fedsim.privacy"],
     ["fedsim.strategies"],
     ["fedsim.mechanism"],

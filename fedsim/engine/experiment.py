@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import nn
 from fedsim import models, provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
-from fedsim.engine import device, optim
+from fedsim.engine import device
 from fedsim.grads.flat import get_flat, spec, trainable_names
+from fedsim.learners import optimizer
 from fedsim.mechanism import Mechanism, Method
 from fedsim.partitions import Material
 from fedsim.privacy import accountant
@@ -52,7 +54,7 @@ def prepare(config: Config) -> Experiment:
         InputError: anything wrong with the configuration or the data it names; nothing has been started.
     """
     method = Method.of(config)
-    optim.check(config.optimizer)
+    optimizer.check(config.optimizer)
     device.check(config)
     splits = datasets.load(config.data, bool(config.monitor.public_only))
     task = task_of(config, splits)
@@ -62,10 +64,9 @@ def prepare(config: Config) -> Experiment:
     if references.is_reference(config.model.name):
         _check_fits(model, splits.train, task)
     method.at.clip.group_of(trainable_names(model))  # refuses groups that do not fit the model
-    facts = facts_of(config, holders, get_flat(model).numel())
-    optim.ServerOptimizer(  # refuses a warm-up as long as the run
-        optim.resolved(config.optimizer, config.train, facts.examples), config.train, spec(model)
-    )
+    outputs = task.outputs(splits.train.declared)
+    facts = facts_of(config, holders, get_flat(model).numel(), splits.train.example_shape, outputs)
+    method.learner.start(config, spec(model), facts.examples)  # refuses parameters it cannot learn
     return Experiment(config, splits, holders, model, planned(method, facts), task)
 
 
@@ -83,11 +84,14 @@ def planned(method: Method, facts: DataFacts) -> Mechanism:
     return mechanism
 
 
-def facts_of(config: Config, holders: partition.Partition, parameters: int) -> DataFacts:
+def facts_of(
+    config: Config, holders: partition.Partition, parameters: int, shape: tuple[int, ...], outputs: int
+) -> DataFacts:
     """Return what a mechanism may know: the largest holder is public where it is the declared cap."""
     at_most = config.federation.examples_per_holder_at_most
     largest = Sensitive(int(holders.sizes().max())) if at_most is None else Public(at_most)
-    return DataFacts(holders.examples, config.federation.holders, largest, parameters)
+    features = math.prod(shape)
+    return DataFacts(holders.examples, config.federation.holders, largest, parameters, features, outputs)
 
 
 def task_of(config: Config, splits: examples.Splits) -> Task:

@@ -74,6 +74,7 @@ class Node:
         nodes = config.federation.nodes
         self.holders = self.partition.holders_of_node(index, nodes)
         self.ids = self.partition.ids_of_node(index, nodes)
+        self.outputs = self.task.outputs(splits.train.declared)
         self.device = pick_device(config.engine.device, index)
         make_deterministic(self.device, config.engine.deterministic)
         if not isinstance(config.engine.physical_batch_size, int):
@@ -137,6 +138,13 @@ class Node:
         update = local_update(self.model, inputs, targets, how, order, self.task.loss)
         set_flat(self.model, start)
         return update
+
+    def plain(self, ids: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs (n, ...) and targets (n, ...) of these examples, as the model takes them."""
+        inputs, targets = batches.plain(self.train, ids, self.dtype, self.device)
+        assert isinstance(inputs, torch.Tensor)
+        assert isinstance(targets, torch.Tensor)
+        return inputs, targets
 
     def owners(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the holder of each of these examples."""

@@ -57,7 +57,7 @@ def settle(experiment: Experiment, folder: RunFolder, parallel: bool) -> Experim
 
 
 def _probed(experiment: Experiment, parallel: bool) -> int:
-    if experiment.mechanism.unit == "holder":  # holders train locally, with a batch size of their own
+    if experiment.config.query.name != "gradient":  # the others have blocks or batches of their own
         return int(EngineConfig().physical_batch_size)
     choice = probe(experiment, parallel)
     size = choice.examples * experiment.config.train.augment_multiplicity

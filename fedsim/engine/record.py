@@ -48,7 +48,8 @@ def step_record(
         spread = noise_std * release.statistic.main.length**0.5
         numbers["noise_to_signal"] = Sensitive(spread / signal if signal else None)
     if realised:
-        numbers["train_loss"] = Sensitive(float(sums["loss_sum"]) / realised)
+        if mechanism.method.at.query.measures_loss:
+            numbers["train_loss"] = Sensitive(float(sums["loss_sum"]) / realised)
         numbers["clip_fraction"] = Sensitive(float(sums["clipped"]) / realised)
         numbers["mean_gradient_norm"] = Sensitive(float(sums["norm_sum"]) / realised)
         numbers["non_finite_gradients"] = Sensitive(float(sums["non_finite"]))

@@ -113,10 +113,9 @@ class Server:
         for name, values in got.sums.items():
             if name in noise:
                 values += noise[name]
-            values /= mechanism.divisor
-        gradient = torch.from_numpy(got.sums[main]).to(state.parameters.dtype)
-        parameters = state.optimizer.step(state.parameters, gradient, step)
-        query = mechanism.method.at.query.updated(state.query, got.sums)
+        means = mechanism.means(release, got.sums)
+        parameters = state.learning.update(state.parameters, means, step)
+        query = mechanism.method.at.query.updated(state.query, means.values)
         updated = clock()
         self._record(step, parameters, got.facts)
         recorded = clock()
@@ -133,7 +132,8 @@ class Server:
         }
         for name, value in timing.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
-        known = {"learning_rate": Public(state.optimizer.learning_rate(step)), **evaluated}
+        rate = state.learning.learning_rate(step)
+        known = {**({} if rate is None else {"learning_rate": Public(rate)}), **evaluated}
         return step_record(self.experiment, step, release, got.replies, signal, known, timing), evaluated
 
     def _record(self, step: int, parameters: Tensor, facts: Mapping[str, Public[Any]]) -> None:
@@ -154,14 +154,23 @@ class Server:
         if not fresh and book.record(step).parameters != digest:
             self._differs(step)
         # That a run stops here follows from the released parameters, so it tells no more than they do.
-        for name, values in (("parameters", parameters), ("average", self.state.optimizer.average())):
+        for name, values in (("parameters", parameters), ("average", self.state.learning.average())):
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise RunError(
-                    f"step {step}: the {name} after the update must be finite numbers and are not. The "
-                    f"learning rate was {self.state.optimizer.learning_rate(step):g}, the largest parameter "
-                    f"before the update {float(self.state.parameters.abs().max()):.3g}: lower "
-                    "optimizer.learning_rate and start a new run. This step is in the ledger."
+                    f"step {step}: the {name} after the update must be finite numbers and are not. "
+                    f"{self._advice(step)} This step is in the ledger."
                 )
+
+    def _advice(self, step: int) -> str:
+        """Say what to change where parameters leave the numbers."""
+        rate = self.state.learning.learning_rate(step)
+        largest = float(self.state.parameters.abs().max())
+        if rate is None:
+            return f"The largest parameter before the update was {largest:.3g}: start a new run."
+        return (
+            f"The learning rate was {rate:g}, the largest parameter before the update {largest:.3g}: lower "
+            "optimizer.learning_rate and start a new run."
+        )
 
     def _differs(self, step: int) -> None:
         """Say that a repeated step gave other bits than when it was first released."""

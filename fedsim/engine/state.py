@@ -1,4 +1,4 @@
-"""What a run carries from step to step: parameters, and the states of optimizer, query and noise."""
+"""What a run carries from step to step: parameters, and the states of learner, query and noise."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsim.engine import checkpoint, optim
+from fedsim.engine import checkpoint
 from fedsim.engine.experiment import Experiment
-from fedsim.engine.optim import ServerOptimizer
 from fedsim.engine.run_folder import RunFolder
 from fedsim.grads.flat import get_flat, spec
 from fedsim.noise.stream import Stream
@@ -22,7 +21,7 @@ class State:
     Attributes:
         completed: updates made.
         parameters: (P,) in the model's dtype.
-        optimizer: with its own state.
+        learning: the learner at work, with its own state.
         query: what the query carries.
         stream: what correlated noise remembers; it saves time, and decides nothing.
         differing: steps that were repeated on the way here and gave other bits than at first.
@@ -36,24 +35,24 @@ class State:
         self.completed = 0
         self.differing: list[int] = []
         self.parameters = get_flat(experiment.model).clone()
-        rule = optim.resolved(config.optimizer, config.train, experiment.facts.examples)
-        self.optimizer = ServerOptimizer(rule, config.train, spec(experiment.model))
-        self.optimizer.init(self.parameters)
+        learner, examples = experiment.mechanism.method.learner, experiment.facts.examples
+        self.learning = learner.start(config, spec(experiment.model), examples)
+        self.learning.init(self.parameters)
 
     def released(self) -> Tensor:
         """Return the parameters (P,) a run releases here: their average where it is on."""
-        average = self.optimizer.average()
+        average = self.learning.average()
         return self.parameters if average is None else average
 
     def save(self, folder: RunFolder, bound_to: Mapping[str, Any]) -> None:
         """Write a checkpoint that carries `bound_to`, the run it is of."""
         tensors = {"parameters": self.parameters}
-        state, numbers = self.optimizer.state_dict()
-        tensors |= {f"optimizer.{name}": value for name, value in state.items()}
+        state, numbers = self.learning.state_dict()
+        tensors |= {f"learner.{name}": value for name, value in state.items()}
         tensors |= {f"query.{name}": value for name, value in self.query.items()}
         if self._noise_is_kept:  # a checkpoint must not hold noise that is to stay secret: it is made again
             tensors |= {f"noise.{name}": value for name, value in self.stream.state_dict().items()}
-        meta = {**bound_to, "optimizer": numbers, "differing": self.differing}
+        meta = {**bound_to, "learner": numbers, "differing": self.differing}
         checkpoint.save(folder.checkpoints, self.completed, tensors, meta)
 
     def restore(self, folder: RunFolder, bound_to: Mapping[str, Any]) -> None:
@@ -69,11 +68,11 @@ class State:
         if {name: state.get(name) for name in bound_to} != dict(bound_to):
             raise InputError(f"checkpoint {path} belongs to another run. Choose another --out.")
         self.parameters = tensors.pop("parameters")
-        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "query": {}, "noise": {}}
+        parts: dict[str, dict[str, Tensor]] = {"learner": {}, "query": {}, "noise": {}}
         for name, value in tensors.items():
             part, key = name.split(".", 1)
             parts[part][key] = value
-        self.optimizer.load_state_dict(parts["optimizer"], state["optimizer"])
+        self.learning.load_state_dict(parts["learner"], state["learner"])
         self.query = parts["query"]
         self.stream.load_state_dict(parts["noise"])
         self.differing = list(state["differing"])

@@ -27,6 +27,11 @@ class NodeView(Protocol):
     """What a query and a trust model see of the node they run on, at the task's parameters."""
 
     holders: NDArray[np.int64]
+    outputs: int
+
+    def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return inputs (n, ...) and targets (n, ...) of these examples, as the model takes them."""
+        ...
 
     def online(self, holders: NDArray[np.int64], task: StepTask) -> NDArray[np.int64]:
         """Return those of the holders that the availability model has online in this step."""
@@ -68,6 +73,23 @@ class NodeView(Protocol):
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The public sizes a statistic follows from.
+
+    Attributes:
+        parameters: length P of a gradient.
+        features: entries of an example's input.
+        outputs: of the model, for one example.
+        dtype: of the model.
+    """
+
+    parameters: int
+    features: int
+    outputs: int
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
 class Query(ABC):
     """What one unit adds, and its bound; the fields are the options.
 
@@ -75,12 +97,16 @@ class Query(ABC):
         unit: "example" or "holder": who contributes, is drawn, and is protected.
         what: the contributions before anything bounds them, in the words of tables.
         unread: settings that this query does not read; set to anything but their default they are refused.
+        learner: the one that takes it where a configuration names none.
+        measures_loss: whether its statistics hold the loss of every example.
         tiny: options of a small example, for tests over all combinations.
     """
 
     unit: ClassVar[str] = "example"
     what: ClassVar[str]
     unread: ClassVar[tuple[str, ...]] = ()
+    learner: ClassVar[str] = "optimizer"
+    measures_loss: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {}
 
     def check(self, config: Config) -> None:  # noqa: B027 - most have nothing to refuse
@@ -95,12 +121,11 @@ class Query(ABC):
         return clip_rule(config.privacy)
 
     @abstractmethod
-    def statistic(self, parameters: int, dtype: np.dtype[Any], clip: ClipRule, state: State) -> Statistic:
+    def statistic(self, shape: Shape, clip: ClipRule, state: State) -> Statistic:
         """Return the parts of the sum.
 
         Args:
-            parameters: length P of a gradient.
-            dtype: of the model.
+            shape: of model and data.
             clip: the rule in force, of this query or none.
             state: of this query.
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fedsim.grads.clip import ClipRule
 from fedsim.queries import QUERIES
-from fedsim.queries.base import Arrays, NodeView, Query, State
+from fedsim.queries.base import Arrays, NodeView, Query, Shape, State
 from fedsim.queries.statistic import Part, Statistic
 from fedsim.types import ClippedSum, StepTask
 
@@ -23,9 +22,9 @@ class Gradient(Query):
 
     what = "per-example gradients"
 
-    def statistic(self, parameters: int, dtype: np.dtype[Any], clip: ClipRule, state: State) -> Statistic:
+    def statistic(self, shape: Shape, clip: ClipRule, state: State) -> Statistic:
         """See `Query.statistic`."""
-        return Statistic((Part("sum", parameters, dtype, clip.sensitivity),))
+        return Statistic((Part("sum", shape.parameters, shape.dtype, clip.sensitivity),))
 
     def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
         """See `Query.sums`: it does not matter whose example is next to whose, so the examples of all holders

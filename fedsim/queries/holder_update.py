@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from fedsim.config import Config
 from fedsim.grads.clip import ClipRule, FlatClip
 from fedsim.grads.local_training import LocalTraining
 from fedsim.queries import QUERIES
-from fedsim.queries.base import Arrays, NodeView, Query, State
+from fedsim.queries.base import Arrays, NodeView, Query, Shape, State
 from fedsim.queries.statistic import Part, Statistic
 from fedsim.rules import ENGINE_SETTINGS, SET, read_with
 from fedsim.types import ClippedSum, HolderReply, StepTask
@@ -90,13 +89,13 @@ class HolderUpdate(Query):
                 "Use flat.",
             )
 
-    def statistic(self, parameters: int, dtype: np.dtype[Any], clip: ClipRule, state: State) -> Statistic:
+    def statistic(self, shape: Shape, clip: ClipRule, state: State) -> Statistic:
         """See `Query.statistic`."""
         if not self.adaptive or not isinstance(clip, FlatClip):
-            return Statistic((Part("sum", parameters, dtype, clip.sensitivity),))
+            return Statistic((Part("sum", shape.parameters, shape.dtype, clip.sensitivity),))
         bound = float(state["clip_norm"][0])
         count = Part("below", 1, np.dtype(np.float64), 0.5, purpose="quantile")
-        return Statistic((Part("sum", parameters, dtype, bound), count))
+        return Statistic((Part("sum", shape.parameters, shape.dtype, bound), count))
 
     def multipliers(self, noise_multiplier: float, expected_units: float) -> tuple[float, ...]:
         """See `Query.multipliers`.

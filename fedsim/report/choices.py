@@ -25,9 +25,10 @@ def commented(text: str) -> str:
 def _replaced(text: str, setting: str, names: str) -> str:
     lines = text.split("\n")
     try:
-        section, key = setting.split(".")
-        start = lines.index(next(line for line in lines if re.match(rf"{section}:(\s|$)", line)))
-        place = next(i for i in range(start + 1, len(lines)) if re.match(rf"  {key}:", lines[i]))
+        section, _, key = setting.partition(".")
+        place = lines.index(next(line for line in lines if re.match(rf"{section}:(\s|$)", line)))
+        if key:
+            place = next(i for i in range(place + 1, len(lines)) if re.match(rf"  {key}:", lines[i]))
         if not lines[place].split("#")[0].partition(":")[2].strip():
             place += 1  # the name stands below
     except StopIteration as error:

@@ -21,12 +21,12 @@ from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
 from fedsim.data.sources import SOURCES
 from fedsim.data.targets import Targets
-from fedsim.engine import optim
 from fedsim.engine.experiment import Experiment, epsilons, facts_of, planned, prepare
 from fedsim.grads import batch
 from fedsim.grads.batch import Batch
 from fedsim.grads.cost import Cost, cost
 from fedsim.grads.flat import spec, trainable_names
+from fedsim.learners.optimizer import resolved
 from fedsim.mechanism import Mechanism, Method
 from fedsim.merging import Choice
 from fedsim.optimizers import OPTIMIZERS
@@ -81,7 +81,7 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
     mechanism, train = known.mechanism, config.train
     facts, release = mechanism.facts, mechanism.release()
     noise_std = release.noise_stds.get(release.statistic.main.name)
-    optimizer = optim.resolved(config.optimizer, train, facts.examples)
+    optimizer = resolved(config.optimizer, train, facts.examples)
     return {
         "method": config.method(),
         "unit": mechanism.unit,
@@ -163,11 +163,11 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     task.check(declared)
     skeleton = models.skeleton(config.model, size.shape, task.outputs(declared))
     method.at.clip.group_of(trainable_names(skeleton))  # refuses groups that do not fit the model
-    optimizer = optim.resolved(config.optimizer, config.train, size.train)
-    optim.ServerOptimizer(optimizer, config.train, spec(skeleton))  # refuses a warm-up as long as the run
+    method.learner.start(config, spec(skeleton), size.train)  # refuses parameters it cannot learn
     labels = np.arange(size.train, dtype=np.int64) % size.classes
     held = partition.partition(Material(size.train, labels), config.federation, config.seed)
-    facts = facts_of(config, held, sum(p.numel() for p in skeleton.parameters() if p.requires_grad))
+    trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    facts = facts_of(config, held, trained, size.shape, task.outputs(declared))
     shape = " x ".join(map(str, size.shape))
     source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} even classes"
     return _Known(

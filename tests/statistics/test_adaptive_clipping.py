@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedsim.engine.experiment import prepare
-from fedsim.engine.optim import ServerOptimizer
+from fedsim.learners.optimizer import ServerOptimizer
 from fedsim.mechanism import Mechanism
 from tests.conftest import small, train
 from tests.statistics.test_noise_of_updates import ALARM, every_step_has_the_scale, steps_are_independent

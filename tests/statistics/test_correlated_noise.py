@@ -16,7 +16,7 @@ from scipy import stats
 
 from fedsim import seeds
 from fedsim.engine.experiment import prepare
-from fedsim.engine.optim import ServerOptimizer
+from fedsim.learners.optimizer import ServerOptimizer
 from fedsim.mechanism import Mechanism
 from fedsim.noise.banded import BandedToeplitz, optimal_coefficients
 from fedsim.noise.stream import Factorisation, Stream

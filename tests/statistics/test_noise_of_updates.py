@@ -25,7 +25,7 @@ from scipy import stats
 from fedsim import mechanism
 from fedsim.engine.asked import Asked
 from fedsim.engine.experiment import prepare
-from fedsim.engine.optim import ServerOptimizer
+from fedsim.learners.optimizer import ServerOptimizer
 from fedsim.mechanism import Mechanism, Method
 from fedsim.noise import gaussian
 from fedsim.noise.shares import NoiseShares

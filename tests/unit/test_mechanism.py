@@ -15,6 +15,7 @@ from fedsim.engine.experiment import prepare
 from fedsim.mechanism import Mechanism, Method
 from fedsim.noise.stream import Stream
 from fedsim.privacy import events
+from fedsim.queries.base import Shape
 from fedsim.queries.gradient import Gradient
 from fedsim.queries.statistic import Part, Statistic, within
 from fedsim.strategies.base import Collected, DataFacts
@@ -32,9 +33,9 @@ class Twice(Gradient):
 
     spent: float = 1.0
 
-    def statistic(self, parameters: int, dtype: np.dtype[Any], clip: Any, state: Any) -> Statistic:
+    def statistic(self, shape: Shape, clip: Any, state: Any) -> Statistic:
         more = Part("square", 1, np.dtype(np.float64), 3.0, purpose="square")
-        return Statistic((*super().statistic(parameters, dtype, clip, state).parts, more))
+        return Statistic((*super().statistic(shape, clip, state).parts, more))
 
     def multipliers(self, noise_multiplier: float, expected_units: float) -> tuple[float, ...]:
         both = noise_multiplier * math.sqrt(2 / self.spent)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fedsim.config import OptimizerConfig, TrainConfig
 from fedsim.data.targets import Targets
-from fedsim.engine import optim
 from fedsim.engine.evaluate import evaluate
-from fedsim.engine.optim import Ema, ServerOptimizer
 from fedsim.grads.flat import FlatSpec
+from fedsim.learners import optimizer as optim
+from fedsim.learners.optimizer import Ema, ServerOptimizer
 from fedsim.merging import Choice
 from fedsim.optimizers import OPTIMIZERS
 from fedsim.optimizers.adam import Lamb

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from fedsim import config as configs
 from fedsim import models
 from fedsim.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from fedsim.engine import optim
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.grads.flat import get_flat, spec
+from fedsim.learners import optimizer as optim
 from fedsim.merging import Choice
 from fedsim.models import weights
 from fedsim.noise.levels import NoiseLevels

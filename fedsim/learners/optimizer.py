@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedsim import validate
-from fedsim.config import OptimizerConfig, TrainConfig
+from fedsim.config import Config, OptimizerConfig, TrainConfig
 from fedsim.grads.flat import FlatSpec
+from fedsim.learners import LEARNERS
+from fedsim.learners.base import Learner, Learning, Means
 from fedsim.merging import Choice
 from fedsim.optimizers import OPTIMIZERS
 from fedsim.optimizers.base import Update
@@ -64,7 +67,19 @@ def learning_rate(config: OptimizerConfig, steps: int, step_index: int) -> float
     return config.learning_rate * SCHEDULES.make(config.schedule).factor(progress)
 
 
-class ServerOptimizer:
+@LEARNERS.register("optimizer")
+@dataclass(frozen=True)
+class OptimizerLearner(Learner):
+    """A step of the optimizer along the mean gradient or update, as the section optimizer says."""
+
+    takes = ("sum",)
+
+    def start(self, config: Config, layout: FlatSpec, examples: int) -> ServerOptimizer:
+        """See `Learner.start`."""
+        return ServerOptimizer(resolved(config.optimizer, config.train, examples), config.train, layout)
+
+
+class ServerOptimizer(Learning):
     """An update rule (fedsim.optimizers) on flat parameters, with its state, schedule and average.
 
     Args:
@@ -138,6 +153,11 @@ class ServerOptimizer:
         if self._ema is not None:
             self._ema.update(new, step_index)
         return new
+
+    def update(self, params: Tensor, means: Means, step_index: int) -> Tensor:
+        """See `Learning.update`: `step` along the main part."""
+        gradient = torch.from_numpy(means.values[means.main]).to(params.dtype)
+        return self.step(params, gradient, step_index)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return copies of the tensors (P,): moments and average; and the plain numbers beside them."""

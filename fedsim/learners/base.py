@@ -1,0 +1,86 @@
+"""A learner: from noisy sums to parameters. All of it is post-processing and costs no privacy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.grads.flat import FlatSpec
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a step gives a learner: the noisy sums, divided by the public number of units.
+
+    Attributes:
+        values: by part, float64 (length,).
+        main: name of the main part.
+        noise_stds: by part, standard deviation of the noise in every entry; empty without noise.
+    """
+
+    values: Mapping[str, NDArray[np.float64]]
+    main: str
+    noise_stds: Mapping[str, float]
+
+
+class Learning(ABC):
+    """A learner at work on one model: with its state, which a checkpoint holds."""
+
+    @abstractmethod
+    def init(self, params: Tensor) -> None:
+        """Start afresh from parameters (P,)."""
+
+    @abstractmethod
+    def update(self, params: Tensor, means: Means, step_index: int) -> Tensor:
+        """Return the new parameters (P,) after step `step_index`, from 0; `params` stays as it is."""
+
+    def learning_rate(self, step_index: int) -> float | None:
+        """Return the learning rate of a step; None for a learner without one."""
+        return None
+
+    def average(self) -> Tensor | None:
+        """Return averaged parameters (P,) to release in place of the last ones, or None."""
+        return None
+
+    @abstractmethod
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return copies of the state's tensors, and the plain numbers beside them."""
+
+    @abstractmethod
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
+        """Take over what `state_dict` returned; `init` is then not needed."""
+
+
+@dataclass(frozen=True)
+class Learner(ABC):
+    """What the server does with a noisy statistic; its fields are the options.
+
+    Class attributes:
+        takes: names of the parts it needs.
+        unread: settings that it does not read; set to anything but their default they are refused.
+        tiny: options of a small example, for tests over all combinations.
+    """
+
+    takes: ClassVar[tuple[str, ...]]
+    unread: ClassVar[tuple[str, ...]] = ()
+    tiny: ClassVar[Mapping[str, Any]] = {}
+
+    @abstractmethod
+    def start(self, config: Config, layout: FlatSpec, examples: int) -> Learning:
+        """Return the learner at work.
+
+        Args:
+            config: of the run.
+            layout: which entries of the flat parameters are which tensor.
+            examples: in the training set, over all holders.
+
+        Raises:
+            InputError: it cannot learn such parameters, or settings of its own are wrong.
+        """
