@@ -253,9 +253,7 @@ class Mechanism:
         if self.method.private:
             multipliers = self._multipliers(self.noise_multiplier * factor)
             for part, multiplier in zip(statistic.parts, multipliers, strict=True):
-                norm = (
-                    self.column_norm if part is statistic.main else 1.0
-                )  # only the main part's is correlated
+                norm = self.column_norm if part is statistic.main else 1.0  # other parts have fresh noise
                 stds[part.name] = multiplier * (part.bound * norm)
         return Release(statistic, stds, self.facts, self.agreed)
 
