@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedsim.noise.levels import NoiseLevels
-from fedsim.noise.stream import Factorisation
 from fedsim.samplers import Participation
+
+if TYPE_CHECKING:
+    from fedsim.noise.stream import Factorisation  # imports torch
 
 
 @dataclass(frozen=True)
