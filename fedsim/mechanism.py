@@ -87,8 +87,8 @@ class Method:
         parts = {part.name for part in query.statistic(_ANY, clip, query.state(config)).parts}
         if lacking := [name for name in learner.takes if name not in parts]:
             validate.conflicts(
-                f"learner={chosen_learner.name} needs {', '.join(lacking)}, but query={config.query.name} gives "
-                f"{', '.join(sorted(parts))}.",
+                f"learner={chosen_learner.name} needs {', '.join(lacking)}, but query={config.query.name} "
+                f"gives {', '.join(sorted(parts))}.",
                 f"Use learner={query.learner}, or another query.",
             )
         return made
@@ -288,9 +288,7 @@ class Mechanism:
         if self.method.private:
             multipliers = self._multipliers(self.noise_multiplier * factor)
             for part, multiplier in zip(statistic.parts, multipliers, strict=True):
-                norm = (
-                    self.column_norm if part is statistic.main else 1.0
-                )  # only the main part's is correlated
+                norm = self.column_norm if part is statistic.main else 1.0  # other parts have fresh noise
                 stds[part.name] = multiplier * (part.bound * norm)
         return Release(statistic, stds, self.facts, self.agreed)
 

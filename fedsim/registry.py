@@ -16,11 +16,13 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fedsim import references
-from fedsim.merging import Choice, parse_options
 from fedsim.validate import InputError
+
+if TYPE_CHECKING:
+    from fedsim.merging import Choice
 
 T = TypeVar("T")
 Class = TypeVar("Class", bound=type[Any])
@@ -110,6 +112,8 @@ class Registry(Generic[T]):
             InputError: no such variant, an option it does not take or of a wrong type, what it raises itself
                 for a wrong value, or an object that makes something else.
         """
+        from fedsim.merging import parse_options  # imports omegaconf: only where something is chosen
+
         found = self.find(choice.name)
         if isinstance(found, type) and dataclasses.is_dataclass(found):
             made = parse_options(choice.options, found, f"{self.options} of {choice.name}", self.options)
@@ -184,6 +188,8 @@ def check_choice(choice: Any, setting: str) -> Choice:
     Raises:
         InputError: it is neither.
     """
+    from fedsim.merging import Choice
+
     if isinstance(choice, str):
         return Choice(choice)
     if (

@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedsim.noise.levels import NoiseLevels
-from fedsim.noise.stream import Factorisation
 from fedsim.samplers import Participation
+
+if TYPE_CHECKING:
+    from fedsim.noise.stream import Factorisation  # imports torch
 
 
 @dataclass(frozen=True)

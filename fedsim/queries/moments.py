@@ -1,4 +1,4 @@
-"""Second and label moments of features: what least squares needs (Mehta et al. 2023, DP-LS)."""
+"""Second and label moments of features: what least squares needs (Mehta et al. 2023, DP-LS).
 
 An example's features, with a constant entry, are one row x, clipped to norm C; with class y it adds x x^T to
 the second moments, bound C^2, and x to row y of the label moments, bound C (fedsim.heads.moments). Both

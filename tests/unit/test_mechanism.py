@@ -1,4 +1,4 @@
-"""What composes a mechanism: parts of a release, their noise, and what is refused."""
+"""A mechanism refuses parts that do not add up to its event, and scales the noise of each by its bound."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def test_a_query_that_spends_more_than_the_whole_is_refused() -> None:
     release = mechanism.release()
     assert release.noise_stds == pytest.approx({"sum": 0.5 * math.sqrt(2), "square": 3 * math.sqrt(2)})
     assert mechanism.event_at(0) == events.gaussian_step(1.0, mechanism.sampling_rate)
-    with pytest.raises(
-        InputError, match="splits noise multiplier 1 into parts that together have less noise"
-    ):
+    with pytest.raises(InputError, match="splits noise multiplier 1 into parts that together have less"):
         of(small(query.replace("SPENT", "1.01")))
     halved = "noise={name: schedule, options: {factors: [1.0, 0.5]}}"
     assert of(small(query.replace("SPENT", "1.0"), halved)).noise_factor(5) == 0.5
