@@ -34,7 +34,8 @@ class Moments:
         features: d0, how many there are.
         outputs: k, classes or targets.
         target_bound: T, largest L2 norm of an example's targets (k,), longer ones are clipped to it; None
-            where targets are classes 0 .. k - 1, as one-hot vectors.
+            where targets are classes 0 .. k - 1, as one-hot vectors. (Those less 1 / k, as general targets,
+            give the same decisions with T = sqrt(1 - 1/k).)
         per_class: whether to sum the A_l too; for classes only.
 
     Raises:

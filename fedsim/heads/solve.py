@@ -23,7 +23,8 @@ def ridge(noise_std: float, width: int, factor: float = RIDGE) -> float:
     With factor 1, G + E + r I is positive definite for any true G (but for the O(d^(-2/3)) beyond the edge),
     and a noisy matrix can be solved with as it is. What `Spectrum.denoised` makes of it needs less: with
     50,000 images and 1,280 features, at epsilon 0.1 to 8, factors between 0.1 and 0.35 were within 0.6
-    points of accuracy of the best.
+    points of accuracy of the best. Neither way is always better: with 3,816 features, projection alone at 0.1
+    was 0.2 to 1 point above it.
 
     Args:
         noise_std: s of the packed second moments; see `Part.noise_std`.

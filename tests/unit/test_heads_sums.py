@@ -113,6 +113,20 @@ def test_rows_are_moved_and_mapped_before_the_clip() -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
+def test_rows_of_rows() -> None:
+    values = torch.from_numpy(X[:50].astype(np.float32))
+    values[7, 3] = torch.nan
+    inner = Rows(0.7, 1.0)
+    outer = Rows(0.5, 2.0, transform=torch.from_numpy(RNG.normal(size=(4, D + 1))), inner=inner)
+    found = outer.of(values)
+    assert outer.width(D) == 5
+    alone = Rows(0.5, 2.0, transform=outer.transform).of(inner.of(values))
+    kept = torch.arange(50) != 7
+    torch.testing.assert_close(found[kept], alone[kept])
+    assert not bool(found[7].any()), "neither bias is left of a row that is not finite"
+    torch.testing.assert_close(Rows(0.5).of(found), found, rtol=1e-6, atol=0)
+
+
 def test_shares_are_equal_where_the_paper_says_so() -> None:
     assert default_shares(10) == (0.5, 0.5)
     assert default_shares(10, per_class=True) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
