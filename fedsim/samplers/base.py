@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.config import Config
 from fedsim.seeds import Root, derive
+
+if TYPE_CHECKING:
+    from fedsim.config import Config  # imports omegaconf
 
 
 @dataclass(frozen=True)

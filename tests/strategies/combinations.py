@@ -6,6 +6,7 @@ import itertools
 import json
 
 from fedsim.config import Config
+from fedsim.learners import LEARNERS
 from fedsim.noise import NOISE
 from fedsim.queries import QUERIES
 from fedsim.samplers import SAMPLERS
@@ -60,6 +61,10 @@ def of(combination: Combination, *overrides: str) -> Config:
         f"{axis}={json.dumps({'name': name, 'options': dict(registry.find(name).tiny)})}"
         for (axis, registry), name in zip(AXES.items(), combination, strict=True)
     ]
+    learner = QUERIES.find(combination[1]).learner
+    chosen.append(f"learner={json.dumps({'name': learner, 'options': dict(LEARNERS.find(learner).tiny)})}")
+    if learner != "optimizer":  # what other learners do not read is at its default
+        chosen += ["optimizer.name=sgd", "optimizer.options={}", "optimizer.learning_rate=1.0"]
     noise = [] if STRATEGIES.find(combination[0]).private else ["privacy.noise_multiplier=null"]
     clip = [] if STRATEGIES.find(combination[0]).private else ["privacy.clip_norm=1.0"]
     tiny = ["model.name=linear", "data.train_examples=40", "data.test_examples=10", "federation.holders=4"]
