@@ -11,6 +11,7 @@ Described = dict[str, tuple[str, dict[str, Any]]]
 
 def registries() -> list[Registry[Any]]:
     """Return the registries, in the order of a configuration's sections."""
+    from fedsim.accountants import ACCOUNTANTS
     from fedsim.augmentations import AUGMENTATIONS
     from fedsim.data.feature_maps import FEATURES
     from fedsim.data.sources import SOURCES
@@ -34,6 +35,7 @@ def registries() -> list[Registry[Any]]:
         SAMPLERS,
         NOISE,
         LEARNERS,
+        ACCOUNTANTS,
         AUGMENTATIONS,
         OPTIMIZERS,
         SCHEDULES,

@@ -233,7 +233,7 @@ class Config:
         names = [choice.name for choice in chosen if choice is not None]
         listed = [*self.train.augmentations, *self.monitor.writers]
         names += [entry.get("name") if isinstance(entry, dict) else entry for entry in listed]
-        names += [self.privacy.clipping, *(self.task.options.get("metrics") or ())]
+        names += [self.privacy.accountant, self.privacy.clipping, *(self.task.options.get("metrics") or ())]
         named = (name for name in names if isinstance(name, str) and references.is_reference(name))
         return tuple(dict.fromkeys(named))
 

@@ -29,8 +29,8 @@ from fedsim.merging import Choice
 from fedsim.noise import NOISE
 from fedsim.noise.gaussian import step_noise
 from fedsim.noise.stream import Stream
+from fedsim.privacy import accountant, events
 from fedsim.privacy import budget as budgets
-from fedsim.privacy import events
 from fedsim.privacy.budget import Budget
 from fedsim.privacy.family import EventFamily
 from fedsim.queries import QUERIES
@@ -76,6 +76,7 @@ class Method:
         sampler.check(config)
         clip = query.clip(config) if trust.private else NoClip()
         at = Setting(config, query, sampler, NOISE.make(config.noise), clip)
+        accountant.refuse_approximation(config.privacy.accountant)
         trust.check(at)
         if query.adaptive and config.noise.name != "independent":
             validate.conflicts(

@@ -158,7 +158,6 @@ def check(c: Config) -> None:
     validate.in_range(f.availability, 0.0, 1.0, "federation.availability")
     validate.in_range(t.ema_decay, 0.0, 1.0 - 1e-12, "train.ema_decay")
     validate.in_range(c.data.holdout_examples, 0, 2**62, "data.holdout_examples")
-    validate.one_of(p.accountant, ("pld", "rdp", "rdp_objax"), "privacy.accountant")
     references.check(p.clipping, ("flat", "normalised", "per_layer", "grouped"), "privacy.clipping")
     if p.clipping == "grouped" and not p.clip_groups:
         validate.conflicts(

@@ -25,7 +25,7 @@ LAYERS = [
     ["fedsim.samplers", "fedsim.secure_sum"],
     ["fedsim.noise", "fedsim.grads", "fedsim.heads", "fedsim.optimizers"],
     ["fedsim.queries", "fedsim.learners"],
-    ["fedsim.privacy"],
+    ["fedsim.privacy", "fedsim.accountants"],
     ["fedsim.strategies"],
     ["fedsim.mechanism"],
     ["fedsim.axes", "fedsim.report"],

@@ -44,7 +44,9 @@ def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=float, metavar="B", help="expected batch size")
     parser.add_argument("--steps", type=int, metavar="T")
     parser.add_argument("--delta", type=float, help="default: that of the ledger, else 1e-5")
-    parser.add_argument("--accountant", choices=("pld", "rdp", "rdp_objax"), default="pld")
+    parser.add_argument(
+        "--accountant", default="pld", help="a name of `fedsim list`, or package.module:Object"
+    )
     parser.add_argument("--holder-examples", type=int, metavar="M", help="also for a holder of M examples")
 
 
@@ -92,7 +94,7 @@ def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
         validate.in_range(options.holder_examples, 1, rules.MOST, "--holder-examples")
     rate, steps, delta = _mechanism(options)
     total = events.composed(events.gaussian_step(options.noise_multiplier, rate), steps)
-    kinds = ["pld", "rdp"] + (["rdp_objax"] if options.accountant == "rdp_objax" else [])
+    kinds = list(dict.fromkeys(["pld", "rdp", options.accountant]))
     answer = {kind: accountant.epsilon(total, delta, kind, "example") for kind in kinds}
     if options.population is not None:
         answer = {kind: spent.among(int(options.population)) for kind, spent in answer.items()}

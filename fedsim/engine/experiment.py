@@ -175,7 +175,7 @@ def spent(book: LedgerView, facts: DataFacts) -> dict[str, Tagged[EpsilonResult]
 
     That of a whole holder is as public as the size of the largest one."""
     unit = book.header.unit
-    other = "rdp" if book.header.accountant == "pld" else "pld"
+    other = accountant.named(book.header.accountant).check
     out: dict[str, Tagged[EpsilonResult]] = {
         unit: Public(book.epsilon()),
         f"{unit}_check": Public(book.epsilon(other)),

@@ -1,45 +1,32 @@
 """Epsilon of an event, the noise for a target epsilon, and the steps a budget allows.
 
-All numbers come from dp_accounting: `pld` (privacy loss distributions, tight) and `rdp` (Renyi DP with the
-conversion of Canonne, Kamath, Steinke 2020, Proposition 12). `rdp_objax` is the older way of Objax, kept to
-reproduce Kurakin et al. 2022: 26 orders from 1.25 to 20 and rdp + ln(1/delta) / (order - 1) of Mironov 2017.
-`rdp_integer` is `rdp` at whole orders; it answers for events proved only there, whatever was asked for.
-Every value is an upper bound, under the relation of its event.
+By any accountant (fedsim.accountants); every value of one that is an upper bound is one under the relation of
+its event.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import dp_accounting as dp
-import numpy as np
-from numpy.typing import NDArray
 
 from fedsim import validate
+from fedsim.accountants import ACCOUNTANTS, Accountant
 from fedsim.privacy import calibrations, events, loss_distribution
 from fedsim.privacy.events import Release
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.loss_distribution import Part
 from fedsim.validate import InputError
 
-ACCOUNTANTS = ("pld", "rdp", "rdp_objax", "rdp_integer")
-MAX_INTEGER_ORDER = 256
 UNITS = ("example", "holder")
 MEANINGLESS_ABOVE = 100.0  # e**100 protects nobody; printed with the value, which stays exact
 MOST_N_DELTA = 10.0  # N x delta units may be given away whole within (epsilon, delta); above this: refused
 WARNED_N_DELTA = 1.0
 CALIBRATION_TOLERANCE = 1e-4
 
-_ORDERS = {
-    "rdp": tuple(float(order) for order in dp.rdp.rdp_privacy_accountant.DEFAULT_RDP_ORDERS),
-    "rdp_integer": tuple(map(float, (*range(2, 65), *range(72, MAX_INTEGER_ORDER + 1, 8)))),
-    "rdp_objax": (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 4.5, *map(float, range(5, 21))),
-}
 _COARSE = 0.02  # relative tolerance of the first stage of a PLD calibration
 _EDGE = 0.01  # a calibration further than this below its target ended at the edge of the range
 _SIGMA_RANGE = (1e-4, 1e6)
@@ -53,7 +40,7 @@ class EpsilonResult:
         value: upper bound on epsilon; math.inf where nothing is claimed, None where it could not be computed.
         delta: the delta it holds for.
         relation: neighbouring relation.
-        accountant: "pld", "rdp" or "rdp_objax".
+        accountant: the one that answered, by its name.
         unit: whose presence is protected, "example" or "holder".
         amplification: what sampling the value takes credit for.
         note: empty, or why there is no value or how to read it.
@@ -137,7 +124,7 @@ def epsilon(event: dp.DpEvent, delta: float, accountant: str = "pld", unit: str 
     Args:
         event: made by `events`: Gaussian, Poisson sampled Gaussian, compositions, non-private.
         delta: 0 < delta < 1.
-        accountant: one of ACCOUNTANTS.
+        accountant: a name of fedsim.accountants, or package.module:Object.
         unit: what the event's neighbouring relation adds or removes; a label, it changes no number.
 
     Raises:
@@ -189,7 +176,11 @@ def holder_epsilon_of_event(
             None,
             "not available: how many of a holder's examples a fixed-size draw takes is not bounded",
         )
-    elif accountant != "pld" and count > 1 and any(release.sampling_rate < 1.0 for release in found):
+    elif (
+        not named(accountant).takes_groups
+        and count > 1
+        and any(release.sampling_rate < 1.0 for release in found)
+    ):
         value, note = None, "Renyi DP of a mixture of Gaussians is not available; use pld"
         if events.renyi_only(event):
             note = "not available: the mechanism is bounded at whole Renyi orders only"
@@ -222,6 +213,7 @@ def noise_multiplier_for(
         InputError: the budget is unreachable; the message names the nearest that is.
     """
     validate.positive(target_epsilon, "target_epsilon")
+    refuse_approximation(accountant)
     _check(delta, accountant, unit)
     validate.positive(steps, "steps")
     unit_noise = family.event(1.0, steps)
@@ -260,7 +252,7 @@ def noise_multiplier_for(
             f"{reached} at noise_multiplier {math.exp(found):.4g}. "
             "Change the target, delta, the steps or the batch."
         )
-    other = "rdp" if chosen == "pld" else "pld"
+    other = named(chosen).check
     return Calibration(math.exp(found), result, epsilon(event, delta, other, unit))
 
 
@@ -281,6 +273,7 @@ def max_steps(
             the message says why.
     """
     validate.positive(target_epsilon, "target_epsilon")
+    refuse_approximation(accountant)
     _check(delta, accountant, "example")
     validate.positive(noise_multiplier, "noise_multiplier")
 
@@ -333,13 +326,41 @@ def max_steps(
 def _check(delta: float, accountant: str, unit: str) -> None:
     if not 0.0 < delta < 1.0:
         raise InputError(f"delta must be above 0 and below 1, got {delta!r}. Use at most 1 / examples.")
-    validate.one_of(accountant, ACCOUNTANTS, "accountant")
+    named(accountant)
     validate.one_of(unit, UNITS, "unit")
+
+
+def named(accountant: str) -> Accountant:
+    """Return the accountant of a name, or of package.module:Object.
+
+    Raises:
+        InputError: there is none (with the nearest name), or it is something else.
+    """
+    found = ACCOUNTANTS.find(accountant)
+    made = found() if isinstance(found, type) else found
+    if not isinstance(made, Accountant):
+        raise InputError(
+            f"privacy.accountant must name a fedsim.accountants.Accountant, but {accountant} is {found!r}."
+        )
+    return made
+
+
+def refuse_approximation(accountant: str) -> None:
+    """Refuse an accountant by whose answer nothing may be promised.
+
+    Raises:
+        InputError: it is no upper bound.
+    """
+    if not named(accountant).is_upper_bound:
+        raise InputError(
+            f"accountant {accountant} is an approximation, not an upper bound on epsilon: it calibrates no "
+            "noise and stops no run. Use pld or rdp."
+        )
 
 
 def _answering(event: dp.DpEvent, accountant: str) -> str:
     """Return the accountant that answers for `event` when `accountant` is asked."""
-    return "rdp_integer" if events.renyi_only(event) else accountant
+    return "rdp_integer" if named(accountant).supports(event) else accountant
 
 
 def _parts(event: dp.DpEvent, examples: int = 1) -> tuple[Part, ...]:
@@ -354,58 +375,11 @@ def _epsilon(
         return 0.0, "nothing was released"
     if any(part.noise_multiplier <= 0.0 for part in parts):
         return math.inf, "a release without noise is among the steps"
-    if accountant == "pld":
-        return loss_distribution.epsilon(parts, delta, tolerance)
-    return _rdp_epsilon(parts, delta, accountant)
-
-
-def _rdp_epsilon(parts: tuple[Part, ...], delta: float, accountant: str) -> tuple[float | None, str]:
-    orders = np.array(_ORDERS[accountant])
-    total = np.zeros_like(orders)
-    for part in parts:
-        # Round-off of the log-space sums, on the safe side; matters only for huge numbers of tiny losses.
-        margin = 0.0 if part.sampling_rate == 1.0 else 1e-13
-        total += part.times * (_rdp_of_one(part, accountant) + margin)
-    usable = np.isfinite(total) & (total >= 0.0)
-    if not usable.any():
-        return None, "not computable: Renyi DP overflows at every order"
-    orders, total = orders[usable], total[usable]
-    if accountant != "rdp_objax":
-        value, order = dp.rdp.compute_epsilon(list(orders), list(total), delta)
-    else:
-        bounds = total - math.log(delta) / (orders - 1.0)
-        value, order = bounds.min(), orders[bounds.argmin()]
-    if not math.isfinite(value):
-        return None, "not computable: no order gives a finite bound"
-    loose = float(value) > 0.0 and order == orders[0]
-    note = f"loose: the smallest order, {order:g}, decides" if loose else ""
-    return float(value), note
-
-
-@functools.lru_cache(maxsize=4096)
-def _rdp_of_one(part: Part, accountant: str) -> NDArray[np.float64]:
-    """Renyi DP of one release at every order; inf or NaN where the library cannot compute it."""
-    event = events.gaussian_step(part.noise_multiplier / part.examples, part.sampling_rate)
-    with _without_library_warnings(), np.errstate(all="ignore"):
-        try:
-            return np.array(dp.rdp.RdpAccountant(_ORDERS[accountant]).compose(event).rdp)
-        except (ArithmeticError, ValueError):
-            return np.full(len(_ORDERS[accountant]), np.inf)  # reported as not computable
-
-
-@contextmanager
-def _without_library_warnings() -> Iterator[None]:
-    """Drop the library's warning per order that did not converge: such orders are excluded here anyway."""
-
-    def drop(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.WARNING
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
+    asked = named(accountant)
+    value, note = asked.epsilon(parts, delta, tolerance)
+    if not asked.is_upper_bound:
+        note = "; ".join(part for part in (note, "an approximation, not a bound") if part)
+    return value, note
 
 
 def _amplification(found: tuple[Release, ...], relation: str) -> str:
@@ -445,7 +419,9 @@ def _clt_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: fl
 def _search(gap: Callable[..., float], start: float, accountant: str) -> float:
     """Return where `gap(logarithm of the noise multiplier, tolerance of its epsilon)` ends just below 0."""
     width = 0.15
-    if accountant == "pld":  # a coarse grid finds the place at a tenth of the price, and the slope there
+    if named(
+        accountant
+    ).searches_coarsely:  # a coarse grid finds the place at a tenth of the price, and the slope there
         start = _solve(lambda x: gap(x, _COARSE), start, width)
         width = 0.02
         slope = (gap(start + width, _COARSE) - gap(start, _COARSE)) / width

@@ -36,12 +36,12 @@ from numpy.typing import NDArray
 from scipy import special
 
 from fedsim import validate
+from fedsim.accountants.renyi import MAX_INTEGER_ORDER
 from fedsim.noise import discrete
-from fedsim.privacy import accountant
 from fedsim.validate import InputError
 
 Array = NDArray[np.float64]
-MAX_ORDER = accountant.MAX_INTEGER_ORDER
+MAX_ORDER = MAX_INTEGER_ORDER
 
 
 def skellam_divergence(orders: Array, squared_l2: float, l1: float, variance: float) -> Array:

@@ -73,7 +73,7 @@ class LedgerHeader:
             raise InputError(f"delta must be above 0 and below 1, got {self.delta!r}.")
         validate.one_of(self.unit, accountant.UNITS, "unit")
         validate.one_of(self.relation, (events.ADD_REMOVE, events.REPLACE), "relation")
-        validate.one_of(self.accountant, accountant.ACCOUNTANTS, "accountant")
+        accountant.named(self.accountant)
         for name in ("examples", "holders", "examples_per_holder_at_most"):
             if (number := getattr(self, name)) is not None:
                 validate.positive(number, name)

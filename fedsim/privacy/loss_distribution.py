@@ -75,7 +75,7 @@ def epsilon(parts: tuple[Part, ...], delta: float, tolerance: float = TOLERANCE)
     """
     parts = _merge_gaussians(parts)
     if len(parts) == 1 and parts[0].sampling_rate == 1.0:
-        return _gaussian(parts[0].noise_multiplier, delta)
+        return gaussian(parts[0].noise_multiplier, delta)
     releases = sum(part.times for part in parts)
     floor = 1e-14 * max(releases, 10_000)
     if delta < floor:
@@ -119,7 +119,7 @@ def _merge_gaussians(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return (*rest, Part(1.0 / math.sqrt(precision), 1.0, 1)) if precision else rest
 
 
-def _gaussian(noise_multiplier: float, delta: float) -> tuple[float | None, str]:
+def gaussian(noise_multiplier: float, delta: float) -> tuple[float | None, str]:
     with np.errstate(all="ignore"):
         value = float(dp.get_epsilon_gaussian(noise_multiplier, delta))
     if math.isfinite(value):

@@ -64,7 +64,6 @@ def test_digest_ignores_speed_and_logging_and_nothing_else() -> None:
         ("seed=-1", "seed"),
         ("train.ema_decay=1", "train.ema_decay"),
         ("federation.availability=0", "federation.availability"),
-        ("privacy.accountant=prv", "pld, rdp"),
     ],
 )
 def test_refusals_name_the_key(override: str, message: str) -> None:
