@@ -12,6 +12,7 @@ Described = dict[str, tuple[str, dict[str, Any]]]
 def registries() -> list[Registry[Any]]:
     """Return the registries, in the order of a configuration's sections."""
     from fedsim.augmentations import AUGMENTATIONS
+    from fedsim.clipping import CLIPPING
     from fedsim.data.feature_maps import FEATURES
     from fedsim.data.sources import SOURCES
     from fedsim.learners import LEARNERS
@@ -34,6 +35,7 @@ def registries() -> list[Registry[Any]]:
         SAMPLERS,
         NOISE,
         LEARNERS,
+        CLIPPING,
         AUGMENTATIONS,
         OPTIMIZERS,
         SCHEDULES,
