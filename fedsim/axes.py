@@ -13,6 +13,7 @@ def registries() -> list[Registry[Any]]:
     """Return the registries, in the order of a configuration's sections."""
     from fedsim.accountants import ACCOUNTANTS
     from fedsim.augmentations import AUGMENTATIONS
+    from fedsim.clipping import CLIPPING
     from fedsim.data.feature_maps import FEATURES
     from fedsim.data.sources import SOURCES
     from fedsim.learners import LEARNERS
@@ -36,6 +37,7 @@ def registries() -> list[Registry[Any]]:
         NOISE,
         LEARNERS,
         ACCOUNTANTS,
+        CLIPPING,
         AUGMENTATIONS,
         OPTIMIZERS,
         SCHEDULES,

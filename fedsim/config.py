@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fedsim import presets, references, rules, validate
-from fedsim.merging import Choice, choices, dotlist, merge, parse_options, read, schema_of, to_dataclass
+from fedsim.merging import Choice, choices, dotlist, merge, read, schema_of, to_dataclass
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
@@ -87,12 +87,6 @@ class StrategyConfig:
 
 
 @dataclass(frozen=True)
-class ClipGroupConfig:
-    parameters: list[str] = field(default_factory=list)
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
 class PrivacyConfig:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
@@ -100,8 +94,7 @@ class PrivacyConfig:
     delta: float = 1e-5
     accountant: str = "pld"
     clip_norm: float = 1.0
-    clipping: str = "flat"
-    clip_groups: dict[str, Any] = field(default_factory=dict, metadata=read_with(clipping=("grouped",)))
+    clipping: Choice = field(default_factory=lambda: Choice("flat"))
     noise_source: str = "seeded"
 
 
@@ -233,7 +226,7 @@ class Config:
         names = [choice.name for choice in chosen if choice is not None]
         listed = [*self.train.augmentations, *self.monitor.writers]
         names += [entry.get("name") if isinstance(entry, dict) else entry for entry in listed]
-        names += [self.privacy.accountant, self.privacy.clipping, *(self.task.options.get("metrics") or ())]
+        names += [self.privacy.accountant, *(self.task.options.get("metrics") or ())]
         named = (name for name in names if isinstance(name, str) and references.is_reference(name))
         return tuple(dict.fromkeys(named))
 
@@ -383,26 +376,6 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create({**dataclasses.asdict(config), "extends": None}))
 
 
-def clip_groups(privacy: PrivacyConfig) -> dict[str, ClipGroupConfig]:
-    """Return `privacy.clip_groups` typed, by name.
-
-    Raises:
-        InputError: a group that is not a mapping, has an unknown key or no parameters, or a weight that is
-            not positive.
-    """
-    groups: dict[str, ClipGroupConfig] = {}
-    for name, given in privacy.clip_groups.items():
-        where = f"privacy.clip_groups.{name}"
-        if not isinstance(given, dict):
-            raise InputError(f"{where} must be a mapping with parameters and weight, got {given!r}.")
-        group: ClipGroupConfig = parse_options(given, ClipGroupConfig, where)
-        validate.positive(group.weight, f"{where}.weight")
-        if not group.parameters:
-            raise InputError(f"{where}.parameters must list patterns of parameter names, got none.")
-        groups[str(name)] = group
-    return groups
-
-
 @functools.cache
 def _schema() -> DictConfig:
     """The schema to merge with; one for all."""
@@ -445,6 +418,5 @@ def _chain(path: Path) -> list[tuple[Path, DictConfig]]:
 
 def _freeze(merged: DictConfig) -> Config:
     config: Config = to_dataclass(merged, Config)
-    clip_groups(config.privacy)  # refuses groups that are malformed
     rules.check(config)
     return config

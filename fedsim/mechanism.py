@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import rules, validate
+from fedsim.clipping.none import NoClip
 from fedsim.config import Config
-from fedsim.grads.clip import NoClip
 from fedsim.learners import LEARNERS, Learner, Means
 from fedsim.merging import Choice
 from fedsim.noise import NOISE

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,31 @@ def schema_of(kind: type[Any]) -> DictConfig:
     return _thaw(OmegaConf.structured(kind))
 
 
-def parse_options(options: dict[str, Any], schema: type[Any], where: str, setting: str = "") -> Any:
-    """Return `schema(**options)` for a frozen dataclass of options, with typed conversion.
+def parse_options(
+    options: dict[str, Any],
+    schema: type[Any],
+    where: str,
+    setting: str = "",
+    given: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return `schema(**options, **given)` for a frozen dataclass of options, with typed conversion.
 
     Args:
         options: as written.
         schema: the dataclass.
         where: what holds the options, for messages.
         setting: their dotted name, where `where` is another.
+        given: values, as they are, of fields that are no options.
 
     Raises:
         InputError: unknown option (with the nearest valid one), wrong type, or one that nothing reads.
     """
-    typed = schema_of(schema)
-    parsed = to_dataclass(merge(typed, OmegaConf.create(options), where), schema)
+    typed, given = schema_of(schema), given or {}
+    OmegaConf.set_struct(typed, False)  # or nothing could be taken out
+    for name in given:
+        del typed[name]
+    OmegaConf.set_struct(typed, None)
+    parsed = to_dataclass(merge(typed, OmegaConf.create(options), where), schema, given)
     rules.refuse_unread(parsed, setting or where)
     return parsed
 
@@ -225,10 +236,12 @@ def _leaves(node: DictConfig, prefix: str = "", keep_sections: bool = False) -> 
     return out
 
 
-def to_dataclass(node: Any, schema: type[Any]) -> Any:
-    """Return what is merged into the schema of a dataclass as an instance of it."""
-    values: dict[str, Any] = {}
+def to_dataclass(node: Any, schema: type[Any], given: Mapping[str, Any] | None = None) -> Any:
+    """Return what is merged into the schema of a dataclass as an instance of it, with the fields `given`."""
+    values: dict[str, Any] = dict(given or {})
     for entry in dataclasses.fields(schema):
+        if entry.name in values:
+            continue
         value = node[entry.name]
         kind = OmegaConf.get_type(value) if OmegaConf.is_config(value) else None
         if dataclasses.is_dataclass(kind):

@@ -1,9 +1,10 @@
 """One axis of a configuration: what can be chosen there, from inside or outside.
 
-A variant is a frozen dataclass: its fields are its options, its methods do the work. Those that fedsim brings
-stand one or a few a file in the axis's own package, each under `@AXIS.register("name")`; a new file is found
-without being listed anywhere. From outside come `package.module:Object`, and what an installed package offers
-as an entry point of the group "fedsim.AXIS".
+A variant is a frozen dataclass: its fields are its options, but for those that settings of their own give
+(`Registry.given`), and its methods do the work. Those that fedsim brings stand one or a few a file in the
+axis's own package, each under `@AXIS.register("name")`; a new file is found without being listed anywhere.
+From outside come `package.module:Object`, and what an installed package offers as an entry point of the group
+"fedsim.AXIS".
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Registry(Generic[T]):
         adapt: makes a `base` of what an object from outside gave, where that is something simpler.
         function: makes a `base` of a function from outside, where one is a variant itself, or is made by what
             is named and called with the options.
+        given: fields of the variants that are no options, because settings of their own say them; `make` is
+            told them by name.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Registry(Generic[T]):
         base: type[Any],
         adapt: Callable[[Any], T | None] | None = None,
         function: Callable[[Callable[..., Any]], T] | None = None,
+        given: tuple[str, ...] = (),
     ) -> None:
         self.setting = setting
         self.axis = package.rpartition(".")[2]
@@ -54,6 +58,7 @@ class Registry(Generic[T]):
         self._package = package
         self._adapt = adapt
         self._function = function
+        self.given = given
         self._own: dict[str, type[Any]] = {}
         self._complete = False
 
@@ -106,7 +111,7 @@ class Registry(Generic[T]):
         Args:
             choice: name and options.
             known: what an object from outside is given beside its options where it has parameters of these
-                names.
+                names, and a dataclass where it has fields of those in `given`.
 
         Raises:
             InputError: no such variant, an option it does not take or of a wrong type, what it raises itself
@@ -115,8 +120,12 @@ class Registry(Generic[T]):
         from fedsim.merging import parse_options  # imports omegaconf: only where something is chosen
 
         found = self.find(choice.name)
+        if said := [name for name in self.given if name in choice.options]:
+            raise InputError(f"{self.options} must leave out {said[0]}, which a setting of its own says.")
         if isinstance(found, type) and dataclasses.is_dataclass(found):
-            made = parse_options(choice.options, found, f"{self.options} of {choice.name}", self.options)
+            where, fields = f"{self.options} of {choice.name}", options_of(found)
+            given = {name: known[name] for name in self.given if name in fields}
+            made = parse_options(choice.options, found, where, self.options, given)
         elif isinstance(found, self.base):  # an instance in a module: its options are set
             made = found
             if choice.options:
@@ -138,7 +147,13 @@ class Registry(Generic[T]):
 
     def described(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return, by name, the first line of a variant's docstring and its options with their defaults."""
-        return {name: (first_line(variant), options_of(variant)) for name, variant in self.own().items()}
+        return {
+            name: (
+                first_line(variant),
+                {o: default for o, default in options_of(variant).items() if o not in self.given},
+            )
+            for name, variant in self.own().items()
+        }
 
 
 @functools.cache

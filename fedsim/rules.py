@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from fedsim import references, validate
+from fedsim import validate
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -87,9 +87,16 @@ def refuse_set(config: Config, names: Iterable[str], reader: str) -> None:
         (entry,) = (e for e in dataclasses.fields(holder) if e.name == last)
         if (value := getattr(holder, last)) != default_of(entry):
             validate.conflicts(
-                f"{name} is {value!r}, but {reader} does not read it.",
-                f"Leave it at {default_of(entry)!r}, or choose another.",
+                f"{name} is {_shown(value)}, but {reader} does not read it.",
+                f"Leave it at {_shown(default_of(entry))}, or choose another.",
             )
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in a configuration; a choice without options by its name."""
+    if not (hasattr(value, "name") and hasattr(value, "options")):
+        return repr(value)
+    return f"{{name: {value.name}, options: {value.options}}}" if value.options else str(value.name)
 
 
 def default_of(entry: dataclasses.Field[Any]) -> Any:
@@ -158,11 +165,6 @@ def check(c: Config) -> None:
     validate.in_range(f.availability, 0.0, 1.0, "federation.availability")
     validate.in_range(t.ema_decay, 0.0, 1.0 - 1e-12, "train.ema_decay")
     validate.in_range(c.data.holdout_examples, 0, 2**62, "data.holdout_examples")
-    references.check(p.clipping, ("flat", "normalised", "per_layer", "grouped"), "privacy.clipping")
-    if p.clipping == "grouped" and not p.clip_groups:
-        validate.conflicts(
-            "privacy.clipping is grouped, but privacy.clip_groups is empty.", "Name the groups."
-        )
     validate.one_of(p.noise_source, ("seeded", "secure"), "privacy.noise_source")
     if o.warmup_steps and o.warmup_epochs is not None:
         validate.conflicts(

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
+from fedsim.clipping.base import ClipRule
 from fedsim.config import Config
-from fedsim.grads.clip import ClipRule
 from fedsim.noise.over_time import NoiseOverTime
 from fedsim.privacy import events
 from fedsim.privacy.budget import Budget, within_budget

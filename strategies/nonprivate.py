@@ -37,7 +37,7 @@ class NonPrivate(Trust):
     noise_added = "none"
     dropout_policy = "ask once more with the same keys, then stop"
     adapts = False
-    unread = ("privacy.clip_norm", "privacy.clipping", "privacy.clip_groups")
+    unread = ("privacy.clip_norm", "privacy.clipping")
 
     def check(self, at: Setting) -> None:
         """See `Trust.check`."""

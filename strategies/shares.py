@@ -47,7 +47,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim import secure_sum, seeds, validate
-from fedsim.grads.clip import ClipRule
+from fedsim.clipping.base import ClipRule
 from fedsim.noise import discrete
 from fedsim.privacy import events, masked_sum
 from fedsim.privacy.budget import Budget, within_budget

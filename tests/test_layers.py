@@ -23,7 +23,7 @@ LAYERS = [
     ["fedsim.partitions", "fedsim.augmentations", "fedsim.schedules"],
     ["fedsim.data", "fedsim.tasks", "fedsim.models"],
     ["fedsim.samplers", "fedsim.secure_sum"],
-    ["fedsim.noise", "fedsim.grads", "fedsim.heads", "fedsim.optimizers"],
+    ["fedsim.noise", "fedsim.clipping", "fedsim.grads", "fedsim.heads", "fedsim.optimizers"],
     ["fedsim.queries", "fedsim.learners"],
     ["fedsim.privacy", "fedsim.accountants"],
     ["fedsim.strategies"],

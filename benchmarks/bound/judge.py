@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.bound.hostile import FILLS, inputs, kinds
 from benchmarks.bound.rules import RULES
+from fedsim.clipping.grouped import ClipGroup, GroupedClip
+from fedsim.clipping.per_layer import PerLayerClip
 from fedsim.grads import ClipRule, FlatClip, NormalisedClip, clipped_gradient_sum, trainable_names
-from fedsim.grads.clip import ClipGroup, GroupedClip, PerLayerClip
 from fedsim.grads.per_example import clipped_gradient_sums
 
 BOUND = 1e-6
@@ -186,5 +187,5 @@ def clip_of(name: str, model: nn.Module, bound: float, draw: random.Random) -> C
     if name == "per_layer":
         return PerLayerClip(bound)
     if name == "grouped" and len(names) > 1:
-        return GroupedClip(bound, (ClipGroup("first", (names[0],), 2.0), ClipGroup("rest", tuple(names[1:]))))
+        return GroupedClip(bound, {"first": ClipGroup([names[0]], 2.0), "rest": ClipGroup(list(names[1:]))})
     return FlatClip(bound)

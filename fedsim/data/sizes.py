@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedsim import validate
-from fedsim.config import Config, parse_options
+from fedsim.config import Config
 from fedsim.data.feature_maps import FEATURES
+from fedsim.merging import parse_options
 from fedsim.validate import InputError
 
 

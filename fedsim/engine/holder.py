@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from fedsim import config as configs
 from fedsim import provenance, references, seeds
+from fedsim.clipping.base import ClipRule
 from fedsim.config import Config
 from fedsim.data import batches, datasets
 from fedsim.engine.ahead import ahead
 from fedsim.engine.asked import Asked
 from fedsim.engine.device import make_deterministic, options_of, pick_device, set_threads, threads_of
 from fedsim.engine.experiment import build_model, partition_of, task_of
-from fedsim.grads.clip import ClipRule
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.per_example import clipped_gradient_sum, clipped_gradient_sums

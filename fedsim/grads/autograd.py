@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedsim.clipping.base import ClipRule
 from fedsim.grads import batch
 from fedsim.grads.batch import Batch
-from fedsim.grads.clip import ClipRule, clip_and_sum, clip_and_sum_by_owner
+from fedsim.grads.clip import clip_and_sum, clip_and_sum_by_owner
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Answer, Loss, check_losses
 from fedsim.grads.state import ChangesState, left_as_found, same_bits, writes_parameters

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedsim.clipping.base import ClipRule
 from fedsim.grads.batch import Batch
-from fedsim.grads.clip import ClipRule
 from fedsim.validate import InputError
 
 Loss = Callable[[Any, Any], Tensor]

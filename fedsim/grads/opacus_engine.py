@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.clipping.base import ClipRule
 from fedsim.grads import batch
 from fedsim.grads.batch import Batch
-from fedsim.grads.clip import ClipRule, clip_and_sum
+from fedsim.grads.clip import clip_and_sum
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Answer, CannotFollow, Loss, check_losses
 from fedsim.grads.state import left_as_found

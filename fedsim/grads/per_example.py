@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim import validate
+from fedsim.clipping.base import ClipRule
 from fedsim.grads import autograd, batch, bookkeeping, gpu, independence, opacus_engine, vmap, ways
 from fedsim.grads.batch import Batch
 from fedsim.grads.bookkeeping import Options
-from fedsim.grads.clip import ClipRule, overall
+from fedsim.grads.clip import overall
 from fedsim.grads.flat import trainable_names, trainable_parameters
 from fedsim.grads.microbatch import Answer, Engine, Loss, slices
 from fedsim.types import ClippedSum

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from fedsim.clipping.base import ClipRule
 from fedsim.grads import batch
 from fedsim.grads.batch import Batch
-from fedsim.grads.clip import ClipRule, clip_and_sum, clip_and_sum_by_owner
+from fedsim.grads.clip import clip_and_sum, clip_and_sum_by_owner
 from fedsim.grads.flat import trainable_names, trainable_parameters
 from fedsim.grads.microbatch import Answer, CannotFollow, Loss, check_losses
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import references, seeds, validate
-from fedsim.config import ModelConfig, parse_options
+from fedsim.config import ModelConfig
+from fedsim.merging import parse_options
 from fedsim.models import weights
 from fedsim.models.bag_of_words import BagOfWords, BagOfWordsOptions
 from fedsim.models.check import check, examples_are_independent, for_training

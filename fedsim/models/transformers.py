@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import references, validate
-from fedsim.config import parse_options
+from fedsim.merging import parse_options
 from fedsim.models.libraries import check_architecture, check_free, library
 from fedsim.validate import InputError
 

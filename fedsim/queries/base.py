@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.clipping import ClipRule, clip_rule
 from fedsim.config import Config
-from fedsim.grads.clip import ClipRule, clip_rule
 from fedsim.grads.local_training import LocalTraining
 from fedsim.queries.statistic import Statistic
 from fedsim.types import ClippedSum, HolderReply, StepTask

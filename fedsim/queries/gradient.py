@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.grads.clip import ClipRule
+from fedsim.clipping.base import ClipRule
 from fedsim.queries import QUERIES
 from fedsim.queries.base import Arrays, NodeView, Query, Shape, State
 from fedsim.queries.statistic import Part, Statistic

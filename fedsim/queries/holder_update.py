@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim import validate
+from fedsim.clipping.base import ClipRule
+from fedsim.clipping.flat import FlatClip
 from fedsim.config import Config
-from fedsim.grads.clip import ClipRule, FlatClip
 from fedsim.grads.local_training import LocalTraining
 from fedsim.queries import QUERIES
 from fedsim.queries.base import Arrays, NodeView, Query, Shape, State
@@ -82,9 +83,9 @@ class HolderUpdate(Query):
 
     def check(self, config: Config) -> None:
         """See `Query.check`."""
-        if config.privacy.clipping != "flat":
+        if (clipping := config.privacy.clipping.name) != "flat":
             validate.conflicts(
-                f"query holder_update clips updates flat, got privacy.clipping={config.privacy.clipping}: "
+                f"query holder_update clips updates flat, got privacy.clipping={clipping}: "
                 "what it clips is a holder's whole update, one vector, whose norm the clip norm may follow.",
                 "Use flat.",
             )

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim import validate
+from fedsim.clipping.base import ClipRule
 from fedsim.config import Config
-from fedsim.grads.clip import ClipRule
 from fedsim.heads import moments
 from fedsim.heads import rows as bounded
 from fedsim.heads.moments import default_shares
@@ -57,9 +57,9 @@ class Moments(Query):
 
     def check(self, config: Config) -> None:
         """See `Query.check`."""
-        if config.privacy.clipping != "flat":
+        if (clipping := config.privacy.clipping.name) != "flat":
             validate.conflicts(
-                f"query moments clips rows of features flat, got privacy.clipping={config.privacy.clipping}.",
+                f"query moments clips rows of features flat, got privacy.clipping={clipping}.",
                 "Use flat.",
             )
         if config.task.name != "classification":

@@ -22,6 +22,7 @@ from fedsim.engine.experiment import prepare
 from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
 from fedsim.headline import Metric
+from fedsim.merging import parse_options
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
 from fedsim.validate import InputError, RunError
@@ -77,9 +78,7 @@ def load(source: str | Path) -> Comparison:
     path = configs.find(source)
     content = OmegaConf.to_container(configs.read(path))
     assert isinstance(content, dict)
-    comparison_: Comparison = configs.parse_options(
-        {str(k): v for k, v in content.items()}, Comparison, str(path)
-    )
+    comparison_: Comparison = parse_options({str(k): v for k, v in content.items()}, Comparison, str(path))
     if not comparison_.recipe or not comparison_.variants or not comparison_.seeds:
         raise InputError(f"{path}: a comparison needs recipe, variants and seeds.")
     for name, values in (("seeds", comparison_.seeds), ("epsilons", comparison_.epsilons)):

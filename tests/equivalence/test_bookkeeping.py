@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedsim.clipping.flat import FlatClip
 from fedsim.grads import vmap
 from fedsim.grads.bookkeeping import Options, choose, clipped_sum
 from fedsim.grads.bookkeeping.geometry import Geometry
 from fedsim.grads.bookkeeping.tape import Tape
-from fedsim.grads.clip import FlatClip
 from fedsim.models.wide_resnet import WideResNet, WideResNetOptions, WSConv2d
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsim import models
+from fedsim.clipping.base import ClipRule
+from fedsim.clipping.grouped import ClipGroup, GroupedClip
+from fedsim.clipping.per_layer import PerLayerClip
 from fedsim.config import ModelConfig
 from fedsim.grads import ENGINES, FlatClip, clipped_gradient_sum, cross_entropy, trainable_names
 from fedsim.grads.bookkeeping import Options, clipped_sum
-from fedsim.grads.clip import ClipGroup, ClipRule, GroupedClip, PerLayerClip
 from fedsim.grads.per_example import clipped_gradient_sums
 from tests.conftest import final, small, train
 
@@ -116,9 +118,7 @@ def grouped(
     """A rule that names every parameter, with the group of each and the bounds."""
     rule = GroupedClip(
         clip_norm,
-        tuple(
-            ClipGroup(g, tuple(n for n, of in assignment.items() if of == g), w) for g, w in weights.items()
-        ),
+        {g: ClipGroup([n for n, of in assignment.items() if of == g], w) for g, w in weights.items()},
     )
     total = math.sqrt(sum(w**2 for w in weights.values()))
     return rule, list(assignment.values()), {g: clip_norm * w / total for g, w in weights.items()}
@@ -290,7 +290,7 @@ def test_every_part_of_a_contribution_keeps_its_bound(name: str, engine: str) ->
 def test_one_group_is_flat_bit_for_bit(name: str, engine: str) -> None:
     model = build(name, torch.float32)
     inputs, targets = batch(MODELS[name][1], 7, 2, torch.float32)
-    one = GroupedClip(0.3, (ClipGroup("all", ("*",), 5.0),))
+    one = GroupedClip(0.3, {"all": ClipGroup(["*"], 5.0)})
     got = clipped_gradient_sum(model, inputs, targets, one, engine=engine)
     flat = clipped_gradient_sum(model, inputs, targets, FlatClip(0.3), engine=engine)
     assert torch.equal(got.sum, flat.sum)
@@ -317,7 +317,7 @@ def test_non_finite_examples_add_nothing(engine: str) -> None:
 
 
 FIRST, REST = "first: {parameters: ['layers.0.*'], weight: 2.0}", "rest: {parameters: ['layers.[!0].*']}"
-GROUPS = f"privacy.clip_groups={{{FIRST}, {REST}}}"
+GROUPS = f"privacy.clipping.options.groups={{{FIRST}, {REST}}}"
 RUNS = {
     "per_layer": ["privacy.clipping=per_layer"],
     "grouped": ["privacy.clipping=grouped", GROUPS],

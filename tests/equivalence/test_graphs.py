@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.emulated import Graph, Recorder
+from fedsim.clipping.base import ClipRule
+from fedsim.clipping.normalised import NormalisedClip
+from fedsim.clipping.per_layer import PerLayerClip
 from fedsim.config import EngineConfig
 from fedsim.engine.device import options_of
 from fedsim.grads import FlatClip, arithmetic, clipped_gradient_sum, constants, gpu
 from fedsim.grads.bookkeeping import Options, clipped_sum, engine, graphs
-from fedsim.grads.clip import ClipRule, NormalisedClip, PerLayerClip
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.microbatch import Answer, Loss
 from fedsim.grads.per_example import cross_entropy

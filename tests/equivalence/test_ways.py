@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fedsim.clipping.per_layer import PerLayerClip
 from fedsim.grads import ENGINES, FlatClip, autograd, clipped_gradient_sum
 from fedsim.grads.batch import Batch, take
-from fedsim.grads.clip import PerLayerClip
 from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.microbatch import Loss
 from fedsim.grads.per_example import clipped_gradient_sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fedsim import config as configs
+from fedsim.clipping import CLIPPING, clip_rule
+from fedsim.clipping.base import BoundedRule
+from fedsim.clipping.grouped import ClipGroup, GroupedClip
+from fedsim.clipping.normalised import NormalisedClip
+from fedsim.clipping.per_layer import PerLayerClip
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node, statistics
 from fedsim.grads.bookkeeping.tape import Tape
-from fedsim.grads.clip import CLIP_RULES, ClipGroup, GroupedClip, PerLayerClip, clip_and_sum
+from fedsim.grads.clip import clip_and_sum
+from fedsim.merging import Choice
 from fedsim.models import build
 from fedsim.privacy import events
 from fedsim.types import ClippedSum, StepTask
@@ -24,6 +32,7 @@ from fedsim.validate import InputError
 from tests.conftest import small
 from tests.unit.test_grads import small as small_cnn
 
+HERE = "tests.unit.test_clip_groups"
 NAMES = ("token", "conv.weight", "conv.gain", "block.norm.weight", "block.norm.bias", "head.weight")
 
 
@@ -47,7 +56,7 @@ def test_a_layer_is_what_one_module_owns() -> None:
 def test_sensitivity_is_the_norm_of_the_bounds(
     weights: list[float], clip_norm: float, norms: list[float]
 ) -> None:
-    groups = tuple(ClipGroup(str(i), (str(i),), w) for i, w in enumerate(weights))
+    groups = {str(i): ClipGroup([str(i)], w) for i, w in enumerate(weights)}
     count = len(weights)
     row = torch.tensor([norms[:count]], dtype=torch.float64)
     for rule in (GroupedClip(clip_norm, groups), PerLayerClip(clip_norm)):
@@ -57,12 +66,12 @@ def test_sensitivity_is_the_norm_of_the_bounds(
         left = rule.coefficients(row) * row
         assert (left <= torch.tensor(bounds, dtype=torch.float64) * (1 + 1e-12)).all()
         assert left.norm().item() <= clip_norm * (1 + 1e-12)
-    for group, bound in zip(groups, GroupedClip(clip_norm, groups).bounds(count), strict=True):
+    for group, bound in zip(groups.values(), GroupedClip(clip_norm, groups).bounds(count), strict=True):
         assert bound / clip_norm == pytest.approx(group.weight / math.hypot(*weights), rel=1e-12)
 
 
 def test_coefficients_and_clipped() -> None:
-    rule = GroupedClip(5.0, (ClipGroup("a", ("a",), 3.0), ClipGroup("b", ("b",), 4.0)))
+    rule = GroupedClip(5.0, {"a": ClipGroup(["a"], 3.0), "b": ClipGroup(["b"], 4.0)})
     assert rule.bounds(2) == pytest.approx((3.0, 4.0), rel=1e-15)
     norms = torch.tensor([[1.0, 8.0], [6.0, 4.0], [0.0, 3.0], [math.nan, 1.0], [1.0, math.inf]]).double()
     got = rule.coefficients(norms)
@@ -86,35 +95,36 @@ def test_materialised_gradients_by_hand() -> None:
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
 
 
-ALL = ClipGroup("all", ("*",))
+ALL = {"all": ClipGroup(["*"])}
 
 
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([ClipGroup("head", ("head.*",))], "no clip group matches token, conv.weight"),
-        ([ALL, ClipGroup("head", ("head.*",))], r"several clip groups match head.weight \(all, head\)"),
-        ([ALL, ClipGroup("tail", ("tail.*",))], "none for tail.*Trainable parameters: token, conv"),
+        ({"head": ClipGroup(["head.*"])}, "no clip group matches token, conv.weight"),
+        ({**ALL, "head": ClipGroup(["head.*"])}, r"several clip groups match head.weight \(all, head\)"),
+        ({**ALL, "tail": ClipGroup(["tail.*"])}, "none for tail.*Trainable parameters: token, conv"),
     ],
 )
-def test_groups_that_do_not_fit_the_model_are_refused(groups: list[ClipGroup], message: str) -> None:
+def test_groups_that_do_not_fit_the_model_are_refused(groups: dict[str, ClipGroup], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        GroupedClip(1.0, tuple(groups)).group_of(NAMES)
+        GroupedClip(1.0, groups).group_of(NAMES)
 
 
 def test_a_long_list_of_parameters_is_cut() -> None:
     with pytest.raises(InputError, match=r"p11 and 88 more"):
-        GroupedClip(1.0, (ClipGroup("head", ("head",)),)).group_of([f"p{i}" for i in range(100)])
+        GroupedClip(1.0, {"head": ClipGroup(["head"])}).group_of([f"p{i}" for i in range(100)])
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: PerLayerClip(0.0), "clip_norm"),
-        (lambda: GroupedClip(-1.0, (ALL,)), "clip_norm"),
-        (lambda: GroupedClip(1.0, ()), "at least one group"),
-        (lambda: ClipGroup("a", ("*",), 0.0), "weight of clip group a"),
-        (lambda: ClipGroup("a", ()), "patterns"),
+        (lambda: GroupedClip(-1.0, ALL), "clip_norm"),
+        (lambda: GroupedClip(1.0, {}), "at least one group"),
+        (lambda: GroupedClip(1.0), "at least one group"),
+        (lambda: GroupedClip(1.0, {"a": ClipGroup(["*"], 0.0)}), r"groups\.a\.weight must be"),
+        (lambda: GroupedClip(1.0, {"a": ClipGroup([])}), r"groups\.a\.parameters must list patterns"),
     ],
 )
 def test_rules_refuse_values(make: Any, message: str) -> None:
@@ -125,49 +135,138 @@ def test_rules_refuse_values(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["privacy.clipping=grouped"], "privacy.clip_groups is empty"),
-        (["privacy.clip_groups={a: {parameters: ['*']}}"], "privacy.clipping is 'flat'"),
-        (["privacy.clipping=per_layer", "privacy.clip_groups={a: {parameters: ['*']}}"], "per_layer"),
-        (["privacy.clipping=normalised", "privacy.clip_groups={a: {parameters: ['*']}}"], "normalised"),
-        (["privacy.clipping=grouped", "privacy.clip_groups={a: {parameters: []}}"], "a.parameters must list"),
-        (["privacy.clipping=grouped", "privacy.clip_groups={a: {weight: 1}}"], "a.parameters must list"),
-        (["privacy.clipping=grouped", "privacy.clip_groups={a: '*'}"], "clip_groups.a must be a mapping"),
+        (["privacy.clipping=grouped"], "privacy.clipping.options.groups must name at least one group"),
+        (["privacy.clipping.options.groups={}", "privacy.clipping=grouped"], "must name at least one group"),
         (
-            ["privacy.clipping=grouped", "privacy.clip_groups={a: {parameters: ['*'], weight: 0}}"],
-            "clip_groups.a.weight must be a positive",
+            ["privacy.clipping.options.groups={a: {parameters: ['*']}}"],
+            "options of flat: unknown key 'groups",
         ),
         (
-            ["privacy.clipping=grouped", "privacy.clip_groups={a: {parameters: ['*'], wight: 2}}"],
+            ["privacy.clipping=per_layer", "privacy.clipping.options.groups={a: {parameters: ['*']}}"],
+            "options of per_layer: unknown key 'groups",
+        ),
+        (
+            ["privacy.clipping=normalised", "privacy.clipping.options.groups={a: {parameters: ['*']}}"],
+            "options of normalised: unknown key 'groups",
+        ),
+        (
+            ["privacy.clipping=grouped", "privacy.clipping.options.groups={a: {parameters: []}}"],
+            "a.parameters must list",
+        ),
+        (
+            ["privacy.clipping=grouped", "privacy.clipping.options.groups={a: {weight: 1}}"],
+            "a.parameters must list",
+        ),
+        (
+            ["privacy.clipping=grouped", "privacy.clipping.options.groups={a: '*'}"],
+            "groups.a must be a mapping",
+        ),
+        (
+            [
+                "privacy.clipping=grouped",
+                "privacy.clipping.options.groups={a: {parameters: ['*'], weight: 0}}",
+            ],
+            "groups.a.weight must be a positive",
+        ),
+        (
+            [
+                "privacy.clipping=grouped",
+                "privacy.clipping.options.groups={a: {parameters: ['*'], wight: 2}}",
+            ],
             "Did you mean 'weight'",
         ),
         (
-            ["privacy.clipping=grouped", "privacy.clip_groups={a: {parameters: ['*'], weight: heavy}}"],
+            [
+                "privacy.clipping=grouped",
+                "privacy.clipping.options.groups={a: {parameters: ['*'], weight: heavy}}",
+            ],
             "wrong value for 'weight'",
         ),
         (["privacy.clipping=per_layr"], "Did you mean 'per_layer'"),
+        (["privacy.clipping={name: normalised, options: {gama: 0.1}}"], "unknown key 'gama'.*'gamma'"),
+        (["privacy.clipping={name: normalised, options: {gamma: much}}"], "wrong value for 'gamma'"),
+        (["privacy.clipping={name: normalised, options: {gamma: 0}}"], "options.gamma must be a positive"),
+        (["privacy.clipping={name: flat, options: {clip_norm: 3}}"], "must leave out clip_norm"),
     ],
 )
 def test_configurations_that_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        configs.load("base", overrides)
+        prepare(small(*overrides))
+
+
+@pytest.mark.parametrize("setting", ["privacy.clip_groups={a: {parameters: ['*']}}", "privacy.clipng=flat"])
+def test_there_is_no_second_setting(setting: str) -> None:
+    with pytest.raises(InputError, match="unknown key"):
+        configs.load("base", [setting])
 
 
 GROUPED = (
     "privacy.clipping=grouped",
     "privacy.clip_norm=2.0",
-    "privacy.clip_groups={body: {parameters: ['layers.0.*'], weight: 3}, head: {parameters: ['layers.2.*']}}",
+    "privacy.clipping.options.groups={body: {parameters: ['layers.0.*'], weight: 3}, "
+    "head: {parameters: ['layers.2.*']}}",
 )
 
 
 def test_the_rule_of_a_configuration() -> None:
     config = configs.load("base", GROUPED)
-    body, head = ClipGroup("body", ("layers.0.*",), 3.0), ClipGroup("head", ("layers.2.*",), 1.0)
-    assert CLIP_RULES["grouped"](config.privacy) == GroupedClip(2.0, (body, head))
+    groups = {"body": ClipGroup(["layers.0.*"], 3.0), "head": ClipGroup(["layers.2.*"], 1.0)}
+    assert clip_rule(config.privacy) == GroupedClip(2.0, groups)
     layered = configs.load("base", ["privacy.clipping=per_layer", "privacy.clip_norm=2.0"])
-    assert CLIP_RULES["per_layer"](layered.privacy) == PerLayerClip(2.0)
-    for name, rule in CLIP_RULES.items():
+    assert clip_rule(layered.privacy) == PerLayerClip(2.0)
+    assert set(CLIPPING.names()) == {"flat", "normalised", "per_layer", "grouped"}
+    for name in CLIPPING.own():
         if name != "grouped":
-            assert rule(configs.load("base", [f"privacy.clipping={name}"]).privacy).sensitivity == 1.0
+            assert clip_rule(configs.load("base", [f"privacy.clipping={name}"]).privacy).sensitivity == 1.0
+    smooth = ["privacy.clipping={name: normalised, options: {gamma: 0.5}}", "privacy.clip_norm=2"]
+    assert clip_rule(configs.load("base", smooth).privacy) == NormalisedClip(2.0, 0.5)
+
+
+@dataclass(frozen=True)
+class Half(BoundedRule):
+    """Halves what is no longer than twice the bound; drops the rest.
+
+    Attributes:
+        times: how often.
+    """
+
+    times: int = 1
+
+    def coefficients(self, norms: Tensor) -> Tensor:
+        """See `ClipRule.coefficients`."""
+        return (norms <= 2 * self.clip_norm).to(norms.dtype) * 0.5**self.times
+
+
+def halved(clip_norm: float, times: int = 1) -> Half:
+    return Half(clip_norm, times)
+
+
+def no_rule(clip_norm: float) -> float:
+    return clip_norm
+
+
+@pytest.mark.parametrize("name", ["Half", "halved"])
+def test_a_rule_from_outside_is_given_the_bound_and_its_options(name: str) -> None:
+    """A dataclass with typed options, or whatever is called."""
+    rule = CLIPPING.make(Choice(f"{HERE}:{name}", {"times": 3}), clip_norm=2.0)
+    assert rule == Half(2.0, 3)
+    assert CLIPPING.make(Choice(f"{HERE}:{name}"), clip_norm=0.5) == Half(0.5)
+    with pytest.raises(InputError, match=r"privacy\.clipping\.options must leave out clip_norm"):
+        CLIPPING.make(Choice(f"{HERE}:{name}", {"clip_norm": 3.0}), clip_norm=2.0)
+    with pytest.raises(InputError, match="tims"):
+        CLIPPING.make(Choice(f"{HERE}:{name}", {"tims": 3}), clip_norm=2.0)
+
+
+def test_what_makes_no_rule_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"must name a fedsim\.clipping\.base\.ClipRule.*no_rule gives float"
+    ):
+        CLIPPING.make(Choice(f"{HERE}:no_rule"), clip_norm=2.0)
+
+
+def test_options_that_are_listed_are_those_that_can_be_given() -> None:
+    listed = {name: options for name, (_, options) in CLIPPING.described().items()}
+    assert listed == {"flat": {}, "grouped": {"groups": {}}, "normalised": {"gamma": 0.01}, "per_layer": {}}
 
 
 def test_configurations_with_groups_survive_a_round_trip(tmp_path: Path) -> None:
@@ -179,7 +278,7 @@ def test_configurations_with_groups_survive_a_round_trip(tmp_path: Path) -> None
 
 
 def test_groups_are_checked_against_the_model_before_anything_starts() -> None:
-    groups = "privacy.clip_groups={a: {parameters: ['layers.0.*']}}"
+    groups = "privacy.clipping.options.groups={a: {parameters: ['layers.0.*']}}"
     with pytest.raises(InputError, match=r"no clip group matches layers\.2"):
         prepare(small("privacy.clipping=grouped", groups))
 

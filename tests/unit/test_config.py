@@ -145,7 +145,6 @@ UNREAD = [
     ("model.init_sha256=abc", "model.init_from=null", "model.init_from=w"),
     ("model.reset=[head.*]", "model.init_from=null", "model.init_from=w"),
     ("privacy.stop_at_epsilon=3", "privacy.noise_multiplier=null", "privacy.noise_multiplier=1"),
-    ("privacy.clip_groups={a: {parameters: [x]}}", "privacy.clipping=flat", "privacy.clipping=grouped"),
     ("engine.memory_limit=8GB", "engine.physical_batch_size=64", "engine.physical_batch_size=auto"),
     ("engine.precision=bfloat16", "engine.gradients=vmap", "engine.gradients=bookkeeping"),
     ("engine.gradient_memory=low", "engine.gradients=opacus", "engine.gradients=bookkeeping"),
@@ -200,6 +199,9 @@ OPTIONS = [
     ("sampler.options.groups=2", "sampler=poisson", "sampler=cyclic"),
     ("noise.options.factors=[2.0,1.0]", "noise=independent", "noise=schedule"),
     ("strategy.options.min_survivors=9", "strategy=central", "strategy=shares"),
+    ("privacy.clipping.options.gamma=0.1", "privacy.clipping=flat", "privacy.clipping=normalised"),
+    ("privacy.clipping.options.gamma=0.01", "privacy.clipping=per_layer", "privacy.clipping=normalised"),
+    ("privacy.clipping.options.groups={}", "privacy.clipping=flat", "privacy.clipping=grouped"),
 ]
 
 

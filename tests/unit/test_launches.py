@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import launches, spies
 from benchmarks.bound.reduced import BertMini
 from benchmarks.models import CASES
+from fedsim.clipping.flat import FlatClip
 from fedsim.grads import constants, gpu, independence
 from fedsim.grads.bookkeeping import gram, precision, shifts, standardise
 from fedsim.grads.bookkeeping.engine import clipped_sum
 from fedsim.grads.bookkeeping.geometry import Geometry
-from fedsim.grads.clip import FlatClip
 from fedsim.grads.per_example import cross_entropy
 from fedsim.models import layers
 

@@ -23,7 +23,7 @@ def chained(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> Confi
 def test_all_that_is_chosen_is_known() -> None:
     assert set(choices(Config)) == {
         *("data", "data.features", "task", "model", "federation.partition", "strategy", "optimizer"),
-        *("query", "sampler", "noise", "optimizer.schedule"),
+        *("query", "sampler", "noise", "learner", "privacy.clipping", "optimizer.schedule"),
     }
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import models, seeds
+from fedsim.clipping.flat import FlatClip
 from fedsim.config import ModelConfig
 from fedsim.grads import bookkeeping, vmap
-from fedsim.grads.clip import FlatClip
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.per_example import cross_entropy
 from fedsim.models.nf_resnet import GAMMA, NfResNet50

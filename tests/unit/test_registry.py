@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedsim import axes, models, registry
+from fedsim.clipping import CLIPPING
 from fedsim.config import ModelConfig
 from fedsim.data.sources import SOURCES
 from fedsim.merging import Choice
@@ -25,7 +26,7 @@ from fedsim.schedules.base import Schedule
 from fedsim.tasks import TASKS
 from fedsim.validate import InputError
 
-ALL = [OPTIMIZERS, PARTITIONS, SCHEDULES, SOURCES, TASKS]
+ALL = [CLIPPING, OPTIMIZERS, PARTITIONS, SCHEDULES, SOURCES, TASKS]
 HERE = "tests.unit.test_registry"
 
 
@@ -141,7 +142,9 @@ def test_models_of_installed_packages_are_built_and_listed(offered: None) -> Non
     assert axes.offered()["optimizer.schedule"] == {"steps": f"{HERE}:Steps"}
 
 
-@pytest.mark.parametrize("setting", ["strategy.name", "query.name", "sampler.name", "noise.name"])
+@pytest.mark.parametrize(
+    "setting", ["strategy.name", "query.name", "sampler.name", "noise.name", "privacy.clipping"]
+)
 def test_every_strategy_says_what_it_is(setting: str) -> None:
     said = [about for about, _ in axes.described()[setting].values()]
     assert len(said) > 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from fedsim.clipping.base import ClipRule
 from fedsim.grads import batch
 from fedsim.grads import vmap as vmap_engine
 from fedsim.grads.arithmetic import float32, off
@@ -33,7 +34,7 @@ from fedsim.grads.bookkeeping.options import Options
 from fedsim.grads.bookkeeping.precision import squared_norms
 from fedsim.grads.bookkeeping.repeat import generic
 from fedsim.grads.bookkeeping.tape import Pulled, Rows, Tape, Unsupported, Use
-from fedsim.grads.clip import ClipRule, overall, rounded_down
+from fedsim.grads.clip import overall, rounded_down
 from fedsim.grads.flat import trainable_parameters
 from fedsim.grads.microbatch import Loss, check_losses
 
