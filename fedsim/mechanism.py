@@ -33,10 +33,10 @@ from fedsim.privacy import accountant, events
 from fedsim.privacy import budget as budgets
 from fedsim.privacy.budget import Budget
 from fedsim.privacy.family import EventFamily
-from fedsim.queries import QUERIES
+from fedsim.queries import QUERIES, Statistic
 from fedsim.queries.base import Arrays, NodeView, Shape, State
 from fedsim.queries.statistic import Expected, within
-from fedsim.samplers import SAMPLERS, Draw, Participation
+from fedsim.samplers import SAMPLERS, Draw, Participation, trial
 from fedsim.samplers.keyed import sampling_rate
 from fedsim.seeds import Root, derive
 from fedsim.strategies import STRATEGIES, Trust
@@ -44,6 +44,7 @@ from fedsim.strategies.base import Ask, Collected, DataFacts, Release, Setting, 
 from fedsim.types import ClippedSum, HolderReply, StepTask
 
 _ANY = Shape(2, 1, 1, np.dtype(np.float32))
+_WRITTEN_OUT = 200  # steps of a factor that is written out to be checked
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class Method:
         """
         trust = STRATEGIES.make(Choice(config.strategy.name, config.strategy.options))
         query, sampler = QUERIES.make(config.query), SAMPLERS.make(config.sampler)
-        chosen_learner = config.learner or Choice(query.learner)
+        chosen_learner = Choice(query.learner) if config.learner is None else config.learner
+        if not chosen_learner.name:  # options alone: of the learner that goes with the query
+            chosen_learner = Choice(query.learner, chosen_learner.options)
         learner = LEARNERS.make(chosen_learner)
         for unread, chosen in (
             (learner.unread, f"learner = {chosen_learner.name}"),
@@ -83,6 +86,12 @@ class Method:
                 "query.options.target_quantile moves the bound on a contribution from step to step, but "
                 f"noise={config.noise.name} has one scale for several steps, or changes the parts' budget.",
                 "Leave it null, or use noise=independent.",
+            )
+        if learner.needs_fresh_noise and config.noise.name != "independent":
+            validate.conflicts(
+                f"learner={chosen_learner.name} weighs its sums by the scale of independent noise, but "
+                f"noise={config.noise.name}.",
+                "Use noise=independent.",
             )
         made = cls(at, trust, learner)
         parts = {part.name for part in query.statistic(_ANY, clip, query.state(config)).parts}
@@ -172,6 +181,14 @@ class Mechanism:
         rate = sampling_rate(train.expected_batch_size, facts.examples, availability)
         units = facts.holders if method.unit == "holder" else facts.examples
         participation = at.sampler.participation(rate, train.expected_batch_size, units)
+        if participation.sample is not None and not trust.takes_fixed_size:
+            validate.conflicts(
+                f"strategy={at.config.strategy.name} does not go with sampler={at.config.sampler.name}: what "
+                "its noise gains by sampling is proved for Poisson draws of units that are added or removed.",
+                "Use sampler=poisson, or strategy=central.",
+            )
+        if at.config.sampler.name not in SAMPLERS.own():
+            trial.check(at.sampler, participation, units)
         at.noise.check(participation, train.steps)
         family = EventFamily(
             lambda sigma: trust.event(at, sigma, participation),
@@ -208,12 +225,35 @@ class Mechanism:
         budgets.check(self.total_event(self.steps), self.unit, self.method.at.config.privacy)
         for factor in dict.fromkeys(self.noise_factor(step) for step in range(self.steps)):
             sigma = self.noise_multiplier * factor
-            if not within(self._multipliers(sigma), sigma):
+            parts, multipliers = self._statistic(None).parts, self._multipliers(sigma)
+            if len(multipliers) != len(parts) or not within(multipliers, sigma):
                 validate.conflicts(
                     f"query {self.method.at.config.query.name} splits noise multiplier {sigma:g} into parts "
-                    "that together have less noise.",
+                    f"that together have less noise: {multipliers} for {[part.name for part in parts]}.",
                     "Its multipliers() must keep the sum of 1 / multiplier^2 within that of the whole.",
                 )
+        for part in self._statistic(None).parts:
+            validate.positive(part.bound, f"bound of part {part.name} of a query")
+        self._check_noise_over_time()
+
+    def _check_noise_over_time(self) -> None:
+        """Refuse correlated noise that states less than its own sensitivity.
+
+        Raises:
+            InputError: `column_norm` is below the largest column of the factorisation, as far as that is
+                small enough to be written out.
+        """
+        at, steps = self.method.at, self.method.at.config.train.steps
+        found, wanted = at.noise.factorisation(self.participation, steps), 1.0
+        if found is not None:
+            encoder, _ = found.factors(min(steps, _WRITTEN_OUT))
+            wanted = float(np.linalg.norm(encoder, axis=0).max())
+        if not self.column_norm >= wanted * (1.0 - 1e-9) or (found is not None) != at.noise.correlated:
+            validate.conflicts(
+                f"noise={at.config.noise.name} states a column norm of {self.column_norm:g}, but its factor "
+                f"has one of {wanted:g}; correlated is {at.noise.correlated}.",
+                "Its column_norm() must be the sensitivity of what factorisation() says.",
+            )
 
     @property
     def unit(self) -> str:
@@ -282,9 +322,7 @@ class Mechanism:
             state: of the query; None: that before the first step.
             factor: `noise_factor` of the step.
         """
-        at = self.method.at
-        held = at.query.state(at.config) if state is None else state
-        statistic = at.query.statistic(_shape(at, self.facts), at.clip, held)
+        statistic = self._statistic(state)
         stds: dict[str, float] = {}
         if self.method.private:
             multipliers = self._multipliers(self.noise_multiplier * factor)
@@ -292,6 +330,11 @@ class Mechanism:
                 norm = self.column_norm if part is statistic.main else 1.0  # other parts have fresh noise
                 stds[part.name] = multiplier * (part.bound * norm)
         return Release(statistic, stds, self.facts, self.agreed)
+
+    def _statistic(self, state: State | None) -> Statistic:
+        at = self.method.at
+        held = at.query.state(at.config) if state is None else state
+        return at.query.statistic(_shape(at, self.facts), at.clip, held)
 
     def _multipliers(self, noise_multiplier: float) -> tuple[float, ...]:
         units = self.participation.share * self._units * self.method.at.config.federation.availability

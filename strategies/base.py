@@ -125,6 +125,7 @@ class Trust(ABC):
         by_holder: whether nodes form a sum for each holder: more memory.
         adapts: whether the server sees exact sums and adds all noise, so that the bound on a contribution may
             follow what was released, and noise may be correlated over the steps.
+        takes_fixed_size: whether its event is known for draws of a fixed size, too.
         unread: settings that this trust model does not read; set, they are refused.
         tiny: options of a small example, for tests over all combinations.
     """
@@ -138,6 +139,7 @@ class Trust(ABC):
     simulates_secrets: ClassVar[bool] = False
     by_holder: ClassVar[bool] = False
     adapts: ClassVar[bool] = True
+    takes_fixed_size: ClassVar[bool] = True
     unread: ClassVar[tuple[str, ...]] = ()
     tiny: ClassVar[Mapping[str, Any]] = {}
 
@@ -150,7 +152,7 @@ class Trust(ABC):
         if self.adapts:
             return
         chosen = f"strategy={at.config.strategy.name}"
-        if at.noise.said or at.noise.levels(at.config.train.steps):
+        if at.noise.correlated or at.noise.levels(at.config.train.steps):
             validate.conflicts(
                 f"noise={at.config.noise.name} does not go with {chosen}: the noise of a step is made where "
                 "nobody knows that of other steps, all of one scale.",

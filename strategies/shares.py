@@ -109,6 +109,7 @@ class Shares(Trust):
     simulates_secrets = True
     by_holder = True
     adapts = False
+    takes_fixed_size = False
     unread = ENGINE_SETTINGS
 
     def __post_init__(self) -> None:
@@ -130,12 +131,6 @@ class Shares(Trust):
                 "engine.deterministic is false, but a stage of the secure sum that is asked again must mask "
                 "the very integers it masked before.",
                 "Use engine.deterministic=true.",
-            )
-        if at.sampler.fixed_size:
-            validate.conflicts(
-                f"strategy=shares does not go with sampler={at.config.sampler.name}: what integer noise "
-                "gains by sampling is proved for Poisson draws of units that are added or removed.",
-                "Use sampler=poisson, or strategy=central.",
             )
 
     def event(self, at: Setting, noise_multiplier: float, taking: Participation) -> dp_accounting.DpEvent:

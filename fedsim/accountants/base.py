@@ -33,6 +33,8 @@ class Accountant(ABC):
         """Return why this accountant has no answer for an event, or ""."""
         if events.renyi_only(event):
             return "the mechanism is bounded at whole Renyi orders only"
+        if any(found.sample is not None and found.sampling_rate < 1.0 for found in events.releases(event)):
+            return "sampling without replacement composes by Renyi DP only"
         return ""
 
     @abstractmethod

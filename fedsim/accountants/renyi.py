@@ -37,6 +37,10 @@ class Rdp(Accountant):
 
     orders: ClassVar[tuple[float, ...]] = _DEFAULT
 
+    def supports(self, event: dp.DpEvent) -> str:
+        """See `Accountant.supports`."""
+        return "the mechanism is bounded at whole Renyi orders only" if events.renyi_only(event) else ""
+
     def epsilon(
         self, parts: tuple[Part, ...], delta: float, tolerance: float = TOLERANCE
     ) -> tuple[float | None, str]:
@@ -94,10 +98,14 @@ class RdpInteger(Rdp):
 @functools.lru_cache(maxsize=4096)
 def _of_one(part: Part, orders: tuple[float, ...]) -> NDArray[np.float64]:
     """Renyi DP of one release at every order; inf or NaN where the library cannot compute it."""
-    event = events.gaussian_step(part.noise_multiplier / part.examples, part.sampling_rate)
+    sigma, relation = part.noise_multiplier / part.examples, dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    event = events.gaussian_step(sigma, part.sampling_rate)
+    if part.sample is not None and part.sampling_rate < 1.0:
+        relation = dp.NeighboringRelation.REPLACE_ONE
+        event = dp.SampledWithoutReplacementDpEvent(*part.sample, dp.GaussianDpEvent(sigma))
     with _without_library_warnings(), np.errstate(all="ignore"):
         try:
-            return np.array(dp.rdp.RdpAccountant(orders).compose(event).rdp)
+            return np.array(dp.rdp.RdpAccountant(orders, relation).compose(event).rdp)
         except (ArithmeticError, ValueError):
             return np.full(len(orders), np.inf)  # reported as not computable
 

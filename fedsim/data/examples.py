@@ -128,7 +128,9 @@ def normalise(
     if not dataset.is_image:
         return tensor.to(dtype)
     mean, std = (
-        _of_channels(tuple(map(float, values)), dtype, torch.device(device))
+        (_of_channels.__wrapped__ if torch.compiler.is_compiling() else _of_channels)(
+            tuple(map(float, values)), dtype, torch.device(device)
+        )  # what a program's tracing makes is of no use to anybody else
         for values in (dataset.mean, dataset.std)
     )
     planes = tensor.movedim(-1, -3).to(dtype, memory_format=torch.contiguous_format)

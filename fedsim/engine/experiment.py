@@ -66,7 +66,7 @@ def prepare(config: Config) -> Experiment:
     method.at.clip.group_of(trainable_names(model))  # refuses groups that do not fit the model
     outputs = task.outputs(splits.train.declared)
     facts = facts_of(config, holders, get_flat(model).numel(), splits.train.example_shape, outputs)
-    method.learner.start(config, spec(model), facts.examples)  # refuses parameters it cannot learn
+    method.learner.start(config, method.at.query, spec(model), facts.examples)  # refuses what it cannot learn
     return Experiment(config, splits, holders, model, planned(method, facts), task)
 
 

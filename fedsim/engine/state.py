@@ -35,8 +35,9 @@ class State:
         self.completed = 0
         self.differing: list[int] = []
         self.parameters = get_flat(experiment.model).clone()
-        learner, examples = experiment.mechanism.method.learner, experiment.facts.examples
-        self.learning = learner.start(config, spec(experiment.model), examples)
+        method = experiment.mechanism.method
+        layout, examples = spec(experiment.model), experiment.facts.examples
+        self.learning = method.learner.start(config, method.at.query, layout, examples)
         self.learning.init(self.parameters)
 
     def released(self) -> Tensor:

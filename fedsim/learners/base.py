@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.grads.flat import FlatSpec
+from fedsim.queries.base import Query
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,23 @@ class Learner(ABC):
 
     Class attributes:
         takes: names of the parts it needs.
+        needs_fresh_noise: whether it relies on noise that is independent over the steps, of one scale.
         unread: settings that it does not read; set to anything but their default they are refused.
         tiny: options of a small example, for tests over all combinations.
     """
 
     takes: ClassVar[tuple[str, ...]]
+    needs_fresh_noise: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     tiny: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
-    def start(self, config: Config, layout: FlatSpec, examples: int) -> Learning:
+    def start(self, config: Config, query: Query, layout: FlatSpec, examples: int) -> Learning:
         """Return the learner at work.
 
         Args:
             config: of the run.
+            query: whose statistic it gets.
             layout: which entries of the flat parameters are which tensor.
             examples: in the training set, over all holders.
 

@@ -23,6 +23,7 @@ from fedsim.grads.flat import FlatSpec
 from fedsim.heads import solve, spectrum
 from fedsim.learners import LEARNERS
 from fedsim.learners.base import Learner, Learning, Means
+from fedsim.queries.base import Query
 from fedsim.validate import InputError
 
 _LEAST_RIDGE = 1e-9  # of the mean eigenvalue of G, where there is no noise to tell one
@@ -42,15 +43,17 @@ class LeastSquares(Learner):
     centred: bool = True
 
     takes = ("second", "first")
+    needs_fresh_noise = True
     unread = ("optimizer.learning_rate", "optimizer.name", "optimizer.weight_decay", "optimizer.warmup_steps",
-              "optimizer.warmup_epochs", "optimizer.scale_with_batch", "train.ema_decay")  # fmt: skip
+              "optimizer.warmup_epochs",
+              "optimizer.schedule", "optimizer.scale_with_batch", "train.ema_decay")  # fmt: skip
     tiny = {"ridge": 0.1}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         if self.ridge is not None:
             validate.positive(self.ridge, "learner.options.ridge")
 
-    def start(self, config: Config, layout: FlatSpec, examples: int) -> Solving:
+    def start(self, config: Config, query: Query, layout: FlatSpec, examples: int) -> Solving:
         """See `Learner.start`: the model must be one linear layer."""
         shapes = layout.shapes
         if len(shapes) != 2 or len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
@@ -58,7 +61,7 @@ class LeastSquares(Learner):
                 "learner=least_squares makes the weights (k, d) and biases (k,) of one linear layer, but the "
                 f"model's trainable parameters have shapes {list(shapes)}. Use model.name=linear."
             )
-        return Solving(self, shapes[0][0], shapes[0][1], float(config.query.options.get("bias", 1.0)))
+        return Solving(self, shapes[0][0], shapes[0][1], float(getattr(query, "bias", 0.0)))
 
 
 class Solving(Learning):

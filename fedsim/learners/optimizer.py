@@ -23,6 +23,7 @@ from fedsim.learners.base import Learner, Learning, Means
 from fedsim.merging import Choice
 from fedsim.optimizers import OPTIMIZERS
 from fedsim.optimizers.base import Update
+from fedsim.queries.base import Query
 from fedsim.schedules import SCHEDULES
 from fedsim.validate import InputError
 
@@ -74,7 +75,7 @@ class OptimizerLearner(Learner):
 
     takes = ("sum",)
 
-    def start(self, config: Config, layout: FlatSpec, examples: int) -> ServerOptimizer:
+    def start(self, config: Config, query: Query, layout: FlatSpec, examples: int) -> ServerOptimizer:
         """See `Learner.start`."""
         return ServerOptimizer(resolved(config.optimizer, config.train, examples), config.train, layout)
 

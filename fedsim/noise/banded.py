@@ -50,6 +50,7 @@ class Banded(NoiseOverTime):
 
     bands: int | None = None
 
+    correlated = True
     said = "correlated over steps"
 
     def __post_init__(self) -> None:

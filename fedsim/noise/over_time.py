@@ -22,10 +22,12 @@ class NoiseOverTime(ABC):
     sensitivity is `column_norm` times the bound on one unit's contribution to one step.
 
     Class attributes:
+        correlated: whether the noise of a step depends on that of others: `factorisation` then says how.
         said: what tables add to where noise is added; "" for nothing.
         tiny: options of a small example, for tests over all combinations.
     """
 
+    correlated: ClassVar[bool] = False
     said: ClassVar[str]
     tiny: ClassVar[Mapping[str, Any]] = {}
 

@@ -30,6 +30,7 @@ from fedsim.samplers import Participation
 class Tree(NoiseOverTime):
     """Increments of a binary tree's noisy prefix sums, with a new tree for every cycle of the sampler."""
 
+    correlated = True
     said = "correlated over the steps of a pass"
 
     def check(self, participation: Participation, steps: int) -> None:

@@ -360,11 +360,14 @@ def refuse_approximation(accountant: str) -> None:
 
 def _answering(event: dp.DpEvent, accountant: str) -> str:
     """Return the accountant that answers for `event` when `accountant` is asked."""
-    return "rdp_integer" if named(accountant).supports(event) else accountant
+    return next(name for name in (accountant, "rdp", "rdp_integer") if not named(name).supports(event))
 
 
 def _parts(event: dp.DpEvent, examples: int = 1) -> tuple[Part, ...]:
-    return tuple(Part(*release, examples=examples) for release in events.releases(event))
+    return tuple(
+        Part(found.noise_multiplier, found.sampling_rate, found.times, examples, found.sample)
+        for found in events.releases(event)
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,11 +6,12 @@ plain Gaussian; their relation is add/remove one.
 
 A step that takes a fixed number of B units out of N is SampledWithoutReplacement(N, B, Gaussian(sigma)), with
 relation replace one. Sigma is the noise over the bound C on one contribution, as everywhere here; replacing a
-unit moves the sum by up to 2 C, that is as adding one does at sigma / 2. By Zhu, Dong, Wang 2022 ("Optimal
-accounting of differential privacy via characteristic function", Theorem 11) such a step is dominated, in both
-directions, by those of Poisson sampling at rate B / N of that mechanism, and so are compositions. `releases`
-says so. (dp_accounting takes the multiplier of this event as noise / 2 C for Renyi DP and does not compose it
-by privacy loss distributions: it never sees one.)
+unit moves the sum by up to 2 C, that is as adding one does at sigma / 2, which is what `releases` states.
+Steps compose by Renyi DP (Wang, Balle, Kasiviswanathan 2019). By privacy loss distributions they have no
+answer here: a step is dominated by Poisson sampling's pair in one direction for losses above 0 and by the
+reverse pair below, and no single pair is proved to dominate compositions (Lebeda et al. 2024, "Avoiding
+pitfalls for privacy accounting of subsampled mechanisms under composition"). dp_accounting takes the
+multiplier of this event as noise / 2 C for Renyi DP.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import dp_accounting as dp
 from fedsim import validate
 from fedsim.validate import InputError
 
+_Kind = tuple[float, float, tuple[int, int] | tuple[()]]
+
 
 class Release(NamedTuple):
     """One kind of Gaussian release and how often it happened.
@@ -34,11 +37,13 @@ class Release(NamedTuple):
         noise_multiplier: noise standard deviation / sensitivity; 0 means a release without protection.
         sampling_rate: Poisson probability of a unit's example, 0 < q <= 1.
         times: number of such releases.
+        sample: (N, B) of a draw of exactly B of N units, whose multiplier is noise / 2 C; None: Poisson.
     """
 
     noise_multiplier: float
     sampling_rate: float
     times: int
+    sample: tuple[int, int] | None = None
 
 
 @attr.s(frozen=True, slots=True, auto_attribs=True)
@@ -185,17 +190,20 @@ def with_noise(event: dp.DpEvent, factor: float) -> dp.DpEvent:
 
 
 def releases(event: dp.DpEvent) -> tuple[Release, ...]:
-    """Return the Poisson sampled Gaussian releases that `event` is made of or dominated by, in a fixed order,
-    equal ones merged.
+    """Return the Gaussian releases inside `event`, equal ones merged, in a fixed order.
 
     Composition does not depend on order, so this is all an accountant needs.
 
     Raises:
         InputError: an event of another kind, by name.
     """
-    counts: Counter[tuple[float, float]] = Counter()
+    counts: Counter[_Kind] = Counter()
     _collect(event, 1, counts)
-    return tuple(Release(sigma, rate, count) for (sigma, rate), count in sorted(counts.items()) if count)
+    return tuple(
+        Release(sigma, rate, count, sample or None)
+        for (sigma, rate, sample), count in sorted(counts.items())
+        if count
+    )
 
 
 def to_json(event: dp.DpEvent) -> dict[str, Any]:
@@ -270,7 +278,7 @@ def from_json(data: Mapping[str, Any]) -> dp.DpEvent:
     raise _unknown(repr(kind))
 
 
-def _collect(event: dp.DpEvent, count: int, counts: Counter[tuple[float, float]]) -> None:
+def _collect(event: dp.DpEvent, count: int, counts: Counter[_Kind]) -> None:
     match event:
         case dp.SelfComposedDpEvent():
             _collect(event.event, count * event.count, counts)
@@ -278,18 +286,18 @@ def _collect(event: dp.DpEvent, count: int, counts: Counter[tuple[float, float]]
             for part in event.events:
                 _collect(part, count, counts)
         case dp.GaussianDpEvent():
-            counts[(float(event.noise_multiplier), 1.0)] += count
+            counts[(float(event.noise_multiplier), 1.0, ())] += count
         case dp.PoissonSampledDpEvent():
             if not isinstance(event.event, dp.GaussianDpEvent):
                 raise _unknown(f"PoissonSampledDpEvent of {type(event.event).__name__}")
-            counts[(float(event.event.noise_multiplier), float(event.sampling_probability))] += count
+            counts[(float(event.event.noise_multiplier), float(event.sampling_probability), ())] += count
         case dp.SampledWithoutReplacementDpEvent():
             if type(event.event) is not dp.GaussianDpEvent:
                 raise _unknown(f"SampledWithoutReplacementDpEvent of {type(event.event).__name__}")
-            rate = event.sample_size / event.source_dataset_size
-            counts[(float(event.event.noise_multiplier) / 2.0, rate)] += count
+            sample = (int(event.source_dataset_size), int(event.sample_size))
+            counts[(float(event.event.noise_multiplier) / 2.0, sample[1] / sample[0], sample)] += count
         case dp.NonPrivateDpEvent():
-            counts[(0.0, 1.0)] += count
+            counts[(0.0, 1.0, ())] += count
         case dp.NoOpDpEvent():
             pass
         case _:

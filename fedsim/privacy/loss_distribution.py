@@ -49,13 +49,15 @@ class Part(NamedTuple):
     """Equal releases of one step: what `examples` examples of one holder lose in `times` of them.
 
     Each of the `examples` is drawn independently with `sampling_rate`; the sum then moves by at most the
-    number drawn times the sensitivity of one example.
+    number drawn times the sensitivity of one example. `sample` is that of `events.Release`: such a part has
+    no answer here but where everybody is drawn.
     """
 
     noise_multiplier: float
     sampling_rate: float
     times: int
     examples: int = 1
+    sample: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,9 @@ class Sampler(ABC):
     """Who takes part in a step; its fields are the options. Units are examples or holders, by their ids.
 
     Class attributes:
-        fixed_size: whether a step takes exactly so many units: `Participation.sample` is then set.
         tiny: options of a small example, for tests over all combinations.
     """
 
-    fixed_size: ClassVar[bool] = False
     tiny: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod

@@ -163,7 +163,7 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     task.check(declared)
     skeleton = models.skeleton(config.model, size.shape, task.outputs(declared))
     method.at.clip.group_of(trainable_names(skeleton))  # refuses groups that do not fit the model
-    method.learner.start(config, spec(skeleton), size.train)  # refuses parameters it cannot learn
+    method.learner.start(config, method.at.query, spec(skeleton), size.train)  # refuses what it cannot learn
     labels = np.arange(size.train, dtype=np.int64) % size.classes
     held = partition.partition(Material(size.train, labels), config.federation, config.seed)
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim import presets, seeds
-from fedsim.config import CONFIG_DIR, Config, FederationConfig
+from fedsim import seeds
+from fedsim.config import Config, FederationConfig
 from fedsim.data.partition import Partition, partition
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.merging import Choice
@@ -18,6 +18,7 @@ from fedsim.privacy import accountant, ledger
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive
 from tests.conftest import final, small, train
+from tests.strategies import methods
 
 UNEVEN = ("federation.partition=power_law", "federation.partition.options.exponent=1.0")
 KEY = seeds.derive(7, "used examples")
@@ -79,7 +80,7 @@ def test_a_cap_below_one_is_refused() -> None:
         small("federation.examples_per_holder_at_most=0")
 
 
-@pytest.mark.parametrize("name", presets.names(CONFIG_DIR))
+@pytest.mark.parametrize("name", methods.ALL)
 def test_examples_above_the_cap_reach_no_update(name: str, tmp_path: Path) -> None:
     """Other content in unused examples changes no parameter; in used ones it does."""
     random = np.random.default_rng(0)

@@ -12,8 +12,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
-from fedsim import presets, seeds
-from fedsim.config import CONFIG_DIR, Config
+from fedsim import seeds
+from fedsim.config import Config
 from fedsim.engine import holder
 from fedsim.engine.experiment import prepare
 from fedsim.engine.run_folder import RunFolder
@@ -25,6 +25,7 @@ from fedsim.mechanism import Method
 from fedsim.strategies.local import Local
 from fedsim.validate import InputError
 from tests.conftest import small, train
+from tests.strategies import methods
 
 SEED = 7402938475610293
 SECURE = "privacy.noise_source=secure"
@@ -86,7 +87,7 @@ def test_seeded_noise_is_refused_before_a_node_is_asked(tmp_path: Path) -> None:
         assert deployment.settled(small(), backend).privacy.noise_source == "seeded"
 
 
-@pytest.mark.parametrize("name", presets.names(CONFIG_DIR))
+@pytest.mark.parametrize("name", methods.ALL)
 def test_strategies_whose_holders_keys_come_from_the_server_are_refused(name: str) -> None:
     """Who makes a holder's noise key can remove its noise; the key "holders" of a step shows who does."""
     noise = ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"] if name == "nonprivate" else []
@@ -143,7 +144,7 @@ def sent(name: str, out: Path, *overrides: str) -> list[bytes]:
     return held
 
 
-@pytest.mark.parametrize("name", presets.names(CONFIG_DIR))
+@pytest.mark.parametrize("name", methods.ALL)
 def test_no_message_holds_the_seed_or_what_server_noise_follows_from(name: str, tmp_path: Path) -> None:
     root = seeds.derive(SEED, "run")
     secrets = [

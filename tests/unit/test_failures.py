@@ -24,6 +24,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import launch
 from fedsim.validate import RunError
 from tests.conftest import SMALL, command, final, small, train
+from tests.strategies import methods
 
 
 def below_a_file(folder: Path) -> Path:
@@ -348,13 +349,12 @@ def test_a_flower_that_is_not_installed_is_said(
 
 def test_the_dry_run_states_what_a_node_really_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the arrays of the messages of one step, for every method."""
-    from fedsim import presets
     from fedsim.flower.transport import GridTransport
     from fedsim.study.plan import describe
 
     monkeypatch.setattr("fedsim.study.plan.FLOPS_PER_SECOND", 1.0)
     ask = GridTransport.ask
-    for name in presets.names(configs.CONFIG_DIR):
+    for name in methods.ALL:
         seen: list[tuple[int, int]] = []
 
         def watched(self: Any, tasks: Any, parameters: Any, seen: list[tuple[int, int]] = seen) -> Any:

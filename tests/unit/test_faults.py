@@ -16,7 +16,7 @@ import torch
 from flwr.app import Error, Message
 
 from fedsim import config as configs
-from fedsim import presets, seeds
+from fedsim import seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import setup_of
@@ -33,6 +33,7 @@ from fedsim.privacy import ledger
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError
 from tests.conftest import final, small, train
+from tests.strategies import methods
 
 FAULTY_STEP = 3
 
@@ -178,7 +179,7 @@ def test_every_field_of_a_reply_is_judged(field: str) -> None:
 def test_a_count_is_at_most_what_the_step_draws_for_every_strategy() -> None:
     """The bound is met: what a node may count is what it counts when all of its holders are there."""
     counted: dict[str, int] = {}
-    for name in presets.names(configs.CONFIG_DIR):
+    for name in methods.ALL:
         private = Method.of(configs.load(f"smoke/{name}")).private
         plain = [] if private else ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"]
         for options in ([], ["strategy.options={local_steps: 3}"] if name == "local_dpsgd" else []):

@@ -19,7 +19,7 @@ from torch import nn
 
 import fedsim
 from fedsim.cli import main as command
-from fedsim.data import datasets
+from fedsim.data import datasets, examples
 from fedsim.data.from_python import Data
 from fedsim.engine import model_card
 from fedsim.tasks.regression import Regression
@@ -227,6 +227,15 @@ def test_an_exported_program_gives_the_models_outputs(trained: fedsim.Run, tmp_p
     assert said["epsilon"]["example"]["value"] == trained.epsilon
     with pytest.raises(InputError, match="must not hold a model already"):
         fedsim.export(trained, tmp_path / "out")
+
+
+def test_an_export_leaves_later_predictions_alone(trained: fedsim.Run, tmp_path: Path) -> None:
+    """Also where it is the first thing a process does: what tracing makes must not stay behind."""
+    test = np.array(datasets.load(trained.config.data).test.inputs)[:5]
+    expected = trained.predict(test).outputs
+    examples._of_channels.cache_clear()
+    fedsim.export(trained, tmp_path / "out")
+    np.testing.assert_array_equal(trained.predict(test).outputs, expected)
 
 
 def test_a_given_model_is_handed_in_again_where_it_is_not_known(tmp_path: Path) -> None:

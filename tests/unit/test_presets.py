@@ -16,7 +16,7 @@ from fedsim.validate import InputError
 from tests.conftest import SMALL, small
 
 NAMES = ["central_dpsgd", "dp_fedavg", "dp_fedavg_ftrl", "dp_fedavg_mf", "dp_fedavg_shares", "dp_ftrl"]
-NAMES += ["dp_mf", "local_dpsgd", "nonprivate", "shares_dpsgd"]
+NAMES += ["dp_ls", "dp_mf", "local_dpsgd", "nonprivate", "shares_dpsgd"]
 
 
 def axes(config: Config) -> tuple[str, ...]:
