@@ -112,7 +112,7 @@ def test_units_take_part_at_the_rate_of_the_recorded_event(
     for start, end in zip(starts, [*starts[1:], len(recorded)], strict=True):
         if end - start != plan.budget.family.period:
             continue  # a period that the run cuts short
-        ((_, rate, times),) = events.releases(recorded[start].event)
+        ((_, rate, times, _),) = events.releases(recorded[start].event)
         counts = watched.counts(units, range(start, end))
         assert counts.max() <= times, "nobody more often than there are releases"
         hits, trials = hits + int(counts.sum()), trials + units * times
@@ -140,7 +140,7 @@ def test_the_rate_is_that_among_those_who_are_online(
     sizes, by_holder = prepared.partition.sizes(), prepared.mechanism.unit == "holder"
     hits = trials = 0
     for record in ledger.read(tmp_path / "ledger.jsonl").records:
-        ((_, rate, times),) = events.releases(record.event)
+        ((_, rate, times, _),) = events.releases(record.event)
         there = np.unique(np.concatenate(watched.online[record.step]))
         taken = np.concatenate([np.zeros(0, np.int64), *watched.taken[record.step]])
         owners = taken if by_holder else prepared.partition.holder_of[taken]

@@ -269,7 +269,7 @@ def test_unknown_and_broken_events_are_refused_by_name() -> None:
 
 def test_releases_merge_equal_events_across_a_composition() -> None:
     event = dp.ComposedDpEvent([STEP, OTHER, events.composed(STEP, 4)])
-    assert events.releases(event) == ((1.1, 0.02, 5), (2.0, 1.0, 1))
+    assert events.releases(event) == ((1.1, 0.02, 5, None), (2.0, 1.0, 1, None))
     assert events.gaussian_step(2.0, 1.0) == dp.GaussianDpEvent(2.0)
 
 
