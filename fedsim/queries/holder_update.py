@@ -2,7 +2,9 @@
 
 Weighting by examples would multiply the sensitivity by the largest holder's size, and the weights themselves
 are private. The protected unit is the holder with all of its examples. An example's own epsilon is bounded
-through its holder: changing it changes one clipped update, by at most twice the clip norm.
+through its holder: changing it changes one clipped update, by at most twice the clip norm, and is stated as
+the event at half the noise multiplier: exact where all holders take part in every step; with sampled holders
+each direction of a step is bounded so, and the composition of both is not proved to be.
 
 With `target_quantile` the clip norm moves towards a quantile of the update norms, by a noised count of the
 updates below it. The count is centred, each update adding 1/2 or -1/2, which halves its sensitivity to 1/2.
