@@ -49,6 +49,15 @@ forms = pytest.mark.parametrize(
     ids=[*map(name_of, PRIVATE), *FORMS],
 )
 
+# Whole runs, broken and resumed: a sampler is another one where the server sees exact sums of gradients or
+# updates; elsewhere it is the same code on other draws.
+WHOLE = [c for c in PRIVATE if c[2] == "poisson" or (c[0] == "central" and c[1] != "moments")]
+whole_runs = pytest.mark.parametrize(
+    ("chosen", "form"),
+    [(chosen, "") for chosen in WHOLE] + list(FORMS.values()),
+    ids=[*map(name_of, WHOLE), *FORMS],
+)
+
 
 class Flaky:
     """A ClientApp whose node 1 raises on chosen train messages."""
@@ -220,7 +229,7 @@ def test_units_take_part_as_the_sampler_says(sampler: str, batch: int) -> None:
 
 
 @pytest.mark.usefixtures("epsilon_takes_no_time")
-@forms
+@whole_runs
 def test_an_empty_draw_is_an_ordinary_step(chosen: Combination, form: str, tmp_path: Path) -> None:
     if chosen[2] == "fixed_size":
         pytest.skip("no draw is empty")
@@ -232,7 +241,7 @@ def test_an_empty_draw_is_an_ordinary_step(chosen: Combination, form: str, tmp_p
 
 
 @pytest.mark.usefixtures("epsilon_takes_no_time")
-@forms
+@whole_runs
 def test_a_node_that_fails_is_asked_again_and_a_broken_run_goes_on_exactly(
     chosen: Combination, form: str, tmp_path: Path
 ) -> None:
@@ -249,7 +258,7 @@ def test_a_node_that_fails_is_asked_again_and_a_broken_run_goes_on_exactly(
 
 
 @pytest.mark.usefixtures("epsilon_takes_no_time")
-@forms
+@whole_runs
 def test_noise_is_added_once_whatever_the_number_of_holders(
     chosen: Combination, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
