@@ -8,8 +8,8 @@ ask it, and nothing else states an event, a sensitivity or a scale of noise, so 
     target or multiplier  ->  `Budget`, the noise of this run and the steps it allows
     query                 ->  noise of each part of the sum, from that multiplier and the part's bound
 
-`Method` is what a node knows, from the configuration alone; `Mechanism` adds what the server knows of the
-data.
+`fedsim.method.Method` is what a node knows, from the configuration alone; `Mechanism` adds what the server
+knows of the data.
 """
 
 from __future__ import annotations
@@ -21,126 +21,25 @@ import dp_accounting
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim import rules, validate
-from fedsim.clipping.none import NoClip
-from fedsim.config import Config
-from fedsim.learners import LEARNERS, Learner, Means
-from fedsim.merging import Choice
-from fedsim.noise import NOISE
+from fedsim import validate
+from fedsim.learners import Means
+from fedsim.method import Method
 from fedsim.noise.gaussian import step_noise
 from fedsim.noise.stream import Stream
-from fedsim.privacy import accountant, events
 from fedsim.privacy import budget as budgets
+from fedsim.privacy import events
 from fedsim.privacy.budget import Budget
 from fedsim.privacy.family import EventFamily
-from fedsim.queries import QUERIES, Statistic
-from fedsim.queries.base import Arrays, NodeView, Shape, State
+from fedsim.queries import Statistic
+from fedsim.queries.base import Shape, State
 from fedsim.queries.statistic import Expected, within
-from fedsim.samplers import SAMPLERS, Draw, Participation, trial
+from fedsim.samplers import SAMPLERS, Participation, trial
 from fedsim.samplers.keyed import sampling_rate
-from fedsim.seeds import Root, derive
-from fedsim.strategies import STRATEGIES, Trust
-from fedsim.strategies.base import Ask, Collected, DataFacts, Release, Setting, Sums
-from fedsim.types import ClippedSum, HolderReply, StepTask
+from fedsim.seeds import Root
+from fedsim.strategies.base import Ask, Collected, DataFacts, Release, Setting, Sums, Units
+from fedsim.types import HolderReply, StepTask
 
-_ANY = Shape(2, 1, 1, np.dtype(np.float32))
 _WRITTEN_OUT = 200  # steps of a factor that is written out to be checked
-
-
-@dataclass(frozen=True)
-class Method:
-    """The axes a configuration chooses, as far as data does not matter."""
-
-    at: Setting
-    trust: Trust
-    learner: Learner
-
-    @classmethod
-    def of(cls, config: Config) -> Method:
-        """Return what the configuration chooses.
-
-        Raises:
-            InputError: an unknown variant or option (with the nearest valid one), a setting that none of the
-                chosen ones reads, or variants that do not go together.
-        """
-        trust = STRATEGIES.make(Choice(config.strategy.name, config.strategy.options))
-        query, sampler = QUERIES.make(config.query), SAMPLERS.make(config.sampler)
-        chosen_learner = Choice(query.learner) if config.learner is None else config.learner
-        if not chosen_learner.name:  # options alone: of the learner that goes with the query
-            chosen_learner = Choice(query.learner, chosen_learner.options)
-        learner = LEARNERS.make(chosen_learner)
-        for unread, chosen in (
-            (learner.unread, f"learner = {chosen_learner.name}"),
-            (trust.unread, f"strategy = {config.strategy.name}"),
-            (query.unread, f"query = {config.query.name}"),
-        ):
-            rules.refuse_set(config, unread, chosen)
-        query.check(config)
-        sampler.check(config)
-        clip = query.clip(config) if trust.private else NoClip()
-        at = Setting(config, query, sampler, NOISE.make(config.noise), clip)
-        accountant.refuse_approximation(config.privacy.accountant)
-        trust.check(at)
-        if query.adaptive and config.noise.name != "independent":
-            validate.conflicts(
-                "query.options.target_quantile moves the bound on a contribution from step to step, but "
-                f"noise={config.noise.name} has one scale for several steps, or changes the parts' budget.",
-                "Leave it null, or use noise=independent.",
-            )
-        if learner.needs_fresh_noise and config.noise.name != "independent":
-            validate.conflicts(
-                f"learner={chosen_learner.name} weighs its sums by the scale of independent noise, but "
-                f"noise={config.noise.name}.",
-                "Use noise=independent.",
-            )
-        made = cls(at, trust, learner)
-        parts = {part.name for part in query.statistic(_ANY, clip, query.state(config)).parts}
-        if lacking := [name for name in learner.takes if name not in parts]:
-            validate.conflicts(
-                f"learner={chosen_learner.name} needs {', '.join(lacking)}, but query={config.query.name} "
-                f"gives {', '.join(sorted(parts))}.",
-                f"Use learner={query.learner}, or another query.",
-            )
-        return made
-
-    @property
-    def private(self) -> bool:
-        """Return whether anything is protected."""
-        return self.trust.private
-
-    @property
-    def unit(self) -> str:
-        """Return who is drawn, bounded and protected: "example" or "holder"."""
-        return self.at.query.unit
-
-    @property
-    def sent(self) -> str:
-        """Return what travels, in words."""
-        return self.trust.sent.format(what=self.at.query.what)
-
-    @property
-    def noise_added(self) -> str:
-        """Return who adds noise, in words."""
-        return "; ".join(part for part in (self.trust.noise_added, self.at.noise.said) if part)
-
-    def keys(self, root: Root, step: int) -> dict[str, bytes]:
-        """Return the keys nodes need for a step, by purpose."""
-        common = {purpose: derive(root, purpose, step) for purpose in ("availability", "augment")}
-        return self.at.sampler.keys(root, step) | common | self.trust.keys(self.at, root, step)
-
-    def selected(self, task: StepTask, ids: NDArray[np.int64], population: int) -> NDArray[np.bool_]:
-        """Say which of `ids`, of examples or holders as the unit is, the step draws, whoever owns them.
-
-        Args:
-            task: of the step.
-            ids: (n,) any of 0 .. population - 1, in any order.
-            population: how many units there are.
-        """
-        return self.at.sampler.selected(Draw(task.step, task.sampling_rate, population, task.keys), ids)
-
-    def answer(self, node: NodeView, task: StepTask) -> tuple[Arrays, ClippedSum]:
-        """Do one node's part: return the named arrays to send, and the sum they come from for statistics."""
-        return self.trust.answer(self.at, node, task)
 
 
 @dataclass(frozen=True)
@@ -151,6 +50,7 @@ class Mechanism:
         method: the axes.
         facts: about the data.
         participation: how often a unit takes part.
+        expected_units: that a step takes on average.
         divisor: public constant by which the noisy sums are divided.
         budget: the events of the run, their noise multiplier, and the steps made.
         noise_multiplier: of the noise that makes the events true; 0 where nothing is private. It differs from
@@ -162,6 +62,7 @@ class Mechanism:
     method: Method
     facts: DataFacts
     participation: Participation
+    expected_units: float
     divisor: float
     budget: Budget
     noise_multiplier: float
@@ -191,20 +92,24 @@ class Mechanism:
             trial.check(at.sampler, participation, units)
         at.noise.check(participation, train.steps)
         family = EventFamily(
-            lambda sigma: trust.event(at, sigma, participation),
+            lambda noise_multiplier: trust.event(at, noise_multiplier, participation),
             participation.period,
             at.noise.levels(train.steps),
         )
-        statistic = at.query.statistic(_shape(at, facts), at.clip, at.query.state(at.config))
-        budget, multiplier, agreed = trust.agree(at, family, statistic, facts)
-        divisor = train.expected_batch_size
-        if method.unit == "holder":
-            divisor = participation.share * facts.holders * availability
+        expected_units = participation.share * units * availability
+        budget, multiplier, agreed = trust.agree(
+            at,
+            family,
+            at.query.statistic(_shape(at, facts), at.clip, at.query.state(at.config)),
+            lambda noise_multiplier: at.query.multipliers(noise_multiplier, expected_units),
+            facts,
+        )
         made = cls(
             method,
             facts,
             participation,
-            divisor,
+            expected_units,
+            train.expected_batch_size if method.unit == "example" else expected_units,
             budget,
             multiplier,
             at.noise.column_norm(participation, train.steps),
@@ -224,11 +129,11 @@ class Mechanism:
             return
         budgets.check(self.total_event(self.steps), self.unit, self.method.at.config.privacy)
         for factor in dict.fromkeys(self.noise_factor(step) for step in range(self.steps)):
-            sigma = self.noise_multiplier * factor
-            parts, multipliers = self._statistic(None).parts, self._multipliers(sigma)
-            if len(multipliers) != len(parts) or not within(multipliers, sigma):
+            whole = self.noise_multiplier * factor
+            parts, multipliers = self._statistic(None).parts, self._multipliers(whole)
+            if len(multipliers) != len(parts) or not within(multipliers, whole):
                 validate.conflicts(
-                    f"query {self.method.at.config.query.name} splits noise multiplier {sigma:g} into parts "
+                    f"query {self.method.at.config.query.name} splits noise multiplier {whole:g} into parts "
                     f"that together have less noise: {multipliers} for {[part.name for part in parts]}.",
                     "Its multipliers() must keep the sum of 1 / multiplier^2 within that of the whole.",
                 )
@@ -337,12 +242,7 @@ class Mechanism:
         return at.query.statistic(_shape(at, self.facts), at.clip, held)
 
     def _multipliers(self, noise_multiplier: float) -> tuple[float, ...]:
-        units = self.participation.share * self._units * self.method.at.config.federation.availability
-        return self.method.at.query.multipliers(noise_multiplier, units)
-
-    @property
-    def _units(self) -> int:
-        return self.facts.holders if self.unit == "holder" else self.facts.examples
+        return self.method.at.query.multipliers(noise_multiplier, self.expected_units)
 
     def collect(self, release: Release, state: State, ask: Ask) -> Collected:
         """Return the sums over all holders at this release."""
@@ -383,6 +283,18 @@ class Mechanism:
     def reply_arrays(self, release: Release, reply: HolderReply) -> Expected:
         """Return name -> (shape, dtype) of the arrays that a reply must hold."""
         return self.method.trust.reply_arrays(self.method.at, release, reply)
+
+    def counted_at_most(self, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
+        """Return the largest count that an honest reply of a node can have.
+
+        Args:
+            task: what the reply answers.
+            holders: (H,) the node's.
+            ids: (n,) of their examples.
+        """
+        by_holder = self.unit == "holder"
+        units = Units(holders, self.facts.holders) if by_holder else Units(ids, self.facts.examples)
+        return self.method.trust.counted_at_most(self.method.at, task, units)
 
     def norm_bounds(self, release: Release, reply: HolderReply) -> dict[str, float]:
         """Return the largest L2 norms that an honest reply's arrays can have, by name."""

@@ -11,7 +11,7 @@ import math
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import dp_accounting
 import numpy as np
@@ -35,6 +35,8 @@ from fedsim.visibility import Public, Tagged
 Sums = dict[str, NDArray[np.float64]]
 Ask = Callable[[str, Mapping[str, NDArray[Any]]], list[HolderReply]]
 """(stage, arrays to send along) -> one checked reply from every node, sorted by node."""
+Split = Callable[[float], tuple[float, ...]]
+"""Noise multiplier of a release -> that of each part."""
 Noise = Callable[[str], NDArray[np.float64]]
 """Name of a part -> the step's noise on its sum, (length,)."""
 
@@ -66,6 +68,18 @@ class DataFacts:
         return self.largest_holder.value if isinstance(self.largest_holder, Public) else self.examples
 
 
+class Units(NamedTuple):
+    """Some of the units that are drawn, examples or holders as the query says.
+
+    Attributes:
+        ids: (n,) any of 0 .. population - 1, in any order.
+        population: how many there are.
+    """
+
+    ids: NDArray[np.int64]
+    population: int
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a trust model stands beside: all that a node knows, from the configuration alone."""
@@ -75,6 +89,12 @@ class Setting:
     sampler: Sampler
     noise: NoiseOverTime
     clip: ClipRule
+
+    def selected(self, task: StepTask, units: Units) -> NDArray[np.bool_]:
+        """Say which of the units a step draws, whoever owns them, (n,)."""
+        return self.sampler.selected(
+            Draw(task.step, task.sampling_rate, units.population, task.keys), units.ids
+        )
 
 
 @dataclass(frozen=True)
@@ -172,10 +192,17 @@ class Trust(ABC):
         return events.gaussian_step(noise_multiplier, taking.rate)
 
     def agree(
-        self, at: Setting, family: EventFamily, statistic: Statistic, facts: DataFacts
+        self, at: Setting, family: EventFamily, statistic: Statistic, split: Split, facts: DataFacts
     ) -> tuple[Budget, float, Any]:
         """Return the budget of the run, the multiplier of the noise that makes its events true, and whatever
         server and nodes must agree on beforehand.
+
+        Args:
+            at: what this stands beside.
+            family: the events of the run.
+            statistic: what a step sums up.
+            split: of a release's noise multiplier over the parts of the statistic.
+            facts: about the data.
 
         Raises:
             InputError: as `within_budget`.
@@ -230,27 +257,15 @@ class Trust(ABC):
         """Return name -> (shape, dtype) of the arrays this reply must hold: by default one sum a part."""
         return release.statistic.arrays()
 
-    def counted_at_most(
-        self,
-        at: Setting,
-        facts: DataFacts,
-        task: StepTask,
-        holders: NDArray[np.int64],
-        ids: NDArray[np.int64],
-    ) -> int:
+    def counted_at_most(self, at: Setting, task: StepTask, units: Units) -> int:
         """Return the largest count an honest reply can have: by default the drawn units of the node.
 
         Args:
             at: what this stands beside.
-            facts: about the data.
             task: what the reply answers.
-            holders: (H,) the node's holders.
-            ids: (n,) ids of their examples.
+            units: that the node has.
         """
-        by_holder = at.query.unit == "holder"
-        population = facts.holders if by_holder else facts.examples
-        draw = Draw(task.step, task.sampling_rate, population, task.keys)
-        return int(np.count_nonzero(at.sampler.selected(draw, holders if by_holder else ids)))
+        return int(np.count_nonzero(at.selected(task, units)))
 
     def problem_with(self, at: Setting, reply: HolderReply) -> str:
         """Return what is wrong with the arrays of a reply beyond shape, dtype, finiteness and norm, or ""."""

@@ -49,7 +49,7 @@ from fedsim.queries.base import Arrays, NodeView
 from fedsim.samplers import Participation
 from fedsim.seeds import Root, derive
 from fedsim.strategies import STRATEGIES
-from fedsim.strategies.base import Ask, Collected, DataFacts, Noise, Release, Setting, Sums, Trust
+from fedsim.strategies.base import Ask, Collected, Noise, Release, Setting, Sums, Trust, Units
 from fedsim.types import ClippedSum, HolderReply, StepTask
 
 _STD = "noise_std of "  # name of what tells nodes the noise of a part
@@ -157,17 +157,10 @@ class Local(Trust):
         """See `Trust.added`: nothing, the noise came with the sums."""
         return {}
 
-    def counted_at_most(
-        self,
-        at: Setting,
-        facts: DataFacts,
-        task: StepTask,
-        holders: NDArray[np.int64],
-        ids: NDArray[np.int64],
-    ) -> int:
+    def counted_at_most(self, at: Setting, task: StepTask, units: Units) -> int:
         """See `Trust.counted_at_most`: the draws of all local steps."""
         tasks = [_local_task(task, local) for local in range(self.local_steps)]
-        return sum(super(Local, self).counted_at_most(at, facts, local, holders, ids) for local in tasks)
+        return sum(super(Local, self).counted_at_most(at, local, units) for local in tasks)
 
     def stds_of_sums(self, at: Setting, release: Release) -> dict[str, float]:
         """See `Trust.stds_of_sums`: that of every holder."""

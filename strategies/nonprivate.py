@@ -23,7 +23,7 @@ from fedsim.queries import Statistic
 from fedsim.samplers import Participation
 from fedsim.seeds import Root
 from fedsim.strategies import STRATEGIES
-from fedsim.strategies.base import Collected, DataFacts, Noise, Release, Setting, Sums, Trust
+from fedsim.strategies.base import Collected, DataFacts, Noise, Release, Setting, Split, Sums, Trust
 
 
 @STRATEGIES.register("nonprivate")
@@ -55,7 +55,7 @@ class NonPrivate(Trust):
         return events.non_private_step()
 
     def agree(
-        self, at: Setting, family: EventFamily, statistic: Statistic, facts: DataFacts
+        self, at: Setting, family: EventFamily, statistic: Statistic, split: Split, facts: DataFacts
     ) -> tuple[Budget, float, Any]:
         """See `Trust.agree`: a budget that claims nothing."""
         return without_privacy(at.config.train.steps), 0.0, None

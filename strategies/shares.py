@@ -63,7 +63,18 @@ from fedsim.secure_sum import shamir
 from fedsim.secure_sum.protocol import DEALT_BYTES, SEALED_BYTES, TAG_BYTES, graph_of
 from fedsim.seeds import Root, derive
 from fedsim.strategies import STRATEGIES
-from fedsim.strategies.base import Ask, Collected, DataFacts, Noise, Release, Setting, Sums, Trust
+from fedsim.strategies.base import (
+    Ask,
+    Collected,
+    DataFacts,
+    Noise,
+    Release,
+    Setting,
+    Split,
+    Sums,
+    Trust,
+    Units,
+)
 from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import RunError
 from fedsim.visibility import Public
@@ -154,20 +165,20 @@ class Shares(Trust):
         )
 
     def agree(
-        self, at: Setting, family: EventFamily, statistic: Statistic, facts: DataFacts
+        self, at: Setting, family: EventFamily, statistic: Statistic, split: Split, facts: DataFacts
     ) -> tuple[Budget, float, Any]:
         """See `Trust.agree`: a noise multiplier is taken before the cost of rounding, a target met after."""
         privacy, steps, terms = at.config.privacy, at.config.train.steps, self._terms(at)
         most = at.query.most_of_a_holder(facts.most_of_a_holder)
         given = privacy.noise_multiplier if privacy.target_epsilon is None else None
         if given is not None:
-            vector = _vector(at, statistic, given, facts)
+            vector = _vector(statistic, split(given))
             setup, mechanism = masked_sum.scaled(given, terms, vector, most)
             effective = mechanism.effective_noise_multiplier()
             budget = within_budget(dataclasses.replace(privacy, noise_multiplier=effective), family, steps)
         else:
             budget = within_budget(privacy, family, steps)
-            vector = _vector(at, statistic, budget.noise_multiplier, facts)
+            vector = _vector(statistic, split(budget.noise_multiplier))
             setup, mechanism = masked_sum.with_effective(budget.noise_multiplier, terms, vector, most)
         return budget, mechanism.noise_multiplier, setup
 
@@ -334,16 +345,9 @@ class Shares(Trust):
         """See `Trust.norm_bounds`: masked vectors have none; `collect` looks at their sum."""
         return {}
 
-    def counted_at_most(
-        self,
-        at: Setting,
-        facts: DataFacts,
-        task: StepTask,
-        holders: NDArray[np.int64],
-        ids: NDArray[np.int64],
-    ) -> int:
+    def counted_at_most(self, at: Setting, task: StepTask, units: Units) -> int:
         """See `Trust.counted_at_most`: only the stage of the sums has counts."""
-        return super().counted_at_most(at, facts, task, holders, ids) if task.stage == "" else 0
+        return super().counted_at_most(at, task, units) if task.stage == "" else 0
 
     def node_traffic(self, at: Setting, release: Release, holders: int) -> tuple[int, int]:
         """See `Trust.node_traffic`; much of what holders say passes through the server to others."""
@@ -378,10 +382,7 @@ def _graph(
     return graph
 
 
-def _vector(at: Setting, statistic: Statistic, noise_multiplier: float, facts: DataFacts) -> Vector:
-    units = facts.examples if at.query.unit == "example" else facts.holders
-    expected = units * at.config.train.expected_batch_size / facts.examples
-    multipliers = at.query.multipliers(noise_multiplier, expected)
+def _vector(statistic: Statistic, multipliers: tuple[float, ...]) -> Vector:
     parts = statistic.parts
     return Vector.of([part.length for part in parts], [part.bound for part in parts], multipliers)
 

@@ -27,7 +27,7 @@ LAYERS = [
     ["fedsim.queries", "fedsim.learners"],
     ["fedsim.privacy", "fedsim.accountants"],
     ["fedsim.strategies"],
-    ["fedsim.mechanism"],
+    ["fedsim.method", "fedsim.mechanism"],
     ["fedsim.axes", "fedsim.report"],
     ["fedsim.engine"],
     ["fedsim.run", "fedsim.exporting", "fedsim.flower"],

@@ -89,12 +89,8 @@ class Collector:
             code_hash=provenance.code_hash(*experiment.config.references()),
             holders_of_node=lambda node: experiment.partition.holders_of_node(node, nodes),
             arrays=lambda reply: mechanism.reply_arrays(release, reply),
-            counted_at_most=lambda task, node: method.trust.counted_at_most(
-                method.at,
-                release.facts,
-                task,
-                experiment.partition.holders_of_node(node, nodes),
-                self._ids_of(node),
+            counted_at_most=lambda task, node: mechanism.counted_at_most(
+                task, experiment.partition.holders_of_node(node, nodes), self._ids_of(node)
             ),
             norm_bounds=lambda reply: mechanism.norm_bounds(release, reply),
             problem_with=lambda reply: method.trust.problem_with(method.at, reply),

@@ -17,7 +17,8 @@ from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device
 from fedsim.grads.flat import get_flat, spec, trainable_names
 from fedsim.learners import optimizer
-from fedsim.mechanism import Mechanism, Method
+from fedsim.mechanism import Mechanism
+from fedsim.method import Method
 from fedsim.partitions import Material
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult

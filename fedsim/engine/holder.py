@@ -34,7 +34,7 @@ from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.per_example import clipped_gradient_sum, clipped_gradient_sums
 from fedsim.grads.ways import out_of_memory
-from fedsim.mechanism import Method
+from fedsim.method import Method
 from fedsim.samplers.keyed import HolderAvailability
 from fedsim.seeds import stream
 from fedsim.types import ClippedSum, HolderReply, StepTask

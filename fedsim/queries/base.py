@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -156,11 +157,27 @@ class Query(ABC):
         """Return for each of the node's holders its sums, part after part in one row, (H, length of all
         parts), and the statistics of all together.
 
+        By default `sums` of one holder after the other.
+
         Args:
             node, task, clip: as in `sums`.
             here: (H,) which of the holders take part at all.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no sums by holder")
+        from fedsim.queries.one_holder import each  # which knows what a node shows from here
+
+        rows, parts = [], []
+        for view in each(node, task, self.unit, here):
+            sums, result = self.sums(view, task, clip)
+            rows.append(torch.cat([torch.from_numpy(values) for values in sums.values()]))
+            parts.append(result)
+        together = ClippedSum(
+            rows[0][:0],
+            sum(part.count for part in parts),
+            clip.sensitivity,
+            torch.cat([part.norms for part in parts]),
+            torch.cat([part.losses for part in parts]),
+        )
+        return torch.stack(rows), together
 
     def most_of_a_holder(self, examples: int) -> int:
         """Return the largest number of units of a holder that has at most so many examples."""

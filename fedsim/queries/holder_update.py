@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedsim import validate
 from fedsim.clipping.base import ClipRule
@@ -119,46 +118,24 @@ class HolderUpdate(Query):
         return left**-0.5, 2 * noise
 
     def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
-        """See `Query.sums`: train at every drawn holder of the node, clip each update, add them up."""
-        clip = _in_force(clip, task)
-        result = self._trained(node, task, clip, node.drawn_holders(task), None)
-        arrays: Arrays = {"sum": result.sum.cpu().numpy()}
-        if "clip_norm" in task.arrays:
-            below = float((result.norms <= clip.sensitivity).sum())
-            arrays["below"] = np.array([below - result.count / 2])
-        return arrays, result
+        """See `Query.sums`: train at every drawn holder of the node, clip each update, add them up.
 
-    def sums_by_holder(
-        self, node: NodeView, task: StepTask, clip: ClipRule, here: NDArray[np.bool_]
-    ) -> tuple[Tensor, ClippedSum]:
-        """See `Query.sums_by_holder`."""
-        rows = node.zero_sum().repeat(len(node.holders), 1)
-        drawn = node.drawn_holders(task)
-        result = self._trained(node, task, clip, drawn[np.isin(drawn, node.holders[here])], rows)
-        return rows, result
-
-    def _trained(
-        self,
-        node: NodeView,
-        task: StepTask,
-        clip: ClipRule,
-        drawn: NDArray[np.int64],
-        rows: Tensor | None,
-    ) -> ClippedSum:
-        """Train at each of the holders; return the sum of their clipped updates, or put them into `rows`.
-
-        An update that is not finite adds zero; `count`, `norms` and `losses` are over holders, ascending.
+        An update that is not finite adds zero; count, norms and losses are over holders, ascending.
         """
-        total = node.zero_sum()
+        clip, drawn, total = _in_force(clip, task), node.drawn_holders(task), node.zero_sum()
         norms = torch.zeros(len(drawn), dtype=torch.float64)
         losses = torch.zeros(len(drawn), dtype=torch.float64)
         for place, holder in enumerate(drawn):
             update, losses[place] = node.local_update(int(holder), task, self.local)
             norms[place] = torch.linalg.vector_norm(update.double())
             if torch.isfinite(norms[place]):
-                into = total if rows is None else rows[int(np.searchsorted(node.holders, holder))]
-                into += update * float(clip.coefficients(norms[place : place + 1]))
-        return ClippedSum(total, len(drawn), clip.sensitivity, norms, losses)
+                total += update * float(clip.coefficients(norms[place : place + 1]))
+        result = ClippedSum(total, len(drawn), clip.sensitivity, norms, losses)
+        arrays: Arrays = {"sum": result.sum.cpu().numpy()}
+        if "clip_norm" in task.arrays:
+            below = float((result.norms <= clip.sensitivity).sum())
+            arrays["below"] = np.array([below - result.count / 2])
+        return arrays, result
 
     def problem_with(self, reply: HolderReply) -> str:
         """See `Query.problem_with`."""

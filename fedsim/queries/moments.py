@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim import validate
@@ -45,7 +44,7 @@ class Moments(Query):
     bias: float = 1.0
     second_share: float | None = None
 
-    what = "moments of clipped features"
+    what = "moments of features"
     learner = "least_squares"
     measures_loss = False
     unread = (*ENGINE_SETTINGS, "train.augment_multiplicity", "train.augmentations")
@@ -95,38 +94,18 @@ class Moments(Query):
         return moments.Moments(Rows(bound, self.bias), features, outputs)
 
     def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
-        """See `Query.sums`."""
+        """See `Query.sums`: a block of examples at a time in memory; norms are of rows before clipping."""
         ids = node.drawn(task)
-        total, result = self._of(node, ids, clip)
-        return {name: value.reshape(-1).numpy() for name, value in total.items()}, result
-
-    def sums_by_holder(
-        self, node: NodeView, task: StepTask, clip: ClipRule, here: NDArray[np.bool_]
-    ) -> tuple[Tensor, ClippedSum]:
-        """See `Query.sums_by_holder`."""
-        ids, rows, results = node.drawn(task), [], []
-        owners = node.owners(ids)
-        for holder, present in zip(node.holders, here, strict=True):
-            total, result = self._of(node, ids[(owners == holder) & present], clip)
-            rows.append(torch.cat([value.reshape(-1) for value in total.values()]))
-            results.append(result)
-        norms = torch.cat([result.norms for result in results])
-        count = sum(result.count for result in results)
-        return torch.stack(rows), ClippedSum(rows[0][:0], count, clip.sensitivity, norms, torch.zeros(0))
-
-    def _of(
-        self, node: NodeView, ids: NDArray[np.int64], clip: ClipRule
-    ) -> tuple[dict[str, Tensor], ClippedSum]:
-        """Return the moments of these examples, a block at a time in memory, and norms before clipping."""
         total: dict[str, Tensor] = {}
-        norms: list[Tensor] = [torch.zeros(0, dtype=torch.float64)]
+        norms: list[Tensor] = []
         for start in range(0, max(1, len(ids)), bounded.BLOCK):
             inputs, labels = node.plain(ids[start : start + bounded.BLOCK])
             features = inputs.flatten(1)
-            of = self._moments(features.shape[1], node.outputs, clip)
             lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64).cpu()
             norms.append(torch.hypot(lengths, torch.full_like(lengths, self.bias)))
-            for name, value in of.sums(features, labels).items():
+            block = self._moments(features.shape[1], node.outputs, clip).sums(features, labels)
+            for name, value in block.items():
                 total[name] = value if name not in total else total[name].add_(value)
         nothing = torch.zeros(0, dtype=torch.float64)
-        return total, ClippedSum(nothing, len(ids), clip.sensitivity, torch.cat(norms), nothing)
+        result = ClippedSum(nothing, len(ids), clip.sensitivity, torch.cat(norms), nothing)
+        return {name: value.reshape(-1).numpy() for name, value in total.items()}, result

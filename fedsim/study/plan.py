@@ -27,8 +27,9 @@ from fedsim.grads.batch import Batch
 from fedsim.grads.cost import Cost, cost
 from fedsim.grads.flat import spec, trainable_names
 from fedsim.learners.optimizer import resolved
-from fedsim.mechanism import Mechanism, Method
+from fedsim.mechanism import Mechanism
 from fedsim.merging import Choice
+from fedsim.method import Method
 from fedsim.optimizers import OPTIMIZERS
 from fedsim.partitions import Material
 from fedsim.privacy import accountant

@@ -26,7 +26,8 @@ from fedsim import mechanism
 from fedsim.engine.asked import Asked
 from fedsim.engine.experiment import prepare
 from fedsim.learners.optimizer import ServerOptimizer
-from fedsim.mechanism import Mechanism, Method
+from fedsim.mechanism import Mechanism
+from fedsim.method import Method
 from fedsim.noise import gaussian
 from fedsim.noise.shares import NoiseShares
 from fedsim.strategies.local import Local

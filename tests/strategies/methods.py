@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedsim import config as configs
 from fedsim import presets
 from fedsim.config import Config
-from fedsim.mechanism import Method
+from fedsim.method import Method
 from tests.conftest import small
 
 # Holder updates under other trust models and noise, and moments, are in the product (combinations.py).

@@ -58,7 +58,7 @@ class Careless(Outside):
     """Calibrates as if examples were drawn, and states what it does."""
 
     def agree(
-        self, at: Setting, family: EventFamily, statistic: Any, facts: Any
+        self, at: Setting, family: EventFamily, statistic: Any, split: Any, facts: Any
     ) -> tuple[Budget, float, None]:
         rate = at.config.train.expected_batch_size / facts.examples
         drawn = within_budget(at.config.privacy, EventFamily.gaussian(rate), at.config.train.steps)

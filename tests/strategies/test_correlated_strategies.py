@@ -18,7 +18,7 @@ from fedsim.engine.experiment import Experiment, epsilons, prepare
 from fedsim.engine.holder import Node
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
-from fedsim.mechanism import Method
+from fedsim.method import Method
 from fedsim.noise.stream import Stream
 from fedsim.noise.tree import TreeAggregation
 from fedsim.privacy import accountant, events, ledger

@@ -93,6 +93,15 @@ def test_it_does_not_depend_on_the_partition(holders: int, tmp_path: Path) -> No
         assert np.abs(one - two).max() < 1e-8
 
 
+def test_shares_add_what_central_trust_adds(tmp_path: Path) -> None:
+    """What integers cannot hold of float64 is below 1e-6 of it; noise too small to see."""
+    quiet = ["privacy.noise_multiplier=1e-9", "privacy.clip_norm=5"]
+    train(of(*quiet), tmp_path / "central")
+    train(of(*quiet, "strategy=shares", "federation.nodes=3"), tmp_path / "shares")
+    for one, two in zip(head(tmp_path / "central"), head(tmp_path / "shares"), strict=True):
+        assert np.abs(one - two).max() < 1e-6
+
+
 def test_centred_targets_change_no_decision(tmp_path: Path) -> None:
     scores = []
     for centred in (False, True):

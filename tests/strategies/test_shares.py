@@ -20,7 +20,7 @@ from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
-from fedsim.mechanism import Method
+from fedsim.method import Method
 from fedsim.privacy import accountant, events, ledger
 from fedsim.privacy.masked_sum import MaskedSum
 from fedsim.secure_sum.protocol import DEALT_BYTES, TAG_BYTES

@@ -13,7 +13,7 @@ from fedsim import config as configs
 from fedsim import models
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
-from fedsim.mechanism import Method
+from fedsim.method import Method
 from fedsim.study import plan
 from fedsim.validate import InputError
 from tests.conftest import small

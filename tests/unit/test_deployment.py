@@ -21,7 +21,7 @@ from fedsim.flower import deployment
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.server_app import train as train_on
-from fedsim.mechanism import Method
+from fedsim.method import Method
 from fedsim.strategies.local import Local
 from fedsim.validate import InputError
 from tests.conftest import small, train

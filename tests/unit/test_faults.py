@@ -28,7 +28,7 @@ from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.server_app import train as train_on
 from fedsim.flower.transport import GridTransport
 from fedsim.grads.flat import get_flat
-from fedsim.mechanism import Method
+from fedsim.method import Method
 from fedsim.privacy import ledger
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError

@@ -12,7 +12,8 @@ import pytest
 
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
-from fedsim.mechanism import Mechanism, Method
+from fedsim.mechanism import Mechanism
+from fedsim.method import Method
 from fedsim.noise.stream import Stream
 from fedsim.privacy import events
 from fedsim.queries.base import Shape

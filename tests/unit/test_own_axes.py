@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedsim.engine.experiment import prepare
 from fedsim.noise.independent import Independent
 from fedsim.noise.tree import Tree
+from fedsim.queries.base import Query
 from fedsim.queries.gradient import Gradient
 from fedsim.samplers import Draw, Participation
 from fedsim.samplers.fixed_size import FixedSize
 from fedsim.samplers.keyed import PoissonSampler
 from fedsim.samplers.poisson import Poisson
 from fedsim.validate import InputError
-from tests.conftest import small
+from tests.conftest import final, small, train
 
 HERE = __name__
 
@@ -144,6 +147,21 @@ def test_noise_that_states_less_than_its_sensitivity_is_refused(
 def test_a_fixed_size_draw_of_ones_own_is_no_poisson_draw_under_a_secure_sum() -> None:
     with pytest.raises(InputError, match="is proved for Poisson draws"):
         prepare(small(f"sampler={HERE}:FixedSizeAgain", "strategy=shares"))
+
+
+@dataclass(frozen=True)
+class SumsAlone(Gradient):
+    """Says how a node sums, and nothing of holders."""
+
+    sums_by_holder = Query.sums_by_holder
+
+
+def test_a_query_that_says_nothing_of_holders_goes_under_a_secure_sum(tmp_path: Path) -> None:
+    """One holder after the other: the same sums as those of gradients over all holders at once."""
+    quiet = ["strategy=shares", "privacy.noise_multiplier=1e-9", "model.dtype=float64", "train.steps=3"]
+    train(small(*quiet), tmp_path / "all")
+    train(small(*quiet, f"query={HERE}:SumsAlone"), tmp_path / "each")
+    assert torch.max(torch.abs(final(tmp_path / "all") - final(tmp_path / "each"))) < 1e-7
 
 
 def test_multipliers_that_are_not_one_a_part_are_refused() -> None:

@@ -10,8 +10,8 @@ import fedsim
 from fedsim import config as configs
 from fedsim import presets
 from fedsim.config import CONFIG_DIR, Config
-from fedsim.mechanism import Method
 from fedsim.merging import Choice
+from fedsim.method import Method
 from fedsim.validate import InputError
 from tests.conftest import SMALL, small
 

@@ -12,7 +12,8 @@ from fedsim import models
 from fedsim.accountants import ACCOUNTANTS
 from fedsim.config import CONFIG_DIR, Config
 from fedsim.data import sizes
-from fedsim.mechanism import Mechanism, Method
+from fedsim.mechanism import Mechanism
+from fedsim.method import Method
 from fedsim.privacy import accountant, published
 from fedsim.strategies.base import DataFacts
 from fedsim.visibility import Public

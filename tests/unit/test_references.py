@@ -16,7 +16,7 @@ from fedsim import models, provenance, references
 from fedsim.config import ModelConfig
 from fedsim.engine.holder import node_for, setup_of
 from fedsim.flower import launch
-from fedsim.mechanism import Method
+from fedsim.method import Method
 from fedsim.run import Run
 from fedsim.strategies.base import Trust
 from fedsim.study import plan

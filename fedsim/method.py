@@ -1,0 +1,125 @@
+"""What a configuration chooses on the axes of a method, as far as data does not matter: what a node knows.
+
+`fedsim.mechanism` adds what the server knows of the data. Variants that do not go together are refused here
+where the configuration alone tells, and there where sizes do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim import rules, validate
+from fedsim.clipping.none import NoClip
+from fedsim.config import Config
+from fedsim.learners import LEARNERS, Learner
+from fedsim.merging import Choice
+from fedsim.noise import NOISE
+from fedsim.privacy import accountant
+from fedsim.queries import QUERIES
+from fedsim.queries.base import Arrays, NodeView, Shape
+from fedsim.samplers import SAMPLERS
+from fedsim.seeds import Root, derive
+from fedsim.strategies import STRATEGIES, Trust
+from fedsim.strategies.base import Setting, Units
+from fedsim.types import ClippedSum, StepTask
+
+_ANY = Shape(2, 1, 1, np.dtype(np.float32))
+
+
+@dataclass(frozen=True)
+class Method:
+    """The axes a configuration chooses, as far as data does not matter."""
+
+    at: Setting
+    trust: Trust
+    learner: Learner
+
+    @classmethod
+    def of(cls, config: Config) -> Method:
+        """Return what the configuration chooses.
+
+        Raises:
+            InputError: an unknown variant or option (with the nearest valid one), a setting that none of the
+                chosen ones reads, or variants that do not go together.
+        """
+        trust = STRATEGIES.make(Choice(config.strategy.name, config.strategy.options))
+        query, sampler = QUERIES.make(config.query), SAMPLERS.make(config.sampler)
+        chosen_learner = Choice(query.learner) if config.learner is None else config.learner
+        if not chosen_learner.name:  # options alone: of the learner that goes with the query
+            chosen_learner = Choice(query.learner, chosen_learner.options)
+        learner = LEARNERS.make(chosen_learner)
+        for unread, chosen in (
+            (learner.unread, f"learner = {chosen_learner.name}"),
+            (trust.unread, f"strategy = {config.strategy.name}"),
+            (query.unread, f"query = {config.query.name}"),
+        ):
+            rules.refuse_set(config, unread, chosen)
+        query.check(config)
+        sampler.check(config)
+        clip = query.clip(config) if trust.private else NoClip()
+        at = Setting(config, query, sampler, NOISE.make(config.noise), clip)
+        accountant.refuse_approximation(config.privacy.accountant)
+        trust.check(at)
+        if query.adaptive and config.noise.name != "independent":
+            validate.conflicts(
+                "query.options.target_quantile moves the bound on a contribution from step to step, but "
+                f"noise={config.noise.name} has one scale for several steps, or changes the parts' budget.",
+                "Leave it null, or use noise=independent.",
+            )
+        if learner.needs_fresh_noise and config.noise.name != "independent":
+            validate.conflicts(
+                f"learner={chosen_learner.name} weighs its sums by the scale of independent noise, but "
+                f"noise={config.noise.name}.",
+                "Use noise=independent.",
+            )
+        made = cls(at, trust, learner)
+        parts = {part.name for part in query.statistic(_ANY, clip, query.state(config)).parts}
+        if lacking := [name for name in learner.takes if name not in parts]:
+            validate.conflicts(
+                f"learner={chosen_learner.name} needs {', '.join(lacking)}, but query={config.query.name} "
+                f"gives {', '.join(sorted(parts))}.",
+                f"Use learner={query.learner}, or another query.",
+            )
+        return made
+
+    @property
+    def private(self) -> bool:
+        """Return whether anything is protected."""
+        return self.trust.private
+
+    @property
+    def unit(self) -> str:
+        """Return who is drawn, bounded and protected: "example" or "holder"."""
+        return self.at.query.unit
+
+    @property
+    def sent(self) -> str:
+        """Return what travels, in words."""
+        return self.trust.sent.format(what=self.at.query.what)
+
+    @property
+    def noise_added(self) -> str:
+        """Return who adds noise, in words."""
+        return "; ".join(part for part in (self.trust.noise_added, self.at.noise.said) if part)
+
+    def keys(self, root: Root, step: int) -> dict[str, bytes]:
+        """Return the keys nodes need for a step, by purpose."""
+        common = {purpose: derive(root, purpose, step) for purpose in ("availability", "augment")}
+        return self.at.sampler.keys(root, step) | common | self.trust.keys(self.at, root, step)
+
+    def selected(self, task: StepTask, ids: NDArray[np.int64], population: int) -> NDArray[np.bool_]:
+        """Say which of `ids`, of examples or holders as the unit is, the step draws, whoever owns them.
+
+        Args:
+            task: of the step.
+            ids: (n,) any of 0 .. population - 1, in any order.
+            population: how many units there are.
+        """
+        return self.at.selected(task, Units(ids, population))
+
+    def answer(self, node: NodeView, task: StepTask) -> tuple[Arrays, ClippedSum]:
+        """Do one node's part: return the named arrays to send, and the sum they come from for statistics."""
+        return self.trust.answer(self.at, node, task)
