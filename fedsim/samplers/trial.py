@@ -13,6 +13,7 @@ from fedsim import seeds, validate
 from fedsim.samplers.base import Draw, Participation, Sampler
 
 _STEPS, _UNITS = 96, 4096
+_ANSWERS = 2_000_000  # of all steps together: a second or two
 _ALARM = 6.0  # standard deviations
 
 
@@ -30,7 +31,8 @@ def check(sampler: Sampler, says: Participation, units: int) -> None:
     """
     count = units if says.sample is not None else min(units, _UNITS)
     ids = np.arange(min(count, units), dtype=np.int64)
-    steps = min(_STEPS, max(1, _STEPS // says.period) * says.period)
+    most_steps = max(2, min(_STEPS, _ANSWERS // max(1, len(ids))))
+    steps = min(most_steps, max(1, most_steps // says.period) * says.period)
     rows = []
     for step in range(steps):
         draw = Draw(step, says.share, units, sampler.keys(seeds.derive(0, "trial of a sampler"), step))
