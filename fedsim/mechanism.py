@@ -14,6 +14,7 @@ knows of the data.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedsim import validate
 from fedsim.learners import Means
 from fedsim.method import Method
 from fedsim.noise.gaussian import step_noise
+from fedsim.noise.levels import Runs
 from fedsim.noise.stream import Stream
 from fedsim.privacy import budget as budgets
 from fedsim.privacy import events
@@ -36,7 +38,7 @@ from fedsim.queries.statistic import Expected, within
 from fedsim.samplers import SAMPLERS, Participation, trial
 from fedsim.samplers.keyed import sampling_rate
 from fedsim.seeds import Root
-from fedsim.strategies.base import Ask, Collected, DataFacts, Release, Setting, Sums, Units
+from fedsim.strategies.base import Ask, Collected, DataFacts, Phase, Release, Setting, Sums, Units
 from fedsim.types import HolderReply, StepTask
 
 _WRITTEN_OUT = 200  # steps of a factor that is written out to be checked
@@ -53,10 +55,11 @@ class Mechanism:
         expected_units: that a step takes on average.
         divisor: public constant by which the noisy sums are divided.
         budget: the events of the run, their noise multiplier, and the steps made.
-        noise_multiplier: of the noise that makes the events true; 0 where nothing is private. It differs from
-            that of the events where part of the noise is spent otherwise, such as on rounding.
+        multipliers: for each phase of the query, without its factor, that of the noise which makes the events
+            true; 0 where nothing is private. They differ from that of the events where part of the noise is
+            spent otherwise, such as on rounding.
         column_norm: sensitivity of a release of the main part, in bounds on one contribution.
-        agreed: what server and nodes agree on beforehand.
+        settings: for each phase, what server and nodes agree on beforehand.
     """
 
     method: Method
@@ -65,9 +68,9 @@ class Mechanism:
     expected_units: float
     divisor: float
     budget: Budget
-    noise_multiplier: float
+    multipliers: tuple[float, ...]
     column_norm: float
-    agreed: Any
+    settings: tuple[Any, ...]
 
     @classmethod
     def of(cls, method: Method, facts: DataFacts) -> Mechanism:
@@ -91,16 +94,25 @@ class Mechanism:
         if at.config.sampler.name not in SAMPLERS.own():
             trial.check(at.sampler, participation, units)
         at.noise.check(participation, train.steps)
+        factors = at.query.factors(train.steps)
+        for factor in factors:
+            validate.positive(factor, "every factor of a query's phases")
+        of_phases = None
+        if len(factors) > 1:
+            of_phases = Runs.of(factors[at.query.phase(step)] for step in range(train.steps))
         family = EventFamily(
             lambda noise_multiplier: trust.event(at, noise_multiplier, participation),
             participation.period,
-            at.noise.levels(train.steps),
+            of_phases or at.noise.levels(train.steps),
         )
         expected_units = participation.share * units * availability
-        budget, multiplier, agreed = trust.agree(
+        agreed = trust.agree(
             at,
             family,
-            at.query.statistic(_shape(at, facts), at.clip, at.query.state(at.config)),
+            [
+                Phase(at.query.statistic(_shape(at, facts, i), at.clip, at.query.state(at.config)), factor)
+                for i, factor in enumerate(factors)
+            ],
             lambda noise_multiplier: at.query.multipliers(noise_multiplier, expected_units),
             facts,
         )
@@ -110,10 +122,10 @@ class Mechanism:
             participation,
             expected_units,
             train.expected_batch_size if method.unit == "example" else expected_units,
-            budget,
-            multiplier,
+            agreed.budget,
+            agreed.multipliers,
             at.noise.column_norm(participation, train.steps),
-            agreed,
+            agreed.settings,
         )
         made._check()
         return made
@@ -128,17 +140,16 @@ class Mechanism:
         if not self.method.private:
             return
         budgets.check(self.total_event(self.steps), self.unit, self.method.at.config.privacy)
-        for factor in dict.fromkeys(self.noise_factor(step) for step in range(self.steps)):
-            whole = self.noise_multiplier * factor
-            parts, multipliers = self._statistic(None).parts, self._multipliers(whole)
+        for phase, whole in dict.fromkeys((self._phase(i), self.multiplier_at(i)) for i in range(self.steps)):
+            parts, multipliers = self._statistic(phase, None).parts, self._multipliers(whole)
+            for part in parts:
+                validate.positive(part.bound, f"bound of part {part.name} of a query")
             if len(multipliers) != len(parts) or not within(multipliers, whole):
                 validate.conflicts(
                     f"query {self.method.at.config.query.name} splits noise multiplier {whole:g} into parts "
                     f"that together have less noise: {multipliers} for {[part.name for part in parts]}.",
                     "Its multipliers() must keep the sum of 1 / multiplier^2 within that of the whole.",
                 )
-        for part in self._statistic(None).parts:
-            validate.positive(part.bound, f"bound of part {part.name} of a query")
         self._check_noise_over_time()
 
     def _check_noise_over_time(self) -> None:
@@ -202,6 +213,18 @@ class Mechanism:
         """Return what multiplies the noise in one step."""
         return self.budget.family.factor(step)
 
+    @property
+    def noise_multiplier(self) -> float:
+        """Return that of a step whose factor is 1, in the first phase."""
+        return self.multipliers[0]
+
+    def multiplier_at(self, step: int) -> float:
+        """Return that of the noise of one step."""
+        return self.multipliers[self._phase(step)] * self.noise_factor(step)
+
+    def _phase(self, step: int) -> int:
+        return self.method.at.query.phase(step)
+
     def event_at(self, step: int) -> dp_accounting.DpEvent:
         """Return what the ledger records for one step."""
         return self.budget.family.event_at(self.budget.noise_multiplier, step)
@@ -220,26 +243,34 @@ class Mechanism:
         factor = self.example_noise_factor
         return None if factor is None else self.budget.event(steps, factor)
 
-    def release(self, state: State | None = None, factor: float = 1.0) -> Release:
+    def release(self, step: int = 0, state: State | None = None) -> Release:
         """Return what a step releases.
 
         Args:
+            step: counted from 0.
             state: of the query; None: that before the first step.
-            factor: `noise_factor` of the step.
         """
-        statistic = self._statistic(state)
+        phase = self._phase(step)
+        statistic = self._statistic(phase, state)
         stds: dict[str, float] = {}
         if self.method.private:
-            multipliers = self._multipliers(self.noise_multiplier * factor)
+            multipliers = self._multipliers(self.multiplier_at(step))
             for part, multiplier in zip(statistic.parts, multipliers, strict=True):
                 norm = self.column_norm if part is statistic.main else 1.0  # other parts have fresh noise
                 stds[part.name] = multiplier * (part.bound * norm)
-        return Release(statistic, stds, self.facts, self.agreed)
+        told = self.method.at.query.told_bytes(_shape(self.method.at, self.facts, phase))
+        return Release(statistic, stds, self.facts, self.settings[phase], told)
 
-    def _statistic(self, state: State | None) -> Statistic:
+    def releases(self) -> list[tuple[Release, int]]:
+        """Return what the steps of the run release, as known before it, and how many steps are alike."""
+        phases = Counter(self._phase(step) for step in range(self.steps))
+        first = {phase: next(i for i in range(self.steps) if self._phase(i) == phase) for phase in phases}
+        return [(self.release(first[phase]), steps) for phase, steps in phases.items()]
+
+    def _statistic(self, phase: int, state: State | None) -> Statistic:
         at = self.method.at
         held = at.query.state(at.config) if state is None else state
-        return at.query.statistic(_shape(at, self.facts), at.clip, held)
+        return at.query.statistic(_shape(at, self.facts, phase), at.clip, held)
 
     def _multipliers(self, noise_multiplier: float) -> tuple[float, ...]:
         return self.method.at.query.multipliers(noise_multiplier, self.expected_units)
@@ -301,17 +332,22 @@ class Mechanism:
         return self.method.trust.norm_bounds(self.method.at, release, reply)
 
     def traffic(self) -> tuple[float, int]:
-        """Return (bytes a holder of its own would send and receive in a step, messages of a step)."""
-        return self.method.trust.traffic(self.method.at, self.release())
+        """Return (bytes a holder of its own would send and receive in a step on average, messages of one)."""
+        trust, at = self.method.trust, self.method.at
+        told = [(*trust.traffic(at, release), steps) for release, steps in self.releases()]
+        return sum(size * steps for size, _, steps in told) / self.steps, told[0][1]
 
     def node_traffic(self, holders: int) -> tuple[int, int]:
-        """Return the bytes of arrays that a node of so many holders receives and sends in a step."""
-        return self.method.trust.node_traffic(self.method.at, self.release(), holders)
+        """Return the bytes of arrays that a node of so many holders receives and sends in a step at most."""
+        trust, at = self.method.trust, self.method.at
+        told = [trust.node_traffic(at, release, holders) for release, _ in self.releases()]
+        return max(down for down, _ in told), max(up for _, up in told)
 
     def survivors_needed(self) -> str:
         """Return how many holders must stay to the end of a step for its privacy statement to hold."""
         return self.method.trust.survivors_needed(self.method.at)
 
 
-def _shape(at: Setting, facts: DataFacts) -> Shape:
-    return Shape(facts.parameters, facts.features, facts.outputs, np.dtype(at.config.model.dtype))
+def _shape(at: Setting, facts: DataFacts, phase: int) -> Shape:
+    dtype = np.dtype(at.config.model.dtype)
+    return Shape(facts.parameters, facts.features, facts.outputs, dtype, phase)

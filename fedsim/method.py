@@ -6,7 +6,7 @@ where the configuration alone tells, and there where sizes do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from fedsim.strategies import STRATEGIES, Trust
 from fedsim.strategies.base import Setting, Units
 from fedsim.types import ClippedSum, StepTask
 
-_ANY = Shape(2, 1, 1, np.dtype(np.float32))
+_ANY = Shape(4, 1, 2, np.dtype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,18 @@ class Method:
                 "Use noise=independent.",
             )
         made = cls(at, trust, learner)
-        parts = {part.name for part in query.statistic(_ANY, clip, query.state(config)).parts}
+        phases = len(query.factors(config.train.steps))
+        if phases > 1 and config.noise.name != "independent":
+            validate.conflicts(
+                f"query={config.query.name} sums other things in its first steps than in later ones, which "
+                f"noise={config.noise.name} cannot hold together.",
+                "Use noise=independent.",
+            )
+        parts = {
+            part.name
+            for phase in range(phases)
+            for part in query.statistic(replace(_ANY, phase=phase), clip, query.state(config)).parts
+        }
         if lacking := [name for name in learner.takes if name not in parts]:
             validate.conflicts(
                 f"learner={chosen_learner.name} needs {', '.join(lacking)}, but query={config.query.name} "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -107,13 +107,45 @@ class Release:
         sum;
             empty where nothing is private.
         facts: about the data.
-        agreed: what `Trust.agree` returned.
+        agreed: what `Trust.agree` returned for the step's phase.
+        told_bytes: of what nodes are told of the query's state.
     """
 
     statistic: Statistic
     noise_stds: Mapping[str, float]
     facts: DataFacts
     agreed: Any = None
+    told_bytes: int = 0
+
+    def down_bytes(self, dtype: str) -> int:
+        """Return the bytes of a task: parameters of that dtype, and what nodes are told beside them."""
+        return self.facts.parameters * np.dtype(dtype).itemsize + self.told_bytes
+
+
+class Phase(NamedTuple):
+    """Steps that release the same statistic with the same noise.
+
+    Attributes:
+        statistic: what such a step sums up.
+        factor: what multiplies the noise multiplier of the run in it.
+    """
+
+    statistic: Statistic
+    factor: float
+
+
+class Agreed(NamedTuple):
+    """What is settled before a run.
+
+    Attributes:
+        budget: the events of the run.
+        multipliers: for each phase, without its factor, that of the noise which makes the events true.
+        settings: for each phase, whatever server and nodes must agree on.
+    """
+
+    budget: Budget
+    multipliers: tuple[float, ...]
+    settings: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -192,23 +224,22 @@ class Trust(ABC):
         return events.gaussian_step(noise_multiplier, taking.rate)
 
     def agree(
-        self, at: Setting, family: EventFamily, statistic: Statistic, split: Split, facts: DataFacts
-    ) -> tuple[Budget, float, Any]:
-        """Return the budget of the run, the multiplier of the noise that makes its events true, and whatever
-        server and nodes must agree on beforehand.
+        self, at: Setting, family: EventFamily, phases: Sequence[Phase], split: Split, facts: DataFacts
+    ) -> Agreed:
+        """Return the budget of the run, its noise, and whatever server and nodes must agree on beforehand.
 
         Args:
             at: what this stands beside.
             family: the events of the run.
-            statistic: what a step sums up.
-            split: of a release's noise multiplier over the parts of the statistic.
+            phases: of the run; most have one.
+            split: of a release's noise multiplier over the parts of a statistic.
             facts: about the data.
 
         Raises:
             InputError: as `within_budget`.
         """
         budget = within_budget(at.config.privacy, family, at.config.train.steps)
-        return budget, budget.noise_multiplier, None
+        return Agreed(budget, (budget.noise_multiplier,) * len(phases), (None,) * len(phases))
 
     def keys(self, at: Setting, root: Root, step: int) -> dict[str, bytes]:
         """Return the keys that nodes need of a step beside the sampler's, by purpose; none by default."""
@@ -280,7 +311,7 @@ class Trust(ABC):
 
         By default the parameters down and one sum a part up, and a task and a reply for each node.
         """
-        down = release.facts.parameters * np.dtype(at.config.model.dtype).itemsize
+        down = release.down_bytes(at.config.model.dtype)
         return float(down + release.statistic.nbytes), 2 * at.config.federation.nodes
 
     def node_traffic(self, at: Setting, release: Release, holders: int) -> tuple[int, int]:
@@ -288,7 +319,7 @@ class Trust(ABC):
 
         Every stage sends the parameters with its task; the answers are what `reply_arrays` demands.
         """
-        down = release.facts.parameters * np.dtype(at.config.model.dtype).itemsize
+        down = release.down_bytes(at.config.model.dtype)
         return len(self.stages) * down, sum(
             self.reply_bytes(at, release, stage, holders) for stage in self.stages
         )

@@ -10,20 +10,30 @@ FedSGD and FedAvg, with Poisson-sampled examples or holders and without weightin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import dp_accounting
 
 from fedsim import validate
 from fedsim.privacy import events
-from fedsim.privacy.budget import Budget, without_privacy
+from fedsim.privacy.budget import without_privacy
 from fedsim.privacy.family import EventFamily
-from fedsim.queries import Statistic
 from fedsim.samplers import Participation
 from fedsim.seeds import Root
 from fedsim.strategies import STRATEGIES
-from fedsim.strategies.base import Collected, DataFacts, Noise, Release, Setting, Split, Sums, Trust
+from fedsim.strategies.base import (
+    Agreed,
+    Collected,
+    DataFacts,
+    Noise,
+    Phase,
+    Release,
+    Setting,
+    Split,
+    Sums,
+    Trust,
+)
 
 
 @STRATEGIES.register("nonprivate")
@@ -55,10 +65,10 @@ class NonPrivate(Trust):
         return events.non_private_step()
 
     def agree(
-        self, at: Setting, family: EventFamily, statistic: Statistic, split: Split, facts: DataFacts
-    ) -> tuple[Budget, float, Any]:
+        self, at: Setting, family: EventFamily, phases: Sequence[Phase], split: Split, facts: DataFacts
+    ) -> Agreed:
         """See `Trust.agree`: a budget that claims nothing."""
-        return without_privacy(at.config.train.steps), 0.0, None
+        return Agreed(without_privacy(at.config.train.steps), (0.0,) * len(phases), (None,) * len(phases))
 
     def added(
         self, at: Setting, release: Release, got: Collected, noise: Noise, root: Root, step: int

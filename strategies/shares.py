@@ -37,7 +37,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ from fedsim import secure_sum, seeds, validate
 from fedsim.clipping.base import ClipRule
 from fedsim.noise import discrete
 from fedsim.privacy import events, masked_sum
-from fedsim.privacy.budget import Budget, within_budget
+from fedsim.privacy.budget import within_budget
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.masked_sum import MaskedSum, Terms, Vector
 from fedsim.queries import Statistic
@@ -64,10 +64,12 @@ from fedsim.secure_sum.protocol import DEALT_BYTES, SEALED_BYTES, TAG_BYTES, gra
 from fedsim.seeds import Root, derive
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.base import (
+    Agreed,
     Ask,
     Collected,
     DataFacts,
     Noise,
+    Phase,
     Release,
     Setting,
     Split,
@@ -165,22 +167,32 @@ class Shares(Trust):
         )
 
     def agree(
-        self, at: Setting, family: EventFamily, statistic: Statistic, split: Split, facts: DataFacts
-    ) -> tuple[Budget, float, Any]:
+        self, at: Setting, family: EventFamily, phases: Sequence[Phase], split: Split, facts: DataFacts
+    ) -> Agreed:
         """See `Trust.agree`: a noise multiplier is taken before the cost of rounding, a target met after."""
         privacy, steps, terms = at.config.privacy, at.config.train.steps, self._terms(at)
         most = at.query.most_of_a_holder(facts.most_of_a_holder)
         given = privacy.noise_multiplier if privacy.target_epsilon is None else None
-        if given is not None:
-            vector = _vector(statistic, split(given))
-            setup, mechanism = masked_sum.scaled(given, terms, vector, most)
-            effective = mechanism.effective_noise_multiplier()
-            budget = within_budget(dataclasses.replace(privacy, noise_multiplier=effective), family, steps)
-        else:
+        target = given is None
+        if given is None:
             budget = within_budget(privacy, family, steps)
-            vector = _vector(statistic, split(budget.noise_multiplier))
-            setup, mechanism = masked_sum.with_effective(budget.noise_multiplier, terms, vector, most)
-        return budget, mechanism.noise_multiplier, setup
+            given = budget.noise_multiplier
+        of = masked_sum.with_effective if target else masked_sum.scaled
+        found = [
+            of(given * factor, terms, _vector(statistic, split(given * factor)), most)
+            for statistic, factor in phases
+        ]
+        if not target:  # what rounding costs the phase that it costs most
+            effective = min(
+                mechanism.effective_noise_multiplier() / phase.factor
+                for (_, mechanism), phase in zip(found, phases, strict=True)
+            )
+            budget = within_budget(dataclasses.replace(privacy, noise_multiplier=effective), family, steps)
+        multipliers = tuple(
+            mechanism.noise_multiplier / phase.factor
+            for (_, mechanism), phase in zip(found, phases, strict=True)
+        )
+        return Agreed(budget, multipliers, tuple(setup for setup, _ in found))
 
     def keys(self, at: Setting, root: Root, step: int) -> dict[str, bytes]:
         """See `Trust.keys`."""
@@ -362,8 +374,7 @@ class Shares(Trust):
         s = release.agreed.settings
         up = 96 + s.width * (DEALT_BYTES + TAG_BYTES + 4 * shamir.LIMBS)
         protocol = up + s.width * (96 + SEALED_BYTES + TAG_BYTES)
-        down = release.facts.parameters * np.dtype(at.config.model.dtype).itemsize
-        vectors = down + s.length * s.ring.bits // 8
+        vectors = release.down_bytes(at.config.model.dtype) + s.length * s.ring.bits // 8
         return float(vectors + protocol), 2 * len(STAGES) * at.config.federation.nodes
 
     def survivors_needed(self, at: Setting) -> str:

@@ -84,6 +84,7 @@ class Node:
             )
         self.physical_batch_size = config.engine.physical_batch_size
         self._halved = False
+        self._kept: dict[str, tuple[bytes, Any]] = {}
         self.options = options_of(config.engine)
         self.model = build_model(config, self.train, self.task, seed).to(self.device)
         set_threads(threads_of(config.engine, self.model))
@@ -111,6 +112,18 @@ class Node:
             return holders
         model = HolderAvailability(self.config.federation.availability)
         return holders[model.available(holders, task.keys["availability"])]
+
+    def parameters(self) -> torch.Tensor:
+        """Return the task's parameters (P,), on the model's device."""
+        return get_flat(self.model)
+
+    def kept(self, name: str, key: bytes, make: Callable[[], Result]) -> Result:
+        """Return `make()`, or what it gave when it was last asked for under this name and key."""
+        held = self._kept.get(name)
+        if held is None or held[0] != key:
+            held = self._kept[name] = key, make()
+        value: Result = held[1]
+        return value
 
     def zero_sum(self) -> torch.Tensor:
         """Return a zero vector (P,) in the model's dtype, on its device."""

@@ -100,7 +100,7 @@ class Server:
         began = clock()
         state, mechanism, step, root = self.state, self.mechanism, self.state.completed, self.run.root
         assert root is not None, "a run without its secret has no step left"
-        release = mechanism.release(state.query, mechanism.noise_factor(step))
+        release = mechanism.release(step, state.query)
         keys = mechanism.method.keys(root, step)
         self._collector.begin(step, keys, state.parameters.numpy(), release)
         got = mechanism.collect(release, state.query, self._collector.ask)
@@ -114,8 +114,11 @@ class Server:
             if name in noise:
                 values += noise[name]
         means = mechanism.means(release, got.sums)
-        parameters = state.learning.update(state.parameters, means, step)
-        query = mechanism.method.at.query.updated(state.query, means.values)
+        learnt = mechanism.method.at.query.for_learner(state.query, means)
+        parameters = state.parameters
+        if all(name in learnt.values for name in mechanism.method.learner.takes):
+            parameters = state.learning.update(parameters, learnt, step)
+        query = mechanism.method.at.query.updated(state.query, means)
         updated = clock()
         self._record(step, parameters, got.facts)
         recorded = clock()

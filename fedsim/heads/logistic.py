@@ -66,14 +66,18 @@ class Logistic:
             weights = (self.alpha + (1 - self.alpha) * hot) * hot.sum(1, keepdim=True)
         return weights * (chances - hot), weights * chances * (1 - chances)
 
-    def residual_bound(self, weights: Tensor, clip_norm: float) -> float:
-        """Return the largest norm of an example's residuals, |x| <= C, any class, at weights W (k, d).
+    def residual_bound(self, weights: Tensor | None, clip_norm: float) -> float:
+        """Return the largest norm of an example's residuals, |x| <= C, any class, at weights W (k, d), or
+        whatever the weights are.
 
         one_vs_all: a residual is at most sigmoid(C |w_y| - offset) for the own class and alpha
         sigmoid(C |w_l| + offset) for others; at zero weights without offset sqrt(1 + (k - 1) alpha^2) / 2.
         softmax: with p_y >= m, |residuals|^2 = (1 - p_y)^2 + sum of the others' p_l^2 is at most
         (1 - m) (1 - m + M), M the largest chance another class can have; at most 2, at zero weights 1 - 1/k.
         """
+        if weights is None:
+            ones = torch.ones(self.classes, dtype=torch.float64)
+            return math.sqrt(2.0) if self.kind == "softmax" else self._joint(ones, ones)
         if self.kind == "softmax":
             low, high = _softmax_range(weights.double(), clip_norm)
             found = 0.0
@@ -85,17 +89,21 @@ class Logistic:
         reach = clip_norm * torch.linalg.vector_norm(weights.double(), dim=1)
         return self._joint((reach - self.offset).sigmoid(), (reach + self.offset).sigmoid())
 
-    def curvature_bound(self, weights: Tensor, clip_norm: float) -> float:
-        """Return the largest norm of an example's curvatures, |x| <= C, any class, at weights W (k, d).
+    def curvature_bound(self, weights: Tensor | None, clip_norm: float) -> float:
+        """Return the largest norm of an example's curvatures, |x| <= C, any class, at weights W (k, d), or
+        whatever the weights are.
 
         one_vs_all: p (1 - p) <= 1/4, less where no score comes near 0; all classes together at most
         sqrt(1 + (k - 1) alpha^2) / 4. softmax: p (1 - p)^2 is at most 4/27, at 1/3, so the sum of
         p^2 (1 - p)^2 is at most 4/27 for any k, which three classes of chance 1/3 reach; less at zero
         weights: (k - 1) / k^1.5.
         """
+        whole = math.sqrt(1 / 8 if self.classes == 2 else 4 / 27)
+        if weights is None:
+            quarters = torch.full((self.classes,), 0.25, dtype=torch.float64)
+            return whole if self.kind == "softmax" else self._joint(quarters, quarters)
         if self.kind == "softmax":
             _, high = _softmax_range(weights.double(), clip_norm)
-            whole = math.sqrt(1 / 8 if self.classes == 2 else 4 / 27)
             largest = torch.where(high < 0.5, high * (1 - high), torch.full_like(high, 0.25))
             return min(whole, float(torch.linalg.vector_norm(largest)))
         reach = clip_norm * torch.linalg.vector_norm(weights.double(), dim=1)

@@ -35,7 +35,6 @@ class Newton:
             to clip nothing.
         shared: release one Hessian for all classes, without the factor sqrt(k): they coincide at zero weights
             with alpha = 1, and nowhere else.
-        hessians: False for the gradient alone, as DP-FC and gradient descent need it.
     """
 
     rows: Rows
@@ -43,7 +42,6 @@ class Newton:
     features: int
     residual_clip: float | None = None
     shared: bool = False
-    hessians: bool = True
 
     def __post_init__(self) -> None:
         validate.in_range(self.features, 1, float("inf"), "features")
@@ -55,7 +53,7 @@ class Newton:
         """d, the length of a row."""
         return self.rows.width(self.features)
 
-    def layout(self, weights: Tensor, shares: Sequence[float] = (0.5, 0.5)) -> Layout:
+    def layout(self, weights: Tensor | None, shares: Sequence[float] = (0.5, 0.5)) -> Layout:
         """Return the parts: "gradient" (k, d), and "hessian" (k, d (d + 1) / 2) packed, (d (d + 1) / 2,)
         shared.
 
@@ -63,16 +61,15 @@ class Newton:
         class times C^2. The shares are equal by default, as in the paper.
 
         Args:
-            weights: (k, d), public.
-            shares: of gradient and Hessian; only asked with Hessians.
+            weights: (k, d), public; None: bounds that hold at any.
+            shares: of gradient and Hessian.
 
         Raises:
             InputError: weights of another shape, or Hessians to share that differ.
         """
-        self._check(weights)
+        if weights is not None:
+            self._check(weights)
         bound, classes = self.rows.clip_norm, self.loss.classes
-        if not self.hessians:
-            return Layout((Part("gradient", (classes, self.width), self._residual_bound(weights) * bound),))
         packed = packing.length(self.width)
         curvature = self.loss.curvature_bound(weights, bound)
         if self.shared:
@@ -100,7 +97,7 @@ class Newton:
                 f"a Newton step must get features (n, {self.features}) and classes (n,), got "
                 f"{tuple(features.shape)} and {tuple(labels.shape)}."
             )
-        groups = 0 if not self.hessians else 1 if self.shared else self.loss.classes
+        groups = 1 if self.shared else self.loss.classes
         gradient = torch.zeros(self.loss.classes, self.width, dtype=torch.float64)
         hessians = torch.zeros(groups, self.width, self.width, dtype=torch.float64)
         residual_bound = self._residual_bound(weights)
@@ -110,16 +107,12 @@ class Newton:
             _, hot = one_hot(targets, self.loss.classes, rows)
             scores = rows @ weights.to(rows).t()
             gradient += products.cross_moment(self.loss.residuals(scores, hot, residual_bound), rows).cpu()
-            if groups:
-                curvatures = self.loss.curvatures(scores, hot, curvature_bound)
-                for group in range(groups):
-                    hessians[group] += products.second_moment(rows, curvatures[:, group]).cpu()
-        sums = {"gradient": gradient}
-        if groups:
-            sums["hessian"] = packing.pack(hessians[0] if self.shared else hessians)
-        return sums
+            curvatures = self.loss.curvatures(scores, hot, curvature_bound)
+            for group in range(groups):
+                hessians[group] += products.second_moment(rows, curvatures[:, group]).cpu()
+        return {"gradient": gradient, "hessian": packing.pack(hessians[0] if self.shared else hessians)}
 
-    def _residual_bound(self, weights: Tensor) -> float:
+    def _residual_bound(self, weights: Tensor | None) -> float:
         promised = self.loss.residual_bound(weights, self.rows.clip_norm)
         return promised if self.residual_clip is None else min(promised, self.residual_clip)
 
@@ -129,7 +122,7 @@ class Newton:
                 f"weights must be finite and of shape ({self.loss.classes}, {self.width}), got "
                 f"{tuple(weights.shape)}."
             )
-        if self.hessians and self.shared and not self.loss.shared(weights):
+        if self.shared and not self.loss.shared(weights):
             raise InputError(
                 "one Hessian for all classes must have zero weights and alpha=1: elsewhere they differ. Set "
                 "shared=False."

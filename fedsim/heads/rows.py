@@ -19,28 +19,20 @@ _FAR = 2.0**20  # a row this many times longer than the bound is shortened to th
 Values = Tensor | NDArray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Rows:
     """How the features x of an example become a row of norm at most `clip_norm`.
 
-    x is moved (x - centre), mapped (transform x), gets the constant `bias` as one more entry, and is then
-    scaled by min(1, C / norm), the bias with it: it counts in the norm. Centre and transform must be public,
-    or released before. Rows without centre, transform and bias leave bounded rows as they are, so rows that
-    are needed again can be kept.
+    x gets the constant `bias` as one more entry, and is then scaled by min(1, C / norm), the bias with it: it
+    counts in the norm.
 
     Attributes:
         clip_norm: C > 0.
         bias: last entry of every row before clipping; 0 for none.
-        centre: (d,) or None.
-        transform: (m, d) or None.
-        inner: rows to take first, in the place of x: those whose released moments gave the transform.
     """
 
     clip_norm: float
     bias: float = 0.0
-    centre: Tensor | None = None
-    transform: Tensor | None = None
-    inner: Rows | None = None
 
     def __post_init__(self) -> None:
         validate.positive(self.clip_norm, "clip_norm")
@@ -48,8 +40,7 @@ class Rows:
 
     def width(self, features: int) -> int:
         """Return the length of a row of that many features."""
-        given = features if self.inner is None else self.inner.width(features)
-        return (given if self.transform is None else len(self.transform)) + (self.bias > 0)
+        return features + (self.bias > 0)
 
     def of(self, features: Tensor) -> Tensor:
         """Return the rows (n, width) of features (n, d), float64 where they are and float32 otherwise.
@@ -58,14 +49,6 @@ class Rows:
         with an entry that is not finite gives a row of zeros, the bias included.
         """
         values = features.to(torch.promote_types(features.dtype, torch.float32))
-        if self.inner is not None:
-            finite = torch.isfinite(values).all(1, keepdim=True)
-            # Its rows are zero where they are not finite; a centre or bias would make something of them.
-            values = torch.where(finite, self.inner.of(values), torch.nan)
-        if self.centre is not None:
-            values = values - self.centre.to(values)
-        if self.transform is not None:
-            values = values @ self.transform.to(values).t()
         if self.bias:
             values = torch.cat([values, values.new_full((len(values), 1), self.bias)], 1)
         return clipped(values, self.clip_norm)

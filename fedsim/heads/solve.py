@@ -91,11 +91,12 @@ def newton_step(
     ridge: float,
     rate: float = 1.0,
     penalty: float = 0.0,
+    noise_std: float = 0.0,
 ) -> Tensor:
     """Return w_l - rate (H_l + (r + penalty) I)^-1 (g_l + penalty w_l) for each class l, (k, d).
 
-    Mehta et al. 2023; each H_l is projected first. The penalty (1/2) p |W|^2 is public: it is added
-    here and costs nothing.
+    Mehta et al. 2023; each H_l is projected first, or denoised where its noise is known. The penalty
+    (1/2) p |W|^2 is public: it is added here and costs nothing.
 
     Args:
         weights, gradient: (k, d).
@@ -103,6 +104,7 @@ def newton_step(
         ridge: r >= 0, damping: what is solved with, not what is minimised.
         rate: > 0.
         penalty: p >= 0.
+        noise_std: of the packed Hessians' noise; 0: unknown.
 
     Raises:
         InputError: a value out of range, or a matrix that is not positive definite.
@@ -110,16 +112,19 @@ def newton_step(
     validate.positive(rate, "rate")
     slopes = gradient.double() + penalty * weights.double()
     if hessian.dim() == 1:
-        return weights.double() - rate * spectrum.of_packed(hessian).projected().solve(
-            slopes, ridge + penalty
-        )
+        return weights.double() - rate * _positive(hessian, noise_std).solve(slopes, ridge + penalty)
     if len(hessian) != len(weights):
         raise InputError(f"there must be a Hessian for each of {len(weights)} classes, got {len(hessian)}.")
     steps = [
-        spectrum.of_packed(own).projected().solve(slope[None], ridge + penalty)
+        _positive(own, noise_std).solve(slope[None], ridge + penalty)
         for own, slope in zip(hessian, slopes, strict=True)
     ]
     return weights.double() - rate * torch.cat(steps)
+
+
+def _positive(packed: Tensor, noise_std: float) -> Spectrum:
+    found = spectrum.of_packed(packed)
+    return found.denoised(noise_std) if noise_std > 0.0 else found.projected()
 
 
 def preconditioned_step(

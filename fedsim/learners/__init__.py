@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedsim.learners.base import Learner, Learning, Means
+from fedsim.learners.base import Learner, Learning
+from fedsim.queries.statistic import Means
 from fedsim.registry import Registry
 
 __all__ = ["LEARNERS", "Learner", "Learning", "Means"]

@@ -7,28 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.grads.flat import FlatSpec
 from fedsim.queries.base import Query
-
-
-@dataclass(frozen=True)
-class Means:
-    """What a step gives a learner: the noisy sums, divided by the public number of units.
-
-    Attributes:
-        values: by part, float64 (length,).
-        main: name of the main part.
-        noise_stds: by part, standard deviation of the noise in every entry; empty without noise.
-    """
-
-    values: Mapping[str, NDArray[np.float64]]
-    main: str
-    noise_stds: Mapping[str, float]
+from fedsim.queries.statistic import Means
 
 
 class Learning(ABC):
@@ -64,7 +48,7 @@ class Learner(ABC):
     """What the server does with a noisy statistic; its fields are the options.
 
     Class attributes:
-        takes: names of the parts it needs.
+        takes: names of the parts it needs; a step without them leaves the parameters as they are.
         needs_fresh_noise: whether it relies on noise that is independent over the steps, of one scale.
         unread: settings that it does not read; set to anything but their default they are refused.
         tiny: options of a small example, for tests over all combinations.

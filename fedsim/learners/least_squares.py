@@ -21,10 +21,11 @@ from fedsim import validate
 from fedsim.config import Config
 from fedsim.grads.flat import FlatSpec
 from fedsim.heads import solve, spectrum
+from fedsim.heads.linear import LinearHead
 from fedsim.learners import LEARNERS
 from fedsim.learners.base import Learner, Learning, Means
+from fedsim.learners.linear import OPTIMIZER_SETTINGS, linear_head
 from fedsim.queries.base import Query
-from fedsim.validate import InputError
 
 _LEAST_RIDGE = 1e-9  # of the mean eigenvalue of G, where there is no noise to tell one
 
@@ -44,9 +45,7 @@ class LeastSquares(Learner):
 
     takes = ("second", "first")
     needs_fresh_noise = True
-    unread = ("optimizer.learning_rate", "optimizer.name", "optimizer.weight_decay", "optimizer.warmup_steps",
-              "optimizer.warmup_epochs",
-              "optimizer.schedule", "optimizer.scale_with_batch", "train.ema_decay")  # fmt: skip
+    unread = OPTIMIZER_SETTINGS
     tiny = {"ridge": 0.1}  # noqa: RUF012
 
     def __post_init__(self) -> None:
@@ -55,13 +54,7 @@ class LeastSquares(Learner):
 
     def start(self, config: Config, query: Query, layout: FlatSpec, examples: int) -> Solving:
         """See `Learner.start`: the model must be one linear layer."""
-        shapes = layout.shapes
-        if len(shapes) != 2 or len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
-            raise InputError(
-                "learner=least_squares makes the weights (k, d) and biases (k,) of one linear layer, but the "
-                f"model's trainable parameters have shapes {list(shapes)}. Use model.name=linear."
-            )
-        return Solving(self, shapes[0][0], shapes[0][1], float(getattr(query, "bias", 0.0)))
+        return Solving(self, linear_head(query, layout, "least_squares"))
 
 
 class Solving(Learning):
@@ -69,13 +62,11 @@ class Solving(Learning):
 
     Args:
         options: of the learner.
-        outputs: k.
-        features: d.
-        bias: constant entry of every row; 0 for none.
+        head: the layer.
     """
 
-    def __init__(self, options: LeastSquares, outputs: int, features: int, bias: float) -> None:
-        self._options, self._outputs, self._features, self._bias = options, outputs, features, bias
+    def __init__(self, options: LeastSquares, head: LinearHead) -> None:
+        self._options, self._head = options, head
         self._means: dict[str, Tensor] = {}
         self._steps = 0
 
@@ -99,10 +90,9 @@ class Solving(Learning):
             ridge = _LEAST_RIDGE * float(second.values.mean())
         if self._options.ridge is not None:
             ridge = self._options.ridge
-        first = self._means["first"].reshape(self._outputs, -1)
+        first = self._means["first"].reshape(self._head.outputs, -1)
         weights = solve.least_squares(second, solve.centred(first) if self._options.centred else first, ridge)
-        biases = weights[:, self._features] * self._bias if self._bias else weights.new_zeros(self._outputs)
-        return torch.cat([weights[:, : self._features].reshape(-1), biases]).to(params.dtype)
+        return self._head.flat(weights).to(params.dtype)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """See `Learning.state_dict`."""

@@ -8,12 +8,61 @@ one a step, because a privacy loss distribution is built for each.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
 
 from fedsim import validate
 from fedsim.validate import InputError
 
 MAX_LEVELS = 16
+
+
+class Levels(Protocol):
+    """Factors on the noise multiplier over a run."""
+
+    def factor(self, step: int) -> float:
+        """Return the factor of step `step`, counted from 0; the last one from the end on."""
+        ...
+
+    def counts(self, first: int) -> tuple[tuple[float, int], ...]:
+        """Return (factor, how many of the first `first` steps have it), in order, none of them 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Factors that each hold for some steps.
+
+    Attributes:
+        runs: (factor, steps), in order.
+    """
+
+    runs: tuple[tuple[float, int], ...]
+
+    @classmethod
+    def of(cls, factors: Iterable[float]) -> Runs:
+        """Return the runs of one factor a step."""
+        return cls(tuple((factor, sum(1 for _ in same)) for factor, same in groupby(factors)))
+
+    def factor(self, step: int) -> float:
+        """See `Levels.factor`."""
+        left = step
+        for factor, steps in self.runs:
+            if left < steps:
+                return factor
+            left -= steps
+        return self.runs[-1][0]
+
+    def counts(self, first: int) -> tuple[tuple[float, int], ...]:
+        """See `Levels.counts`; steps beyond the last run are as that one."""
+        out, left = [], first
+        for place, (factor, steps) in enumerate(self.runs):
+            own = left if place == len(self.runs) - 1 else min(steps, left)
+            out.append((factor, own))
+            left -= own
+        return tuple((factor, count) for factor, count in out if count)
 
 
 @dataclass(frozen=True)

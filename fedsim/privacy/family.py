@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import dp_accounting as dp
 
 from fedsim import validate
-from fedsim.noise.levels import NoiseLevels
+from fedsim.noise.levels import Levels
 from fedsim.privacy import events
 
 
@@ -32,18 +32,18 @@ class EventFamily:
 
     release: Callable[[float], dp.DpEvent]
     period: int = 1
-    levels: NoiseLevels | None = None
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         validate.positive(self.period, "steps of a release")
         if self.period > 1 and self.levels is not None:
             validate.conflicts(
                 f"a release covers {self.period} steps, but its noise multiplier changes from step to step.",
-                "Use noise=independent.",
+                "Use noise=independent and a query of one noise multiplier, or sampler=poisson.",
             )
 
     @classmethod
-    def gaussian(cls, sampling_rate: float, levels: NoiseLevels | None = None) -> EventFamily:
+    def gaussian(cls, sampling_rate: float, levels: Levels | None = None) -> EventFamily:
         """Return the family of Poisson sampled Gaussian releases, one a step (plain ones at rate 1).
 
         Raises:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fedsim.queries.base import Query
-from fedsim.queries.statistic import Part, Statistic
+from fedsim.queries.statistic import Means, Part, Statistic
 from fedsim.registry import Registry
 
-__all__ = ["QUERIES", "Part", "Query", "Statistic"]
+__all__ = ["QUERIES", "Means", "Part", "Query", "Statistic"]
 
 QUERIES: Registry[Query] = Registry("query.name", "fedsim.queries", Query)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 from fedsim.clipping import ClipRule, clip_rule
 from fedsim.config import Config
 from fedsim.grads.local_training import LocalTraining
-from fedsim.queries.statistic import Statistic
+from fedsim.queries.statistic import Means, Statistic
 from fedsim.types import ClippedSum, HolderReply, StepTask
 
+Kept = TypeVar("Kept")
 Arrays = dict[str, NDArray[Any]]
 State = Mapping[str, Tensor]
 """What a query carries from step to step; what a checkpoint holds of it."""
@@ -28,7 +29,12 @@ class NodeView(Protocol):
     """What a query and a trust model see of the node they run on, at the task's parameters."""
 
     holders: NDArray[np.int64]
+    ids: NDArray[np.int64]
     outputs: int
+
+    def parameters(self) -> Tensor:
+        """Return the task's parameters (P,), on the model's device."""
+        ...
 
     def plain(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return inputs (n, ...) and targets (n, ...) of these examples, as the model takes them."""
@@ -48,6 +54,13 @@ class NodeView(Protocol):
 
     def local_update(self, holder: int, task: StepTask, how: LocalTraining) -> tuple[Tensor, float]:
         """Train on all examples of one holder; return start minus end (P,) and the mean loss."""
+        ...
+
+    def kept(self, name: str, key: bytes, make: Callable[[], Kept]) -> Kept:
+        """Return `make()`, or what it gave when it was last asked for under this name and key.
+
+        It saves time and decides nothing: a node that forgot makes it again.
+        """
         ...
 
     def drawn(self, task: StepTask) -> NDArray[np.int64]:
@@ -82,12 +95,14 @@ class Shape:
         features: entries of an example's input.
         outputs: of the model, for one example.
         dtype: of the model.
+        phase: of the step; see `Query.phase`.
     """
 
     parameters: int
     features: int
     outputs: int
     dtype: np.dtype[Any]
+    phase: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +155,22 @@ class Query(ABC):
             expected_units: units that a step takes on average.
         """
         return (noise_multiplier,)
+
+    def phase(self, step: int) -> int:
+        """Return which of its statistics a query sums in a step: 0, 1, ...; 0 in the first one.
+
+        Args:
+            step: counted from 0.
+        """
+        return 0
+
+    def factors(self, steps: int) -> tuple[float, ...]:
+        """Return for each phase what multiplies the noise multiplier of the run in its steps.
+
+        Args:
+            steps: of the whole run, as planned.
+        """
+        return (1.0,)
 
     @property
     def adaptive(self) -> bool:
@@ -195,11 +226,24 @@ class Query(ABC):
         """Return what nodes must know of the state."""
         return {}
 
-    def updated(self, state: State, noisy: Mapping[str, NDArray[np.float64]]) -> State:
+    def told_bytes(self, shape: Shape) -> int:
+        """Return the bytes of `arrays` in a step."""
+        return 0
+
+    def for_learner(self, state: State, means: Means) -> Means:
+        """Return what the learner gets of a step: by default the noisy means as they are.
+
+        Args:
+            state: before the step.
+            means: public.
+        """
+        return means
+
+    def updated(self, state: State, means: Means) -> State:
         """Return the state after a step.
 
         Args:
             state: before it.
-            noisy: by part, the noised sums divided by the public number of units: public.
+            means: what the step released: public.
         """
         return state

@@ -18,12 +18,10 @@ Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", Al
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedsim import validate
 from fedsim.clipping.base import ClipRule
@@ -32,7 +30,7 @@ from fedsim.config import Config
 from fedsim.grads.local_training import LocalTraining
 from fedsim.queries import QUERIES
 from fedsim.queries.base import Arrays, NodeView, Query, Shape, State
-from fedsim.queries.statistic import Part, Statistic
+from fedsim.queries.statistic import Means, Part, Statistic
 from fedsim.rules import ENGINE_SETTINGS, SET, read_with
 from fedsim.types import ClippedSum, HolderReply, StepTask
 
@@ -156,13 +154,17 @@ class HolderUpdate(Query):
         """See `Query.arrays`."""
         return {name: value.numpy() for name, value in state.items()}
 
-    def updated(self, state: State, noisy: Mapping[str, NDArray[np.float64]]) -> State:
+    def told_bytes(self, shape: Shape) -> int:
+        """See `Query.told_bytes`."""
+        return 8 if self.adaptive else 0
+
+    def updated(self, state: State, means: Means) -> State:
         """See `Query.updated`: the expected number of holders, which is public, stands for the drawn one."""
-        if "below" not in noisy:
+        if "below" not in means.values:
             return state
         assert self.target_quantile is not None
         # A share is between 0 and 1: what noise makes of it moves the clip norm by one step at most.
-        share = min(max(0.5 + float(noisy["below"][0]), 0.0), 1.0)
+        share = min(max(0.5 + float(means.values["below"][0]), 0.0), 1.0)
         factor = math.exp(-self.quantile_learning_rate * (share - self.target_quantile))
         return {"clip_norm": state["clip_norm"] * factor}
 

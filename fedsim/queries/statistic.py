@@ -13,11 +13,12 @@ of noise multiplier sigma wherever
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.validate import InputError
 
@@ -81,6 +82,21 @@ class Statistic:
     def bounds(self, units: int) -> dict[str, float]:
         """Return the largest L2 norm of each part's sum over so many units."""
         return {part.name: units * part.bound if units else 0.0 for part in self.parts}
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a step gives: the noisy sums, divided by the public number of units.
+
+    Attributes:
+        values: by part, float64 (length,).
+        main: name of the main part.
+        noise_stds: by part, standard deviation of the noise in every entry; empty without noise.
+    """
+
+    values: Mapping[str, NDArray[np.float64]]
+    main: str
+    noise_stds: Mapping[str, float]
 
 
 def within(multipliers: Sequence[float], noise_multiplier: float) -> bool:

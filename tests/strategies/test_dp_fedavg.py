@@ -19,6 +19,7 @@ from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.noise.stream import Stream
+from fedsim.queries import Means
 from fedsim.strategies.base import Collected
 from fedsim.validate import InputError, RunError
 from fedsim.visibility import shown
@@ -152,11 +153,13 @@ def test_clip_norm_finds_the_quantile(quantile: float) -> None:
         return float(query.arrays(state)["clip_norm"][0])
 
     for step in range(150):
-        release = mechanism.release(state)
+        release = mechanism.release(0, state)
         below = np.array([float((norms <= clip_norm()).sum() - 200)])
         sums = {"sum": np.zeros(release.statistic.main.length), "below": below}
         noise = mechanism.noise(release, Collected(sums, []), Stream(), b"r" * 32, step)
-        state = query.updated(state, {"below": (below + noise["below"]) / mechanism.divisor})
+        state = query.updated(
+            state, Means({"below": (below + noise["below"]) / mechanism.divisor}, "sum", {})
+        )
     assert abs(float((norms <= clip_norm()).mean()) - quantile) < 0.05
 
 

@@ -201,7 +201,7 @@ def add_to_masked(value: int) -> Callable[[HolderReply], None]:
 def test_a_masked_vector_that_is_no_clipped_sum_with_noise_stops_the_run(bits: int, tmp_path: Path) -> None:
     """Far beyond the bound of an entry, and within it but longer than clipped examples and noise together."""
     config = small(SHARES, options(ring_bits=bits))
-    bound = prepare(config).mechanism.agreed.settings.bound
+    bound = prepare(config).mechanism.settings[0].settings.bound
     for value, message in (
         (1 << (bits - 2), "within the bound give at most"),
         (bound, "secure sum has norm"),
@@ -220,7 +220,7 @@ def test_nodes_take_no_threshold_from_the_server() -> None:
         ((options(neighbours=8, threshold=7),), (8, 7)),
     ):
         config = small(SHARES, *extra)
-        server, node = prepare(config).mechanism.agreed, Method.of(config)
+        server, node = prepare(config).mechanism.settings[0], Method.of(config)
         assert isinstance(node.trust, Shares)
         sent = server.to_arrays()
         assert [len(values) for values in sent.values()] == [3, 3], (

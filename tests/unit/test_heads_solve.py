@@ -110,19 +110,10 @@ def test_preconditioned_steps_end_in_the_minimum() -> None:
 
 def test_whitened_features_have_the_covariance_that_is_stated() -> None:
     second = spectrum.of_packed(FeatureCovariance(FREE, D).sums(X)["second"])
-    transform = feature_covariance.whitening(second, N, 0.2)
-    mapped = Rows(1e9, transform=transform).of(torch.from_numpy(X)).numpy()
+    mapped = X @ feature_covariance.whitening(second, N, 0.2).numpy()
     assert np.square(mapped).sum(1).mean() == pytest.approx(1.0)
     shape = X.T @ X / N @ np.linalg.inv(X.T @ X / N + 0.2 * np.eye(D))
     np.testing.assert_allclose(mapped.T @ mapped / N, shape / np.trace(shape), rtol=0, atol=1e-9)
-
-
-def test_shares_over_time() -> None:
-    assert feature_covariance.shares(4) == pytest.approx((0.2,) * 5)
-    assert feature_covariance.shares(2, 0.5) == pytest.approx((0.5, 0.25, 0.25))
-    for bad in (lambda: feature_covariance.shares(0), lambda: feature_covariance.shares(2, 1.0)):
-        with pytest.raises(InputError):
-            bad()
 
 
 def test_the_default_ridge_makes_noisy_moments_positive() -> None:

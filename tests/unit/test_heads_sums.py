@@ -103,30 +103,6 @@ def test_a_file_that_is_mapped_into_memory_is_read_in_blocks(tmp_path: Path) -> 
             torch.testing.assert_close(value, whole[part], rtol=1e-12, atol=0)
 
 
-def test_rows_are_moved_and_mapped_before_the_clip() -> None:
-    centre, transform = torch.from_numpy(X.mean(0)), torch.from_numpy(RNG.normal(size=(4, D)))
-    rows = Rows(0.7, 1.0, centre, transform)
-    assert rows.width(D) == 5
-    found = rows.of(torch.from_numpy(X[:50])).numpy()
-    full = np.concatenate([(X[:50] - X.mean(0)) @ transform.numpy().T, np.ones((50, 1))], 1)
-    wanted = full * np.minimum(1, 0.7 / np.linalg.norm(full, axis=1))[:, None]
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
-
-
-def test_rows_of_rows() -> None:
-    values = torch.from_numpy(X[:50].astype(np.float32))
-    values[7, 3] = torch.nan
-    inner = Rows(0.7, 1.0)
-    outer = Rows(0.5, 2.0, transform=torch.from_numpy(RNG.normal(size=(4, D + 1))), inner=inner)
-    found = outer.of(values)
-    assert outer.width(D) == 5
-    alone = Rows(0.5, 2.0, transform=outer.transform).of(inner.of(values))
-    kept = torch.arange(50) != 7
-    torch.testing.assert_close(found[kept], alone[kept])
-    assert not bool(found[7].any()), "neither bias is left of a row that is not finite"
-    torch.testing.assert_close(Rows(0.5).of(found), found, rtol=1e-6, atol=0)
-
-
 def test_shares_are_equal_where_the_paper_says_so() -> None:
     assert default_shares(10) == (0.5, 0.5)
     assert default_shares(10, per_class=True) == pytest.approx((1 / 3, 1 / 3, 1 / 3))

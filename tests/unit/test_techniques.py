@@ -196,7 +196,7 @@ def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(query: str, tmp
     nothing = Collected({}, [])
     noise = []
     for step in range(6):
-        release = plan.release(factor=plan.noise_factor(step))
+        release = plan.release(step)
         noise.append(plan.noise(release, nothing, Stream(), 3, step)["sum"][:20_000])
         assert noise[-1].size == 20_000
     for step, values in enumerate(noise):

@@ -1,0 +1,106 @@
+"""What queries of a linear head on features share: rows of bounded norm, blocks, parts (Mehta et al. 2023).
+
+An example's features, with a constant entry for the bias, are one row x, clipped to norm C, which is
+privacy.clip_norm (fedsim.heads.rows). The model is one linear layer, whose weights and biases are W on such
+rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim import validate
+from fedsim.clipping.base import ClipRule
+from fedsim.config import Config
+from fedsim.heads import rows as bounded
+from fedsim.heads.linear import LinearHead
+from fedsim.heads.parts import Layout
+from fedsim.heads.rows import Rows
+from fedsim.queries.base import NodeView, Query
+from fedsim.queries.statistic import Part, Statistic
+from fedsim.rules import ENGINE_SETTINGS
+from fedsim.types import ClippedSum
+
+_UNBOUNDED = 1e12  # longer than any row of finite features that were normalised
+
+
+@dataclass(frozen=True)
+class FeatureQuery(Query):
+    """A query whose contributions are functions of an example's features and class.
+
+    Attributes:
+        bias: constant entry of every row, which counts in its norm; 0 for none.
+    """
+
+    bias: float = 1.0
+
+    measures_loss = False
+    unread = (*ENGINE_SETTINGS, "train.augment_multiplicity", "train.augmentations")
+
+    def __post_init__(self) -> None:
+        validate.in_range(self.bias, 0.0, 1e6, "query.options.bias")
+
+    def check(self, config: Config) -> None:
+        """See `Query.check`."""
+        if (clipping := config.privacy.clipping.name) != "flat":
+            validate.conflicts(
+                f"query {config.query.name} clips rows of features flat, got privacy.clipping={clipping}.",
+                "Use flat.",
+            )
+        if config.task.name != "classification":
+            validate.conflicts(
+                f"query {config.query.name} needs one class an example, but task is {config.task.name}.",
+                "Use task=classification, or query=gradient.",
+            )
+
+    def rows(self, clip: ClipRule) -> Rows:
+        """Return how features become rows; as good as unclipped where nothing is private."""
+        return Rows(clip.sensitivity if math.isfinite(clip.sensitivity) else _UNBOUNDED, self.bias)
+
+    def statistic_of(self, layout: Layout, clip: ClipRule) -> Statistic:
+        """Return the parts of a layout as a statistic, the first one the main part."""
+        return Statistic(
+            tuple(
+                Part(
+                    part.name,
+                    part.length,
+                    np.dtype(np.float64),
+                    part.bound if math.isfinite(clip.sensitivity) else math.inf,
+                    f"noise of {part.name}" if place else "noise",
+                )
+                for place, part in enumerate(layout.parts)
+            )
+        )
+
+    def blocks(self, node: NodeView, ids: NDArray[np.int64]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (place in ids, features (n, d0), classes (n,)), a block in memory at a time; one at least."""
+        for start in range(0, max(1, len(ids)), bounded.BLOCK):
+            place = slice(start, start + bounded.BLOCK)
+            inputs, labels = node.plain(ids[place])
+            yield place, inputs.flatten(1), labels
+
+    def result(self, count: int, bound: float, norms: list[Tensor]) -> ClippedSum:
+        """Return the statistics of so many examples, whose norms before clipping are given."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return ClippedSum(nothing, count, bound, torch.cat(norms), nothing)
+
+    def row_norms(self, features: Tensor) -> Tensor:
+        """Return the norms (n,) float64 of rows before clipping."""
+        lengths = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64).cpu()
+        return torch.hypot(lengths, torch.full_like(lengths, self.bias))
+
+    def weights(self, node: NodeView) -> Tensor:
+        """Return W (k, d) float64 of rows, which a node's model has.
+
+        Raises:
+            InputError: the model is not one linear layer with a bias.
+        """
+        flat = node.parameters().double().cpu()
+        return LinearHead.of_length(len(flat), node.outputs, self.bias).rows(flat)
