@@ -98,7 +98,7 @@ class Mechanism:
         for factor in factors:
             validate.positive(factor, "every factor of a query's phases")
         of_phases = None
-        if len(factors) > 1:
+        if len(set(factors)) > 1:
             of_phases = Runs.of(factors[at.query.phase(step)] for step in range(train.steps))
         family = EventFamily(
             lambda noise_multiplier: trust.event(at, noise_multiplier, participation),

@@ -37,6 +37,9 @@ class Gradient:
             to clip nothing.
         mapping: M (d, d) float64, symmetric; None: rows as they are.
         mapped_clip: largest norm of a mapped row.
+
+    Raises:
+        InputError: a clip that is not positive, or a map that is not finite.
     """
 
     rows: Rows
@@ -49,6 +52,8 @@ class Gradient:
         validate.positive(self.mapped_clip, "mapped_clip")
         if self.residual_clip is not None:
             validate.positive(self.residual_clip, "residual_clip")
+        if self.mapping is not None and not bool(torch.isfinite(self.mapping).all()):
+            raise InputError("the map of rows must be finite numbers.")
 
     @property
     def residual_bound(self) -> float:
@@ -89,7 +94,7 @@ class Gradient:
                 f"{tuple(features.shape)}, {tuple(labels.shape)} and {tuple(lengths.shape)}."
             )
         total = torch.zeros(weights.shape, dtype=torch.float64)
-        norms: list[Tensor] = []
+        norms = [torch.zeros(0, dtype=torch.float64)]
         start = 0
         for values, targets in bounded.blocks(features, labels):
             rows = self.rows.of(values).double().cpu()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,9 +31,11 @@ from fedsim.queries import QUERIES
 from fedsim.queries.base import Arrays, NodeView, Shape, State
 from fedsim.queries.features import FeatureQuery
 from fedsim.queries.statistic import Means, Statistic
+from fedsim.rules import read_with
 from fedsim.types import ClippedSum, StepTask
 
 _MAP = "map"  # of rows, packed: in the state, and what nodes are told
+_RIDGE = 0.5  # of the noise's norm
 _LEAST_RIDGE = 1e-3  # of the mean second moment, where there is no noise to tell one
 
 
@@ -47,7 +49,8 @@ class FeatureCovariance(FeatureQuery):
         covariance_share: part of the budget that the second moments get, in (0, 1). All gradients together
             have the rest, however many they are, so the best share hardly depends on the steps; in the paper
             it is that of one gradient.
-        ridge: r in units of the noise's norm in G (fedsim.heads.solve.ridge).
+        mapped_clip: largest norm of a row that was mapped before the clip; their mean square is 1.
+        ridge: r in units of the mean second moment of a row's entries; null: half the norm of G's noise.
         loss: "softmax" or "one_vs_all".
         alpha: weight of other classes' examples, for one_vs_all.
         offset: constant on every score while learning, for one_vs_all; -10 in the paper.
@@ -57,20 +60,23 @@ class FeatureCovariance(FeatureQuery):
 
     precondition: str = "before_clip"
     covariance_share: float = 0.15
-    ridge: float = 0.5
+    mapped_clip: float = field(default=1.0, metadata=read_with(precondition=("before_clip",)))
+    ridge: float | None = None
     loss: str = "softmax"
     alpha: float = 1.0
     offset: float = 0.0
     residual_clip: float | None = 0.3
 
     what = "second moments of features, then gradients of a linear head"
-    tiny = {"residual_clip": None}  # noqa: RUF012
+    tiny = {"mapped_clip": 100.0, "residual_clip": None, "ridge": 0.1}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         super().__post_init__()
         validate.one_of(self.precondition, ("before_clip", "after_noise"), "query.options.precondition")
         validate.in_range(self.covariance_share, 1e-6, 1 - 1e-6, "query.options.covariance_share")
-        validate.positive(self.ridge, "query.options.ridge")
+        validate.positive(self.mapped_clip, "query.options.mapped_clip")
+        if self.ridge is not None:
+            validate.positive(self.ridge, "query.options.ridge")
         Logistic(2, self.loss, self.alpha, self.offset)  # refuses wrong options
         if self.residual_clip is not None:
             validate.positive(self.residual_clip, "query.options.residual_clip")
@@ -113,7 +119,7 @@ class FeatureCovariance(FeatureQuery):
         loss, rows = Logistic(outputs, self.loss, self.alpha, self.offset), self.rows(clip)
         if not math.isfinite(clip.sensitivity):
             return Gradient(rows, loss, None, mapping, rows.clip_norm)
-        return Gradient(rows, loss, self.residual_clip, mapping)
+        return Gradient(rows, loss, self.residual_clip, mapping, self.mapped_clip)
 
     def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
         """See `Query.sums`: a block of examples at a time in memory; norms are of contributions before the
@@ -175,11 +181,12 @@ class FeatureCovariance(FeatureQuery):
         second = spectrum.of_packed(torch.from_numpy(means.values["second"]))
         if noise_std := means.noise_stds.get("second", 0.0):
             second = second.denoised(noise_std)
-            ridge = solve.ridge(noise_std, len(second.values), self.ridge)
+            ridge = solve.ridge(noise_std, len(second.values), _RIDGE)
         else:
             second = second.projected()
             ridge = _LEAST_RIDGE * float(second.values.mean())
-        return {_MAP: packing.pack(whitening(second, 1.0, ridge)).float()}
+        mapping = whitening(second, 1.0, ridge if self.ridge is None else self.ridge)
+        return {_MAP: packing.pack(mapping).float()}
 
 
 def _unpacked(packed: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsim.heads.feature_covariance import FeatureCovariance
+from fedsim.heads.gradient import Gradient
 from fedsim.heads.logistic import Logistic
 from fedsim.heads.moments import Moments
 from fedsim.heads.newton import Newton
@@ -124,8 +125,49 @@ def test_newton(seed: int, kind: str, clip: float, dtype: type, loss: Logistic, 
         newton = Newton(Rows(clip), loss, D, shared=shared)
         tight = zero and kind == "huge" and loss.offset == 0 and loss.alpha == 1
         check(newton.layout(weights), newton.sums(row, label, weights), lost(kind), tight)
-    clipped = Newton(Rows(clip), loss, D, residual_clip=0.2, hessians=False)
-    check(clipped.layout(weights), clipped.sums(row, label, weights), lost(kind))
+        check(
+            newton.layout(None) if not shared else newton.layout(weights),
+            newton.sums(row, label, weights),
+            lost(kind),
+        )
+
+
+@given(
+    SEEDS,
+    st.sampled_from(KINDS),
+    CLIPS,
+    DTYPES,
+    st.sampled_from(LOSSES),
+    st.sampled_from(["", "map", "wild"]),
+)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_gradients(seed: int, kind: str, clip: float, dtype: type, loss: Logistic, mapping: str) -> None:
+    """Whatever the map, also one of very different scales, and whatever the weights."""
+    row, label, rng = example(seed, kind, dtype)
+    label, weights = label % loss.classes, weights_of(rng, loss.classes, False)
+    found = None
+    if mapping:
+        vectors, _ = np.linalg.qr(rng.normal(size=(D, D)))
+        values = 10 ** rng.uniform(-1, 2, D) * (10 ** rng.uniform(-6, 6, D) if mapping == "wild" else 1)
+        found = torch.from_numpy((vectors * values) @ vectors.T)
+    for residual_clip in (None, 0.2):
+        gradient = Gradient(Rows(clip), loss, residual_clip, found)
+        added, norms = gradient.sums(row, label, weights, gradient.lengths(row))
+        own = float(added.norm())
+        assert own <= gradient.bound * (1 + 1e-6)
+        assert not lost(kind) or own == 0
+        assert own <= float(norms[0]) * (1 + 1e-6), "of before the clips"
+        if mapping != "wild" and kind == "ordinary" and float(norms[0]) < 0.2 * min(1.0, clip):
+            assert own == pytest.approx(float(norms[0]), rel=1e-6), "what is short is not clipped"
+
+
+def test_a_map_that_is_no_number_is_refused_and_one_that_overflows_adds_nothing() -> None:
+    with pytest.raises(InputError, match="map of rows must be finite"):
+        Gradient(Rows(1.0), Logistic(K), None, torch.full((D, D), torch.nan).double())
+    gradient = Gradient(Rows(1.0), Logistic(K), None, torch.full((D, D), 1e308, dtype=torch.float64))
+    row = np.ones((1, D))
+    added, _ = gradient.sums(row, np.zeros(1, int), torch.zeros(K, D), gradient.lengths(row))
+    assert not bool(added.any())
 
 
 @given(SEEDS, CLIPS, st.sampled_from(LOSSES), st.booleans())

@@ -11,6 +11,7 @@ from scipy.special import expit, logsumexp
 
 from fedsim.heads import feature_covariance, packing, solve, spectrum
 from fedsim.heads.feature_covariance import FeatureCovariance
+from fedsim.heads.gradient import Gradient
 from fedsim.heads.logistic import Logistic
 from fedsim.heads.moments import Moments
 from fedsim.heads.newton import Newton
@@ -101,9 +102,9 @@ def test_preconditioned_steps_end_in_the_minimum() -> None:
     """DP-FC without noise: G / 4 is above every Hessian, so full steps converge."""
     loss, weights = Logistic(K), torch.zeros(K, D).double()
     second = spectrum.of_packed(FeatureCovariance(FREE, D).sums(X)["second"]).projected()
-    gradients = Newton(FREE, loss, D, hessians=False)
+    gradients = Gradient(FREE, loss)
     for _ in range(600):
-        slope = gradients.sums(X, Y, weights)["gradient"] + weights
+        slope = gradients.sums(X, Y, weights, gradients.lengths(X))[0] + weights
         weights = solve.preconditioned_step(weights, slope, second, 4.0, rate=4.0)
     np.testing.assert_allclose(weights.ravel(), minimum(loss, 1.0), rtol=0, atol=1e-6)
 

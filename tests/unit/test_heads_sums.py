@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsim.heads import packing
 from fedsim.heads.feature_covariance import FeatureCovariance
+from fedsim.heads.gradient import Gradient
 from fedsim.heads.logistic import Logistic
 from fedsim.heads.moments import Moments, default_shares
 from fedsim.heads.newton import Newton
@@ -25,12 +26,22 @@ T = RNG.normal(size=(N, 2))
 W = torch.from_numpy(RNG.normal(size=(K, D + 1)))
 ROWS = Rows(1.5, bias=0.5)
 
+_ROOT = torch.from_numpy(RNG.normal(size=(D + 1, D + 1)))
+GRADIENT = Gradient(ROWS, Logistic(K), 0.5)
+MAPPED = Gradient(ROWS, Logistic(K, "softmax"), 0.5, _ROOT + _ROOT.t())
+
+
+def gradient(of: Gradient, features: np.ndarray, labels: np.ndarray, weights: Tensor) -> Tensor:
+    return of.sums(features, labels, weights, of.lengths(features))[0]
+
+
 SUMS = {
     "moments": lambda ids: Moments(ROWS, D, K, per_class=True).sums(X[ids], Y[ids]),
     "targets": lambda ids: Moments(ROWS, D, 2, target_bound=1.0).sums(X[ids], T[ids]),
     "newton": lambda ids: Newton(ROWS, Logistic(K, alpha=0.3), D).sums(X[ids], Y[ids], W),
     "softmax": lambda ids: Newton(ROWS, Logistic(K, "softmax"), D).sums(X[ids], Y[ids], W),
-    "gradient": lambda ids: Newton(ROWS, Logistic(K), D, 0.5, hessians=False).sums(X[ids], Y[ids], W),
+    "gradient": lambda ids: {"sum": gradient(GRADIENT, X[ids], Y[ids], W)},
+    "mapped": lambda ids: {"sum": gradient(MAPPED, X[ids], Y[ids], W)},
     "covariance": lambda ids: FeatureCovariance(ROWS, D).sums(X[ids]),
 }
 

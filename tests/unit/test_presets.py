@@ -15,8 +15,8 @@ from fedsim.method import Method
 from fedsim.validate import InputError
 from tests.conftest import SMALL, small
 
-NAMES = ["central_dpsgd", "dp_fedavg", "dp_fedavg_ftrl", "dp_fedavg_mf", "dp_fedavg_shares", "dp_ftrl"]
-NAMES += ["dp_ls", "dp_mf", "local_dpsgd", "nonprivate", "shares_dpsgd"]
+NAMES = ["central_dpsgd", "dp_fc", "dp_fedavg", "dp_fedavg_ftrl", "dp_fedavg_mf", "dp_fedavg_shares"]
+NAMES += ["dp_ftrl", "dp_ls", "dp_mf", "dp_newton", "local_dpsgd", "nonprivate", "shares_dpsgd"]
 
 
 def axes(config: Config) -> tuple[str, ...]:
