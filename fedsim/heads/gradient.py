@@ -77,7 +77,7 @@ class Gradient:
         """Return the sum (k, d) float64, and the norm (n,) of what each example would add without clips.
 
         An example adds zero where a feature is not finite, its class is none of 0 .. k - 1, or its length is
-        not finite.
+        not finite. Products are float64 for float64 features and float32 else, added up in float64.
 
         Args:
             features: (n, d0), n may be 0.
@@ -97,15 +97,15 @@ class Gradient:
         norms = [torch.zeros(0, dtype=torch.float64)]
         start = 0
         for values, targets in bounded.blocks(features, labels):
-            rows = self.rows.of(values).double().cpu()
+            rows = self.rows.of(values)
             own = lengths[start : start + len(rows)]
             start += len(rows)
-            scales = self._scales(own)
-            _, hot = one_hot(targets.cpu(), self.loss.classes, rows)
-            raw = self.loss.terms((rows @ weights.double().t()) * scales[:, None], hot)[0]
+            scales = self._scales(own).to(rows)[:, None]
+            _, hot = one_hot(targets, self.loss.classes, rows)
+            raw = self.loss.terms((rows @ weights.to(rows).t()) * scales, hot)[0]
             residuals = bounded.clipped(raw, self.residual_bound)
-            total += products.cross_moment(residuals * scales[:, None], rows)
-            norms.append(torch.linalg.vector_norm(raw, dim=1) * own)
+            total += products.cross_moment(residuals * scales, rows).cpu()
+            norms.append(torch.linalg.vector_norm(raw, dim=1, dtype=torch.float64).cpu() * own)
         return self._mapped(total), torch.cat(norms)
 
     def _rows(self, features: Values) -> Iterator[Tensor]:
