@@ -1,12 +1,13 @@
 """Accuracy of private linear heads on Fashion-MNIST: method by features by budget, over seeds of the noise.
 
-    python -m benchmarks.heads --json results/heads.json [--features last] [--methods "DP-LS"] [--epsilons 1 8]
+    python -m benchmarks.heads --json results/heads.json [--features last] [--methods DP-LS] [--epsilons 1 8]
     python -m benchmarks.heads --held-out ...     # choose settings: 10,000 held-out training examples
 
-Full Fashion-MNIST must be there (FEDSIM_DATA, `make data`). Every run is the mechanism of its configuration with
-all 100 holders on one node, in one process: tests/equivalence shows that a federation gives the same. Exact sums
-that do not depend on the seed (moments, second moments, the first gradient) are computed once; noise, updates
-and everything that follows are made anew. Finished runs are read from the JSON file, so it may be interrupted.
+Full Fashion-MNIST must be there (FEDSIM_DATA, `make data`). Every run is the mechanism of its configuration,
+its 100 holders on one node, in one process: tests/strategies/test_heads.py shows that a federation gives the
+same. Exact sums that do not depend on the seed (moments, second moments, the first gradient) are computed
+once; noise, updates and everything that follows are made anew. Finished runs are read from the JSON file, so
+it may be interrupted.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ SEEDS = (0, 1, 2, 3, 4)
 FEATURES = {"last": "efficientnet_lite0_last", "whitened": "efficientnet_lite0", "pixels": None}
 N, HELD_OUT = 60_000, 10_000
 
-# Chosen on 10,000 held-out training examples at epsilon 0.1, 1 and 8, one seed; a budget between takes the settings
-# of the nearest one on a logarithmic scale.
+# Settings are chosen on 10,000 held-out training examples at these budgets, one seed; another takes those of
+# the nearest on a logarithmic scale.
 CHOSEN_AT = (0.1, 1.0, 8.0)
 
 

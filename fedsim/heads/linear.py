@@ -25,17 +25,16 @@ class LinearHead:
     bias: float
 
     @classmethod
-    def of_length(cls, length: int, outputs: int, bias: float) -> LinearHead:
-        """Return the layer of so many parameters.
+    def of(cls, parameters: int, features: int, outputs: int, bias: float) -> LinearHead:
+        """Return the layer of a model with so many parameters.
 
         Raises:
-            InputError: no linear layer with a bias has that many.
+            InputError: a linear layer with a bias has another number.
         """
-        features = length // outputs - 1
-        if features < 1 or length != outputs * (features + 1):
+        if parameters != outputs * (features + 1):
             raise InputError(
-                f"a linear head must have weights (k, d) and biases (k,) for {outputs} outputs, got {length} "
-                "parameters. Use model.name=linear."
+                f"a linear head must have weights and biases of {features} features and {outputs} outputs, "
+                f"{outputs * (features + 1)} numbers, but the model has {parameters}. Use model.name=linear."
             )
         return cls(outputs, features, bias)
 

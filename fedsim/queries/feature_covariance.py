@@ -105,7 +105,7 @@ class FeatureCovariance(FeatureQuery):
         """See `Query.statistic`."""
         if shape.phase == 0:
             return self.statistic_of(Covariance(self.rows(clip), shape.features).layout(), clip)
-        LinearHead.of_length(shape.parameters, shape.outputs, self.bias)  # refuses another model
+        LinearHead.of(shape.parameters, shape.features, shape.outputs, self.bias)  # refuses another model
         width = self.rows(clip).width(shape.features)
         mapping = torch.zeros(0, 0) if self._mapped else None  # bounds hold whatever the map
         bound = self._gradient(shape.outputs, clip, mapping).bound

@@ -97,10 +97,6 @@ class FeatureQuery(Query):
         return torch.hypot(lengths, torch.full_like(lengths, self.bias))
 
     def weights(self, node: NodeView) -> Tensor:
-        """Return W (k, d) float64 of rows, which a node's model has.
-
-        Raises:
-            InputError: the model is not one linear layer with a bias.
-        """
+        """Return W (k, d) float64 of rows, which a node's model, one linear layer, has."""
         flat = node.parameters().double().cpu()
-        return LinearHead.of_length(len(flat), node.outputs, self.bias).rows(flat)
+        return LinearHead(node.outputs, len(flat) // node.outputs - 1, self.bias).rows(flat)
