@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from fedsim.partitions import Material
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.published import AGREEMENT
+from fedsim.queries import Part
+from fedsim.strategies.base import Release
 from fedsim.tasks import TASKS, Task
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, Tagged, shown
@@ -99,10 +102,22 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         "noise_multiplier": mechanism.noise_multiplier or None,
         "noise_std_of_sum": noise_std,
         "noise_std_of_mean": None if noise_std is None else noise_std / mechanism.divisor,
+        "entries_of_sums": _by_sum(mechanism, lambda release, part: part.length),
+        "noise_std_of_sums": _by_sum(mechanism, lambda release, part: release.noise_stds.get(part.name)),
         "epsilon": {name: dataclasses.asdict(value) for name, value in spent.items()},
         "published": published(config, spent),
         **_costs(config, known, flops_per_second),
     }
+
+
+def _by_sum(mechanism: Mechanism, of: Callable[[Release, Part], Any]) -> dict[str, Any]:
+    """Return what `of` says of every part of every release; empty where a run has one part and one kind."""
+    found = {
+        f"{part.name}, {steps} step{'s' * (steps > 1)}": of(release, part)
+        for release, steps in mechanism.releases()
+        for part in release.statistic.parts
+    }
+    return found if len(found) > 1 else {}
 
 
 def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any] | None:
