@@ -36,12 +36,16 @@ class LeastSquares(Learner):
     """The linear head that the averaged moments determine; for query moments.
 
     Attributes:
-        ridge: r in units of the mean second moment of a row's entries; null: from the noise.
-        centred: whether targets are taken less their mean over the classes, which changes no decision.
+        ridge: r, which is added to mean second moments G / N; null: from the noise.
+        centred: whether targets are taken less their mean over the classes, which changes no decision; not
+            with `alpha`.
+        alpha: weight a of all examples beside those of a class: w_l = (A_l + a G + r I)^-1 b_l with the
+            second moments A_l of class l, for query moments with per_class; null: one G for all.
     """
 
     ridge: float | None = None
     centred: bool = True
+    alpha: float | None = None
 
     takes = ("second", "first")
     needs_fresh_noise = True
@@ -51,9 +55,17 @@ class LeastSquares(Learner):
     def __post_init__(self) -> None:
         if self.ridge is not None:
             validate.positive(self.ridge, "learner.options.ridge")
+        if self.alpha is not None:
+            validate.positive(self.alpha, "learner.options.alpha")
 
     def start(self, config: Config, query: Query, layout: FlatSpec, examples: int) -> Solving:
         """See `Learner.start`: the model must be one linear layer."""
+        if (self.alpha is not None) != bool(getattr(query, "per_class", False)):
+            validate.conflicts(
+                f"learner.options.alpha is {self.alpha}, and query.options.per_class is "
+                f"{getattr(query, 'per_class', False)}: second moments of every class are for alpha.",
+                "Set both, or neither.",
+            )
         return Solving(self, linear_head(query, layout, "least_squares"))
 
 
@@ -77,7 +89,8 @@ class Solving(Learning):
     def update(self, params: Tensor, means: Means, step_index: int) -> Tensor:
         """See `Learning.update`."""
         self._steps += 1
-        for name in LeastSquares.takes:
+        by_class = () if self._options.alpha is None else ("by_class",)
+        for name in (*LeastSquares.takes, *by_class):
             new = torch.from_numpy(means.values[name]).double()
             held = self._means.get(name, torch.zeros_like(new))
             self._means[name] = held + (new - held) / self._steps
@@ -91,6 +104,12 @@ class Solving(Learning):
         if self._options.ridge is not None:
             ridge = self._options.ridge
         first = self._means["first"].reshape(self._head.outputs, -1)
+        if self._options.alpha is not None:
+            own = self._means["by_class"].reshape(self._head.outputs, -1)
+            weights = solve.weighted_least_squares(
+                own, self._means["second"], first, ridge, self._options.alpha
+            )
+            return self._head.flat(weights).to(params.dtype)
         weights = solve.least_squares(second, solve.centred(first) if self._options.centred else first, ridge)
         return self._head.flat(weights).to(params.dtype)
 

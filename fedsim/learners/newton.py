@@ -34,7 +34,7 @@ class NewtonSteps(Learner):
 
     Attributes:
         rate: factor on a step.
-        ridge: r, in units of a mean Hessian's entries; null: from the noise.
+        ridge: r, which is added to mean Hessians H / N; null: from the noise.
         penalty: p of (p / 2) |W|^2, public; per example.
     """
 

@@ -50,7 +50,7 @@ class FeatureCovariance(FeatureQuery):
             have the rest, however many they are, so the best share hardly depends on the steps; in the paper
             it is that of one gradient.
         mapped_clip: largest norm of a row that was mapped before the clip; their mean square is 1.
-        ridge: r in units of the mean second moment of a row's entries; null: half the norm of G's noise.
+        ridge: r, which is added to mean second moments G / N; null: half the norm of their noise.
         loss: "softmax" or "one_vs_all".
         alpha: weight of other classes' examples, for one_vs_all.
         offset: constant on every score while learning, for one_vs_all; -10 in the paper.

@@ -66,6 +66,25 @@ def test_without_noise_it_is_ridge_regression(bias: float, tmp_path: Path) -> No
     assert np.abs(bias_found - bias * wanted[-1]).max() < 1e-6
 
 
+def test_with_class_weights_it_is_one_against_all_others(tmp_path: Path) -> None:
+    """sum over class l of (w.x - 1)^2 + alpha * sum over all of (w.x)^2 + r |w|^2, by scipy."""
+    options = "{ridge: 0.05, centred: false, alpha: 0.7}"
+    config = small(
+        *LS, "strategy=nonprivate", "privacy.noise_multiplier=null", "privacy.clip_norm=1.0",
+        f"learner={{name: least_squares, options: {options}}}", "query.options.per_class=true",
+    )  # fmt: skip
+    train(config, tmp_path)
+    x, hot = rows(config, None)
+    weight, bias = head(tmp_path)
+    for label in range(10):
+        own = x[hot[:, label] == 1]
+        stacked = np.concatenate([own, 0.7**0.5 * x, (0.05 * 400) ** 0.5 * np.eye(x.shape[1])])
+        right = np.concatenate([np.ones(len(own)), np.zeros(len(stacked) - len(own))])
+        wanted, *_ = linalg.lstsq(stacked, right)
+        assert np.abs(weight[label] - wanted[:-1]).max() < 1e-6
+        assert abs(bias[label] - wanted[-1]) < 1e-6
+
+
 def test_clipped_rows_and_every_step_count(tmp_path: Path) -> None:
     """Two whole passes of two steps: the mean moments of rows of norm 5, everybody twice; no noise to see."""
     half = ["sampler=passes", "train.expected_batch_size=200", "train.steps=4"]
@@ -146,6 +165,11 @@ def test_a_large_epsilon_and_a_small_one_both_give_numbers(tmp_path: Path) -> No
         (["query=gradient", RIDGE.replace("RIDGE", "1.0").replace("CENTRED", "true")], "needs second, first"),
         (["query.options.second_share=1.5"], "second_share must be between"),
         (["query.options.bias=-1"], "bias must be between"),
+        (["query.options.per_class=true"], "second moments of every class are for alpha"),
+        (
+            ["learner={name: least_squares, options: {alpha: 1.0}}"],
+            "second moments of every class are for alpha",
+        ),
         (["learner={name: least_squares, options: {ridge: 0.0}}"], "ridge must be a positive"),
     ],
 )
