@@ -260,18 +260,34 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
 
 
 def _from_file(source: str | Path) -> DictConfig:
+    """What a file and those it extends say; not to be changed, for it may be one for all."""
+    files = [path for path, _ in reversed(_chain(find(source)))]
+    if all(
+        path.is_relative_to(CONFIG_DIR) for path in files
+    ):  # wherever the process works, they say the same
+        return _own_files(tuple((path, path.read_text(encoding="utf-8")) for path in files))
+    return _of_files(files)
+
+
+@functools.lru_cache(maxsize=32)
+def _own_files(held: tuple[tuple[Path, str], ...]) -> DictConfig:
+    return _of_files([path for path, _ in held])
+
+
+def _of_files(files: Sequence[Path]) -> DictConfig:
     merged = _schema()
-    for path, content in reversed(_chain(find(source))):
-        merged = _layered(merged, content, str(path), path.parent)
+    for path in files:
+        merged = _layered(merged, read(path), str(path), path.parent)
     return merged
 
 
 def _layered(merged: DictConfig, given: DictConfig, where: str, folder: Path | None) -> DictConfig:
     """Merge what one file or command line says, over the preset it names."""
-    preset = _written(given, "preset")
+    said = OmegaConf.to_container(given)
+    preset = _written(said, "preset")
     if preset is not None:
         merged = merge(merged, presets.content(str(preset), CONFIG_DIR), f"preset {preset}")
-    merged = _located(merge(merged, given, where), given, folder)
+    merged = _located(merge(merged, given, where), said, folder)
     merged.preset = None
     return merged
 
@@ -327,7 +343,7 @@ def located(overrides: Sequence[str], folder: Path) -> list[str]:
     return out
 
 
-def _located(merged: DictConfig, written: DictConfig, folder: Path | None) -> DictConfig:
+def _located(merged: DictConfig, written: Any, folder: Path | None) -> DictConfig:
     """Make the paths that `written` sets absolute: processes of a run work in other folders."""
     for path in PATHS:
         if _written(written, path) is None:
@@ -341,9 +357,9 @@ def _located(merged: DictConfig, written: DictConfig, folder: Path | None) -> Di
     return merged
 
 
-def _written(written: DictConfig, path: str) -> Any:
-    """What a file or command line says at a dotted path, as written; None for nothing."""
-    node: Any = OmegaConf.to_container(written)
+def _written(written: Any, path: str) -> Any:
+    """What the plain mapping of a file or command line says at a dotted path; None for nothing."""
+    node = written
     for part in path.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
@@ -373,7 +389,13 @@ def from_json(text: str) -> Config:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML; loading it gives an equal Config."""
-    return OmegaConf.to_yaml(OmegaConf.create({**dataclasses.asdict(config), "extends": None}))
+    return _as_yaml(json.dumps(dataclasses.asdict(config)))  # in its own order
+
+
+@functools.lru_cache(maxsize=16)
+def _as_yaml(content: str) -> str:
+    """What a run writes to its folder more than once; most of a small run's time is to make it."""
+    return OmegaConf.to_yaml(OmegaConf.create({**json.loads(content), "extends": None}))
 
 
 @functools.cache

@@ -74,14 +74,22 @@ def parse_options(
     Raises:
         InputError: unknown option (with the nearest valid one), wrong type, or one that nothing reads.
     """
-    typed, given = schema_of(schema), given or {}
-    OmegaConf.set_struct(typed, False)  # or nothing could be taken out
-    for name in given:
-        del typed[name]
-    OmegaConf.set_struct(typed, None)
+    given = given or {}
+    typed = _options_of(schema, tuple(given))  # type: ignore[arg-type]
     parsed = to_dataclass(merge(typed, OmegaConf.create(options), where), schema, given)
     rules.refuse_unread(parsed, setting or where)
     return parsed
+
+
+@functools.lru_cache(maxsize=256)
+def _options_of(schema: type[Any], without: tuple[str, ...]) -> DictConfig:
+    """The schema of a dataclass of options, without some of its fields; one for all, as merging leaves it."""
+    typed = schema_of(schema)
+    OmegaConf.set_struct(typed, False)  # or nothing could be taken out
+    for name in without:
+        del typed[name]
+    OmegaConf.set_struct(typed, None)
+    return typed
 
 
 def _thaw(node: DictConfig) -> DictConfig:

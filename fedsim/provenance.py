@@ -81,8 +81,13 @@ def hardware() -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "gpu": gpu,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "flwr", "opacus", "dp-accounting", "numpy")},
+        **_libraries(),
     }
+
+
+@functools.cache
+def _libraries() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "flwr", "opacus", "dp-accounting", "numpy")}
 
 
 def peak_memory() -> dict[str, int]:

@@ -88,6 +88,17 @@ class Registry(Generic[T]):
             self._complete = True
         return self._own
 
+    def _by_file(self, name: str) -> type[Any] | None:
+        """Return fedsim's own variant of a name if it is imported, or if a file of that name registers it.
+
+        The other variants, and what they need, need not be imported then.
+        """
+        if name not in self._own and name.isidentifier():
+            package = importlib.import_module(self._package)
+            if any(module.name == name for module in pkgutil.iter_modules(package.__path__)):
+                importlib.import_module(f"{self._package}.{name}")
+        return self._own.get(name)
+
     def names(self) -> list[str]:
         """Return the names that can be chosen: fedsim's own, and those of installed packages."""
         return [*self.own(), *sorted(entry_points(self.axis))]
@@ -98,8 +109,8 @@ class Registry(Generic[T]):
         Raises:
             InputError: there is none; suggests the nearest name.
         """
-        if name in self.own():
-            return self.own()[name]
+        if (variant := self._by_file(name) or self.own().get(name)) is not None:
+            return variant
         if name in (offered := entry_points(self.axis)):
             return references.resolve(offered[name], self.setting)
         references.check(name, self.names(), self.setting)

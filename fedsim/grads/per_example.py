@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,13 @@ from fedsim.grads.flat import trainable_names, trainable_parameters
 from fedsim.grads.microbatch import Answer, Engine, Loss, slices
 from fedsim.types import ClippedSum
 
+
+def _bookkeeping(*arguments: Any, **named: Any) -> Answer:
+    return bookkeeping.clipped_sum(*arguments, **named)  # imports the engine when it is first called
+
+
 ENGINES: dict[str, Callable[..., Answer]] = {
-    "bookkeeping": bookkeeping.clipped_sum,
+    "bookkeeping": _bookkeeping,
     "vmap": vmap.clipped_sum,
     "opacus": opacus_engine.clipped_sum,
 }
@@ -45,7 +51,7 @@ def engine_of(name: str, options: Options) -> Engine:
     """
     check_engine(name)
     if name == "bookkeeping":
-        return functools.partial(bookkeeping.clipped_sum, options=options)
+        return functools.partial(_bookkeeping, options=options)
     if dataclasses.replace(options, sharers=1, fill=1) != Options():
         validate.conflicts(
             "engine.precision, engine.channels_last, engine.gradient_memory and engine.cuda_graphs are "

@@ -19,13 +19,15 @@ from safetensors.torch import load_file
 
 from fedsim import models, seeds
 from fedsim.engine.experiment import prepare
+from fedsim.flower import launch
 from fedsim.noise.gaussian import standard_normal
 from fedsim.noise.stream import Stream
-from fedsim.privacy import events
+from fedsim.privacy import events, ledger
 from fedsim.run import Run
 from fedsim.strategies.base import Collected
 from fedsim.strategies.central import Central
 from tests.conftest import final
+from tests.flower.processes import strays
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LINES = 15
@@ -194,6 +196,15 @@ def test_two_servers_add_the_noise_that_is_accounted(done: Callable[[str], Run])
 
 @pytest.mark.flower
 @pytest.mark.timeout(400)
-def test_own_parts_under_flowers_simulation_equal_local(start: Start, done: Callable[[str], Run]) -> None:
+def test_own_parts_under_flowers_simulation_equal_local(
+    start: Start, done: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same parameters and ledger as in one process; and it leaves nothing behind."""
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 60.0)  # the result tells the end
     simulated = start("own_everything").main(out="runs/simulated", backend="simulation")
-    assert largest_difference(simulated, done("own_everything")) <= 1e-6
+    local = done("own_everything")
+    assert largest_difference(simulated, local) <= 1e-6
+    books = [ledger.read(run.folder / "ledger.jsonl") for run in (simulated, local)]
+    assert books[0].header == books[1].header
+    assert [r.event for r in books[0].records] == [r.event for r in books[1].records]
+    assert strays() == []

@@ -1,4 +1,7 @@
-"""Flower's simulation runtime, for real: same parameters as in one process, and failures that are told."""
+"""Flower's simulation runtime, for real: failures that are told, and Flower's own command.
+
+That a whole run equals one process: tests/examples/test_examples.py, with parts of a user's own.
+"""
 
 from __future__ import annotations
 
@@ -10,41 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from fedsim.flower import launch
 from fedsim.flower.launch import ADOPTED
-from fedsim.privacy import ledger
 from tests.conftest import SMALL, command, final, small, train
+from tests.flower.processes import adopted, strays
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(400)]
-
-
-def adopted() -> list[tuple[str, psutil.Process]]:
-    """Every process of any launch, with the launch's mark."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if (mark := process.environ().get(ADOPTED)) and process.pid != os.getpid():
-                found.append((mark, process))
-        except psutil.Error:
-            continue
-    return found
-
-
-def strays() -> list[str]:
-    """Processes of any launch that are still there."""
-    found = []
-    for _, process in adopted():
-        with suppress(psutil.Error):
-            found.append(" ".join(process.cmdline()))
-    return found
 
 
 def actors_of(pid: int) -> list[psutil.Process]:
@@ -52,31 +32,6 @@ def actors_of(pid: int) -> list[psutil.Process]:
     children = {child.pid for child in psutil.Process(pid).children()}
     (own,) = {mark for mark, process in adopted() if process.pid in children}
     return [p for mark, p in adopted() if mark == own and "ClientAppActor" in " ".join(p.cmdline())]
-
-
-def test_simulation_equals_one_process_and_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(launch, "LOOK_SECONDS", 60.0)  # the result tells the end
-    code = command(
-        [
-            "run",
-            "base",
-            *SMALL,
-            "engine.threads=1",
-            "--backend",
-            "simulation",
-            "--out",
-            str(tmp_path / "flower"),
-        ]
-    )
-    assert code == 0, capsys.readouterr().err
-    train(small(), tmp_path / "local")
-    assert torch.max(torch.abs(final(tmp_path / "flower") - final(tmp_path / "local"))) <= 1e-5
-    books = [ledger.read(tmp_path / name / "ledger.jsonl") for name in ("flower", "local")]
-    assert books[0].header == books[1].header
-    assert [r.event for r in books[0].records] == [r.event for r in books[1].records]
-    assert strays() == []
 
 
 def test_a_node_process_that_dies_stops_the_run_which_resumes(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fedsim.privacy import events, ledger
 from fedsim.types import ClippedSum
 from tests.conftest import train
 from tests.strategies.methods import FORMS, PRIVATE, of
+from tests.strategies.small_data import shrunk
 
 pytestmark = pytest.mark.usefixtures("epsilon_takes_no_time")
 
@@ -73,6 +74,12 @@ def rate_is(hits: int, trials: int, rate: float) -> bool:
     return bool(min(stats.binom.cdf(hits, trials, rate), stats.binom.sf(hits - 1, trials, rate)) > ALARM / 2)
 
 
+@pytest.fixture(scope="module")
+def few_pixels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Who takes part does not depend on how many parameters there are."""
+    return shrunk(tmp_path_factory.mktemp("images"), EXAMPLES, 100, 4)
+
+
 def settings(name: str, share: float = 1.0) -> tuple[str, ...]:
     """A run long enough to notice three per cent, or a share of it."""
     steps, holders = STEPS, 100
@@ -98,9 +105,9 @@ def settings(name: str, share: float = 1.0) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("name", [*PRIVATE, *FORMS])
 def test_units_take_part_at_the_rate_of_the_recorded_event(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_pixels: list[str]
 ) -> None:
-    config = of(name, *settings(name))
+    config = of(name, *settings(name), *few_pixels)
     plan = prepare(config).mechanism
     units = EXAMPLES if plan.unit == "example" else config.federation.holders
     watched = Watched(monkeypatch)
@@ -126,14 +133,15 @@ def test_units_take_part_at_the_rate_of_the_recorded_event(
 
 @pytest.mark.parametrize("name", [n for n in PRIVATE if n not in ("dp_ftrl", "dp_mf")])
 def test_the_rate_is_that_among_those_who_are_online(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_pixels: list[str]
 ) -> None:
     """dp_ftrl and dp_mf throw examples into steps whoever is online; the others draw at a higher rate."""
     few, availability = ["strategy.options.min_survivors=2"], 0.9  # a secure sum needs most of its holders
     if not name.startswith("shares"):
         few, availability = [], 0.6
     share = 0.25 if name == "dp_fedavg" else 1.0  # nothing here is as near as three per cent
-    config = of(name, *settings(name, share), f"federation.availability={availability}", *few)
+    away = f"federation.availability={availability}"
+    config = of(name, *settings(name, share), away, *few, *few_pixels)
     prepared = prepare(config)
     watched = Watched(monkeypatch)
     train(config, tmp_path)
@@ -156,13 +164,15 @@ def test_the_rate_is_that_among_those_who_are_online(
 
 @pytest.mark.parametrize("name", PRIVATE)
 def test_draws_of_a_secure_run_follow_from_its_secret_alone(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_pixels: list[str]
 ) -> None:
     """Amplification by sampling is lost on whoever knows the draw, and the seed is public."""
     drawn = []
     many = ["federation.holders=200", "train.expected_batch_size=200"] if name == "dp_fedavg" else []
     for source in ("seeded", "secure", "secure"):  # equal draws by chance: below 1e-50
-        config = of(name, f"privacy.noise_source={source}", "train.steps=4", "model.name=linear", *many)
+        config = of(
+            name, f"privacy.noise_source={source}", "train.steps=4", "model.name=linear", *many, *few_pixels
+        )
         with monkeypatch.context() as patch:
             watched = Watched(patch)
             train(config, tmp_path / str(len(drawn)))

@@ -28,6 +28,7 @@ from fedsim.types import StepTask
 from fedsim.validate import InputError, RunError
 from tests.conftest import final, small, train
 from tests.strategies.combinations import AXES, EVERY, PRIVATE, VALID, Combination, name_of, of, reasons
+from tests.strategies.small_data import shrunk
 
 DELTA = 1e-5
 combinations = functools.partial(pytest.mark.parametrize, "chosen", ids=name_of)
@@ -90,12 +91,20 @@ def start_of(config: configs.Config) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], torch.Tensor]:
+def few_pixels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same 40 images of 49 pixels: equal to the last bit or to rounding is that at any size."""
+    return shrunk(tmp_path_factory.mktemp("images"), 40, 10, 7)
+
+
+@pytest.fixture(scope="module")
+def plain(
+    tmp_path_factory: pytest.TempPathFactory, few_pixels: list[str]
+) -> Callable[[str, str], torch.Tensor]:
     """The parameters that the non-private run of a query and a sampler ends in, trained once."""
 
     @functools.cache
     def parameters(query: str, sampler: str) -> torch.Tensor:
-        config = of(("nonprivate", query, sampler, "independent"), "model.dtype=float64")
+        config = of(("nonprivate", query, sampler, "independent"), "model.dtype=float64", *few_pixels)
         folder = tmp_path_factory.mktemp("plain")
         train(config, folder)
         assert torch.max(torch.abs(final(folder) - start_of(config))) > 1e-3
@@ -163,7 +172,11 @@ def test_learns_on_its_smoke_config(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("epsilon_takes_no_time")
 @forms
 def test_vanishing_noise_and_clipping_equal_the_non_private_run_on_the_same_draws(
-    chosen: Combination, form: str, tmp_path: Path, plain: Callable[[str, str], torch.Tensor]
+    chosen: Combination,
+    form: str,
+    tmp_path: Path,
+    plain: Callable[[str, str], torch.Tensor],
+    few_pixels: list[str],
 ) -> None:
     if "local_steps" in form:
         pytest.skip("its non-private form is written out in test_local_dpsgd")
@@ -172,7 +185,7 @@ def test_vanishing_noise_and_clipping_equal_the_non_private_run_on_the_same_draw
     )  # its square is the bound on second moments
     loose = [f"privacy.clip_norm={clip}", "privacy.noise_multiplier=1e-14", "model.dtype=float64"]
     more = [] if "target_quantile" not in form else ["query.options.quantile_learning_rate=1e-12"]
-    train(formed(chosen, form, *loose, *more), tmp_path)
+    train(formed(chosen, form, *loose, *more, *few_pixels), tmp_path)
     assert torch.max(torch.abs(final(tmp_path) - plain(chosen[1], chosen[2]))) <= 1e-9
 
 
@@ -233,11 +246,13 @@ def test_units_take_part_as_the_sampler_says(sampler: str, batch: int) -> None:
 
 @pytest.mark.usefixtures("epsilon_takes_no_time")
 @whole_runs
-def test_an_empty_draw_is_an_ordinary_step(chosen: Combination, form: str, tmp_path: Path) -> None:
+def test_an_empty_draw_is_an_ordinary_step(
+    chosen: Combination, form: str, tmp_path: Path, few_pixels: list[str]
+) -> None:
     if chosen[2] == "fixed_size":
         pytest.skip("no draw is empty")
     slow = ["optimizer.learning_rate=1e-9"] if chosen[1] in ("gradient", "holder_update") else []
-    config = formed(chosen, form, few(chosen), *slow)
+    config = formed(chosen, form, few(chosen), *slow, *few_pixels)
     assert train(config, tmp_path)["steps"] == 6
     assert ledger.read(tmp_path / "ledger.jsonl").steps == 6
     assert torch.max(torch.abs(final(tmp_path) - start_of(config))) > 0, "noise is added to an empty sum"
@@ -246,9 +261,9 @@ def test_an_empty_draw_is_an_ordinary_step(chosen: Combination, form: str, tmp_p
 @pytest.mark.usefixtures("epsilon_takes_no_time")
 @whole_runs
 def test_a_node_that_fails_is_asked_again_and_a_broken_run_goes_on_exactly(
-    chosen: Combination, form: str, tmp_path: Path
+    chosen: Combination, form: str, tmp_path: Path, few_pixels: list[str]
 ) -> None:
-    config = formed(chosen, form)
+    config = formed(chosen, form, *few_pixels)
     train(config, tmp_path / "unbroken")
     train(config, tmp_path / "once", client=Flaky(lambda n: n == 3))
     assert torch.equal(final(tmp_path / "once"), final(tmp_path / "unbroken"))
@@ -337,13 +352,13 @@ def test_noise_is_added_once_whatever_the_number_of_holders(
 
 
 @combinations([c for c in VALID if c not in PRIVATE])
-def test_non_private_runs_claim_nothing(chosen: Combination, tmp_path: Path) -> None:
-    result = train(of(chosen), tmp_path)
+def test_non_private_runs_claim_nothing(chosen: Combination, tmp_path: Path, few_pixels: list[str]) -> None:
+    result = train(of(chosen, *few_pixels), tmp_path)
     assert result["trust"]["unit"] == "none"
     assert ledger.read(tmp_path / "ledger.jsonl").epsilon().value == math.inf
     if chosen[2] == "fixed_size":
         return
-    nobody = of(chosen, few(chosen))
+    nobody = of(chosen, few(chosen), *few_pixels)
     train(nobody, tmp_path / "empty")
     assert torch.equal(final(tmp_path / "empty"), start_of(nobody)), "nothing is added to an empty sum"
 

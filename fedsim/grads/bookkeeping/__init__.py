@@ -15,7 +15,20 @@ graphs      what a call launches, recorded and replayed
 choose      which way is cheapest, under a byte guard
 """
 
-from fedsim.grads.bookkeeping.engine import clipped_sum
+from typing import TYPE_CHECKING, Any
+
 from fedsim.grads.bookkeeping.options import Options
 
+if TYPE_CHECKING:
+    from fedsim.grads.bookkeeping.engine import clipped_sum
+
 __all__ = ["Options", "clipped_sum"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine when it is first asked for: a dry run computes no gradient."""
+    if name == "clipped_sum":
+        from fedsim.grads.bookkeeping.engine import clipped_sum
+
+        return clipped_sum
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
