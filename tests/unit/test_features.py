@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +135,10 @@ def test_killed_many_times_over_it_comes_to_the_same_end() -> None:
     np.testing.assert_array_equal(computed(), expected())
 
 
-def puts_and_syncs(path: Path) -> tuple[bytes, list[tuple[bytes, int] | None]]:
-    """Compute all blocks; return the file as it was before, and what was written to it, None for a sync."""
-    done: list[tuple[bytes, int] | None] = []
+def puts_and_syncs(path: Path) -> tuple[bytes, list[tuple[bytes, int] | str]]:
+    """Compute all blocks; return the file as it was before, and what was written to it, with "sync" where it
+    was synced and "added" where a block was said to be finished."""
+    done: list[tuple[bytes, int] | str] = []
     before: list[bytes] = []
 
     def put(number: int, content: bytes, offset: int) -> None:
@@ -146,13 +148,18 @@ def puts_and_syncs(path: Path) -> tuple[bytes, list[tuple[bytes, int] | None]]:
         real[0](number, content, offset)
 
     def sync(number: int) -> None:
-        done.append(None)
+        done.append("sync")
         real[1](number)
 
-    real = cache.put, cache.sync
+    def add(*arguments: Any) -> None:
+        real[2](*arguments)
+        done.append("added")
+
+    real = cache.put, cache.sync, feature_file.Writing.add
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "put", put)
         patch.setattr(cache, "sync", sync)
+        patch.setattr(feature_file.Writing, "add", add)
         computed()
     return before[0], done
 
@@ -166,10 +173,10 @@ def test_what_a_power_cut_leaves_is_gone_on_with(data: st.DataObject, folder: Pa
     (path,) = folder.glob("*.npy")
     before, done = puts_and_syncs(path)
     cut = data.draw(st.integers(0, len(done)))
-    safe = max((i for i in range(cut) if done[i] is None), default=-1)
+    safe = max((i for i in range(cut) if done[i] == "sync"), default=-1)
     content = bytearray(before)
     for i, written in enumerate(done[:cut]):
-        if written is None:
+        if isinstance(written, str):
             continue
         part, offset = written
         if i > safe:
@@ -178,8 +185,7 @@ def test_what_a_power_cut_leaves_is_gone_on_with(data: st.DataObject, folder: Pa
     path.write_bytes(bytes(content))
     blocks()
     np.testing.assert_array_equal(computed(), expected())
-    records = sum(written is None for written in done[:cut]) // 2
-    assert blocks() - 1 <= 5 - records
+    assert blocks() - 1 <= 5 - done[:cut].count("added")
     FeatureFile(path, (300, WIDTH)).check()
 
 
@@ -309,8 +315,15 @@ def test_parts_put_together_are_the_whole_bit_for_bit(folder: Path, monkeypatch:
     np.testing.assert_array_equal(together, features.of_images(network, images, name="set"))
 
 
-def test_processes_with_overlapping_parts_at_once(folder: Path) -> None:
+def test_processes_with_overlapping_parts_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row is computed once, and all of them right."""
+    block, began = features._block, time.monotonic() + 0.5
+
+    def slow(*arguments: Any) -> NDArray[np.float16]:
+        time.sleep(0.05)
+        return block(*arguments)
+
+    monkeypatch.setattr(features, "_block", slow)
     parts = [np.arange(300)[::2], np.arange(100, 300), np.arange(0, 300, 3), np.arange(300)]
     children = []
     for part in parts:
@@ -318,6 +331,7 @@ def test_processes_with_overlapping_parts_at_once(folder: Path) -> None:
         if child == 0:
             code = 1
             try:
+                time.sleep(max(0.0, began - time.monotonic()))
                 right = (computed(part)[part] == expected()[part]).all()
                 code = 0 if right else 2
             finally:
