@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from fedsim import __version__
-from fedsim.cli import many, models, planning, privacy, results, training
+from fedsim.cli import extraction, many, models, planning, privacy, results, training
 from fedsim.report.plain import as_json
 from fedsim.validate import FedsimError, InputError
 
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedsim: {str(error) or type(error).__name__}. Nothing was started.", file=sys.stderr)
         return InputError.exit_code
     except KeyboardInterrupt:
-        print("fedsim: interrupted; continue with --resume and the same --out.", file=sys.stderr)
+        goes_on = getattr(options, "goes_on", "--resume and the same --out")
+        print(f"fedsim: interrupted; continue with {goes_on}.", file=sys.stderr)
         return 130
 
 
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (training, many, planning, privacy, models, results):
+    for group in (training, many, planning, extraction, privacy, models, results):
         group.add(commands)
     return top
 

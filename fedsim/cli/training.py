@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim import validate
-from fedsim.cli import show
+from fedsim.cli import extraction, show
 from fedsim.cli.arguments import command, config_arguments, importing, load
 from fedsim.headline import Metric
 
@@ -54,7 +55,9 @@ def _train(config: Config, folder: RunFolder, backend: str, options: argparse.Na
     with importing():
         from fedsim import api
 
-    return api.run(config, folder, backend, options.resume, progress=False if options.json else None)
+    quiet = options.json or not config.monitor.progress
+    with contextlib.nullcontext() if quiet else extraction.shown():
+        return api.run(config, folder, backend, options.resume, progress=False if options.json else None)
 
 
 def _folder(out: Path | None, config: Config) -> RunFolder:

@@ -78,8 +78,8 @@ def compute(images: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
         InputError: the package with the weights is not installed, or holds other weights.
     """
     height, width, channels = images.shape[1:]
-    network, whiten = published(), _whitening(height, width, channels)
-    for batch in _features(network, images):
+    whiten = _whitening(height, width, channels)
+    for batch in _features(network(), images):
         yield whiten(batch).numpy()
 
 
@@ -107,7 +107,13 @@ def published() -> EfficientNetLite0:
 @functools.lru_cache
 def _whitening(height: int, width: int, channels: int) -> whitening.Whitening:
     shapes = silhouettes.draw(height, width, channels)
-    return whitening.fit(torch.cat(list(_features(published(), shapes))))
+    return whitening.fit(torch.cat(list(_features(network(), shapes))))
+
+
+@functools.lru_cache
+def network() -> EfficientNetLite0:
+    """Return `published`, read once a process."""
+    return published()
 
 
 @torch.no_grad()

@@ -54,3 +54,16 @@ def written(path: Path) -> Iterator[BinaryIO]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def put(number: int, content: bytes, offset: int) -> None:
+    """Write all of `content` at `offset` of an open file; on a full disk an error, never a signal."""
+    view = memoryview(content)
+    while view:
+        done = os.pwrite(number, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def sync(number: int) -> None:
+    """Return when everything written to an open file so far is on disk."""
+    os.fsync(number)

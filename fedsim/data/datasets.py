@@ -8,20 +8,25 @@ and partitions are all keyed by it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim import merging, seeds
 from fedsim.config import DataConfig
 from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.feature_file import FeatureFile
+from fedsim.data.features import Rows
 from fedsim.data.sources import SOURCES
 from fedsim.merging import Choice
 from fedsim.validate import InputError, PrivateInputError
@@ -73,14 +78,46 @@ def load(config: DataConfig, public_only: bool = False) -> Splits:
     hold-out and reported without. `train_examples` and `test_examples` then keep the first examples of the
     training and the evaluation split. Global example ids are the rows of the training split that results.
     `features` names a fixed map (fedsim.data.features) that replaces every image by float16 features, read
-    from a cache on disk that the first call fills.
+    from a cache on disk; what is not there yet is computed.
 
     Raises:
         InputError: unknown name, files missing or malformed, or more examples asked for than there are. With
             `public_only` its message says nothing of what examples hold.
     """
+    with _telling(public_only):
+        return _load(_described(config))
+
+
+def extract(
+    config: DataConfig, ids: NDArray[np.int64] | None = None, public_only: bool = False
+) -> list[FeatureFile]:
+    """Compute what is not there yet of the features that `load` reads, and return their files.
+
+    Args:
+        config: with `features`.
+        ids: of the training examples that are wanted, such as those of a node; None: all of both splits.
+        public_only: as of `load`.
+
+    Raises:
+        InputError: as `load`.
+    """
+    with _telling(public_only):
+        cuts = _cuts(merging.parse_options(json.loads(_described(config)), DataConfig, "data"))
+        if ids is None:
+            return [_file(data, config, rows) for data, rows in cuts]
+        train, rows = cuts[0]
+        return [_file(train, config, np.arange(len(train))[rows][ids])]
+
+
+def _described(config: DataConfig) -> str:
+    return json.dumps(dataclasses.asdict(resolve(config)), sort_keys=True)
+
+
+@contextlib.contextmanager
+def _telling(public_only: bool) -> Iterator[None]:
+    """Let messages say what examples hold only where they may."""
     try:
-        return _load(json.dumps(dataclasses.asdict(resolve(config)), sort_keys=True))
+        yield
     except PrivateInputError as error:
         if not public_only:
             raise
@@ -90,11 +127,15 @@ def load(config: DataConfig, public_only: bool = False) -> Splits:
 @functools.lru_cache(maxsize=4)
 def _load(described: str) -> Splits:
     config = merging.parse_options(json.loads(described), DataConfig, "data")
-    root = Path(config.root)
+    return Splits(*(_seen(data, config, rows).take(rows) for data, rows in _cuts(config)))
+
+
+def _cuts(config: DataConfig) -> tuple[tuple[ArrayDataset, Rows], tuple[ArrayDataset, Rows]]:
+    """Return the split, as the source has it, that training examples and those of evaluation come from, and
+    their rows in it."""
+    root = Path(config.root or "")
     splits = SOURCES.make(Choice(config.name, config.options), root=root).load(root)
-    train, test = splits.train, splits.test
-    if config.features is not None:  # of the whole set, so that every cut of it shares one cached file
-        train, test = (_featurised(split, config.features) for split in (train, test))
+    train = splits.train
     if config.holdout_examples:
         if config.holdout_examples >= len(train):
             raise InputError(
@@ -103,22 +144,35 @@ def _load(described: str) -> Splits:
             )
         order = seeds.stream(0, "holdout").permutation(len(train))
         kept, held = np.split(order, [len(train) - config.holdout_examples])
-        train, test = train.take(np.sort(kept)), train.take(np.sort(held))
-    train = _first(train, config.train_examples, "data.train_examples")
-    test = _first(test, config.test_examples, "data.test_examples")
-    return Splits(train, test)
+        return (
+            (train, np.sort(kept)[: _first(len(kept), config.train_examples, "data.train_examples", config)]),
+            (train, np.sort(held)[: _first(len(held), config.test_examples, "data.test_examples", config)]),
+        )
+    n, m = (
+        _first(len(train), config.train_examples, "data.train_examples", config),
+        _first(len(splits.test), config.test_examples, "data.test_examples", config),
+    )
+    return (train, slice(0, n)), (splits.test, slice(0, m))
 
 
-def _featurised(data: ArrayDataset, choice: Choice) -> ArrayDataset:
-    return dataclasses.replace(data, inputs=features.of_images(choice, data.inputs), mean=(), std=())
-
-
-def _first(data: ArrayDataset, n: int | None, name: str) -> ArrayDataset:
-    if n is None:
+def _seen(data: ArrayDataset, config: DataConfig, rows: Rows) -> ArrayDataset:
+    """Return the examples as a model sees them, in these rows."""
+    if config.features is None:
         return data
-    if n > len(data):
+    return dataclasses.replace(data, inputs=_file(data, config, rows).array(), mean=(), std=())
+
+
+def _file(data: ArrayDataset, config: DataConfig, rows: Rows) -> FeatureFile:
+    """Return the file of the features, with these rows in it; every cut of a data set has the same."""
+    if config.features is None:
+        raise InputError("data.features must name a map for there to be features, got null.")
+    return features.file_of(config.features, data.inputs, rows, data.name)
+
+
+def _first(left: int, n: int | None, setting: str, config: DataConfig) -> int:
+    if n is not None and n > left:
         raise InputError(
-            f"{name} must be at most {len(data)}, the examples {data.name} has left, got {n}. "
+            f"{setting} must be at most {left}, the examples {config.name} has left, got {n}. "
             "Lower it, or leave it out to use them all."
         )
-    return data.take(slice(0, n))
+    return left if n is None else n

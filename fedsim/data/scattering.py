@@ -9,6 +9,7 @@ on its own pixels alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -64,6 +65,7 @@ def compute(images: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
             yield transform(values).reshape(-1, *shape).numpy()
 
 
+@functools.lru_cache(maxsize=4)
 def _transform(height: int, width: int) -> Any:
     # kymatio.torch also imports the 3D transform, which needs a function that scipy 1.17 no longer has.
     from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D

@@ -28,4 +28,9 @@ class FeatureMap(ABC):
 
     @abstractmethod
     def compute(self, images: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
-        """Yield the features (n, *shape) of images (N, H, W, C), batch by batch, in order."""
+        """Yield the features (n, *shape) of images (N, H, W, C), batch by batch, in order.
+
+        Those of an image must not depend on the others. Cut N as it comes into batches of a multiple of 32:
+        kernels round differently for a few images, and a node that computes its part is to have the bits that
+        the whole data set has.
+        """
