@@ -196,7 +196,8 @@ def test_every_row_of_the_tables_has_a_recipe() -> None:
         "places365_to_imagenet",
     } <= names
     assert {f"imagenet_single_step_eps{e}" for e in (4, 8, 10)} <= names
-    assert {f"{data}_ls_eps{e:g}" for data in ("cifar100", "imagenet") for e in BUDGETS} <= names
+    heads = [f"{data}_{head}" for data in ("cifar100", "imagenet") for head in ("ls", "newton", "fc")]
+    assert {f"{name}_eps{e:g}" for name in heads for e in BUDGETS} <= names
     assert {"cifar100_ls_eps0.01", "cifar100_gd_eps8"} <= names
     for family in FAMILIES:
         assert {"fashion_gpu", "fashion_cpu", "smoke"} <= {
