@@ -37,6 +37,7 @@ from fedsim.config import ModelConfig
 from fedsim.data import augment
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.grads.flat import FlatSpec
+from fedsim.learners import Means
 from fedsim.noise.stream import Stream
 from fedsim.optimizers.base import Update
 from fedsim.privacy import accountant, events
@@ -723,6 +724,35 @@ def test_the_noise_of_both_parts_is_independent_and_as_stated() -> None:
     for values, name in ((counts, "counts"), (first, "sums")):
         assert values.std() == pytest.approx(release.noise_stds[name], rel=5.5 / math.sqrt(2 * values.size))
     assert abs(np.corrcoef(counts.ravel(), first.ravel())[0, 1]) < 5.5 / counts.size**0.5
+
+
+def test_the_learner_goes_on_from_its_state_and_takes_a_small_count_for_its_noise() -> None:
+    """By hand: counts 1 and 8 a step with noise 3; over 2 steps the first one's 2 are below 3 sqrt(2)."""
+    module, none = example("class_means"), torch.zeros(6, dtype=torch.float64)
+    means = Means(
+        {"sums": np.array([1.0, 2.0, 16.0, 8.0]), "counts": np.array([1.0, 8.0])}, "sums", {"counts": 3.0}
+    )
+    whole, first, second = module.Nearest(), module.Nearest(), module.Nearest()
+    whole.init(none)
+    first.init(none)
+    whole.update(none, means, 0)
+    first.update(none, means, 0)
+    second.load_state_dict(*first.state_dict())
+    head = whole.update(none, means, 1)
+    assert torch.equal(second.update(none, means, 1), head)
+    least = 3 * math.sqrt(2)
+    mean = [2 / least, 4 / least, 2.0, 1.0]
+    biases = [-(mean[0] ** 2 + mean[1] ** 2) / 2, -2.5]
+    np.testing.assert_allclose(head.numpy(), [*mean, *biases], rtol=1e-12)
+
+
+@pytest.mark.flower
+@pytest.mark.timeout(400)
+def test_a_query_that_brings_its_learner_goes_to_the_nodes_of_flowers_simulation(
+    done: Callable[[str], Run],
+) -> None:
+    simulated = fedsim.train("base", out="runs/simulated", backend="simulation", **settings_of("class_means"))
+    assert difference(simulated, done("class_means")) <= 1e-9
 
 
 @pytest.mark.parametrize(
