@@ -86,18 +86,25 @@ def clip_rule(rule: ClipRule, groups: tuple[int, ...] | None, name: str) -> None
 
 
 def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
-    """Refuse a task or metrics that fail on what the model says of blank examples, or give another shape."""
+    """Refuse a task or metrics that fail on made-up outputs and blank targets, or give another shape."""
     dtype, two, name = get_flat(model).dtype, np.zeros(2, np.int64), type(task).__name__
     blank = examples.normalise(np.zeros_like(train.inputs[two]), train, dtype)
     targets = examples.wanted(np.zeros_like(train.targets[two]), dtype)
     with torch.no_grad():
-        outputs = copy.deepcopy(model)(blank)
+        said = copy.deepcopy(model)(blank)
+    outputs = torch.randn(said.shape, generator=seeds.torch_stream(0, "trial of a task"), dtype=said.dtype)
     with _named(f"loss of task {name}"):
-        _one_each(task.loss(outputs, targets), "loss", name)
+        both, alone = task.loss(outputs, targets), task.loss(outputs[:1], targets[:1])
+    _one_each(both, "loss", name)
+    if not torch.allclose(both[:1], alone, rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise InputError(
+            f"loss of task {name} must be of one example alone, but changes when another is beside it. Leave "
+            "out what looks along the batch axis."
+        )
     with _named(f"measures of task {name}"):
         found = task.measures(outputs, targets)
-        for what, values in found.items():
-            _one_each(values, what, name)
+    for what, values in found.items():
+        _one_each(values, what, name)
     lacking = {metric.name for metric in task.own_metrics} - set(found)
     if lacking and type(task).meter is Task.meter:
         raise InputError(

@@ -273,6 +273,14 @@ class OneForAll(Classification):
 
 
 @dataclass(frozen=True)
+class OfEverybody(Classification):
+    """Its loss is one number an example, the same for all of a batch."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets).mean().expand(len(targets))
+
+
+@dataclass(frozen=True)
 class Promising(Classification):
     """Declares a metric that it does not give."""
 
@@ -301,6 +309,7 @@ class Half:
         ("train.augmentations=[{here}:as_floats]", "must give uint8 views"),
         ("train.augmentations=[{here}:no_number]", "augmentation .*no_number fails by TypeError"),
         ("task={here}:OneForAll", "loss of task OneForAll must be one number an example"),
+        ("task={here}:OfEverybody", "loss of task OfEverybody must be of one example alone"),
         ("task={here}:Promising", "must give all of own_metrics, but not profit"),
         ("task.options.metrics=[{here}:two_arguments]", "metric two_arguments fails by TypeError"),
         ("task.options.metrics=[{here}:Half]", "classes with methods add"),
