@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.grads import arithmetic
-from fedsim.tasks import Task
+from fedsim.tasks.base import Task, WithGauges
 from fedsim.validate import InputError
 
 
@@ -44,12 +44,15 @@ def by_class(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], task: Task, classes: int
 ) -> NDArray[np.float64]:
     """Return the mean of the headline measure over the examples of each class (classes,), NaN for a class
-    without examples; eval mode."""
+    without examples, and for all where the headline is no mean over examples; eval mode."""
     name = task.chosen.name
     sums = torch.zeros(2, classes, dtype=torch.float64)
     with _evaluating(model):
         for inputs, targets in batches:
-            values = task.all_measures(model(inputs), targets)[name].double().cpu()
+            measured = task.all_measures(model(inputs), targets)
+            if name not in measured:
+                return np.full(classes, np.nan)
+            values = measured[name].double().cpu()
             rows = torch.stack([values, torch.ones_like(values)])
             sums.index_add_(1, targets.cpu(), rows)
     return (sums[0] / sums[1]).numpy()
@@ -72,7 +75,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], task: T
         InputError: no example at all.
     """
     first = next(model.parameters())
-    meter, examples = task.meter(), 0
+    meter, examples = WithGauges(task), 0
 
     def placed(tensor: Tensor) -> Tensor:
         return tensor.to(first.device, first.dtype if tensor.is_floating_point() else None)

@@ -14,8 +14,8 @@ from torch import nn
 from fedsim import models, provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
-from fedsim.engine import device
-from fedsim.grads.flat import get_flat, spec, trainable_names
+from fedsim.engine import device, trials
+from fedsim.grads.flat import get_flat, spec
 from fedsim.learners import optimizer
 from fedsim.mechanism import Mechanism
 from fedsim.method import Method
@@ -64,7 +64,7 @@ def prepare(config: Config) -> Experiment:
     model = build_model(config, splits.train, task, config.seed)
     if references.is_reference(config.model.name):
         _check_fits(model, splits.train, task)
-    method.at.clip.group_of(trainable_names(model))  # refuses groups that do not fit the model
+    trials.check(config, method.at.clip, splits.train, task, model)  # also groups that do not fit the model
     outputs = task.outputs(splits.train.declared)
     facts = facts_of(config, holders, get_flat(model).numel(), splits.train.example_shape, outputs)
     method.learner.start(config, method.at.query, spec(model), facts.examples)  # refuses what it cannot learn

@@ -20,7 +20,7 @@ from torch import nn
 from fedsim import __version__, given, merging, models, references
 from fedsim.config import ModelConfig
 from fedsim.data.examples import ArrayDataset
-from fedsim.data.sources import SOURCES
+from fedsim.data.sources import SOURCES, Source
 from fedsim.data.targets import Targets
 from fedsim.merging import Choice
 from fedsim.tasks import TASKS, Task
@@ -119,8 +119,14 @@ def card_of(
         outputs=made.outputs(train.declared),
         fixed=list(models.fixed(trained)),
         structure=given.structure_of(trained) if outside else "",
-        source=source if source.name in SOURCES.own() else None,
+        source=source if _reads_inputs(source.name) else None,
     )
+
+
+def _reads_inputs(source: str) -> bool:
+    """Whether a source is a class that other processes have; a function from outside reads data at once."""
+    found = None if given.is_given(source) else SOURCES.find(source)
+    return isinstance(found, type) and issubclass(found, Source)
 
 
 def read(path: Path) -> Card:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import dp_accounting as dp
 
-from fedsim import validate
+from fedsim import references, validate
 from fedsim.accountants import ACCOUNTANTS, Accountant
 from fedsim.privacy import calibrations, events, loss_distribution
 from fedsim.privacy.events import Release
@@ -131,8 +131,10 @@ def epsilon(event: dp.DpEvent, delta: float, accountant: str = "pld", unit: str 
         InputError: unknown accountant, unit or kind of event; delta out of range.
     """
     _check(delta, accountant, unit)
-    accountant = _answering(event, accountant)
+    asked, accountant = accountant, _answering(event, accountant)
     value, note = _epsilon(_parts(event), float(delta), accountant)
+    if reason := named(asked).supports(event):
+        note = "; ".join(part for part in (note, f"{asked} has no answer: {reason}") if part)
     found = events.releases(event)
     relation = events.relation(event)
     return EpsilonResult(value, delta, relation, accountant, unit, _amplification(found, relation), note)
@@ -337,7 +339,7 @@ def named(accountant: str) -> Accountant:
         InputError: there is none (with the nearest name), or it is something else.
     """
     found = ACCOUNTANTS.find(accountant)
-    made = found() if isinstance(found, type) else found
+    made = references.called(found, {}, {}, accountant) if isinstance(found, type) else found
     if not isinstance(made, Accountant):
         raise InputError(
             f"privacy.accountant must name a fedsim.accountants.Accountant, but {accountant} is {found!r}."
@@ -379,7 +381,10 @@ def _epsilon(
     if any(part.noise_multiplier <= 0.0 for part in parts):
         return math.inf, "a release without noise is among the steps"
     asked = named(accountant)
-    value, note = asked.epsilon(parts, delta, tolerance)
+    answer = asked.epsilon(parts, delta, tolerance)
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise InputError(f"accountant {accountant} must answer with (epsilon, note), got {answer!r}.")
+    value, note = answer
     if not asked.is_upper_bound:
         note = "; ".join(part for part in (note, "an approximation, not a bound") if part)
     return value, note

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedsim import seeds, validate
 from fedsim.samplers.base import Draw, Participation, Sampler
+from fedsim.validate import InputError
 
 _STEPS, _UNITS = 96, 4096
 _ANSWERS = 2_000_000  # of all steps together: a second or two
@@ -35,8 +36,13 @@ def check(sampler: Sampler, says: Participation, units: int) -> None:
     steps = min(most_steps, max(1, most_steps // says.period) * says.period)
     rows = []
     for step in range(steps):
-        draw = Draw(step, says.share, units, sampler.keys(seeds.derive(0, "trial of a sampler"), step))
-        mask = sampler.selected(draw, ids)
+        try:
+            draw = Draw(step, says.share, units, sampler.keys(seeds.derive(0, "trial of a sampler"), step))
+            mask = sampler.selected(draw, ids)
+        except Exception as error:
+            raise InputError(
+                f"sampler {type(sampler).__name__} fails by {type(error).__name__}: {error}. Mend it."
+            ) from error
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != ids.shape:
             _refuse(f"selected() must give a mask of shape {ids.shape}, got {type(mask).__name__}")
         if not np.array_equal(sampler.selected(draw, ids[::-1].copy())[::-1], mask):

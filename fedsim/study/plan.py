@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsim import models, seeds, validate
+from fedsim import models, provenance, seeds, validate
 from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
 from fedsim.data.sources import SOURCES
@@ -90,6 +90,7 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         "method": config.method(),
         "unit": mechanism.unit,
         "data": known.source,
+        "own_code": {name: provenance.reference_hash(name) or "this process" for name in config.references()},
         "examples": facts.examples,
         "holders": shown({"": known.holders}, public_only=public_only).get("", {}),
         "steps": mechanism.steps,
@@ -267,7 +268,8 @@ def _memory(config: Config, one: Cost, vector: int, itemsize: int) -> dict[str, 
     examples = max(1, views // config.train.augment_multiplicity)
     extra = views * one.output_bytes if bookkeeping else examples * vector
     batch = one.fixed_bytes + views * one.saved_bytes + extra
-    slots = len(OPTIMIZERS.find(config.optimizer.name).slots) + bool(config.train.ema_decay)
+    rule = OPTIMIZERS.make(Choice(config.optimizer.name, config.optimizer.options))
+    slots = len(rule.slots) + bool(config.train.ema_decay)
     return {
         f"physical batch of {views} views": batch,
         "one more view": one.saved_bytes + (one.output_bytes if bookkeeping else 0),

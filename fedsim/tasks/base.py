@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +22,36 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 """(outputs (n, ...), targets (n, ...)) -> one number an example, (n,)."""
 
 
-def metric(unit: str = "", higher_is_better: bool = True) -> Callable[[Measure], Measure]:
-    """Say how the values of the decorated `Measure` are shown, and which of two is better."""
+class Gauge(Protocol):
+    """A metric that is no mean over examples: takes in outputs batch by batch, says one number at the end."""
 
-    def say(measure: Measure) -> Measure:
-        measure.metric = Metric(measure.__name__, unit, higher_is_better)  # type: ignore[attr-defined]
-        return measure
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch: outputs (n, ...), values in the targets' own unit, and targets (n, ...)."""
+        ...
+
+    def result(self) -> float:
+        """Return the number over everything taken in."""
+        ...
+
+
+Own = TypeVar("Own", bound=Callable[..., Any])
+
+
+def metric(unit: str = "", higher_is_better: bool = True, name: str = "") -> Callable[[Own], Own]:
+    """Say how a metric is shown, and which of two values is better.
+
+    For a `Measure`, whose mean over examples is the metric, and for a class of `Gauge`s, of which every
+    evaluation makes one, without arguments.
+
+    Args:
+        unit: as in `Metric`.
+        higher_is_better: the direction.
+        name: of the metric; "": that of the function or class.
+    """
+
+    def say(own: Own) -> Own:
+        own.metric = Metric(name or own.__name__, unit, higher_is_better)  # type: ignore[attr-defined]
+        return own
 
     return say
 
@@ -63,12 +88,36 @@ class Means:
         return {name: float(total) / self._examples for name, total in self._sums.items()}
 
 
+class WithGauges:
+    """The meter of a task, and the user's gauges."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._inner = task, task.meter()
+        self._gauges = {metric.name: make() for metric, make in task.gauged}
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """See `Meter`."""
+        self._inner.add(outputs, targets)
+        for name, gauge in self._gauges.items():
+            with _failing(name):
+                gauge.add(self._task.predicted(outputs.clone()), targets.clone())
+
+    def result(self) -> dict[str, float]:
+        """See `Meter`."""
+        found = self._inner.result()
+        for name, gauge in self._gauges.items():
+            with _failing(name):
+                found[name] = float(gauge.result())
+        return found
+
+
 @dataclass(frozen=True)
 class Task(ABC):
     """What a model is trained for. A task of your own derives from this, or from one of fedsim's.
 
     Attributes:
-        metrics: measures of your own beside the task's: functions (`Measure`), or package.module:function.
+        metrics: measures of your own beside the task's: functions (`Measure`) or classes (`Gauge`), or their
+            names as package.module:Object.
         headline: name of the metric that tables, plots and progress show; "": the task's first.
     """
 
@@ -131,13 +180,18 @@ class Task(ABC):
 
     @property
     def measured(self) -> tuple[tuple[Metric, Measure], ...]:
-        """The user's own metrics with their functions."""
-        return tuple(_of_user(given) for given in self.metrics)
+        """The user's own metrics that are means over examples, with their functions."""
+        return tuple(own for own in map(_of_user, self.metrics) if not isinstance(own[1], type))
+
+    @property
+    def gauged(self) -> tuple[tuple[Metric, Callable[[], Gauge]], ...]:
+        """The user's own metrics that are none, with their classes."""
+        return tuple(own for own in map(_of_user, self.metrics) if isinstance(own[1], type))
 
     @property
     def all_metrics(self) -> tuple[Metric, ...]:
         """Every metric: the task's, the user's, and "loss"."""
-        found = (*self.own_metrics, *(metric for metric, _ in self.measured))
+        found = (*self.own_metrics, *(_of_user(given)[0] for given in self.metrics))
         names = [metric.name for metric in found]
         if len(set(names)) != len(names) or RESERVED & set(names):
             raise InputError(
@@ -163,7 +217,8 @@ class Task(ABC):
         """Return one number an example, (n,), of every metric that is a mean over examples."""
         found = {**self.measures(outputs, targets), "loss": self.loss(outputs, targets)}
         for metric, measure in self.measured:
-            values = measure(outputs.clone(), targets.clone())  # which may write into what it is given
+            with _failing(metric.name):
+                values = measure(outputs.clone(), targets.clone())  # which may write into what it is given
             if not isinstance(values, Tensor) or values.shape != (len(targets),):
                 shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise InputError(
@@ -174,12 +229,26 @@ class Task(ABC):
         return found
 
 
-def _of_user(given: Any) -> tuple[Metric, Measure]:
+@contextmanager
+def _failing(name: str) -> Iterator[None]:
+    """Say which of the user's metrics it was that failed."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"metric {name} fails by {type(error).__name__}: {error}. Mend it.") from error
+
+
+def _of_user(given: Any) -> tuple[Metric, Any]:
     measure = references.resolve(given, "task.options.metrics") if isinstance(given, str) else given
-    if not callable(measure):
+    unfit = isinstance(measure, type) and not all(
+        callable(getattr(measure, n, None)) for n in ("add", "result")
+    )
+    if not callable(measure) or unfit:
         raise InputError(
-            "task.options.metrics must list functions of (outputs, targets), or package.module:function, "
-            f"got {given!r}."
+            "task.options.metrics must list functions of (outputs, targets), classes with methods "
+            f"add(outputs, targets) and result(), or package.module:Object, got {given!r}."
         )
     said = getattr(measure, "metric", None)
     return said if isinstance(said, Metric) else Metric(getattr(measure, "__name__", str(given))), measure

@@ -68,6 +68,23 @@ def by_hand() -> tuple[np.ndarray, np.ndarray]:
     return rows, np.eye(K)[Y]
 
 
+@pytest.mark.parametrize("residual_clip", [None, 0.5])
+def test_a_mapped_gradient_is_that_of_mapped_rows(residual_clip: float | None) -> None:
+    """Written out: rows mapped and clipped one by one, at the weights that give the same scores on them."""
+    mapping = MAPPED.mapping
+    assert mapping is not None
+    rows = torch.from_numpy(by_hand()[0]) @ mapping
+    lengths = rows.norm(dim=1, keepdim=True)
+    rows = rows * (5 / lengths.clamp(min=5))
+    assert 0.1 < float((lengths > 5).double().mean()) < 0.9, "some are clipped"
+    scores = rows @ (W @ torch.linalg.inv(mapping)).t()
+    residuals = scores.softmax(1) - torch.from_numpy(by_hand()[1])
+    if residual_clip is not None:
+        residuals = residuals * (residual_clip / residuals.norm(dim=1, keepdim=True)).clamp(max=1)
+    found = gradient(Gradient(ROWS, Logistic(K, "softmax"), residual_clip, mapping, 5.0), X, Y, W)
+    torch.testing.assert_close(found, residuals.t() @ rows, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_moments_are_what_they_are_called(dtype: type) -> None:
     rows, hot = by_hand()

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from fedsim.engine.experiment import prepare
+from fedsim.accountants.pld import Pld
+from fedsim.clipping.flat import FlatClip
+from fedsim.clipping.per_layer import PerLayerClip
+from fedsim.config import Config
+from fedsim.engine.experiment import epsilons, prepare
+from fedsim.headline import Metric
 from fedsim.noise.independent import Independent
 from fedsim.noise.tree import Tree
+from fedsim.optimizers.sgd import Sgd
 from fedsim.queries.base import Query
 from fedsim.queries.gradient import Gradient
 from fedsim.samplers import Draw, Participation
 from fedsim.samplers.fixed_size import FixedSize
 from fedsim.samplers.keyed import PoissonSampler
 from fedsim.samplers.poisson import Poisson
+from fedsim.study.plan import describe
+from fedsim.tasks.classification import Classification
 from fedsim.validate import InputError
 from tests.conftest import final, small, train
 
@@ -162,6 +171,181 @@ def test_a_query_that_says_nothing_of_holders_goes_under_a_secure_sum(tmp_path: 
     train(small(*quiet), tmp_path / "all")
     train(small(*quiet, f"query={HERE}:SumsAlone"), tmp_path / "each")
     assert torch.max(torch.abs(final(tmp_path / "all") - final(tmp_path / "each"))) < 1e-7
+
+
+@dataclass(frozen=True)
+class TwiceAsLong(FlatClip):
+    """Clips to twice what it states."""
+
+    def coefficients(self, norms: Tensor) -> Tensor:
+        return 2 * super().coefficients(norms)
+
+
+@dataclass(frozen=True)
+class Careless(FlatClip):
+    """Gives no zero where a norm is not finite."""
+
+    def coefficients(self, norms: Tensor) -> Tensor:
+        return (self.clip_norm / norms).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class WholeInEveryGroup(PerLayerClip):
+    """Clips every layer to the whole bound, and states that of all together."""
+
+    def coefficients(self, norms: Tensor) -> Tensor:
+        return FlatClip(self.clip_norm).coefficients(norms)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("TwiceAsLong", r"at most 0\.5 long, but makes it 1 "),
+        ("Careless", "0 where a norm is not finite"),
+        ("WholeInEveryGroup", r"at most 0\.5 long, but makes it 0\.707"),
+    ],
+)
+def test_a_rule_after_which_contributions_are_longer_than_it_says_is_refused(rule: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare(small(f"privacy.clipping={HERE}:{rule}"))
+
+
+@pytest.mark.parametrize("rule", ["flat", "normalised", "per_layer"])
+def test_rules_that_keep_their_bound_pass_the_trial(rule: str) -> None:
+    prepare(small(f"privacy.clipping={rule}"))
+    prepare(small(f"privacy.clipping={rule}", "privacy.clip_norm=1e-8"))
+
+
+@dataclass(frozen=True)
+class Shorter(Sgd):
+    def updated(self, params: Tensor, gradient: Tensor, slots: Any, step: Any) -> Tensor:
+        return super().updated(params, gradient, slots, step)[1:]
+
+
+@dataclass(frozen=True)
+class InPlace(Sgd):
+    def updated(self, params: Tensor, gradient: Tensor, slots: Any, step: Any) -> Tensor:
+        return params.sub_(gradient)
+
+
+@dataclass(frozen=True)
+class NoSuchSlot(Sgd):
+    def updated(self, params: Tensor, gradient: Tensor, slots: Any, step: Any) -> Tensor:
+        return params - slots["velocity"]
+
+
+def made_by_a_function(rate: float = 1.0) -> Sgd:
+    return Sgd()
+
+
+def no_number(progress: float) -> Any:
+    return "much"
+
+
+def dice(images: Any, words: Any) -> Any:
+    """Draws from a generator of its own."""
+    out = np.repeat(images, words.shape[1], axis=1)
+    return out ^ DICE.integers(0, 256, out.shape).astype(np.uint8)
+
+
+DICE = np.random.default_rng(1)
+
+
+def neighbour(images: Any, words: Any) -> Any:
+    """Looks at the other examples of the batch."""
+    return np.repeat(np.minimum(images, images[:1]), words.shape[1], axis=1)
+
+
+def as_floats(images: Any, words: Any) -> Any:
+    return np.repeat(images / 2, words.shape[1], axis=1)
+
+
+def honest(images: Any, words: Any) -> Any:
+    return 255 - images
+
+
+@dataclass(frozen=True)
+class OneForAll(Classification):
+    """Its loss is a mean over the batch."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets).mean()
+
+
+@dataclass(frozen=True)
+class OfEverybody(Classification):
+    """Its loss is one number an example, the same for all of a batch."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets).mean().expand(len(targets))
+
+
+@dataclass(frozen=True)
+class Promising(Classification):
+    """Declares a metric that it does not give."""
+
+    own_metrics = (Metric("profit"),)
+
+
+def two_arguments(outputs: Tensor) -> Tensor:
+    return outputs[:, 0]
+
+
+class Half:
+    """A class that is no gauge."""
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("optimizer.name={here}:Shorter", "must give parameters torch.float32"),
+        ("optimizer.name={here}:InPlace", "leave those it gets"),
+        ("optimizer.name={here}:NoSuchSlot", "fails by KeyError: 'velocity'"),
+        ("optimizer.schedule={here}:no_number", "schedule .*no_number fails by ValueError"),
+        ("train.augmentations=[{here}:dice]", "when they come in another order"),
+        ("train.augmentations=[{here}:neighbour]", "when they come in another order"),
+        ("train.augmentations=[{here}:as_floats]", "must give uint8 views"),
+        ("train.augmentations=[{here}:no_number]", "augmentation .*no_number fails by TypeError"),
+        ("task={here}:OneForAll", "loss of task OneForAll must be one number an example"),
+        ("task={here}:OfEverybody", "loss of task OfEverybody must be of one example alone"),
+        ("task={here}:Promising", "must give all of own_metrics, but not profit"),
+        ("task.options.metrics=[{here}:two_arguments]", "metric two_arguments fails by TypeError"),
+        ("task.options.metrics=[{here}:Half]", "classes with methods add"),
+        ("privacy.accountant={here}:NoPair", r"must answer with \(epsilon, note\)"),
+        ("privacy.accountant={here}:WithOptions", "missing a required argument: 'orders'"),
+    ],
+)
+def test_a_part_that_breaks_its_contract_is_refused_by_name_before_anything_starts(
+    settings: str, message: str
+) -> None:
+    changes = [settings.format(here=HERE)]
+    if "optimizer.name" in settings:
+        changes.append("optimizer.options={}")
+    with pytest.raises(InputError, match=message):
+        _planned(small(*changes))
+
+
+def _planned(config: Config) -> None:
+    epsilons(prepare(config).mechanism, 1, config)
+
+
+def test_parts_that_keep_their_contract_pass() -> None:
+    prepare(small(f"train.augmentations=[{HERE}:honest]"))
+    plan = describe(small(f"optimizer.name={HERE}:made_by_a_function", "optimizer.options={rate: 2.0}"))
+    assert plan["memory_bytes_without_data_and_libraries"]["server"] > 0
+
+
+@dataclass(frozen=True)
+class NoPair(Pld):
+    def epsilon(self, parts: Any, delta: float, tolerance: float = 0.0) -> Any:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class WithOptions(Pld):
+    orders: int = field()
 
 
 def test_multipliers_that_are_not_one_a_part_are_refused() -> None:

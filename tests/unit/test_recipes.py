@@ -41,7 +41,10 @@ def epsilon_of(config: Config) -> accountant.EpsilonResult:
     """What the recipe's own accountant says of its whole run, at the public size of its data."""
     size = sizes.of(config)
     assert size is not None
-    plan = Mechanism.of(Method.of(config), DataFacts(size.train, config.federation.holders, Public(1), 1))
+    outputs, features = size.classes, math.prod(size.shape)
+    parameters = outputs * (features + 1)  # of a linear head; nothing of the rest follows from it
+    facts = DataFacts(size.train, config.federation.holders, Public(1), parameters, features, outputs)
+    plan = Mechanism.of(Method.of(config), facts)
     total = plan.total_event(plan.steps)
     return accountant.epsilon(total, config.privacy.delta, config.privacy.accountant, plan.unit)
 

@@ -1,0 +1,187 @@
+"""Trials of parts from outside on made-up values: what is honestly wrong is refused by name before a run.
+
+No proof: a part may behave here and not in a run. Samplers have their own (`fedsim.samplers.trial`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsim import references, seeds
+from fedsim.augmentations import AUGMENTATIONS
+from fedsim.clipping.base import ClipRule
+from fedsim.config import Config, OptimizerConfig
+from fedsim.data import examples
+from fedsim.data.examples import ArrayDataset
+from fedsim.grads.flat import get_flat, spec, trainable_names
+from fedsim.merging import Choice
+from fedsim.optimizers import OPTIMIZERS
+from fedsim.optimizers.base import Update
+from fedsim.registry import check_choice
+from fedsim.schedules import SCHEDULES
+from fedsim.tasks import Task
+from fedsim.tasks.base import WithGauges
+from fedsim.validate import InputError
+
+ROUNDING = 1e-6
+
+
+def check(config: Config, clip: ClipRule, train: ArrayDataset, task: Task, model: nn.Module) -> None:
+    """Try what the configuration names from outside, and the clip rule, on made-up values.
+
+    Args:
+        config: of the run.
+        clip: the rule in force.
+        train: for the form of its examples; what they hold is not looked at.
+        task, model: of the run.
+
+    Raises:
+        InputError: a part that fails, or breaks what its base class says of it; by name.
+    """
+    clip_rule(clip, clip.group_of(trainable_names(model)), config.privacy.clipping.name)
+    if references.is_reference(config.task.name) or task.metrics:
+        measures(task, model, train)
+    for choice in (check_choice(name, "train.augmentations") for name in config.train.augmentations):
+        if choice.name not in AUGMENTATIONS.own():
+            augmentation(choice, train.inputs.shape[1:])
+    optimizer(config.optimizer, model)
+
+
+def clip_rule(rule: ClipRule, groups: tuple[int, ...] | None, name: str) -> None:
+    """Refuse a rule after which a contribution is longer than its `sensitivity`."""
+    bound = rule.sensitivity if math.isfinite(rule.sensitivity) else 1.0
+    steps = torch.logspace(-12, 12, 97, dtype=torch.float64) * bound
+    steps = torch.cat([torch.zeros(1, dtype=torch.float64), steps, steps * (1 + 1e-12)])
+    norms = steps
+    if groups is not None:
+        mixed = seeds.torch_stream(0, "trial of a clip rule")
+        places = torch.randint(len(steps), (400, max(groups) + 1), generator=mixed)
+        norms = torch.cat([steps[places], steps[:, None].expand(-1, max(groups) + 1)])
+    with _named(f"privacy.clipping={name}"):
+        factors = rule.coefficients(norms)
+        none = (
+            rule.coefficients(torch.full_like(norms[:2], math.nan)),
+            rule.coefficients(norms[:2] + math.inf),
+        )
+    if factors.shape != norms.shape or any(bool((found != 0).any()) for found in none):
+        raise InputError(
+            f"privacy.clipping={name} must give a factor for every norm, and 0 where a norm is not finite."
+        )
+    lengths = (factors * norms).reshape(len(norms), -1).norm(dim=1)
+    if not bool((lengths <= rule.sensitivity * (1 + ROUNDING)).all()):
+        worst = int(lengths.nan_to_num(math.inf).argmax())
+        raise InputError(
+            f"privacy.clipping={name} states that a contribution is at most {rule.sensitivity:g} long, but "
+            f"makes it {float(lengths[worst]):g} of a gradient with norms {norms[worst].tolist()}. Correct "
+            "coefficients() or sensitivity: the noise follows from the latter."
+        )
+
+
+def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
+    """Refuse a task or metrics that fail on made-up outputs and blank targets, or give another shape."""
+    dtype, two, name = get_flat(model).dtype, np.zeros(2, np.int64), type(task).__name__
+    blank = examples.normalise(np.zeros_like(train.inputs[two]), train, dtype)
+    targets = examples.wanted(np.zeros_like(train.targets[two]), dtype)
+    with torch.no_grad():
+        said = copy.deepcopy(model)(blank)
+    outputs = torch.randn(said.shape, generator=seeds.torch_stream(0, "trial of a task"), dtype=said.dtype)
+    with _named(f"loss of task {name}"):
+        both, alone = task.loss(outputs, targets), task.loss(outputs[:1], targets[:1])
+    _one_each(both, "loss", name)
+    if not torch.allclose(both[:1], alone, rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise InputError(
+            f"loss of task {name} must be of one example alone, but changes when another is beside it. Leave "
+            "out what looks along the batch axis."
+        )
+    with _named(f"measures of task {name}"):
+        found = task.measures(outputs, targets)
+    for what, values in found.items():
+        _one_each(values, what, name)
+    lacking = {metric.name for metric in task.own_metrics} - set(found)
+    if lacking and type(task).meter is Task.meter:
+        raise InputError(
+            f"measures of task {name} must give all of own_metrics, but not {', '.join(sorted(lacking))}."
+        )
+    WithGauges(task).add(outputs, targets)
+
+
+def augmentation(choice: Choice, shape: tuple[int, ...]) -> None:
+    """Refuse one that gives another shape or dtype, or other views where images come in another order."""
+    key, made = seeds.derive(0, "trial of an augmentation"), AUGMENTATIONS.make(choice)
+    words = seeds.words(key, 0, 12).reshape(4, 3)
+    images = seeds.generator(key).integers(0, 256, (4, 1, *shape)).astype(np.uint8)
+
+    def views(backwards: bool) -> NDArray[np.uint8]:
+        step = -1 if backwards else 1
+        with _named(f"augmentation {choice.name}"):
+            found = made.views(images[::step].copy(), words[::step, ::step].copy())
+        wanted = (images.shape, (*words.shape, *shape))
+        if not isinstance(found, np.ndarray) or found.dtype != np.uint8 or found.shape not in wanted:
+            said = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
+            raise InputError(
+                f"augmentation {choice.name} must give uint8 views of shape {wanted[1]} for images "
+                f"{images.shape} and words {words.shape}, got {said}."
+            )
+        return found[::step, ::step]
+
+    if not np.array_equal(views(False), views(True)):
+        raise InputError(
+            f"augmentation {choice.name} gives other views of the same images and words when they come in "
+            "another order. A view must follow from its image and its word alone: take all randomness from "
+            "the word."
+        )
+
+
+def optimizer(config: OptimizerConfig, model: nn.Module) -> None:
+    """Refuse a rule that changes the parameters it gets or gives others of another form, and a schedule that
+    gives no number."""
+    if config.name not in OPTIMIZERS.own():
+        rule, params = OPTIMIZERS.make(Choice(config.name, config.options)), get_flat(model)
+        before, slots = params.clone(), {name: torch.zeros_like(params) for name in rule.slots}
+        step = Update(config.learning_rate, 1, config.weight_decay, spec(model))
+        with _named(f"optimizer {config.name}"):
+            after = rule.updated(params, torch.ones_like(params), slots, step)
+        if not isinstance(after, Tensor) or (after.shape, after.dtype) != (before.shape, before.dtype):
+            said = (
+                f"{after.dtype} {tuple(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
+            )
+            raise InputError(
+                f"optimizer {config.name} must give parameters {before.dtype} {tuple(before.shape)}, got "
+                f"{said}."
+            )
+        if not torch.equal(params, before):
+            raise InputError(f"optimizer {config.name} must return new parameters and leave those it gets.")
+    if config.schedule.name not in SCHEDULES.own():
+        schedule = SCHEDULES.make(config.schedule)
+        with _named(f"schedule {config.schedule.name}"):
+            factors = [schedule.factor(progress) for progress in (0.0, 0.5, 1.0)]
+        if not all(isinstance(factor, float | int) and math.isfinite(factor) for factor in factors):
+            raise InputError(f"schedule {config.schedule.name} must give finite numbers, got {factors}.")
+
+
+def _one_each(values: object, what: str, task: str) -> None:
+    if not isinstance(values, Tensor) or values.shape != (2,):
+        said = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(
+            f"{what} of task {task} must be one number an example, shape (2,) for two, got {said}. Average "
+            "over the other axes."
+        )
+
+
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    """Say which part it was that failed."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{part} fails by {type(error).__name__}: {error}. Mend it.") from error
