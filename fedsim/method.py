@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim import rules, validate
+from fedsim import references, rules, validate
 from fedsim.clipping.none import NoClip
 from fedsim.config import Config
 from fedsim.learners import LEARNERS, Learner
@@ -50,6 +50,13 @@ class Method:
         chosen_learner = Choice(query.learner) if config.learner is None else config.learner
         if not chosen_learner.name:  # options alone: of the learner that goes with the query
             chosen_learner = Choice(query.learner, chosen_learner.options)
+        file, of_query = (name.partition(":")[0] for name in (chosen_learner.name, config.query.name))
+        if config.learner is None and references.is_reference(chosen_learner.name) and file != of_query:
+            validate.conflicts(
+                f"query={config.query.name} goes with learner {chosen_learner.name} of another file, which would "
+                "neither travel to nodes nor be in the hash of a run's code.",
+                f"Set learner={chosen_learner.name}.",
+            )
         learner = LEARNERS.make(chosen_learner)
         for unread, chosen in (
             (learner.unread, f"learner = {chosen_learner.name}"),

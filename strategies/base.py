@@ -90,6 +90,36 @@ class Setting:
     noise: NoiseOverTime
     clip: ClipRule
 
+    def sums(self, node: NodeView, task: StepTask) -> tuple[Arrays, ClippedSum]:
+        """Return the query's sums over all holders of a node; see `Query.sums`.
+
+        Raises:
+            InputError: they are not the parts of the step's statistic.
+        """
+        sums, result = self.query.sums(node, task, self.clip)
+        self._statistic(node, task).check(sums, self.config.query.name)
+        return sums, result
+
+    def sums_by_holder(
+        self, node: NodeView, task: StepTask, here: NDArray[np.bool_]
+    ) -> tuple[NDArray[Any], ClippedSum]:
+        """Return the sums of each of a node's holders, in the order of the statistic's parts one after the
+        other, (H, length of all parts); see `Query.sums_by_holder`.
+
+        Raises:
+            InputError: they are not the parts of the step's statistic.
+        """
+        sums, result = self.query.sums_by_holder(node, task, self.clip, here)
+        arrays = {name: values.cpu().numpy() for name, values in sums.items()}
+        statistic = self._statistic(node, task)
+        statistic.check(arrays, self.config.query.name)
+        return np.concatenate([arrays[part.name] for part in statistic.parts], axis=1), result
+
+    def _statistic(self, node: NodeView, task: StepTask) -> Statistic:
+        """Return that of the step, as far as nodes know it: bounds may move with the query's state."""
+        query = self.query
+        return query.statistic(node.shape(query.phase(task.step)), self.clip, query.state(self.config))
+
     def selected(self, task: StepTask, units: Units) -> NDArray[np.bool_]:
         """Say which of the units a step draws, whoever owns them, (n,)."""
         return self.sampler.selected(
@@ -250,7 +280,7 @@ class Trust(ABC):
 
         By default the sums over the drawn units of all holders of the node.
         """
-        return at.query.sums(node, task, at.clip)
+        return at.sums(node, task)
 
     def collect(self, at: Setting, release: Release, along: Arrays, ask: Ask) -> Collected:
         """Return the sums over all holders.

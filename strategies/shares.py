@@ -249,11 +249,10 @@ class Shares(Trust):
             }
             return {"here": here, "shares": messages.pack_reveals(reveals, graph, rows, width)}, nothing
         masked = np.zeros((len(rows), setup.settings.length), dtype=setup.settings.ring.dtype)
-        exact, together = at.query.sums_by_holder(node, task, at.clip, here)
+        exact, together = at.sums_by_holder(node, task, here)
         for row, holder in enumerate(rows):
             if holder in speakers:
-                vector = exact[row].cpu().numpy()
-                values = _values(vector, setup, holder, task)
+                values = _values(exact[row], setup, holder, task)
                 masked[row] = speakers[holder].mask(values, adverts, shared)
         return {"here": here, "masked": masked}, together
 

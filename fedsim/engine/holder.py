@@ -35,6 +35,7 @@ from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.per_example import clipped_gradient_sum, clipped_gradient_sums
 from fedsim.grads.ways import out_of_memory
 from fedsim.method import Method
+from fedsim.queries.base import Shape
 from fedsim.samplers.keyed import HolderAvailability
 from fedsim.seeds import stream
 from fedsim.types import ClippedSum, HolderReply, StepTask
@@ -112,6 +113,11 @@ class Node:
             return holders
         model = HolderAvailability(self.config.federation.availability)
         return holders[model.available(holders, task.keys["availability"])]
+
+    def shape(self, phase: int) -> Shape:
+        """Return the sizes a statistic follows from, in a phase of the query."""
+        features, dtype = math.prod(self.train.example_shape), np.dtype(self.config.model.dtype)
+        return Shape(self.parameters().numel(), features, self.outputs, dtype, phase)
 
     def parameters(self) -> torch.Tensor:
         """Return the task's parameters (P,), on the model's device."""

@@ -56,6 +56,10 @@ class NodeView(Protocol):
         """Train on all examples of one holder; return start minus end (P,) and the mean loss."""
         ...
 
+    def shape(self, phase: int) -> Shape:
+        """Return the sizes a statistic follows from, in a phase of the query."""
+        ...
+
     def kept(self, name: str, key: bytes, make: Callable[[], Kept]) -> Kept:
         """Return `make()`, or what it gave when it was last asked for under this name and key.
 
@@ -179,14 +183,18 @@ class Query(ABC):
 
     @abstractmethod
     def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
-        """Return the sums over the drawn units of all holders of a node, by the parts' names, and the
-        statistics of what they are made of."""
+        """Return the sums over the drawn units of all holders of a node, and the statistics of what they are
+        made of.
+
+        Sums are arrays (length,) by name, of names, lengths and dtypes of the parts of the step's statistic:
+        what differs is refused before it is sent.
+        """
 
     def sums_by_holder(
         self, node: NodeView, task: StepTask, clip: ClipRule, here: NDArray[np.bool_]
-    ) -> tuple[Tensor, ClippedSum]:
-        """Return for each of the node's holders its sums, part after part in one row, (H, length of all
-        parts), and the statistics of all together.
+    ) -> tuple[dict[str, Tensor], ClippedSum]:
+        """Return for each of the node's holders its sums, (H, length) by the parts' names, and the statistics
+        of all together.
 
         By default `sums` of one holder after the other.
 
@@ -196,19 +204,21 @@ class Query(ABC):
         """
         from fedsim.queries.one_holder import each  # which knows what a node shows from here
 
-        rows, parts = [], []
+        rows: dict[str, list[Tensor]] = {}
+        parts = []
         for view in each(node, task, self.unit, here):
             sums, result = self.sums(view, task, clip)
-            rows.append(torch.cat([torch.from_numpy(values) for values in sums.values()]))
+            for name, values in sums.items():
+                rows.setdefault(name, []).append(torch.from_numpy(values))
             parts.append(result)
         together = ClippedSum(
-            rows[0][:0],
+            torch.zeros(0),
             sum(part.count for part in parts),
             clip.sensitivity,
             torch.cat([part.norms for part in parts]),
             torch.cat([part.losses for part in parts]),
         )
-        return torch.stack(rows), together
+        return {name: torch.stack(values) for name, values in rows.items()}, together
 
     def most_of_a_holder(self, examples: int) -> int:
         """Return the largest number of units of a holder that has at most so many examples."""

@@ -26,6 +26,8 @@ from fedsim.heads.rows import Rows
 from fedsim.queries.base import NodeView, Query
 from fedsim.queries.statistic import Part, Statistic
 from fedsim.rules import ENGINE_SETTINGS
+from fedsim.tasks import TASKS
+from fedsim.tasks.classification import Classification
 from fedsim.types import ClippedSum
 
 _UNBOUNDED = 1e12  # longer than any row of finite features that were normalised
@@ -54,7 +56,8 @@ class FeatureQuery(Query):
                 f"query {config.query.name} clips rows of features flat, got privacy.clipping={clipping}.",
                 "Use flat.",
             )
-        if config.task.name != "classification":
+        task = TASKS.find(config.task.name)
+        if not (isinstance(task, type) and issubclass(task, Classification)):
             validate.conflicts(
                 f"query {config.query.name} needs one class an example, but task is {config.task.name}.",
                 "Use task=classification, or query=gradient.",

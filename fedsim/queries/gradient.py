@@ -34,7 +34,8 @@ class Gradient(Query):
 
     def sums_by_holder(
         self, node: NodeView, task: StepTask, clip: ClipRule, here: NDArray[np.bool_]
-    ) -> tuple[Tensor, ClippedSum]:
+    ) -> tuple[dict[str, Tensor], ClippedSum]:
         """See `Query.sums_by_holder`."""
         ids = node.drawn(task)
-        return node.clipped_sums(ids[np.isin(node.owners(ids), node.holders[here])], task, clip)
+        sums, result = node.clipped_sums(ids[np.isin(node.owners(ids), node.holders[here])], task, clip)
+        return {"sum": sums}, result

@@ -79,9 +79,31 @@ class Statistic:
         """Return name -> (shape, dtype) of the sums."""
         return {part.name: ((part.length,), part.dtype) for part in self.parts}
 
+    def check(self, sums: Mapping[str, NDArray[Any]], query: str) -> None:
+        """Refuse sums of others than the parts: noise and bounds go by the part.
+
+        Args:
+            sums: (..., length) by name.
+            query: whose they are.
+
+        Raises:
+            InputError: names, lengths or dtypes differ.
+        """
+        wanted = {part.name: (part.length, part.dtype) for part in self.parts}
+        got = {name: (values.shape[-1], values.dtype) for name, values in sums.items()}
+        if got != wanted:
+            raise InputError(
+                f"query {query} must sum up {_listed(wanted)}, as its statistic says, but its sums are "
+                f"{_listed(got)}."
+            )
+
     def bounds(self, units: int) -> dict[str, float]:
         """Return the largest L2 norm of each part's sum over so many units."""
         return {part.name: units * part.bound if units else 0.0 for part in self.parts}
+
+
+def _listed(parts: Mapping[str, tuple[int, np.dtype[Any]]]) -> str:
+    return ", ".join(f"{name} ({length} of {dtype})" for name, (length, dtype) in sorted(parts.items()))
 
 
 @dataclass(frozen=True)

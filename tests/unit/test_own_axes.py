@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.accountants.pld import Pld
+from fedsim.clipping.base import ClipRule
 from fedsim.clipping.flat import FlatClip
 from fedsim.clipping.per_layer import PerLayerClip
 from fedsim.config import Config
@@ -20,15 +21,17 @@ from fedsim.headline import Metric
 from fedsim.noise.independent import Independent
 from fedsim.noise.tree import Tree
 from fedsim.optimizers.sgd import Sgd
-from fedsim.queries.base import Query
+from fedsim.queries.base import Arrays, NodeView, Query
 from fedsim.queries.gradient import Gradient
+from fedsim.queries.moments import Moments
 from fedsim.samplers import Draw, Participation
 from fedsim.samplers.fixed_size import FixedSize
 from fedsim.samplers.keyed import PoissonSampler
 from fedsim.samplers.poisson import Poisson
 from fedsim.study.plan import describe
 from fedsim.tasks.classification import Classification
-from fedsim.validate import InputError
+from fedsim.types import ClippedSum, StepTask
+from fedsim.validate import InputError, RunError
 from tests.conftest import final, small, train
 
 HERE = __name__
@@ -171,6 +174,48 @@ def test_a_query_that_says_nothing_of_holders_goes_under_a_secure_sum(tmp_path: 
     train(small(*quiet), tmp_path / "all")
     train(small(*quiet, f"query={HERE}:SumsAlone"), tmp_path / "each")
     assert torch.max(torch.abs(final(tmp_path / "all") - final(tmp_path / "each"))) < 1e-7
+
+
+@dataclass(frozen=True)
+class LabelsFirst(Moments):
+    """Sums up its parts in another order than its statistic has."""
+
+    def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
+        arrays, result = super().sums(node, task, clip)
+        return dict(reversed(arrays.items())), result
+
+
+@dataclass(frozen=True)
+class LabelsAlone(Moments):
+    """Leaves out a part of its statistic."""
+
+    def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
+        arrays, result = super().sums(node, task, clip)
+        return {"first": arrays["first"]}, result
+
+
+@dataclass(frozen=True)
+class InSinglePrecision(Moments):
+    """Sums up numbers of another kind than its statistic states."""
+
+    def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
+        arrays, result = super().sums(node, task, clip)
+        return {name: values.astype(np.float32) for name, values in arrays.items()}, result
+
+
+SOLVED = ("preset=dp_ls", "model.name=linear", "train.steps=1", "train.expected_batch_size=400")
+SOLVED += ("optimizer.name=sgd", "optimizer.options={}", "optimizer.learning_rate=1.0")
+
+
+@pytest.mark.parametrize("strategy", ["central", "shares", "local"])
+def test_parts_go_by_their_names(strategy: str, tmp_path: Path) -> None:
+    """Whatever their order: else one part would have the bound and noise of another."""
+    train(small(*SOLVED, f"strategy={strategy}"), tmp_path / "own")
+    train(small(*SOLVED, f"strategy={strategy}", f"query={HERE}:LabelsFirst"), tmp_path / "other")
+    assert torch.equal(final(tmp_path / "own"), final(tmp_path / "other"))
+    for wrong in ("LabelsAlone", "InSinglePrecision"):
+        with pytest.raises(RunError, match=r"must sum up first .*, second .*, as its statistic says"):
+            train(small(*SOLVED, f"strategy={strategy}", f"query={HERE}:{wrong}"), tmp_path / wrong)
 
 
 @dataclass(frozen=True)
