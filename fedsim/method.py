@@ -53,8 +53,8 @@ class Method:
         file, of_query = (name.partition(":")[0] for name in (chosen_learner.name, config.query.name))
         if config.learner is None and references.is_reference(chosen_learner.name) and file != of_query:
             validate.conflicts(
-                f"query={config.query.name} goes with learner {chosen_learner.name} of another file, which would "
-                "neither travel to nodes nor be in the hash of a run's code.",
+                f"query={config.query.name} goes with learner {chosen_learner.name} of another file, which "
+                "would neither travel to nodes nor be in the hash of a run's code.",
                 f"Set learner={chosen_learner.name}.",
             )
         learner = LEARNERS.make(chosen_learner)
