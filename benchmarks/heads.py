@@ -223,16 +223,16 @@ METHODS |= {
     "DP-LS": _alike(["preset=dp_ls", *_SOLVED]),
     "DP-Newton": _alike(["preset=dp_newton", *_SOLVED]),
     "DP-FC": {
-        "last": [_fc(1.0, 10, 20), _fc(1.0, 60, 20), _fc(1.0, 60, 20)],
-        "whitened": [_fc(0.3, 100, 12), _fc(0.3, 400, 16), _fc(0.3, 2000, 16)],
-        "pixels": [_fc(1.0, 10, 20), _fc(1.0, 60, 20), _fc(1.0, 60, 20)],
+        "last": [_fc(1.0, 20, 15), _fc(1.0, 120, 15), _fc(1.0, 300, 15)],
+        "whitened": [_fc(0.3, 300, 12), _fc(0.3, 250, 30), _fc(0.3, 3000, 16)],
+        "pixels": [_fc(1.0, 20, 15), _fc(1.0, 60, 15), _fc(1.0, 200, 15)],
     },
     "gradient, full batch": {
-        "last": [_gd(6, 0.2, 40), _gd(20, 0.2, 40), _gd(20, 0.2, 40)],
-        "whitened": [_gd(6, 0.4, 20), _gd(6, 2.0, 40), _gd(20, 2.0, 60)],
-        "pixels": [_gd(3, 0.2, 40), _gd(10, 0.2, 40), _gd(10, 0.2, 40)],
+        "last": [_gd(34, 0.0043, 40), _gd(34, 0.0173, 40), _gd(10.2, 0.065, 40)],
+        "whitened": [_gd(10.2, 0.0154, 40), _gd(10.2, 0.2, 40), _gd(34, 0.2, 40)],
+        "pixels": [_gd(3, 0.33, 30), _gd(10, 0.1, 30), _gd(3, 1.67, 30)],
     },
-    "gradient, one step of LAMB": _alike(["preset=central_dpsgd", *_optimizer("lamb", 0.1, 1, None)]),
+    "gradient, one step of LAMB": _alike(["preset=central_dpsgd", *_optimizer("lamb", 0.01, 1, None)]),
     "least squares, no noise": _alike(["preset=dp_ls", *_FREE, *_SOLVED]),
     "logistic, no noise": _alike(["preset=dp_fc", *_FREE, *_optimizer("nesterov", 60, 41)]),
 }
