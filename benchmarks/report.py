@@ -20,7 +20,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import pictures, tables
+from benchmarks import heads_table, pictures, tables
 from benchmarks.tables import load
 from fedsim import presets
 from fedsim.config import CONFIG_DIR
@@ -67,6 +67,15 @@ TRUST_COLUMNS = (
     "epsilon per holder",
     "score",
     "spread",
+    "seconds",
+)
+HEADS_COLUMNS = (
+    "variant",
+    "epsilon per example",
+    "score",
+    "spread",
+    "bytes per holder and step",
+    "messages per step",
     "seconds",
 )
 COMPARISON_COLUMNS = (
@@ -165,6 +174,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "memory-gpu": lambda: tables.memory("memory_gpu.json"),
         "rounds-cpu": lambda: tables.rounds("rounds_cpu.json"),
     },
+    "docs/heads.md": {
+        "heads": heads_table.heads,
+        "compare-heads": lambda: comparison("heads_trust", HEADS_COLUMNS),
+    },
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
 }
 
@@ -193,7 +206,10 @@ def _first_sentence(path: Path) -> str:
 
 
 # Not compared by --check: their bytes depend on the version of matplotlib.
-PICTURES = {"docs/kurakin_law.svg": ("kurakin_law.json", pictures.batch_law)}
+PICTURES = {
+    "docs/kurakin_law.svg": ("kurakin_law.json", pictures.batch_law),
+    "docs/heads.svg": ("heads.json", heads_table.picture),
+}
 
 
 def main() -> int:
@@ -207,7 +223,8 @@ def main() -> int:
         written = update(ROOT, PARTS, check=check)
         if not check:
             for name, (source, draw) in PICTURES.items():
-                pictures.write(draw(load(source)), ROOT / name)
+                if (held := load(source)) is not None:
+                    pictures.write(draw(held), ROOT / name)
     except FedsimError as error:
         print(error, file=sys.stderr)
         return error.exit_code

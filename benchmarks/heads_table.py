@@ -1,0 +1,80 @@
+"""Table and picture of results/heads.json, which `python -m benchmarks.heads` writes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.tables import load
+from fedsim.report.markers import missing, provenance, table
+
+Cell = tuple[str, str, float | None]
+
+
+def cells(held: Mapping[str, Any]) -> dict[Cell, list[float]]:
+    """Return (features, method, epsilon) -> accuracies in percent, one a seed."""
+    out: dict[Cell, list[float]] = {}
+    for row in held["rows"]:
+        if not row["held_out"]:
+            key = row["features"], row["method"], row["epsilon"]
+            out.setdefault(key, []).append(100 * row["accuracy"])
+    return out
+
+
+def heads() -> str:
+    """Mean accuracy with its standard deviation, method by features by budget; the best of a column is bold."""
+    held = load("heads.json")
+    if held is None:
+        return missing("python -m benchmarks.heads --json results/heads.json", "heads.json")
+    found = cells(held)
+    epsilons = sorted({epsilon for *_, epsilon in found if epsilon is not None})
+    best = {e: max(statistics.mean(v) for (*_, own), v in found.items() if own == e) for e in epsilons}
+    rows = []
+    for features, method in dict.fromkeys((features, method) for features, method, _ in found):
+        row = [features, method]
+        for epsilon in [*epsilons, None]:
+            values = found.get((features, method, epsilon))
+            row.append("" if values is None else _text(values, epsilon is not None and best[epsilon]))
+        rows.append(row)
+    seeds = sorted({len(values) for (*_, epsilon), values in found.items() if epsilon is not None})
+    note = (
+        f"\nTest accuracy in percent, mean ± standard deviation over seeds of the noise ({seeds[0]} to {seeds[-1]} of "
+        "them; one number: one seed). Bold: the best mean at a budget.\n"
+    )
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in held["rows"]))
+    about = {"command": "python -m benchmarks.heads --json results/heads.json", "commit": commits}
+    head = ["features", "method", *(f"epsilon {e:g}" for e in epsilons), "no noise"]
+    return table(head, rows) + note + provenance({**about, "hardware": held["hardware"]})
+
+
+def _text(values: list[float], best: float | bool) -> str:
+    mean = statistics.mean(values)
+    text = f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+    return f"**{text}**" if best is not False and mean == best else text
+
+
+def picture(held: Mapping[str, Any]) -> Figure:
+    """Accuracy against epsilon, one panel a kind of features, one line a method."""
+    found = cells(held)
+    kinds = list(dict.fromkeys(features for features, *_ in found))
+    figure = Figure(figsize=(3.4 * len(kinds), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    methods = list(dict.fromkeys(method for _, method, epsilon in found if epsilon is not None))
+    for panel, features in zip(panels, kinds, strict=True):
+        for place, method in enumerate(methods):
+            line = sorted((e, v) for (f, m, e), v in found.items() if (f, m) == (features, method) and e)
+            if line:
+                means = [statistics.mean(values) for _, values in line]
+                spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in line]
+                points = [epsilon for epsilon, _ in line]
+                panel.errorbar(points, means, spread, marker="o", ms=3, color=f"C{place}", label=method)
+        panel.set_xscale("log")
+        panel.set_xlabel("epsilon")
+        panel.set_title(features)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy (%)")
+    panels[-1].legend(fontsize="small")
+    return figure
