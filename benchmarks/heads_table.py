@@ -25,7 +25,7 @@ def cells(held: Mapping[str, Any]) -> dict[Cell, list[float]]:
 
 
 def heads() -> str:
-    """Mean accuracy with its standard deviation, method by features by budget; the best of a column is bold."""
+    """Mean accuracy with its standard deviation, method by features by budget; the best is bold."""
     held = load("heads.json")
     if held is None:
         return missing("python -m benchmarks.heads --json results/heads.json", "heads.json")
@@ -41,8 +41,8 @@ def heads() -> str:
         rows.append(row)
     seeds = sorted({len(values) for (*_, epsilon), values in found.items() if epsilon is not None})
     note = (
-        f"\nTest accuracy in percent, mean ± standard deviation over seeds of the noise ({seeds[0]} to {seeds[-1]} of "
-        "them; one number: one seed). Bold: the best mean at a budget.\n"
+        f"\nTest accuracy in percent, mean ± standard deviation over {seeds[0]} to {seeds[-1]} seeds of "
+        "the noise (one number: one seed). Bold: the best mean at a budget.\n"
     )
     commits = ", ".join(dict.fromkeys(row["commit"] for row in held["rows"]))
     about = {"command": "python -m benchmarks.heads --json results/heads.json", "commit": commits}
