@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsim import config as configs
-from fedsim import given, validate
+from fedsim import given, loading, validate
 from fedsim.config import Config
 from fedsim.data.from_python import Data
 from fedsim.engine.run_folder import RunFolder, default_name
@@ -116,7 +115,7 @@ def run(
     retain_freed_memory()
     folder.check(config, resume)
     if (done := folder.finished()) is not None:
-        held = configs.load(folder.config) if folder.config.exists() else config
+        held = loading.load(folder.config) if folder.config.exists() else config
         if held.data.root != config.data.root:
             _log.warning("%s is a finished run of the data in %s.", folder.root, held.data.root)
         return done
@@ -237,7 +236,7 @@ def _configured(
         if count is not None:
             federation.setdefault("holders", count)
             federation.setdefault("nodes", min(2, count))
-    return configs.loaded(config, changes)
+    return loading.loaded(config, changes)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.config import Config
 from fedsim.privacy import accountant, loss_distribution
 from fedsim.privacy.accountant import EpsilonResult
@@ -103,7 +103,7 @@ def _private_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small(*overrides: str) -> Config:
     """Return a configuration that trains in about a second."""
-    return configs.load("base", [*SMALL, *overrides])
+    return loading.load("base", [*SMALL, *overrides])
 
 
 def train(

@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedsim import config as configs
-from fedsim import models
+from fedsim import loading, models
 from fedsim.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.grads.flat import get_flat, spec
@@ -370,6 +369,6 @@ def test_a_relative_path_is_made_absolute_when_loading(
     monkeypatch.chdir(pretrained.parent)
     config = small("model.init_from=final.safetensors")
     assert config.model.init_from == str(pretrained)
-    again = configs.from_json(config.to_json())
+    again = loading.from_json(config.to_json())
     assert again == config
     assert dataclasses.replace(again, model=weights.pinned(again.model)).model.init_sha256
