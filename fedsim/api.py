@@ -27,7 +27,8 @@ from fedsim.validate import InputError
 
 if TYPE_CHECKING:
     from fedsim.engine.metrics import Watcher
-    from fedsim.privacy.accountant import Calibration, EpsilonResult
+    from fedsim.privacy.accountant import EpsilonResult
+    from fedsim.privacy.search import Calibration
 
 _log = logging.getLogger(__name__)
 BACKENDS = ("local", "simulation")
@@ -204,11 +205,11 @@ def calibrate(
     target_epsilon: float, sampling_rate: float, steps: int, delta: float, accountant: str = "pld"
 ) -> Calibration:
     """Return the smallest noise multiplier found for a target epsilon; arguments as of `epsilon`."""
-    from fedsim.privacy import accountant as accountants
+    from fedsim.privacy import search
     from fedsim.privacy.family import EventFamily
 
     family = EventFamily.gaussian(sampling_rate)
-    return accountants.noise_multiplier_for(target_epsilon, delta, family, steps, accountant)
+    return search.noise_multiplier_for(target_epsilon, delta, family, steps, accountant)
 
 
 def _configured(

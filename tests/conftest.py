@@ -76,7 +76,7 @@ def _epsilon_of_holders_on_its_own_grid(
         monkeypatch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", FULL_GRID)
     if exact is not _of_the_last_test[0]:
         _of_the_last_test[0] = exact
-        accountant._epsilon.cache_clear()  # does not ask for the grid of what it holds
+        accountant.epsilon_of_parts.cache_clear()  # does not ask for the grid of what it holds
 
 
 def without_epsilon(patch: pytest.MonkeyPatch) -> None:

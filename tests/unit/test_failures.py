@@ -387,8 +387,8 @@ def test_a_budget_that_pld_cannot_count_is_said(tmp_path: Path, capsys: pytest.C
 
 def test_steps_that_pld_cannot_count_do_not_end_the_count() -> None:
     """At delta 2e-10 PLD is sound up to 20,000 releases: an answer below is one, "20,000" would be none."""
-    from fedsim.privacy.accountant import max_steps
     from fedsim.privacy.family import EventFamily
+    from fedsim.privacy.search import max_steps
     from fedsim.validate import InputError
 
     family = EventFamily.gaussian(0.01)
