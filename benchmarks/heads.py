@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim import config as configs
-from fedsim import provenance
+from fedsim import loading, provenance
 from fedsim.config import Config
 from fedsim.engine import scoring
 from fedsim.engine.experiment import prepare
@@ -80,7 +79,7 @@ def overrides_of(method: str, features: str, epsilon: float) -> list[str]:
 def config_of(features: str, epsilon: float, seed: int, held_out: bool, chosen: Sequence[str]) -> Config:
     """Return the configuration of one run."""
     batch = N - HELD_OUT if held_out else N
-    return configs.load(
+    return loading.load(
         "mehta2023/base",
         [
             "data.name=fashion_mnist",

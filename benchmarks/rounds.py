@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from benchmarks import flower_peer, pfl_peer
 from benchmarks.shared import SEED, TrivialClient, interleaved, medians, settings, stepper, trivial
-from fedsim import config as configs
-from fedsim import provenance, seeds
+from fedsim import loading, provenance, seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.holder import setup_of
@@ -180,7 +179,7 @@ def _simulated(name: str, nodes: int, steps: int) -> dict[str, Any]:
             1_000, nodes, f"model.name={name}", "train.expected_batch_size=2", "data.train_examples=2000",
             f"train.steps={steps + 3}", "engine.physical_batch_size=8", "engine.threads=1",
         )  # fmt: skip
-        recipe.write_text(configs.to_yaml(config), encoding="utf-8")
+        recipe.write_text(loading.to_yaml(config), encoding="utf-8")
         run = Path(folder) / "run"
         arguments = ["run", str(recipe), "--backend", "simulation", "--out", str(run), "--json"]
         done = subprocess.run(

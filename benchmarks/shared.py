@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim import config as configs
-from fedsim import provenance
+from fedsim import loading, provenance
 from fedsim.config import Config
 from fedsim.engine import holder
 from fedsim.engine.experiment import Experiment
@@ -27,7 +26,7 @@ SEED = 0
 
 def settings(holders: int, nodes: int, *more: str) -> Config:
     """A small DP-SGD recipe on the embedded data."""
-    return configs.load(
+    return loading.load(
         "base",
         [
             f"federation.holders={holders}",

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
 from fedsim.study import compare
@@ -95,7 +95,7 @@ def _digests(folder: Path) -> dict[str, str]:
     out = {}
     for path in sorted((folder / "runs").glob("*/result.json")):
         stated = json.loads(path.read_text(encoding="utf-8"))["config"]
-        out[stated] = configs.load(path.with_name("config.yaml")).digest()
+        out[stated] = loading.load(path.with_name("config.yaml")).digest()
     return out
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsim import config as configs
-from fedsim import given, validate
+from fedsim import given, loading, validate
 from fedsim.config import Config
 from fedsim.data.from_python import Data
 from fedsim.engine.run_folder import RunFolder, default_name
@@ -28,7 +27,8 @@ from fedsim.validate import InputError
 
 if TYPE_CHECKING:
     from fedsim.engine.metrics import Watcher
-    from fedsim.privacy.accountant import Calibration, EpsilonResult
+    from fedsim.privacy.accountant import EpsilonResult
+    from fedsim.privacy.search import Calibration
 
 _log = logging.getLogger(__name__)
 BACKENDS = ("local", "simulation")
@@ -116,7 +116,7 @@ def run(
     retain_freed_memory()
     folder.check(config, resume)
     if (done := folder.finished()) is not None:
-        held = configs.load(folder.config) if folder.config.exists() else config
+        held = loading.load(folder.config) if folder.config.exists() else config
         if held.data.root != config.data.root:
             _log.warning("%s is a finished run of the data in %s.", folder.root, held.data.root)
         return done
@@ -205,11 +205,11 @@ def calibrate(
     target_epsilon: float, sampling_rate: float, steps: int, delta: float, accountant: str = "pld"
 ) -> Calibration:
     """Return the smallest noise multiplier found for a target epsilon; arguments as of `epsilon`."""
-    from fedsim.privacy import accountant as accountants
+    from fedsim.privacy import search
     from fedsim.privacy.family import EventFamily
 
     family = EventFamily.gaussian(sampling_rate)
-    return accountants.noise_multiplier_for(target_epsilon, delta, family, steps, accountant)
+    return search.noise_multiplier_for(target_epsilon, delta, family, steps, accountant)
 
 
 def _configured(
@@ -237,7 +237,7 @@ def _configured(
         if count is not None:
             federation.setdefault("holders", count)
             federation.setdefault("nodes", min(2, count))
-    return configs.loaded(config, changes)
+    return loading.loaded(config, changes)
 
 
 def _plain(name: str, value: Any) -> Any:

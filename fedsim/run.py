@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.config import Config
 from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, normalise
@@ -79,7 +79,7 @@ class Run:
     @functools.cached_property
     def config(self) -> Config:
         """The configuration, all defaults included."""
-        return configs.load(self._paths.config)
+        return loading.load(self._paths.config)
 
     @functools.cached_property
     def card(self) -> Card:

@@ -37,7 +37,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,9 @@ from fedsim.queries.base import Arrays, NodeView
 from fedsim.queries.statistic import Expected
 from fedsim.rules import ENGINE_SETTINGS
 from fedsim.samplers import Participation
-from fedsim.secure_sum import arrays as messages
 from fedsim.secure_sum import shamir
-from fedsim.secure_sum.protocol import DEALT_BYTES, SEALED_BYTES, TAG_BYTES, graph_of
+from fedsim.secure_sum.conversation import STAGES, Speakers, expected, summed
+from fedsim.secure_sum.protocol import DEALT_BYTES, SEALED_BYTES, TAG_BYTES
 from fedsim.seeds import Root, derive
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.base import (
@@ -81,7 +81,6 @@ from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import RunError
 from fedsim.visibility import Public
 
-STAGES = ("advertise", "share", "", "confirm", "unmask")
 ROUNDING = 1e-3  # relative slack on the norm of sums of many float32 terms
 _log = logging.getLogger(__name__)
 
@@ -212,108 +211,28 @@ class Shares(Trust):
 
     def answer(self, at: Setting, node: NodeView, task: StepTask) -> tuple[Arrays, ClippedSum]:
         """Speak for those holders of the node that still answer, one row each."""
-        sent, here = task.arrays, self._here(node, task)
-        setup = MaskedSum.from_arrays(sent, self._terms(at))
-        rows, width = node.holders.tolist(), setup.settings.width
-        speakers = {
-            rows[i]: secure_sum.Holder(
-                rows[i], setup.settings, derive(task.keys["holders"], "session", rows[i])
-            )
-            for i in np.flatnonzero(here)
-        }
-        nothing = _no_sum(at.clip)
-        if task.stage == "advertise":
-            public = {h: speaker.advertise() for h, speaker in speakers.items()}
-            return {"here": here, "public": messages.pack_adverts(public, rows)}, nothing
-        everyone = np.arange(setup.settings.holders)
-        adverts = messages.unpack_adverts(sent["public"], sent["advertised"], everyone)
-        graph = graph_of(setup.settings, adverts)
-        if task.stage == "share":
-            dealt = {h: speaker.share(adverts) for h, speaker in speakers.items()}
-            packed = messages.pack_pairs(dealt, graph, rows, width, DEALT_BYTES)
-            return {"here": here, "dealt": packed}, nothing
-        shared = set(np.flatnonzero(sent["shared"]).tolist())
-        if task.stage == "confirm":
-            arrived = set(np.flatnonzero(sent["arrived"]).tolist())
-            told = {h: speaker.confirm(adverts, shared, arrived) for h, speaker in speakers.items()}
-            packed = messages.pack_pairs(told, graph, rows, width, TAG_BYTES)
-            return {"here": here, "confirmations": packed}, nothing
-        if task.stage == "unmask":
-            arrived = set(np.flatnonzero(sent["arrived"]).tolist())
-            sealed = messages.unpack_pairs(sent["sealed"], sent["shared"], everyone, graph)
-            said = messages.unpack_pairs(sent["confirmations"], sent["confirmed"], everyone, graph, arrived)
-            inbound, confirmed = messages.by_receiver(sealed), messages.by_receiver(said)
-            reveals = {
-                h: speaker.unmask(adverts, shared, arrived, inbound.get(h, {}), confirmed.get(h, {}))
-                for h, speaker in speakers.items()
-            }
-            return {"here": here, "shares": messages.pack_reveals(reveals, graph, rows, width)}, nothing
-        masked = np.zeros((len(rows), setup.settings.length), dtype=setup.settings.ring.dtype)
+        here = self._here(node, task)
+        setup = MaskedSum.from_arrays(task.arrays, self._terms(at))
+        speakers = Speakers(setup.settings, task, node.holders, here)
+        if task.stage != "":
+            return speakers.answer(), _no_sum(at.clip)
         exact, together = at.sums_by_holder(node, task, here)
-        for row, holder in enumerate(rows):
-            if holder in speakers:
-                values = _values(exact[row], setup, holder, task)
-                masked[row] = speakers[holder].mask(values, adverts, shared)
-        return {"here": here, "masked": masked}, together
+        return speakers.masked(lambda row, holder: _values(exact[row], setup, holder, task)), together
 
     def collect(self, at: Setting, release: Release, along: Arrays, ask: Ask) -> Collected:
         """Run the five stages and return the decoded sums, noise included, with the replies of the third."""
         setup: MaskedSum = release.agreed
-        width = setup.settings.width
-        everyone = list(range(setup.settings.holders))
-        server = secure_sum.Server(setup.settings)
-        along = along | setup.to_arrays()
-
-        adverts: dict[int, secure_sum.Advert] = {}
-        for r in ask("advertise", along):
-            adverts |= messages.unpack_adverts(r.arrays["public"], r.arrays["here"], r.holders)
-        self._check(setup, len(adverts))
-        server.take_adverts(adverts)
-        along |= {"advertised": _mask(adverts, everyone), "public": messages.pack_adverts(adverts, everyone)}
-
-        dealt: dict[int, dict[int, bytes]] = {}
-        for r in ask("share", along):
-            dealt |= messages.unpack_pairs(r.arrays["dealt"], r.arrays["here"], r.holders, server.neighbours)
-        self._check(setup, len(dealt))
-        server.take_shares(dealt)
-        along |= {"shared": _mask(server.sealed, everyone)}
-
-        replies = ask("", along)
-        masked: dict[int, NDArray[Any]] = {}
-        for r in replies:
-            masked |= {int(r.holders[i]): r.arrays["masked"][i] for i in np.flatnonzero(r.arrays["here"])}
-        self._check(setup, len(masked))
-        server.take_masked(masked)
-        survivors = len(server.masked)
-        along |= {"arrived": _mask(server.masked, everyone)}
-
-        confirmed: dict[int, dict[int, bytes]] = {}
-        near, shared, arrived = server.neighbours, set(server.sealed), set(server.masked)
-        for r in ask("confirm", along):
-            here, said = r.arrays["here"], r.arrays["confirmations"]
-            confirmed |= messages.unpack_pairs(said, here, r.holders, near, arrived)
-        server.take_confirmations(confirmed)
-        along |= {
-            "confirmed": _mask(server.confirmed, everyone),
-            "confirmations": messages.pack_pairs(server.confirmed, near, everyone, width, TAG_BYTES),
-            "sealed": messages.pack_pairs(server.sealed, near, everyone, width, SEALED_BYTES),
-        }
-
-        reveals: dict[int, secure_sum.Reveal] = {}
-        for r in ask("unmask", along):
-            here, shares = r.arrays["here"], r.arrays["shares"]
-            reveals |= messages.unpack_reveals(shares, here, r.holders, near, shared, arrived)
-        total = server.total(reveals)
-        _check_size(setup, total, sum(r.count for r in replies), survivors)
-        for by, owner in server.damaged:
+        got = summed(setup.settings, along | setup.to_arrays(), ask, functools.partial(self._check, setup))
+        _check_size(setup, got.total, sum(r.count for r in got.replies), got.survivors)
+        for by, owner in got.damaged:
             _log.warning("holder %d revealed another share than holder %d dealt it", by, owner)
-        decoded = setup.vector.parts(setup.quantiser.decode(total, _signs(at, replies[0].step)))
+        decoded = setup.vector.parts(setup.quantiser.decode(got.total, _signs(at, got.replies[0].step)))
         names = [part.name for part in release.statistic.parts]
         return Collected(
             dict(zip(names, decoded, strict=True)),
-            replies,
-            _facts(setup, survivors, server.damaged),
-            max(0, setup.shares.min_survivors - survivors),
+            got.replies,
+            _facts(setup, got.survivors, got.damaged),
+            max(0, setup.shares.min_survivors - got.survivors),
         )
 
     def _check(self, setup: MaskedSum, left: int) -> None:
@@ -341,16 +260,7 @@ class Shares(Trust):
 
     def reply_arrays(self, at: Setting, release: Release, reply: HolderReply) -> Expected:
         """See `Trust.reply_arrays`."""
-        s, rows = release.agreed.settings, len(reply.holders)
-        byte = np.dtype(np.uint8)
-        body: Mapping[str, Expected] = {
-            "advertise": {"public": ((rows, 3, 32), byte)},
-            "share": {"dealt": ((rows, s.width, DEALT_BYTES), byte)},
-            "": {"masked": ((rows, s.length), s.ring.dtype)},
-            "confirm": {"confirmations": ((rows, s.width, TAG_BYTES), byte)},
-            "unmask": {"shares": ((rows, s.width, shamir.LIMBS), np.dtype(np.uint32))},
-        }
-        return {"here": ((rows,), np.dtype(np.bool_)), **body[reply.stage]}
+        return expected(release.agreed.settings, reply.stage, len(reply.holders))
 
     def norm_bounds(self, at: Setting, release: Release, reply: HolderReply) -> dict[str, float]:
         """See `Trust.norm_bounds`: masked vectors have none; `collect` looks at their sum."""
@@ -437,10 +347,6 @@ def _facts(setup: MaskedSum, survivors: int, damaged: list[tuple[int, int]]) -> 
         "noise_std_of_server": Public(math.sqrt(shares.missing(survivors)) / scale),
         **({"damaged_shares": Public(pairs)} if pairs else {}),
     }
-
-
-def _mask(present: Mapping[int, Any], everyone: list[int]) -> NDArray[np.bool_]:
-    return np.array([holder in present for holder in everyone])
 
 
 def _no_sum(clip: ClipRule) -> ClippedSum:

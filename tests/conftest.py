@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.config import Config
 from fedsim.privacy import accountant, loss_distribution
 from fedsim.privacy.accountant import EpsilonResult
@@ -76,7 +76,7 @@ def _epsilon_of_holders_on_its_own_grid(
         monkeypatch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", FULL_GRID)
     if exact is not _of_the_last_test[0]:
         _of_the_last_test[0] = exact
-        accountant._epsilon.cache_clear()  # does not ask for the grid of what it holds
+        accountant.epsilon_of_parts.cache_clear()  # does not ask for the grid of what it holds
 
 
 def without_epsilon(patch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def _private_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small(*overrides: str) -> Config:
     """Return a configuration that trains in about a second."""
-    return configs.load("base", [*SMALL, *overrides])
+    return loading.load("base", [*SMALL, *overrides])
 
 
 def train(

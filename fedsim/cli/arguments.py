@@ -35,9 +35,9 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(options: argparse.Namespace) -> Config:
     """Return the checked configuration that the command line names."""
-    from fedsim import config as configs
+    from fedsim import loading
 
-    return configs.load(options.config, options.overrides)
+    return loading.load(options.config, options.overrides)
 
 
 @contextmanager

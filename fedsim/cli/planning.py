@@ -38,10 +38,10 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         from rich.console import Console
 
-        from fedsim import config as configs
+        from fedsim import loading
 
         console = Console()
-        console.print(configs.to_yaml(config), markup=False, highlight=False)
+        console.print(loading.to_yaml(config), markup=False, highlight=False)
         table = show.table("plan", "")
         for name, value in _rows(plan):
             table.add_row(name, value)

@@ -153,13 +153,13 @@ def _published(options: argparse.Namespace) -> Any:
 def _calibrate(options: argparse.Namespace) -> Any:
     with importing():
         from fedsim import rules, validate
-        from fedsim.privacy import accountant
+        from fedsim.privacy import search
         from fedsim.privacy.family import EventFamily
 
     validate.in_range(options.target_epsilon, *rules.REAL, "--target-epsilon")
     rate, steps, delta = _mechanism(options)
     family = EventFamily.gaussian(rate)
-    found = accountant.noise_multiplier_for(options.target_epsilon, delta, family, steps, options.accountant)
+    found = search.noise_multiplier_for(options.target_epsilon, delta, family, steps, options.accountant)
     if options.population is not None:
         units = int(options.population)
         found = dataclasses.replace(

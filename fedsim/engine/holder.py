@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim import config as configs
-from fedsim import provenance, references, seeds
+from fedsim import loading, provenance, references, seeds
 from fedsim.clipping.base import ClipRule
 from fedsim.config import Config
 from fedsim.data import batches, datasets
@@ -321,7 +320,7 @@ def forget_nodes() -> None:
 def _sent(setup: str) -> tuple[Config, dict[str, bytes]]:
     """Return the configuration and the keys that `setup_of` says, read once for all nodes of a process."""
     sent = json.loads(setup)
-    config = configs.from_json(json.dumps(sent["config"]))
+    config = loading.from_json(json.dumps(sent["config"]))
     references.check_allowed(config.references())
     keys = {purpose: bytes.fromhex(key) for purpose, key in sent["keys"].items()}
     return dataclasses.replace(config, seed=seeds.WITHHELD), keys

@@ -18,8 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedsim import config as configs
-from fedsim import seeds
+from fedsim import loading, seeds
 from fedsim.config import Config, EngineConfig
 from fedsim.data import batches
 from fedsim.engine import device as devices
@@ -49,7 +48,7 @@ def settle(experiment: Experiment, folder: RunFolder, parallel: bool) -> Experim
         return experiment
     size: int | str = "auto"
     if folder.config.exists():
-        size = configs.load(folder.config).engine.physical_batch_size
+        size = loading.load(folder.config).engine.physical_batch_size
     if not isinstance(size, int):
         size = _probed(experiment, parallel)
     engine = replace(engine, physical_batch_size=size, memory_limit=None)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
@@ -62,7 +62,7 @@ class RunFolder:
             if self.root.exists() and not self.root.is_dir():
                 raise InputError(f"--out must be a folder, got the file {self.root}.")
             return
-        held = configs.load(self.config)
+        held = loading.load(self.config)
         if held.digest() != config.digest():
             raise InputError(
                 f"{self.root} belongs to another configuration: {_difference(held, config)}. "
@@ -104,7 +104,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, unless it says the same already."""
-        content = configs.to_yaml(config).encode()
+        content = loading.to_yaml(config).encode()
         if not self.config.exists() or self.config.read_bytes() != content:
             write_atomic(self.config, content)
 

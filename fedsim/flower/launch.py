@@ -28,8 +28,7 @@ from typing import Any
 
 import psutil
 
-from fedsim import config as configs
-from fedsim import provenance, references, validate
+from fedsim import loading, provenance, references, validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import device
@@ -179,7 +178,7 @@ def _stage(base: Path, config: Config) -> Path:
                 (app / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, app / name)
     (app / "configs").mkdir()
-    (app / "configs" / "launch.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
+    (app / "configs" / "launch.yaml").write_text(loading.to_yaml(config), encoding="utf-8")
     (app / "pyproject.toml").write_text(PYPROJECT.format(version="0.1.0"), encoding="utf-8")
     return app
 

@@ -11,8 +11,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsim import config as configs
-from fedsim import validate
+from fedsim import loading, validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import probe
@@ -34,7 +33,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run `config` with `overrides` into `out` (keys of [tool.flwr.app.config])."""
     wanted = context.run_config
-    config = configs.load(str(wanted["config"]), _words(str(wanted["overrides"])), folder=None)
+    config = loading.load(str(wanted["config"]), _words(str(wanted["overrides"])), folder=None)
     out = Path(str(wanted["out"]) or default_out(config))
     if not out.is_absolute():
         raise InputError(f"out must be an absolute path (the runtime changes folders), got {str(out)!r}.")

@@ -1,1 +1,2 @@
-"""Privacy: what a step released (events), what that costs (accountant), and the record of it (ledger)."""
+"""Privacy: what a step released (events), what that costs (accountant), what a target allows (search), and
+the record of it (ledger)."""

@@ -8,9 +8,9 @@ import dp_accounting as dp
 
 from fedsim import validate
 from fedsim.config import PrivacyConfig
-from fedsim.privacy import accountant, events
-from fedsim.privacy.accountant import Calibration
+from fedsim.privacy import accountant, events, search
 from fedsim.privacy.family import EventFamily
+from fedsim.privacy.search import Calibration
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def within_budget(privacy: PrivacyConfig, family: EventFamily, steps: int) -> Bu
         )
     calibration, multiplier, delta, kind = None, privacy.noise_multiplier, privacy.delta, privacy.accountant
     if privacy.target_epsilon is not None:
-        calibration = accountant.noise_multiplier_for(privacy.target_epsilon, delta, family, steps, kind)
+        calibration = search.noise_multiplier_for(privacy.target_epsilon, delta, family, steps, kind)
         multiplier = calibration.noise_multiplier
     assert multiplier is not None
     allowed = steps
     if (most := privacy.stop_at_epsilon) is not None:
-        allowed = accountant.max_steps(most, delta, family, multiplier, kind, steps)
+        allowed = search.max_steps(most, delta, family, multiplier, kind, steps)
         if allowed == 0:
             validate.conflicts(
                 f"privacy.stop_at_epsilon {most} is below the epsilon of a single release: that of the first "

@@ -2,7 +2,7 @@
 
 A calibration searches by some twenty epsilons; looking at one tells whether a number found before is still
 right. So a number from a file is used only if its epsilon, computed now, is within the target and as near to
-it as the search ends (`accountant.noise_multiplier_for`): whatever a file holds, no run gets less noise than
+it as the search ends (`search.noise_multiplier_for`): whatever a file holds, no run gets less noise than
 its target needs. Epsilons that are reported are never kept in files, where nothing could check them: they are
 computed in every process.
 

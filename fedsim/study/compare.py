@@ -15,14 +15,13 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from fedsim import config as configs
-from fedsim import validate
+from fedsim import loading, validate
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
 from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
 from fedsim.headline import Metric
-from fedsim.merging import parse_options
+from fedsim.merging import parse_options, read
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
 from fedsim.validate import InputError, RunError
@@ -75,8 +74,8 @@ def load(source: str | Path) -> Comparison:
     Raises:
         InputError: unreadable file, unknown key, or nothing to compare.
     """
-    path = configs.find(source)
-    content = OmegaConf.to_container(configs.read(path))
+    path = loading.find(source)
+    content = OmegaConf.to_container(read(path))
     assert isinstance(content, dict)
     comparison_: Comparison = parse_options({str(k): v for k, v in content.items()}, Comparison, str(path))
     if not comparison_.recipe or not comparison_.variants or not comparison_.seeds:
@@ -84,11 +83,11 @@ def load(source: str | Path) -> Comparison:
     for name, values in (("seeds", comparison_.seeds), ("epsilons", comparison_.epsilons)):
         if len(set(values)) != len(values):
             raise InputError(f"{path}: {name} must be different numbers, got {values}.")
-    variants = {name: configs.located(given, path.parent) for name, given in comparison_.variants.items()}
+    variants = {name: loading.located(given, path.parent) for name, given in comparison_.variants.items()}
     return dataclasses.replace(
         comparison_,
-        recipe=str(configs.find(comparison_.recipe, path.parent)),
-        overrides=configs.located(comparison_.overrides, path.parent),
+        recipe=str(loading.find(comparison_.recipe, path.parent)),
+        overrides=loading.located(comparison_.overrides, path.parent),
         variants=variants,
     )
 
@@ -105,7 +104,7 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
             budget = [] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]
             given = [*comparison_.overrides, *budget, *changes, f"seed={seed}", *overrides]
             try:
-                config = configs.load(comparison_.recipe, given)
+                config = loading.load(comparison_.recipe, given)
             except InputError as error:
                 raise InputError(f"variant '{variant}': {error}") from error
             out.append(Planned(variant, epsilon, seed, config))

@@ -28,8 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedsim import config as configs
-from fedsim import validate
+from fedsim import loading, validate
 from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
@@ -87,7 +86,7 @@ def run(
         raise InputError("seed must not be overridden where --seeds are given: use --seeds alone.")
     planned = []
     for seed in seeds:
-        config = configs.load(source, [*overrides, f"seed={seed}"])
+        config = loading.load(source, [*overrides, f"seed={seed}"])
         planned.append(Planned(config.title or "run", config.privacy.target_epsilon, seed, config))
     if results is not None:
         places.writable(results.absolute().parent, "the folder of --results", "Choose another file")

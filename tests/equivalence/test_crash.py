@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedsim import config as configs
-from fedsim import seeds
+from fedsim import loading, seeds
 from fedsim.engine.experiment import prepare
 from fedsim.privacy import ledger
 from tests.conftest import SMALL, command, final
@@ -50,7 +49,7 @@ def ledger_lines(out: Path) -> int:
 
 
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
-    prepare(configs.load("base", [*SMALL, *SLOWER]))  # data and code are read before the processes part
+    prepare(loading.load("base", [*SMALL, *SLOWER]))  # data and code are read before the processes part
     assert ended(start(tmp_path / "unbroken")) == 0
 
     # Each process is killed a random while after it has added a random number of steps to the ledger: before,

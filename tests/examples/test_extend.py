@@ -30,10 +30,9 @@ from torch import Tensor, nn
 
 import fedsim
 from fedsim import axes, models, provenance, references, seeds
-from fedsim import config as configs
 from fedsim.api import _configured
 from fedsim.clipping.flat import FlatClip
-from fedsim.config import ModelConfig
+from fedsim.config import Config, ModelConfig
 from fedsim.data import augment
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.grads.flat import FlatSpec
@@ -123,7 +122,7 @@ def settings_of(name: str, *more: Mapping[str, Any]) -> dict[str, Any]:
     return joined(SMALL, PARTS[name][1] if name in PARTS else {}, *more)
 
 
-def config_of(name: str, *more: Mapping[str, Any]) -> configs.Config:
+def config_of(name: str, *more: Mapping[str, Any]) -> Config:
     chosen = settings_of(name, *more)
     known = {section: chosen.pop(section, None) for section in ("model", "data", "task")}
     return _configured("base", known["model"], known["data"], known["task"], None, chosen)

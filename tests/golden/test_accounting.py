@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedsim.privacy import accountant, published
+from fedsim.privacy import accountant, published, search
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.published import PublishedSetting
 
@@ -37,7 +37,7 @@ def test_both_accountants_give_the_golden_values(row: PublishedSetting) -> None:
 @pytest.mark.parametrize("name", ["rdp", "pld"])
 def test_calibration_recovers_the_noise(row: PublishedSetting, name: str) -> None:
     target = row.epsilon_rdp if name == "rdp" else row.epsilon_pld
-    found = accountant.noise_multiplier_for(
+    found = search.noise_multiplier_for(
         target, row.delta, EventFamily.gaussian(row.sampling_rate), row.steps, name
     )
     assert found.noise_multiplier == pytest.approx(row.noise_multiplier, rel=5e-3)
@@ -56,13 +56,13 @@ def test_the_objax_accountant_reproduces_kurakin(row: PublishedSetting, expected
 
 
 def test_max_steps_of_known_configurations() -> None:
-    assert accountant.max_steps(1.0, 1e-5, EventFamily.gaussian(4096 / 50_000), 10.0, "rdp") == 895
-    imagenet = accountant.max_steps(8.0, 8e-7, EventFamily.gaussian(16_384 / 1_271_167), 2.5, "rdp")
+    assert search.max_steps(1.0, 1e-5, EventFamily.gaussian(4096 / 50_000), 10.0, "rdp") == 895
+    imagenet = search.max_steps(8.0, 8e-7, EventFamily.gaussian(16_384 / 1_271_167), 2.5, "rdp")
     assert imagenet == pytest.approx(71_592, rel=2e-4)
 
 
 def test_a_holder_of_ten_and_of_a_hundred_at_example_epsilon_three() -> None:
-    calibrated = accountant.noise_multiplier_for(3.0, 1e-5, EventFamily.gaussian(0.02), 1000)
+    calibrated = search.noise_multiplier_for(3.0, 1e-5, EventFamily.gaussian(0.02), 1000)
     ten = accountant.holder_epsilon(calibrated.noise_multiplier, 0.02, 1000, 1e-5, 10)
     hundred = accountant.holder_epsilon(calibrated.noise_multiplier, 0.02, 1000, 1e-5, 100)
     assert ten.value == pytest.approx(53.0, rel=0.02)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from fedsim import config as configs
-from fedsim import presets
-from fedsim.config import Config
+from fedsim import loading, presets
+from fedsim.config import CONFIG_DIR, Config
 from fedsim.method import Method
 from tests.conftest import small
 
 # Holder updates under other trust models and noise, and moments, are in the product (combinations.py).
-ALL = [n for n in presets.names(configs.CONFIG_DIR) if not n.startswith("dp_fedavg_") and n != "dp_ls"]
-PRIVATE = [name for name in ALL if Method.of(configs.load(f"smoke/{name}")).private]
+ALL = [n for n in presets.names(CONFIG_DIR) if not n.startswith("dp_fedavg_") and n != "dp_ls"]
+PRIVATE = [name for name in ALL if Method.of(loading.load(f"smoke/{name}")).private]
 
 # Forms of a method that its options make another mechanism: they must satisfy the same.
 FORMS = {

@@ -15,8 +15,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fedsim import config as configs
-from fedsim import presets
+from fedsim import loading, presets
+from fedsim.config import CONFIG_DIR, Config
 from fedsim.engine.experiment import prepare
 from fedsim.flower.client_app import app
 from fedsim.mechanism import Mechanism
@@ -76,7 +76,7 @@ class Flaky:
         return app(message, context)
 
 
-def formed(chosen: Combination, form: str, *overrides: str) -> configs.Config:
+def formed(chosen: Combination, form: str, *overrides: str) -> Config:
     return of(chosen, *([form] if form else []), *overrides)
 
 
@@ -85,7 +85,7 @@ def few(chosen: Combination) -> str:
     return f"train.expected_batch_size={0.01 if chosen[2] == 'passes' else 1e-6}"
 
 
-def start_of(config: configs.Config) -> torch.Tensor:
+def start_of(config: Config) -> torch.Tensor:
     held = prepare(config).model.state_dict()
     return torch.cat([held[name].flatten() for name in sorted(held)])
 
@@ -141,13 +141,13 @@ def test_a_variant_says_where_it_is_from(axis: str) -> None:
         assert re.search(r"Source:|et al. \d{4}|\d{4}\)", module), variant
 
 
-SMOKE = sorted(path.stem for path in (configs.CONFIG_DIR / "smoke").glob("*.yaml"))
+SMOKE = sorted(path.stem for path in (CONFIG_DIR / "smoke").glob("*.yaml"))
 
 
 def test_every_preset_has_a_smoke_file_that_names_it() -> None:
     """In the file itself: one that leaves its method to the defaults would test another under its name."""
-    said = {name: OmegaConf.load(configs.CONFIG_DIR / "smoke" / f"{name}.yaml") for name in SMOKE}
-    for name in presets.names(configs.CONFIG_DIR):
+    said = {name: OmegaConf.load(CONFIG_DIR / "smoke" / f"{name}.yaml") for name in SMOKE}
+    for name in presets.names(CONFIG_DIR):
         assert OmegaConf.select(said[name], "preset") == name
     for name, text in said.items():
         assert "preset" in text or any(axis in text for axis in AXES), name
@@ -155,8 +155,8 @@ def test_every_preset_has_a_smoke_file_that_names_it() -> None:
 
 @pytest.mark.parametrize("name", SMOKE)
 def test_learns_on_its_smoke_config(name: str, tmp_path: Path) -> None:
-    path = configs.CONFIG_DIR / "smoke" / f"{name}.yaml"
-    config = configs.load(path, ["monitor.progress=false", "monitor.tensorboard=false"])
+    path = CONFIG_DIR / "smoke" / f"{name}.yaml"
+    config = loading.load(path, ["monitor.progress=false", "monitor.tensorboard=false"])
     said = OmegaConf.load(path)
     for axis in AXES:
         wanted = OmegaConf.select(said, axis)

@@ -10,9 +10,10 @@ import pytest
 from scipy import optimize, stats
 
 from fedsim.privacy import accountant, events, loss_distribution
-from fedsim.privacy.accountant import epsilon, holder_epsilon, max_steps, noise_multiplier_for
+from fedsim.privacy.accountant import epsilon, holder_epsilon
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.loss_distribution import Part, mixture_weights
+from fedsim.privacy.search import max_steps, noise_multiplier_for
 from fedsim.validate import InputError
 
 pytestmark = pytest.mark.exact
@@ -166,7 +167,7 @@ def test_calibration_meets_the_target_from_below(name: str, rate: float, steps: 
 
 
 def test_calibration_is_quick() -> None:
-    accountant._epsilon.cache_clear()
+    accountant.epsilon_of_parts.cache_clear()
     start = time.perf_counter()
     noise_multiplier_for(3.0, DELTA, EventFamily.gaussian(0.08), 1000)
     assert time.perf_counter() - start < 5.0
@@ -251,7 +252,7 @@ def test_where_exp_of_epsilon_leaves_the_doubles_the_grid_still_answers(mu: floa
 
 
 def test_a_holder_at_the_end_of_a_run_is_quick() -> None:
-    accountant._epsilon.cache_clear()
+    accountant.epsilon_of_parts.cache_clear()
     loss_distribution._single.cache_clear()
     start = time.perf_counter()
     holder_epsilon(1.1504, 0.02, 1000, DELTA, 100)

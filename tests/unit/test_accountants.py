@@ -10,7 +10,7 @@ import pytest
 
 from fedsim.accountants import ACCOUNTANTS, Accountant
 from fedsim.engine.experiment import prepare
-from fedsim.privacy import accountant, events
+from fedsim.privacy import accountant, events, search
 from fedsim.privacy.family import EventFamily
 from fedsim.privacy.loss_distribution import Part
 from fedsim.validate import InputError
@@ -63,9 +63,9 @@ def test_the_central_limit_is_near_too_small_and_says_so() -> None:
 def test_what_is_no_bound_calibrates_and_stops_nothing() -> None:
     family = EventFamily.gaussian(0.01)
     with pytest.raises(InputError, match="approximation, not an upper bound"):
-        accountant.noise_multiplier_for(1.0, DELTA, family, 10, "gdp")
+        search.noise_multiplier_for(1.0, DELTA, family, 10, "gdp")
     with pytest.raises(InputError, match="approximation, not an upper bound"):
-        accountant.max_steps(1.0, DELTA, family, 1.0, "gdp")
+        search.max_steps(1.0, DELTA, family, 1.0, "gdp")
     with pytest.raises(InputError, match="approximation, not an upper bound"):
         prepare(small("privacy.accountant=gdp"))
 

@@ -14,7 +14,7 @@ from fedsim.engine import holder
 from fedsim.engine.asked import Asked
 from fedsim.engine.holder import Node
 from fedsim.grads.flat import get_flat
-from fedsim.strategies.shares import STAGES
+from fedsim.secure_sum.conversation import STAGES
 from fedsim.types import HolderReply, StepTask
 from fedsim.validate import RunError
 from tests.conftest import small

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Message
 from torch import Tensor, nn
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.config import Config
 from fedsim.engine import device as devices
 from fedsim.engine import probe
@@ -261,7 +261,7 @@ def test_a_resumed_run_keeps_the_size_and_so_its_bits(
     config = small(AUTO, "engine.memory_limit=0.25")
     with pytest.raises(RunError):
         train(config, tmp_path / "cut", client=stopped_at(3))
-    assert configs.load(tmp_path / "cut" / "config.yaml").engine.physical_batch_size == 11
+    assert loading.load(tmp_path / "cut" / "config.yaml").engine.physical_batch_size == 11
     result = train(config, tmp_path / "cut", resume=True)
     assert result["physical_batch_size"] == 11
     assert next(sizes) == 7, "the resumed run did not choose again"

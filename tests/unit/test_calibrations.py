@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedsim.noise.levels import NoiseLevels
-from fedsim.privacy import accountant, calibrations
+from fedsim.privacy import calibrations, search
 from fedsim.privacy.family import EventFamily
+from fedsim.validate import InputError
 
 TARGET, DELTA, STEPS = 2.0, 1e-5, 40
 
@@ -26,18 +27,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Where each search started, in the order they were made."""
     made: list[float] = []
-    search = accountant._search
+    plain = search._search
 
     def counted(gap: object, start: float, name: str) -> float:
         made.append(start)
-        return search(gap, start, name)  # type: ignore[arg-type]
+        return plain(gap, start, name)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(accountant, "_search", counted)
+    monkeypatch.setattr(search, "_search", counted)
     return made
 
 
-def calibrated(target: float = TARGET, name: str = "pld", rate: float = 0.1) -> accountant.Calibration:
-    return accountant.noise_multiplier_for(target, DELTA, EventFamily.gaussian(rate), STEPS, name)
+def calibrated(target: float = TARGET, name: str = "pld", rate: float = 0.1) -> search.Calibration:
+    return search.noise_multiplier_for(target, DELTA, EventFamily.gaussian(rate), STEPS, name)
 
 
 def only(folder: Path) -> Path:
@@ -109,7 +110,7 @@ def test_every_input_has_a_file_of_its_own(folder: Path) -> None:
         (TARGET, DELTA, family, STEPS, "pld"),
     ]
     for count, call in enumerate(calls, start=1):
-        accountant.noise_multiplier_for(*call)
+        search.noise_multiplier_for(*call)
         assert len(list(folder.glob("*.json"))) == count
 
 
@@ -125,8 +126,8 @@ def test_other_code_or_another_version_searches_again(
 
 def test_an_unreachable_target_is_not_kept(folder: Path) -> None:
     for _ in range(2):
-        with pytest.raises(accountant.InputError, match="cannot be reached"):
-            accountant.noise_multiplier_for(1e-9, 1e-10, EventFamily.gaussian(0.5), 10**6, "rdp")
+        with pytest.raises(InputError, match="cannot be reached"):
+            search.noise_multiplier_for(1e-9, 1e-10, EventFamily.gaussian(0.5), 10**6, "rdp")
     assert not list(folder.glob("*.json"))
 
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.clipping import CLIPPING, clip_rule
 from fedsim.clipping.base import BoundedRule
 from fedsim.clipping.grouped import ClipGroup, GroupedClip
 from fedsim.clipping.normalised import NormalisedClip
 from fedsim.clipping.per_layer import PerLayerClip
-from fedsim.config import Config
+from fedsim.config import Config, ModelConfig
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node, statistics
 from fedsim.grads.bookkeeping.tape import Tape
@@ -38,7 +38,7 @@ NAMES = ("token", "conv.weight", "conv.gain", "block.norm.weight", "block.norm.b
 
 def test_a_layer_is_what_one_module_owns() -> None:
     assert PerLayerClip(1.0).group_of(NAMES) == (0, 1, 1, 2, 2, 3)
-    resnet = build(configs.ModelConfig("wide_resnet", {"depth": 10, "width": 1}), (3, 8, 8), 5, seed=0)
+    resnet = build(ModelConfig("wide_resnet", {"depth": 10, "width": 1}), (3, 8, 8), 5, seed=0)
     names = [name for name, _ in resnet.named_parameters()]
     groups = PerLayerClip(1.0).group_of(names)
     gains = [name for name in names if name.endswith(".gain")]
@@ -197,7 +197,7 @@ def test_configurations_that_are_refused(overrides: list[str], message: str) -> 
 @pytest.mark.parametrize("setting", ["privacy.clip_groups={a: {parameters: ['*']}}", "privacy.clipng=flat"])
 def test_there_is_no_second_setting(setting: str) -> None:
     with pytest.raises(InputError, match="unknown key"):
-        configs.load("base", [setting])
+        loading.load("base", [setting])
 
 
 GROUPED = (
@@ -209,17 +209,17 @@ GROUPED = (
 
 
 def test_the_rule_of_a_configuration() -> None:
-    config = configs.load("base", GROUPED)
+    config = loading.load("base", GROUPED)
     groups = {"body": ClipGroup(["layers.0.*"], 3.0), "head": ClipGroup(["layers.2.*"], 1.0)}
     assert clip_rule(config.privacy) == GroupedClip(2.0, groups)
-    layered = configs.load("base", ["privacy.clipping=per_layer", "privacy.clip_norm=2.0"])
+    layered = loading.load("base", ["privacy.clipping=per_layer", "privacy.clip_norm=2.0"])
     assert clip_rule(layered.privacy) == PerLayerClip(2.0)
     assert set(CLIPPING.names()) == {"flat", "normalised", "per_layer", "grouped"}
     for name in CLIPPING.own():
         if name != "grouped":
-            assert clip_rule(configs.load("base", [f"privacy.clipping={name}"]).privacy).sensitivity == 1.0
+            assert clip_rule(loading.load("base", [f"privacy.clipping={name}"]).privacy).sensitivity == 1.0
     smooth = ["privacy.clipping={name: normalised, options: {gamma: 0.5}}", "privacy.clip_norm=2"]
-    assert clip_rule(configs.load("base", smooth).privacy) == NormalisedClip(2.0, 0.5)
+    assert clip_rule(loading.load("base", smooth).privacy) == NormalisedClip(2.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -270,11 +270,11 @@ def test_options_that_are_listed_are_those_that_can_be_given() -> None:
 
 
 def test_configurations_with_groups_survive_a_round_trip(tmp_path: Path) -> None:
-    config = configs.load("base", GROUPED)
-    assert configs.from_json(config.to_json()) == config
-    (tmp_path / "c.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
-    assert configs.load(tmp_path / "c.yaml").digest() == config.digest()
-    assert config.digest() != configs.load("base", ["privacy.clip_norm=2.0"]).digest()
+    config = loading.load("base", GROUPED)
+    assert loading.from_json(config.to_json()) == config
+    (tmp_path / "c.yaml").write_text(loading.to_yaml(config), encoding="utf-8")
+    assert loading.load(tmp_path / "c.yaml").digest() == config.digest()
+    assert config.digest() != loading.load("base", ["privacy.clip_norm=2.0"]).digest()
 
 
 def test_groups_are_checked_against_the_model_before_anything_starts() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedsim import config as configs
-from fedsim import models
+from fedsim import loading, models
 from fedsim.config import Config
 from fedsim.engine.experiment import prepare
 from fedsim.method import Method
@@ -27,22 +26,22 @@ def write(path: Path, text: str) -> Path:
 def test_overrides_win_over_the_file_which_wins_over_what_it_extends(tmp_path: Path) -> None:
     parent = write(tmp_path / "parent.yaml", "train: {steps: 1, expected_batch_size: 2}\nseed: 3\n")
     child = write(tmp_path / "child.yaml", f"extends: {parent}\ntrain: {{steps: 4}}\n")
-    config = configs.load(child, ["seed=5"])
+    config = loading.load(child, ["seed=5"])
     assert (config.train.steps, config.train.expected_batch_size, config.seed) == (4, 2.0, 5)
 
 
 def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
-    config = configs.load("quickstart", ["model.options={a: 1}", "train.augmentations=[flip]"])
-    assert configs.from_json(config.to_json()) == config
-    again = configs.load(write(tmp_path / "c.yaml", configs.to_yaml(config)))
+    config = loading.load("quickstart", ["model.options={a: 1}", "train.augmentations=[flip]"])
+    assert loading.from_json(config.to_json()) == config
+    again = loading.load(write(tmp_path / "c.yaml", loading.to_yaml(config)))
     assert again.digest() == config.digest()
 
 
 def test_digest_ignores_speed_and_logging_and_nothing_else() -> None:
-    base = configs.load("base")
+    base = loading.load("base")
     same = ["engine.physical_batch_size=7", "engine.threads=3", "monitor.progress=false", "title=x"]
     for override in same:
-        assert configs.load("base", [override]).digest() == base.digest()
+        assert loading.load("base", [override]).digest() == base.digest()
     other = [
         "seed=1",
         "federation.holders=7",
@@ -50,7 +49,7 @@ def test_digest_ignores_speed_and_logging_and_nothing_else() -> None:
         "train.steps=3",
         "optimizer.learning_rate=2",
     ]
-    assert len({configs.load("base", [override]).digest() for override in other} | {base.digest()}) == 6
+    assert len({loading.load("base", [override]).digest() for override in other} | {base.digest()}) == 6
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_digest_ignores_speed_and_logging_and_nothing_else() -> None:
 )
 def test_refusals_name_the_key(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        configs.load("base", [override])
+        loading.load("base", [override])
 
 
 def test_circle_of_extends_is_refused(tmp_path: Path) -> None:
@@ -76,18 +75,18 @@ def test_circle_of_extends_is_refused(tmp_path: Path) -> None:
     write(a, f"extends: {b}\n")
     write(b, f"extends: {a}\n")
     with pytest.raises(InputError, match="circle"):
-        configs.load(a)
+        loading.load(a)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: ["])
 def test_unreadable_files_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="YAML mapping"):
-        configs.load(write(tmp_path / "c.yaml", text))
+        loading.load(write(tmp_path / "c.yaml", text))
 
 
 def test_unknown_name_lists_the_nearest() -> None:
     with pytest.raises(InputError, match="quickstart"):
-        configs.load("quickstrat")
+        loading.load("quickstrat")
 
 
 # --- paths ----------------------------------------------------------------------------------------------
@@ -103,12 +102,12 @@ def test_a_path_in_a_file_starts_at_the_files_own_folder(
         write(tmp_path / name / "sibling.yaml", f"seed: {seed}\n{paths}")
     child = write(tmp_path / "mine" / "child.yaml", "extends: sibling.yaml\ntitle: child\n")
     monkeypatch.chdir(tmp_path / "other")
-    config = configs.load(child)
+    config = loading.load(child)
     assert config.seed == 1
     assert config.data.root == str(tmp_path / "mine" / "data")
     assert config.model.init_from == str(tmp_path / "w.safetensors")
-    assert configs.load("../mine/child.yaml") == config
-    written = configs.load(child, ["data.root=here", "model.init_from=~/w.safetensors"])
+    assert loading.load("../mine/child.yaml") == config
+    written = loading.load(child, ["data.root=here", "model.init_from=~/w.safetensors"])
     assert written.data.root == str(tmp_path / "other" / "here")
     assert written.model.init_from == str(Path.home() / "w.safetensors")
 
@@ -117,14 +116,14 @@ def test_a_path_that_an_interpolation_makes_starts_there_too(tmp_path: Path) -> 
     (tmp_path / "inner").mkdir()
     write(tmp_path / "parent.yaml", "title: images\n")
     child = write(tmp_path / "inner" / "c.yaml", "extends: ../parent.yaml\ndata: {root: '${title}'}\n")
-    assert configs.load(child).data.root == str(tmp_path / "inner" / "images")
+    assert loading.load(child).data.root == str(tmp_path / "inner" / "images")
 
 
 def test_relative_overrides_are_refused_where_the_folder_is_not_the_users() -> None:
-    assert configs.load("base", ["data.root=/data"], folder=None).data.root == "/data"
+    assert loading.load("base", ["data.root=/data"], folder=None).data.root == "/data"
     for override in ("data.root=data", "model.init_from=w.safetensors"):
         with pytest.raises(InputError, match="must be an absolute path here"):
-            configs.load("base", [override], folder=None)
+            loading.load("base", [override], folder=None)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +131,8 @@ def test_relative_overrides_are_refused_where_the_folder_is_not_the_users() -> N
 )
 def test_overrides_of_a_comparison_start_at_its_folder_whatever_its_name(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
-    given = configs.located(["seed=3", "data.root=data"], folder)
-    config = configs.load("base", given)
+    given = loading.located(["seed=3", "data.root=data"], folder)
+    config = loading.load("base", given)
     assert config.data.root == str(folder / "data")
     assert config.seed == 3
 
@@ -157,9 +156,9 @@ UNREAD = [
 def test_a_setting_that_nothing_reads_is_refused(setting: str, beside: str, reader: str) -> None:
     name, choice = setting.split("=")[0], beside.split("=")[0]
     with pytest.raises(InputError, match=f"{name} is .*nothing reads it while {choice} is"):
-        configs.load("base", [beside, setting])
-    configs.load("base", [reader, setting])
-    configs.load("base", [beside])
+        loading.load("base", [beside, setting])
+    loading.load("base", [reader, setting])
+    loading.load("base", [beside])
 
 
 def test_every_conditional_setting_is_among_these() -> None:
@@ -239,16 +238,16 @@ def test_an_option_that_what_is_chosen_does_not_have_is_refused(
     ],
 )
 def test_a_setting_that_the_strategy_does_not_read_is_refused(strategy: str, settings: list[str]) -> None:
-    config = configs.load("base", [f"preset={strategy}", *settings])
+    config = loading.load("base", [f"preset={strategy}", *settings])
     name = settings[-1].split("=")[0]
     with pytest.raises(InputError, match=f"{name} is .*(does not read it|nothing reads it)"):
         Method.of(config)
-    Method.of(configs.load("base", [f"preset={strategy}", *settings[:-1]]))
+    Method.of(loading.load("base", [f"preset={strategy}", *settings[:-1]]))
 
 
 @pytest.mark.parametrize("family", ["small_cnn", "wide_resnet"])
 def test_options_of_a_model_that_nothing_reads_are_refused(family: str) -> None:
-    model = configs.load(
+    model = loading.load(
         "base", [f"model.name={family}", "model.options={groups: 4, normalisation: none}"]
     ).model
     with pytest.raises(InputError, match=r"model.options.groups is 4, but nothing reads it"):

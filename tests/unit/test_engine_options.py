@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.engine import device as devices
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node
@@ -116,10 +116,10 @@ def test_settings_survive_messages_and_files(tmp_path: Path) -> None:
     config = small(
         "engine.physical_batch_size=auto", "engine.memory_limit=8GB", "engine.gradient_memory=512MB"
     )
-    assert configs.from_json(config.to_json()) == config
+    assert loading.from_json(config.to_json()) == config
     path = tmp_path / "c.yaml"
-    path.write_text(configs.to_yaml(config), encoding="utf-8")
-    assert configs.load(path).engine == config.engine
+    path.write_text(loading.to_yaml(config), encoding="utf-8")
+    assert loading.load(path).engine == config.engine
 
 
 # --- refusals --------------------------------------------------------------------------------------------

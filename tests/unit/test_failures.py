@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import launch
 from fedsim.validate import RunError
@@ -241,7 +241,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_flower_gets_the_very_folder(name: str, tmp_path: Path, asked: list[list[str]]) -> None:
     from flwr.common.config import parse_config_args
 
-    config, folder = configs.load("base"), RunFolder(tmp_path / name)
+    config, folder = loading.load("base"), RunFolder(tmp_path / name)
     launch._submit(tmp_path, config, folder, True, {}, tmp_path)
     given = parse_config_args([asked[0][asked[0].index("--run-config") + 1]])
     assert given == {"out": str(folder.root), "resume": True}
@@ -254,7 +254,7 @@ def test_sockets_lie_in_a_short_folder_whatever_tmpdir_is(
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     with launch._workspace() as base:
-        environment = launch._environment(base, configs.load("base"))
+        environment = launch._environment(base, loading.load("base"))
         session = "ray/session_2026-11-25_20-04-07_123456_1234567/sockets/plasma_store"
         with socket.socket(socket.AF_UNIX) as probe:
             path = Path(environment["RAY_TMPDIR"]) / session
@@ -365,7 +365,7 @@ def test_the_dry_run_states_what_a_node_really_sends(tmp_path: Path, monkeypatch
 
         monkeypatch.setattr(GridTransport, "ask", watched)
         quiet = ["monitor.progress=false", "monitor.tensorboard=false", "train.steps=1"]
-        config = configs.load(f"smoke/{name}", quiet if name != "dp_mf" else [*quiet[:2], "train.steps=4"])
+        config = loading.load(f"smoke/{name}", quiet if name != "dp_mf" else [*quiet[:2], "train.steps=4"])
         plan = describe(config)
         train(config, tmp_path / name)
         to_node, from_node = (sum(s[i] for s in seen) / (4 if name == "dp_mf" else 1) for i in (0, 1))
@@ -387,8 +387,8 @@ def test_a_budget_that_pld_cannot_count_is_said(tmp_path: Path, capsys: pytest.C
 
 def test_steps_that_pld_cannot_count_do_not_end_the_count() -> None:
     """At delta 2e-10 PLD is sound up to 20,000 releases: an answer below is one, "20,000" would be none."""
-    from fedsim.privacy.accountant import max_steps
     from fedsim.privacy.family import EventFamily
+    from fedsim.privacy.search import max_steps
     from fedsim.validate import InputError
 
     family = EventFamily.gaussian(0.01)

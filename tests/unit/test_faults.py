@@ -15,8 +15,7 @@ import pytest
 import torch
 from flwr.app import Error, Message
 
-from fedsim import config as configs
-from fedsim import seeds
+from fedsim import loading, seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import setup_of
@@ -180,7 +179,7 @@ def test_a_count_is_at_most_what_the_step_draws_for_every_strategy() -> None:
     """The bound is met: what a node may count is what it counts when all of its holders are there."""
     counted: dict[str, int] = {}
     for name in methods.ALL:
-        private = Method.of(configs.load(f"smoke/{name}")).private
+        private = Method.of(loading.load(f"smoke/{name}")).private
         plain = [] if private else ["privacy.noise_multiplier=null", "privacy.clip_norm=1.0"]
         for options in ([], ["strategy.options={local_steps: 3}"] if name == "local_dpsgd" else []):
             prepared = prepare(small(f"preset={name}", *plain, *options, "train.steps=3"))

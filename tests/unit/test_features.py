@@ -398,10 +398,10 @@ def test_a_cut_needs_its_own_examples_alone(recipe: list[str]) -> None:
 
 def test_nodes_of_a_cut_extract_their_own(recipe: list[str]) -> None:
     """Ids are rows of what holding out leaves, not of the data set."""
-    from fedsim import config as configs
+    from fedsim import loading
 
     given = [*recipe, "data.holdout_examples=40"]
-    plain = configs.load("base", [*given, "data.features=null"])
+    plain = loading.load("base", [*given, "data.features=null"])
     assert command(["features", "base", *given, "--node", "1"]) == 0
     splits = datasets.load(plain.data)
     held = partition_of(plain, splits.train, task_of(plain, splits), plain.seed).ids_of_node(1, 3)

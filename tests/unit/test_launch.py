@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import launch
 
@@ -26,7 +26,7 @@ def test_no_more_actors_start_than_flower_can_feed(
 
     monkeypatch.setattr(launch, "_flwr", flwr)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    config = configs.load(
+    config = loading.load(
         "base",
         [f"federation.holders={nodes}", f"federation.nodes={nodes}", f"engine.cpus_per_node={each}"],
     )

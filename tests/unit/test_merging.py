@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.config import Config
 from fedsim.merging import Choice, choices
 from fedsim.validate import InputError
@@ -17,7 +17,7 @@ def chained(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> Confi
     for place, text in enumerate(texts):
         above = f"extends: {folder / f'{place - 1}.yaml'}\n" if place else ""
         (folder / f"{place}.yaml").write_text(above + text)
-    return configs.load(folder / f"{len(texts) - 1}.yaml", overrides)
+    return loading.load(folder / f"{len(texts) - 1}.yaml", overrides)
 
 
 def test_all_that_is_chosen_is_known() -> None:
@@ -32,7 +32,7 @@ def test_a_short_name_means_the_default_options(text: str, tmp_path: Path) -> No
     config = chained(tmp_path, f"federation: {{partition: {text}}}\n")
     assert config.federation.partition == Choice("iid", {})
     assert config.federation.holders == 100
-    assert configs.load("base", [f"federation.partition={text}"]).federation.partition == Choice("iid", {})
+    assert loading.load("base", [f"federation.partition={text}"]).federation.partition == Choice("iid", {})
 
 
 def test_whole_sections_may_be_a_short_name(tmp_path: Path) -> None:
@@ -94,17 +94,17 @@ def test_names_and_options_on_the_command_line(
     overrides: list[str], name: str, options: dict[str, object]
 ) -> None:
     given = [item.replace("X", "federation.partition", 1) for item in overrides]
-    assert configs.load("base", given).federation.partition == Choice(name, options)
+    assert loading.load("base", given).federation.partition == Choice(name, options)
 
 
 def test_a_later_optimizer_drops_the_options_of_the_one_before() -> None:
     given = ["optimizer.name=momentum", "optimizer.options.momentum=0.5", "optimizer.name=sgd", "seed=2"]
-    config = configs.load("base", given)
+    config = loading.load("base", given)
     assert (config.optimizer.name, config.optimizer.options, config.seed) == ("sgd", {}, 2)
 
 
 def test_features_are_nothing_or_a_choice(tmp_path: Path) -> None:
-    assert configs.load("base").data.features is None
+    assert loading.load("base").data.features is None
     for text in ("scattering", "{name: scattering}"):
         config = chained(tmp_path, "seed: 1\n", f"data: {{features: {text}}}\n")
         assert config.data.features == Choice("scattering", {})
@@ -117,7 +117,7 @@ def test_features_are_nothing_or_a_choice(tmp_path: Path) -> None:
 
 
 def test_round_trips_keep_every_choice(tmp_path: Path) -> None:
-    config = configs.load(
+    config = loading.load(
         "base",
         [
             *("federation.partition=shards", "federation.partition.options.per_holder=3"),
@@ -126,9 +126,9 @@ def test_round_trips_keep_every_choice(tmp_path: Path) -> None:
             *("model.options={a: {b: [1, 2]}}", "data.options.classes=3"),
         ],
     )
-    assert configs.from_json(config.to_json()) == config
-    (tmp_path / "c.yaml").write_text(configs.to_yaml(config))
-    again = configs.load(tmp_path / "c.yaml")
+    assert loading.from_json(config.to_json()) == config
+    (tmp_path / "c.yaml").write_text(loading.to_yaml(config))
+    again = loading.load(tmp_path / "c.yaml")
     assert again == config
     assert again.digest() == config.digest()
     assert isinstance(again.federation.partition, Choice)
@@ -136,7 +136,7 @@ def test_round_trips_keep_every_choice(tmp_path: Path) -> None:
 
 def test_options_change_the_digest() -> None:
     digests = {
-        configs.load("base", given).digest()
+        loading.load("base", given).digest()
         for given in (
             [],
             ["task.options.top_k=2"],
@@ -159,4 +159,4 @@ def test_options_change_the_digest() -> None:
 )
 def test_malformed_choices_are_refused(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        configs.load("base", [override])
+        loading.load("base", [override])

@@ -14,8 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedsim import config as configs
-from fedsim import seeds
+from fedsim import loading, seeds
 from fedsim.config import Config
 from fedsim.engine import checkpoint
 from fedsim.engine.run_folder import RunFolder
@@ -229,7 +228,7 @@ def test_a_ledger_whose_header_was_rewritten_is_refused(change: dict[str, Any], 
     if "config_hash" in change:  # another clip norm, to get a second sum under the same noise
         other = small(SECURE, "privacy.clip_norm=0.25")
         change = {"config_hash": other.digest()}
-        (out / "config.yaml").write_text(configs.to_yaml(other))
+        (out / "config.yaml").write_text(loading.to_yaml(other))
     rewritten(out / "ledger.jsonl", **change)
     with pytest.raises(InputError, match="made for a ledger with another header"):
         train(other, out, resume=True)

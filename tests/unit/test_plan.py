@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim import config as configs
-from fedsim import models
+from fedsim import loading, models
 from fedsim.config import ModelConfig
 from fedsim.data import datasets, sizes
 from fedsim.grads.cost import cost
@@ -69,7 +68,7 @@ def test_saved_bytes_are_those_autograd_keeps() -> None:
 
 def test_published_sizes_are_those_of_the_data_that_is_here() -> None:
     for name in ("fashion_mnist_subset", "fashion_mnist"):
-        config = configs.load("base", [f"data.name={name}"])
+        config = loading.load("base", [f"data.name={name}"])
         try:
             held = datasets.load(config.data)
         except InputError:
@@ -83,14 +82,14 @@ def test_published_sizes_are_those_of_the_data_that_is_here() -> None:
 
 def test_sizes_follow_cuts_and_features() -> None:
     given = ["data.name=cifar10", "data.holdout_examples=5000", "data.train_examples=40000"]
-    assert sizes.of(configs.load("base", given)) == sizes.Size(40_000, 5_000, (3, 32, 32), 10)
-    featured = sizes.of(configs.load("base", ["data.name=fashion_mnist", "data.features=scattering"]))
+    assert sizes.of(loading.load("base", given)) == sizes.Size(40_000, 5_000, (3, 32, 32), 10)
+    featured = sizes.of(loading.load("base", ["data.name=fashion_mnist", "data.features=scattering"]))
     assert featured == sizes.Size(60_000, 10_000, (81, 7, 7), 10)
     with pytest.raises(InputError, match=r"data\.train_examples"):
-        sizes.of(configs.load("base", ["data.name=cifar10", "data.train_examples=50001"]))
-    assert sizes.of(configs.load("base", ["data.name=arrays"])) is None
+        sizes.of(loading.load("base", ["data.name=cifar10", "data.train_examples=50001"]))
+    assert sizes.of(loading.load("base", ["data.name=arrays"])) is None
     with pytest.raises(InputError, match=r"data.options.classes must be reference.data.classes 365, got 3"):
-        sizes.of(configs.load("kurakin2022/places365_pretrain", ["data.options.classes=3"]))
+        sizes.of(loading.load("kurakin2022/places365_pretrain", ["data.options.classes=3"]))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_sizes_follow_cuts_and_features() -> None:
 )
 def test_malformed_sizes_are_refused(stated: str) -> None:
     with pytest.raises(InputError, match=r"reference\.data"):
-        sizes.of(configs.load("base", ["data.name=image_folder", f"reference.data={stated}"]))
+        sizes.of(loading.load("base", ["data.name=image_folder", f"reference.data={stated}"]))
 
 
 def test_both_ways_of_planning_agree() -> None:
@@ -149,7 +148,7 @@ def test_check_says_where_the_published_value_is_another(capsys: pytest.CaptureF
 
 def test_memory_grows_with_the_engine_and_the_batch() -> None:
     def node(*more: str) -> int:
-        config = configs.load("de2022/cifar10_wrn_16_4_eps1", ["engine.physical_batch_size=64", *more])
+        config = loading.load("de2022/cifar10_wrn_16_4_eps1", ["engine.physical_batch_size=64", *more])
         memory = plan.describe(config)["memory_bytes_without_data_and_libraries"]
         found: int = memory["node"]
         return found

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import fedsim
-from fedsim import config as configs
-from fedsim import presets
+from fedsim import loading, presets
 from fedsim.config import CONFIG_DIR, Config
 from fedsim.merging import Choice
 from fedsim.method import Method
@@ -28,7 +27,7 @@ def chained(folder: Path, *texts: str, overrides: tuple[str, ...] = ()) -> Confi
     for place, text in enumerate(texts):
         above = f"extends: {folder / f'{place - 1}.yaml'}\n" if place else ""
         (folder / f"{place}.yaml").write_text(above + text)
-    return configs.load(folder / f"{len(texts) - 1}.yaml", overrides)
+    return loading.load(folder / f"{len(texts) - 1}.yaml", overrides)
 
 
 def test_the_methods_are_presets() -> None:
@@ -39,24 +38,24 @@ def test_the_methods_are_presets() -> None:
 def test_a_preset_picks_a_variant_of_every_axis_and_nothing_else(name: str) -> None:
     held = presets.content(name, CONFIG_DIR)
     assert set(held) == set(presets.AXES)
-    chosen, plain = configs.load("base", [f"preset={name}"]), configs.load("base")
+    chosen, plain = loading.load("base", [f"preset={name}"]), loading.load("base")
     differs = {key for key, value in chosen.defining().items() if value != plain.defining()[key]}
     assert differs <= set(presets.AXES)
     assert chosen.method() == name
     assert Method.of(chosen).private == (name != "nonprivate")
-    assert len({axes(configs.load("base", [f"preset={other}"])) for other in NAMES}) == len(NAMES)
+    assert len({axes(loading.load("base", [f"preset={other}"])) for other in NAMES}) == len(NAMES)
 
 
 def test_the_default_is_central_dpsgd() -> None:
     assert Config().method() == "central_dpsgd"
-    assert configs.load("base", ["preset=central_dpsgd"]) == Config()
+    assert loading.load("base", ["preset=central_dpsgd"]) == Config()
 
 
 def test_what_stands_beside_a_preset_wins(tmp_path: Path) -> None:
     for text in ("preset: dp_mf\nnoise: independent\n", "noise: independent\npreset: dp_mf\n"):
         assert axes(chained(tmp_path, text)) == ("central", "gradient", "cyclic", "independent")
     for given in (["preset=dp_mf", "sampler.options.groups=7"], ["sampler.options.groups=7", "preset=dp_mf"]):
-        config = configs.load("base", given)
+        config = loading.load("base", given)
         assert (config.sampler, config.noise) == (Choice("cyclic", {"groups": 7}), Choice("banded"))
         assert config.method() == "dp_mf", "another number of groups is the same method"
 
@@ -75,16 +74,16 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
 
 
 def test_a_loaded_configuration_names_its_axes_alone() -> None:
-    config = configs.load("base", ["preset=dp_ftrl"])
+    config = loading.load("base", ["preset=dp_ftrl"])
     assert config.preset is None
     written = ["strategy=central", "query=gradient", "sampler=passes", "noise=tree"]
-    assert configs.load("base", written) == config
-    assert configs.load("base", written).digest() == config.digest()
-    assert configs.from_json(config.to_json()) == config
+    assert loading.load("base", written) == config
+    assert loading.load("base", written).digest() == config.digest()
+    assert loading.from_json(config.to_json()) == config
 
 
 def test_a_combination_without_a_name_says_its_parts() -> None:
-    config = configs.load("base", ["preset=shares_dpsgd", "sampler=cyclic"])
+    config = loading.load("base", ["preset=shares_dpsgd", "sampler=cyclic"])
     assert config.method() == "shares + gradient + cyclic + independent"
 
 
@@ -103,9 +102,9 @@ def test_python_takes_presets_too(tmp_path: Path) -> None:
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match="Did you mean 'dp_ftrl'"):
-        configs.load("base", ["preset=dp_ftlr"])
+        loading.load("base", ["preset=dp_ftlr"])
     with pytest.raises(InputError, match="preset must be one of"):
-        configs.load("base", ["preset=../base"])
+        loading.load("base", ["preset=../base"])
 
 
 def test_a_preset_that_says_more_than_the_axes_is_refused(tmp_path: Path) -> None:

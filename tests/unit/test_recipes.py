@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import config as configs
-from fedsim import models
+from fedsim import loading, models
 from fedsim.accountants import ACCOUNTANTS
 from fedsim.config import CONFIG_DIR, Config
 from fedsim.data import sizes
@@ -32,8 +31,8 @@ def name(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-ROWS = [path for path in RECIPES if "epsilon" in configs.load(path).reference]
-CLOSED = [path for path in ROWS if configs.load(path).reference["accountant"] == "closed_form"]
+ROWS = [path for path in RECIPES if "epsilon" in loading.load(path).reference]
+CLOSED = [path for path in ROWS if loading.load(path).reference["accountant"] == "closed_form"]
 ACCOUNTED = [path for path in ROWS if path not in CLOSED]
 
 
@@ -51,7 +50,7 @@ def epsilon_of(config: Config) -> accountant.EpsilonResult:
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_model_and_data_fit(path: Path) -> None:
-    config = configs.load(path)
+    config = loading.load(path)
     size = sizes.of(config)
     assert size is not None, "planned without the data"
     model = models.skeleton(config.model, size.shape, size.classes)
@@ -61,18 +60,18 @@ def test_model_and_data_fit(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ROWS, ids=name)
 def test_a_row_says_where_it_is_from_and_how_sure_that_is(path: Path) -> None:
-    reference = configs.load(path).reference
+    reference = loading.load(path).reference
     assert {"paper", "table", "row", "epsilon", "delta", "status", "note"} <= set(reference)
     assert reference["status"] in STATUSES
     assert ("accuracy" in reference) == ("accuracy_status" in reference)
     assert reference.get("accuracy_status", "verified") in STATUSES - {"computed"}
     assert "accuracy" in reference or path.parent.name == "mehta2023", "only their code was found, not tables"
-    assert reference["delta"] == configs.load(path).privacy.delta
+    assert reference["delta"] == loading.load(path).privacy.delta
 
 
 @pytest.mark.parametrize("path", ACCOUNTED, ids=name)
 def test_epsilon_is_the_published_one(path: Path) -> None:
-    config = configs.load(path)
+    config = loading.load(path)
     reference = config.reference
     spent = epsilon_of(config)
     tolerance = reference.get("tolerance", published.AGREEMENT)
@@ -82,7 +81,7 @@ def test_epsilon_is_the_published_one(path: Path) -> None:
 @pytest.mark.parametrize("path", ACCOUNTED, ids=name)
 def test_settings_are_those_of_the_golden_table(path: Path) -> None:
     """Population, batch, steps, noise and delta agree with a row of published.csv, so with its sources."""
-    config = configs.load(path)
+    config = loading.load(path)
     size = sizes.of(config)
     assert size is not None
     sigma = config.privacy.noise_multiplier
@@ -123,7 +122,7 @@ EXACT = {
 @pytest.mark.parametrize("path", CLOSED, ids=name)
 def test_budgets_are_those_of_the_closed_form(path: Path) -> None:
     """A row has the noise of the paper's formula; in all it spends what theirs do."""
-    config = configs.load(path)
+    config = loading.load(path)
     reference, delta = config.reference, config.privacy.delta
     releases, sigma, stated = reference["releases"], reference["sigma"], reference["epsilon"]
     assert releases == RELEASES[reference["method"]]
@@ -146,7 +145,7 @@ def test_budgets_are_those_of_the_closed_form(path: Path) -> None:
 
 def test_noise_of_one_release_left_out_is_noticed() -> None:
     """The judge above: two releases in place of three, at the noise of each, would spend less."""
-    config = configs.load(
+    config = loading.load(
         "mehta2023/cifar100_ls_eps8", ["privacy.noise_multiplier=0.8455"]
     )  # 1.196 / root of 2
     assert epsilon_of(config).value != pytest.approx(6.7635, rel=1e-2)
@@ -154,7 +153,7 @@ def test_noise_of_one_release_left_out_is_noticed() -> None:
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name in HEADS], ids=name)
 def test_heads_start_at_zero_and_everybody_is_in_every_step(path: Path) -> None:
-    config = configs.load(path)
+    config = loading.load(path)
     assert config.model.name == "linear"
     assert config.model.options.get("zero_init", True)
     if path.stem != "base":
@@ -176,7 +175,7 @@ ANCHORS = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_anchors_are_what_their_sources_say_and_name_their_accountant(path: Path) -> None:
-    config = configs.load(path)
+    config = loading.load(path)
     known = {*ACCOUNTANTS.own(), "closed_form"} if path.parent.name == "mehta2023" else ACCOUNTANTS.own()
     assert config.reference["accountant"] in known
     claims = config.reference.get("claims", [])
@@ -218,7 +217,7 @@ def test_every_row_of_the_tables_has_a_recipe() -> None:
     ],
 )
 def test_kurakin_epsilons_to_the_printed_digit(recipe: str, printed: str, pld: float) -> None:
-    config = configs.load(f"kurakin2022/large_batch_{recipe}")
+    config = loading.load(f"kurakin2022/large_batch_{recipe}")
     objax = epsilon_of(config)
     assert objax.accountant == "rdp_objax"
     assert f"{objax.value:.1e}" == printed
@@ -230,7 +229,7 @@ def test_kurakin_epsilons_to_the_printed_digit(recipe: str, printed: str, pld: f
 
 
 def test_noise_on_the_mean_is_the_same_in_all_four_rows() -> None:
-    rows = [configs.load(f"kurakin2022/large_batch_{m}x") for m in (1, 4, 16, 64)]
+    rows = [loading.load(f"kurakin2022/large_batch_{m}x") for m in (1, 4, 16, 64)]
     noise = [
         c.privacy.noise_multiplier / c.train.expected_batch_size for c in rows if c.privacy.noise_multiplier
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedsim import config as configs
+from fedsim import loading
 from fedsim.report import markers, results
 from fedsim.report.claim import claim, number
 from fedsim.validate import InputError
@@ -152,7 +152,7 @@ def test_a_claim_says_who_accounted_and_how_sure_that_is(project: Path) -> None:
 def test_what_results_hold_of_their_configurations_is_what_these_say() -> None:
     """A corrected anchor is corrected in every table: what a paper claims is no measurement."""
     for name, held in results.read(Path(__file__).resolve().parents[2] / "results"):
-        assert held["reference"] == configs.load(held["config"], held["overrides"]).reference, name
+        assert held["reference"] == loading.load(held["config"], held["overrides"]).reference, name
 
 
 def test_what_repeat_writes_is_what_results_reads(project: Path) -> None:

@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedsim import config as configs
-from fedsim import models
+from fedsim import loading, models
 from fedsim.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.grads.flat import get_flat, spec
@@ -24,7 +23,7 @@ from fedsim.merging import Choice
 from fedsim.models import weights
 from fedsim.noise.levels import NoiseLevels
 from fedsim.noise.stream import Stream
-from fedsim.privacy import accountant, events, ledger
+from fedsim.privacy import accountant, events, ledger, search
 from fedsim.privacy.family import EventFamily
 from fedsim.strategies.base import Collected
 from fedsim.validate import InputError
@@ -141,22 +140,22 @@ def test_levels_compose_like_the_library() -> None:
 def test_calibration_of_a_multiple(kind: str) -> None:
     rate, steps = 0.02, 60
     family = EventFamily.gaussian(rate, NoiseLevels((2.0, 1.0), steps))
-    found = accountant.noise_multiplier_for(2.0, DELTA, family, steps, kind)
+    found = search.noise_multiplier_for(2.0, DELTA, family, steps, kind)
     reached = accountant.epsilon(family.event(found.noise_multiplier, steps), DELTA, kind).value
     assert reached is not None
     assert 2.0 * (1 - 2e-4) <= reached <= 2.0
-    constant = accountant.noise_multiplier_for(
+    constant = search.noise_multiplier_for(
         2.0, DELTA, EventFamily.gaussian(rate), steps, kind
     ).noise_multiplier
     assert found.noise_multiplier < constant < 2.0 * found.noise_multiplier
     twice = EventFamily.gaussian(rate, NoiseLevels((2.0,), steps))
-    same = accountant.noise_multiplier_for(2.0, DELTA, twice, steps, kind).noise_multiplier
+    same = search.noise_multiplier_for(2.0, DELTA, twice, steps, kind).noise_multiplier
     assert same == pytest.approx(constant / 2.0, rel=3e-4)
 
 
 def test_steps_within_a_budget_follow_the_levels() -> None:
     family = EventFamily.gaussian(0.05, NoiseLevels((2.0, 1.0, 0.5), 90))
-    steps = accountant.max_steps(1.0, DELTA, family, 1.5, "rdp", limit=90)
+    steps = search.max_steps(1.0, DELTA, family, 1.5, "rdp", limit=90)
 
     def spent(count: int) -> float:
         value = accountant.epsilon(family.event(1.5, count), DELTA, "rdp").value
@@ -370,6 +369,6 @@ def test_a_relative_path_is_made_absolute_when_loading(
     monkeypatch.chdir(pretrained.parent)
     config = small("model.init_from=final.safetensors")
     assert config.model.init_from == str(pretrained)
-    again = configs.from_json(config.to_json())
+    again = loading.from_json(config.to_json())
     assert again == config
     assert dataclasses.replace(again, model=weights.pinned(again.model)).model.init_sha256
