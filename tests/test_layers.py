@@ -126,4 +126,4 @@ def test_base_yaml_shows_exactly_the_defaults() -> None:
 
 def test_modules_stay_small() -> None:
     for path in SOURCES:
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path

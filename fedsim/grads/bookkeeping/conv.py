@@ -13,7 +13,8 @@ Ways to its norm (`choose.convolution` picks one by shape):
                              kernel's area cheaper than from the patches themselves.
 
 A formed G is kept, or only its norm is. Where G is not kept, the sum comes from one ordinary weight gradient
-of coefficient-scaled output gradients.
+of coefficient-scaled output gradients. How G lies in memory, and how much of it is formed at a time, is in
+`conv_layout`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.grads import gpu
 from fedsim.grads.bookkeeping import choose, gather, gram, shifts
+from fedsim.grads.bookkeeping.conv_layout import Layout
 from fedsim.grads.bookkeeping.geometry import Geometry, Pair
 from fedsim.grads.bookkeeping.precision import SUMMED, squared_norms, widen
 from fedsim.grads.bookkeeping.standardise import Origin, Standardisation, standardisations
 from fedsim.grads.bookkeeping.tape import Place, Pulled, Tape, Use
-
-_GROUPS = 4096  # of one convolution on a GPU
-_CACHE = 2**22  # bytes to work on at a time on a CPU, where nothing has to stay
 
 
 class ConvUse(Use):
@@ -60,6 +58,7 @@ class ConvUse(Use):
         height = weight.shape[2] if weight.dim() == 4 else 1
         self.shape = (weight.shape[0], weight.shape[1], height, weight.shape[-1])
         self.plan, self.keep = choose.convolution(tape, self.shape, inputs, geometry, self.closed)
+        self._layout = Layout(self.plan, self.keep, self.shape, self._views, geometry)
         self._output: tuple[Tensor, int, Tensor | None] | None = None
         self._kept: Tensor | None = None
 
@@ -86,7 +85,7 @@ class ConvUse(Use):
     def squares(self) -> Tensor:
         """See `Use.squares`."""
         count = self.tape.examples
-        ranges = self._ranges()
+        ranges = self._layout.ranges(self.tape, self._inputs, self._gradient)
         direction = self._direction()
         # A grouped convolution that gives all at once has its own memory, and a copy would cost time.
         if self.keep and not (self.plan == "grouped" and len(ranges) == 1):
@@ -117,20 +116,20 @@ class ConvUse(Use):
     def rows(self, low: int, high: int) -> Tensor:
         """See `Use.rows`."""
         if self._kept is not None:
-            return self._ordered(self._kept[low:high])
-        return self._ordered(self._form(low, high))
+            return self._layout.ordered(self._kept[low:high], self.weight.shape)
+        return self._layout.ordered(self._form(low, high), self.weight.shape)
 
     def weighted(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Use.weighted`."""
         if self._kept is not None:
             total = coefficients.to(self._kept.dtype) @ self._kept
-            return self._ordered(total[None])[0]
+            return self._layout.ordered(total[None], self.weight.shape)[0]
         if self.plan != "gram":  # another product would round in another way
             total = coefficients.new_zeros(self.weight.numel(), dtype=widen(self._gradient[:0]).dtype)
-            for low, high in self._ranges():
+            for low, high in self._layout.ranges(self.tape, self._inputs, self._gradient):
                 formed = self._form(low, high)
                 total.addmv_(formed.t(), coefficients[low:high].to(formed.dtype))
-            return self._ordered(total[None])[0]
+            return self._layout.ordered(total[None], self.weight.shape)[0]
         if self.tape.gpu:
             return self._weighted_by_shifts(coefficients)
         factors = coefficients.repeat_interleave(self._views).view(-1, 1, 1, 1)
@@ -142,7 +141,8 @@ class ConvUse(Use):
 
     def _weighted_by_shifts(self, coefficients: Tensor) -> Tensor:
         """For GPUs: torch's weight gradient would be rounded to bfloat16, or come from another algorithm."""
-        step, views = max(1, self.tape.scratch // self._row_bytes()), self._views
+        row_bytes = self._layout.row_bytes(self._inputs, self._gradient)
+        step, views = max(1, self.tape.scratch // row_bytes), self._views
         total = coefficients.new_zeros(
             (self.shape[0], *self.shape[2:], self.shape[1]), dtype=widen(self._gradient[:0]).dtype
         )
@@ -163,72 +163,6 @@ class ConvUse(Use):
         found = self._standard.pull_back(gradient, out)
         return [(p, part) for p in parameters for owner, part in found if owner is p]
 
-    @property
-    def _by_patches(self) -> bool:
-        return self.plan in ("patches", "shifts")
-
-    @property
-    def _turned(self) -> bool:
-        """Whether G is formed as its transpose: products whose width is no multiple of lanes are slow."""
-        entries = math.prod(self.shape[1:])
-        return self._gathers and entries % choose.LANES > 0 and self.shape[0] % choose.LANES == 0
-
-    def _by_row(self, formed: Tensor) -> Tensor:
-        """View formed gradients (n, out * entries) as (n, out, entries), entries in the order of the plan."""
-        if self._turned:
-            return formed.unflatten(1, (-1, self.shape[0])).transpose(1, 2)
-        return formed.unflatten(1, (self.shape[0], -1))
-
-    def _ordered(self, formed: Tensor) -> Tensor:
-        """Bring formed gradients (n, out * entries) to the shape of the kernel, (n, out, in, ...)."""
-        by_row = self._by_row(formed)
-        if self._by_patches:
-            _, channels, height, width = self.shape
-            by_row = by_row.unflatten(2, (height, width, channels)).permute(0, 1, 4, 2, 3)
-        return by_row.reshape(formed.shape[0], *self.weight.shape)
-
-    @property
-    def _gathers(self) -> bool:
-        return self.plan in ("patches", "slices")
-
-    @property
-    def _size(self) -> Pair:
-        return self._inputs.shape[2], self._inputs.shape[3]
-
-    def _ranges(self) -> list[Pair]:
-        """First example and the end of each piece to work on: the same for norms and sums."""
-        count = self.tape.examples
-        pieces = -(-count // self._step())
-        step = -(-count // pieces)
-        return [(low, min(low + step, count)) for low in range(0, count, step)]
-
-    def _step(self) -> int:
-        """Examples to work on at a time."""
-        size = max(4, self._inputs.element_size())  # half precision is widened
-        scratch = self.tape.scratch
-        if self.plan == "gram":
-            return max(1, scratch // self._gram_bytes())
-        if self.plan == "shifts":
-            return max(1, scratch // (self._row_bytes() + (0 if self.keep else size * self.weight.numel())))
-        cached = scratch if gpu.on(self._inputs) else min(scratch, _CACHE)
-        entries = self.weight.numel()
-        if self._gathers:
-            images = self.shape[1] * math.prod(self._geometry.padded(self._size))
-            images += math.prod(self._gradient.shape[1:])  # it may have to be copied too
-            return max(1, (scratch if self.keep else cached) // (size * (entries + self._views * images)))
-        if self.tape.gpu:  # of many groups, and so of inputs and output gradients laid out anew
-            images = self._views * sum(math.prod(t.shape[1:]) for t in (self._inputs, self._gradient))
-            groups = _GROUPS // self._geometry.groups
-            return max(1, min(groups, scratch // (size * (entries + images))))
-        return max(1, cached // (size * entries))
-
-    def _row_bytes(self) -> int:
-        """Bytes of `shifts.Rows` of one example."""
-        outputs = self._gradient.shape[2], self._gradient.shape[3]
-        rows = math.prod(shifts.pitch(outputs, self.shape[2:], self._geometry))
-        widths = self.shape[1] * math.prod(self._geometry.stride) + self.shape[0]
-        return self._views * rows * widths * self._inputs.element_size()
-
     def _form(self, low: int, high: int, out: Tensor | None = None) -> Tensor:
         """Per-example gradients (n, out * entries), in the order of the plan; in `out`, if it is given."""
         count, views = high - low, self._views
@@ -245,9 +179,9 @@ class ConvUse(Use):
             return formed if out is None else out.copy_(formed)
         if out is None:
             out = inputs.new_empty((count, self.weight.numel()))
-        if self._gathers:
-            by_row, kernel = self._by_row(out), self.shape[2:]
-            gather.form(by_row, inputs, gradient, self._geometry, kernel, self._by_patches, self.tape.scratch)
+        if self._layout.gathers:
+            by_row, kernel, by_patches = self._layout.by_row(out), self.shape[2:], self._layout.by_patches
+            gather.form(by_row, inputs, gradient, self._geometry, kernel, by_patches, self.tape.scratch)
             return out
         blank = inputs.new_empty(self.shape)
         parts = gradient.split(views), inputs.split(views), out
@@ -277,7 +211,7 @@ class ConvUse(Use):
         if self._standard is None or self.plan == "gram" or self._convolved is not None:
             return None
         direction = self._standard.direction
-        if self._by_patches:
+        if self._layout.by_patches:
             direction = direction.view(self.shape).permute(0, 2, 3, 1).flatten(1)
         return direction
 
@@ -288,7 +222,7 @@ class ConvUse(Use):
         standard = self._standard
         if standard is None:
             return squared_norms(formed), None
-        by_row = self._by_row(formed)
+        by_row = self._layout.by_row(formed)
         lengths = torch.linalg.vector_norm(by_row, dim=2)
         terms = None
         sums = by_row.sum(2)
@@ -304,10 +238,6 @@ class ConvUse(Use):
             along, of_along = (by_row * direction.to(formed.dtype)).sum(2), SUMMED
         found, doubt = standard.squares(lengths, sums, along, (SUMMED, of_along), terms)
         return found.clamp_(min=0.0), doubt
-
-    def _gram_bytes(self) -> int:
-        pixels, places = (self._views * math.prod(t.shape[2:]) for t in (self._inputs, self._gradient))
-        return 4 * (pixels**2 + 3 * places**2)
 
     def _squares_by_gram(self, low: int, high: int) -> tuple[Tensor, Tensor]:
         count, views = high - low, self._views
