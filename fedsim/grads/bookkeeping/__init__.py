@@ -7,8 +7,8 @@ tape        what a call records
 linear, conv, conv_rule, norm, embedding, attention, recurrent
             per-example norms and weighted sums, layer kind by layer kind
 repeat      operations without a rule
-geometry, gather
-            where a kernel meets its input; gradients as products with gathered patches
+geometry, gather, conv_layout
+            where a kernel meets its input; gradients as products with gathered patches; how gradients lie
 standardise weight-standardised kernels in closed form
 joint       weights used more than once, or computed from parameters
 graphs      what a call launches, recorded and replayed
