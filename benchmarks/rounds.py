@@ -39,7 +39,7 @@ from fedsim.flower.transport import GridTransport
 from fedsim.grads.bookkeeping.memory import retain_freed_memory
 from fedsim.grads.flat import get_flat, spec
 from fedsim.learners.optimizer import ServerOptimizer
-from fedsim.noise.gaussian import GaussianNoise
+from fedsim.noise.gaussian import step_noise
 from fedsim.types import HolderReply
 
 MODELS = {"cifar_cnn": "0.5 MB", "wide_resnet": "11 MB"}
@@ -132,7 +132,6 @@ def server_work(repeats: int) -> dict[str, Any]:
         for n in (0, 1)
     ]
     mechanism, release = experiment.mechanism, experiment.mechanism.release()
-    noise = GaussianNoise(1.0, 1.0)
     optimizer = ServerOptimizer(config.optimizer, config.train, spec(experiment.model))
     parameters = get_flat(experiment.model)
     optimizer.init(parameters)
@@ -146,7 +145,7 @@ def server_work(repeats: int) -> dict[str, Any]:
     raw = interleaved(
         {
             "sum of node replies": add,
-            "secure noise": lambda: noise.sample(b"k" * 32, 0, size),
+            "secure noise": lambda: step_noise(b"k" * 32, 0, size, 1.0, "noise"),
             "optimizer": lambda: optimizer.step(parameters, torch.from_numpy(total).float(), 0),
             "torch normal_ (float32), for comparison": lambda: torch.empty(size).normal_(generator=generator),
         },

@@ -94,12 +94,8 @@ class Mechanism:
         if at.config.sampler.name not in SAMPLERS.own():
             trial.check(at.sampler, participation, units)
         at.noise.check(participation, train.steps)
-        factors = at.query.factors(train.steps)
-        for factor in factors:
-            validate.positive(factor, "every factor of a query's phases")
-        of_phases = None
-        if len(set(factors)) > 1:
-            of_phases = Runs.of(factors[at.query.phase(step)] for step in range(train.steps))
+        factors, phases = method.phases()
+        of_phases = Runs.of(factors[phase] for phase in phases) if set(factors) != {1.0} else None
         family = EventFamily(
             lambda noise_multiplier: trust.event(at, noise_multiplier, participation),
             participation.period,
@@ -140,10 +136,19 @@ class Mechanism:
         if not self.method.private:
             return
         budgets.check(self.total_event(self.steps), self.unit, self.method.at.config.privacy)
+        _, planned = self.method.phases()
+        if self.stopped_by_budget and set(planned[: self.steps]) != set(planned):
+            validate.conflicts(
+                f"privacy.stop_at_epsilon ends the run after {self.steps} of {len(planned)} steps, before "
+                f"query {self.method.at.config.query.name} has summed all that it needs.",
+                "Raise it or privacy.noise_multiplier, or use target_epsilon.",
+            )
         for phase, whole in dict.fromkeys((self._phase(i), self.multiplier_at(i)) for i in range(self.steps)):
             parts, multipliers = self._statistic(phase, None).parts, self._multipliers(whole)
             for part in parts:
                 validate.positive(part.bound, f"bound of part {part.name} of a query")
+            for multiplier in multipliers:
+                validate.positive(multiplier, "every noise multiplier of a query's parts")
             if len(multipliers) != len(parts) or not within(multipliers, whole):
                 validate.conflicts(
                     f"query {self.method.at.config.query.name} splits noise multiplier {whole:g} into parts "

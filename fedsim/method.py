@@ -25,6 +25,7 @@ from fedsim.seeds import Root, derive
 from fedsim.strategies import STRATEGIES, Trust
 from fedsim.strategies.base import Setting, Units
 from fedsim.types import ClippedSum, StepTask
+from fedsim.validate import InputError
 
 _ANY = Shape(4, 1, 2, np.dtype(np.float32))
 
@@ -83,7 +84,7 @@ class Method:
                 "Use noise=independent.",
             )
         made = cls(at, trust, learner)
-        phases = len(query.factors(config.train.steps))
+        phases = len(made.phases()[0])
         if phases > 1 and config.noise.name != "independent":
             validate.conflicts(
                 f"query={config.query.name} sums other things in its first steps than in later ones, which "
@@ -102,6 +103,25 @@ class Method:
                 f"Use learner={query.learner}, or another query.",
             )
         return made
+
+    def phases(self) -> tuple[tuple[float, ...], list[int]]:
+        """Return the factor of each of the query's phases, and the phase of every step of the planned run.
+
+        Raises:
+            InputError: factors that are no positive numbers, or a step of none of the phases.
+        """
+        config, query = self.at.config, self.at.query
+        factors = tuple(query.factors(config.train.steps))
+        for factor in factors:
+            validate.positive(factor, f"every entry of factors() of query {config.query.name}")
+        of_steps = [query.phase(step) for step in range(config.train.steps)]
+        places = range(len(factors))
+        if wrong := [p for p in dict.fromkeys(of_steps) if not isinstance(p, int) or p not in places]:
+            raise InputError(
+                f"phase() of query {config.query.name} must be a place in its factors(), 0 .. "
+                f"{len(factors) - 1}, got {wrong[0]!r}."
+            )
+        return factors, of_steps
 
     @property
     def private(self) -> bool:

@@ -365,6 +365,6 @@ class Trust(ABC):
         return "any"
 
     def stds_of_sums(self, at: Setting, release: Release) -> dict[str, float]:
-        """Return, by part, the standard deviation of all noise in one step's sum when every holder takes
-        part; empty where nothing is private."""
+        """Return, by part, the standard deviation of all noise in one step's sum when as many holders take
+        part as are online on average; empty where nothing is private."""
         return dict(release.noise_stds)

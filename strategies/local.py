@@ -163,11 +163,11 @@ class Local(Trust):
         return sum(super(Local, self).counted_at_most(at, local, units) for local in tasks)
 
     def stds_of_sums(self, at: Setting, release: Release) -> dict[str, float]:
-        """See `Trust.stds_of_sums`: that of every holder."""
-        holders = at.config.federation.holders
+        """See `Trust.stds_of_sums`: that of every holder, of those online on average."""
+        holders = at.config.federation.holders * at.config.federation.availability
         return {name: self._noise_std_of(release, name, holders) for name in release.noise_stds}
 
-    def _noise_std_of(self, release: Release, part: str, holders: int) -> float:
+    def _noise_std_of(self, release: Release, part: str, holders: float) -> float:
         own = release.noise_stds[part]
         return self.local_learning_rate * own * math.sqrt(self.local_steps * holders)
 

@@ -254,8 +254,9 @@ class Shares(Trust):
         return {part.name: own for part, own in zip(release.statistic.parts, parts, strict=True)}
 
     def stds_of_sums(self, at: Setting, release: Release) -> dict[str, float]:
-        """See `Trust.stds_of_sums`: those who are not needed add theirs too."""
-        more = math.sqrt(at.config.federation.holders / self._least(at))
+        """See `Trust.stds_of_sums`: those who are not needed add theirs too, of those online on average."""
+        online = at.config.federation.holders * at.config.federation.availability
+        more = math.sqrt(max(1.0, online / self._least(at)))
         return {name: std * more for name, std in release.noise_stds.items()}
 
     def reply_arrays(self, at: Setting, release: Release, reply: HolderReply) -> Expected:

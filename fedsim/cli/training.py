@@ -165,4 +165,5 @@ def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
             "Noise came from the seed: whoever knows it can remove it. In deployment use "
             "privacy.noise_source=secure."
         )
-    print(f"TensorBoard: .venv/bin/tensorboard --logdir {folder.root}")
+    if folder.tensorboard.exists():
+        print(f"TensorBoard: .venv/bin/tensorboard --logdir {folder.root}")

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim import provenance, references
 from fedsim.data import cache, feature_file
 from fedsim.data.feature_file import DTYPE, Digests, FeatureFile, Ids
 from fedsim.data.feature_maps import FEATURES, FeatureMap
@@ -106,7 +107,8 @@ def file_of(
     shape = (len(images), *feature_map.output_shape(images.shape[1:]))
     ids = np.arange(len(images), dtype=np.int64)[rows]
     wanted = feature_file.digests(images, ids)
-    stem = f"{file_name(choice.name)}-{_digest(feature_map, images, name)}"
+    own = provenance.reference_hash(choice.name) if references.is_reference(choice.name) else ""
+    stem = f"{file_name(choice.name)}-{_digest(feature_map, own, images, name)}"
     for again in itertools.count():
         path = cache.folder() / (f"{stem}-{again}.npy" if again else f"{stem}.npy")
         try:
@@ -125,10 +127,10 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def _digest(feature_map: FeatureMap, images: NDArray[np.uint8], name: str | None) -> str:
+def _digest(feature_map: FeatureMap, source: str, images: NDArray[np.uint8], name: str | None) -> str:
     blocks = f"blocks of {BLOCK} and {LEAST}"
     digest = hashlib.sha256(
-        f"{feature_map.version()} {feature_map} {DTYPE.str} {blocks} {images.shape} {name}".encode()
+        f"{feature_map.version()}{source} {feature_map} {DTYPE.str} {blocks} {images.shape} {name}".encode()
     )
     if name is None:
         digest.update(np.ascontiguousarray(images).data)
@@ -186,7 +188,14 @@ def _block(feature_map: FeatureMap, images: NDArray[np.uint8]) -> NDArray[np.flo
     n = len(images)
     filled = np.concatenate([images, np.repeat(images[-1:], -n % LEAST, 0)])
     with np.errstate(over="ignore", invalid="ignore"):
-        features = np.concatenate([batch.astype(DTYPE) for batch in feature_map.compute(filled)])[:n]
+        features = np.concatenate([batch.astype(DTYPE) for batch in feature_map.compute(filled)])
+    wanted = (len(filled), *feature_map.output_shape(images.shape[1:]))
+    if features.shape != wanted:
+        raise InputError(
+            f"data.features: compute() of {type(feature_map).__name__} must yield a row of output_shape() "
+            f"for every image in order, {wanted} in all, got {features.shape}."
+        )
+    features = features[:n]
     if not np.isfinite(features).all():
         raise InputError(f"data.features: every feature must be within {DTYPE}, and finite.")
     return features

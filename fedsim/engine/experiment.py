@@ -67,6 +67,7 @@ def prepare(config: Config) -> Experiment:
     trials.check(config, method.at.clip, splits.train, task, model)  # also groups that do not fit the model
     outputs = task.outputs(splits.train.declared)
     facts = facts_of(config, holders, get_flat(model).numel(), splits.train.example_shape, outputs)
+    method.at.query.check_model(model, splits.train.example_shape, outputs)
     method.learner.start(config, method.at.query, spec(model), facts.examples)  # refuses what it cannot learn
     return Experiment(config, splits, holders, model, planned(method, facts), task)
 

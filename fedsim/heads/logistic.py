@@ -52,7 +52,7 @@ class Logistic:
         validate.in_range(self.alpha, 1e-9, 1e3, "alpha")
         validate.in_range(self.offset, -100.0, 100.0, "offset")
         if self.kind == "softmax" and (self.alpha, self.offset) != (1.0, 0.0):
-            raise InputError("softmax must have alpha=1 and offset=0. Take kind=one_vs_all for others.")
+            raise InputError("the loss softmax must have alpha=1 and offset=0. Take one_vs_all for others.")
 
     def terms(self, scores: Tensor, hot: Tensor) -> tuple[Tensor, Tensor]:
         """Return residuals and curvatures (n, k) for W x (n, k), without offset, and one-hot classes (n, k).

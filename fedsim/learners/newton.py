@@ -22,7 +22,6 @@ from fedsim.learners import LEARNERS
 from fedsim.learners.base import Learner, Learning, Means
 from fedsim.learners.linear import OPTIMIZER_SETTINGS, linear_head
 from fedsim.queries.base import Query
-from fedsim.validate import InputError
 
 _LEAST_RIDGE = 1e-9  # of a Hessian's eigenvalues, where there is no noise to tell one
 
@@ -70,16 +69,7 @@ class Stepping(Learning):
         self._options, self._head = options, head
 
     def init(self, params: Tensor) -> None:
-        """See `Learning.init`.
-
-        Raises:
-            InputError: the parameters are not zero.
-        """
-        if bool(params.any()):
-            raise InputError(
-                "learner=newton starts at zero weights, where all classes have one Hessian, but the model's "
-                "parameters are not zero. Use model.name=linear with its zero_init."
-            )
+        """See `Learning.init`."""
 
     def update(self, params: Tensor, means: Means, step_index: int) -> Tensor:
         """See `Learning.update`."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim.clipping import ClipRule, clip_rule
 from fedsim.config import Config
@@ -131,6 +131,18 @@ class Query(ABC):
 
     def check(self, config: Config) -> None:  # noqa: B027 - most have nothing to refuse
         """Refuse settings that do not go with this query.
+
+        Raises:
+            InputError: says which, and what to change.
+        """
+
+    def check_model(self, model: nn.Module, example_shape: tuple[int, ...], outputs: int) -> None:  # noqa: B027
+        """Refuse a model that does not go with this query.
+
+        Args:
+            model: as it starts; its parameters are public.
+            example_shape: of the inputs of one example.
+            outputs: of the model, for one example.
 
         Raises:
             InputError: says which, and what to change.

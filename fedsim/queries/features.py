@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim import validate
 from fedsim.clipping.base import ClipRule
 from fedsim.config import Config
+from fedsim.grads.flat import get_flat, set_flat, spec
 from fedsim.heads import rows as bounded
 from fedsim.heads.linear import LinearHead
 from fedsim.heads.parts import Layout
@@ -29,6 +30,7 @@ from fedsim.rules import ENGINE_SETTINGS
 from fedsim.tasks import TASKS
 from fedsim.tasks.classification import Classification
 from fedsim.types import ClippedSum
+from fedsim.validate import InputError
 
 _UNBOUNDED = 1e12  # longer than any row of finite features that were normalised
 
@@ -57,10 +59,44 @@ class FeatureQuery(Query):
                 "Use flat.",
             )
         task = TASKS.find(config.task.name)
-        if not (isinstance(task, type) and issubclass(task, Classification)):
+        own_loss = isinstance(task, type) and getattr(task, "loss", None) is not Classification.loss
+        if isinstance(task, type) and issubclass(task, Classification):
+            if own_loss or config.task.options.get("label_smoothing"):
+                validate.conflicts(
+                    f"query {config.query.name} has a loss of its own, but task={config.task.name} "
+                    f"{'defines one' if own_loss else 'smooths labels'}.",
+                    "Leave it out, or use query=gradient.",
+                )
+        else:
             validate.conflicts(
                 f"query {config.query.name} needs one class an example, but task is {config.task.name}.",
                 "Use task=classification, or query=gradient.",
+            )
+
+    def check_model(self, model: nn.Module, example_shape: tuple[int, ...], outputs: int) -> None:
+        """See `Query.check_model`: it must be x -> W x + b on the example itself, whatever W and b are."""
+        layout, features = spec(model), math.prod(example_shape)
+        shapes = layout.shapes
+        linear = shapes == ((outputs, features), (outputs,))
+        if linear:
+            start, generator = get_flat(model), torch.Generator().manual_seed(0)
+            made_up = torch.randn(start.numel(), generator=generator).to(start)
+            inputs = torch.randn(4, *example_shape, generator=generator).to(start)
+            weights, biases = layout.split(made_up)
+            set_flat(model, made_up)
+            try:
+                with torch.no_grad():
+                    found = model(inputs)
+            finally:
+                set_flat(model, start)
+            wanted = inputs.flatten(1) @ weights.t() + biases
+            linear = found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+        if not linear:
+            raise InputError(
+                f"query {type(self).__name__} needs a model that is one linear layer on the {features} "
+                f"numbers of an example, weights ({outputs}, {features}) and biases ({outputs},), got "
+                f"another, with trainable parameters of shapes {list(shapes)}. Use model.name=linear, and put "
+                "what comes before the layer into data.features."
             )
 
     def rows(self, clip: ClipRule) -> Rows:

@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim import validate
 from fedsim.clipping.base import ClipRule
 from fedsim.config import Config
+from fedsim.grads.flat import get_flat
 from fedsim.heads import newton
 from fedsim.heads.logistic import Logistic
 from fedsim.queries import QUERIES
@@ -22,6 +23,7 @@ from fedsim.queries.base import Arrays, NodeView, Shape, State
 from fedsim.queries.features import FeatureQuery
 from fedsim.queries.statistic import Statistic
 from fedsim.types import ClippedSum, StepTask
+from fedsim.validate import InputError
 
 
 @QUERIES.register("newton")
@@ -33,7 +35,8 @@ class Newton(FeatureQuery):
         loss: "softmax", of which the diagonal blocks of the Hessian are taken, or "one_vs_all".
         alpha: weight of other classes' examples, for one_vs_all; with 1 the first step has one Hessian.
         hessian_share: part of the budget that the Hessians get, in (0, 1); half as in the paper.
-        residual_clip: largest norm of an example's residuals; null: what the loss promises.
+        residual_clip: largest norm of an example's residuals; null: what the loss promises. Beyond the first
+            step that is sqrt(2), and more steps gain little without a clip of 0.3 or so.
     """
 
     loss: str = "softmax"
@@ -59,6 +62,15 @@ class Newton(FeatureQuery):
                 "query newton starts at zero weights, where all classes have one Hessian, but "
                 "model.options.zero_init is false.",
                 "Leave it true.",
+            )
+
+    def check_model(self, model: nn.Module, example_shape: tuple[int, ...], outputs: int) -> None:
+        """See `Query.check_model`: also that its parameters are zero, as the first bounds take them."""
+        super().check_model(model, example_shape, outputs)
+        if bool(get_flat(model).any()):
+            raise InputError(
+                "query newton starts at zero weights, for which its first bounds hold, but the model's "
+                "parameters are not zero. Use model.name=linear with its zero_init."
             )
 
     def phase(self, step: int) -> int:
@@ -88,6 +100,10 @@ class Newton(FeatureQuery):
     def sums(self, node: NodeView, task: StepTask, clip: ClipRule) -> tuple[Arrays, ClippedSum]:
         """See `Query.sums`: a block of examples at a time in memory; norms are of rows before clipping."""
         ids, weights, phase = node.drawn(task), self.weights(node), self.phase(task.step)
+        if phase == 0 and bool(weights.any()):
+            raise InputError(
+                "the first step of query newton must be asked at zero weights: its bounds are theirs."
+            )
         total: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         for _, features, labels in self.blocks(node, ids):

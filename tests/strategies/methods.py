@@ -8,7 +8,8 @@ from fedsim.method import Method
 from tests.conftest import small
 
 # Holder updates under other trust models and noise, and moments, are in the product (combinations.py).
-ALL = [n for n in presets.names(CONFIG_DIR) if not n.startswith("dp_fedavg_") and n != "dp_ls"]
+HEADS = ("dp_ls", "dp_newton", "dp_fc")
+ALL = [n for n in presets.names(CONFIG_DIR) if not n.startswith("dp_fedavg_") and n not in HEADS]
 PRIVATE = [name for name in ALL if Method.of(loading.load(f"smoke/{name}")).private]
 
 # Forms of a method that its options make another mechanism: they must satisfy the same.

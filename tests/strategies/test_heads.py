@@ -21,6 +21,7 @@ from fedsim.noise.stream import Stream
 from fedsim.privacy import accountant, events
 from fedsim.queries import Means
 from fedsim.strategies.base import Collected
+from fedsim.tasks.classification import Classification
 from fedsim.validate import InputError
 from tests.conftest import small, train
 from tests.strategies import combinations
@@ -234,15 +235,66 @@ def test_a_step_without_what_the_learner_takes_leaves_the_parameters() -> None:
     assert "sum" not in query.for_learner({}, means).values
 
 
+class Squashed(torch.nn.Linear):
+    """Has the parameters of one linear layer, and is none."""
+
+    def __init__(self) -> None:
+        super().__init__(49, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs.flatten(1).tanh())
+
+
+class Frozen(torch.nn.Module):
+    """A public layer of as many outputs as inputs before the one that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.public = torch.nn.Linear(49, 49).requires_grad_(False)
+        self.head = torch.nn.Linear(49, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.public(inputs.flatten(1)))
+
+
+class Away(torch.nn.Linear):
+    """One linear layer that starts away from zero."""
+
+    def __init__(self) -> None:
+        super().__init__(49, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs.flatten(1))
+
+
+class Hinge(Classification):
+    """Another loss."""
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().loss(outputs, targets).clamp(max=1.0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["preset=dp_newton", "model.name=mlp"], "one linear layer.*model.name=linear"),
+        (["preset=dp_newton", "model.name=mlp"], "one linear layer.*data.features"),
         (
             ["preset=dp_fc", "model.name=mlp"],
-            "must have weights and biases of 49 features.*model.name=linear",
+            "one linear layer on the 49 numbers.*data.features",
         ),
         (["preset=dp_newton", "model.options.zero_init=false"], "starts at zero weights"),
+        (["preset=dp_fc", f"model.name={__name__}:Squashed"], "one linear layer on the 49 numbers"),
+        (["preset=dp_ls", f"model.name={__name__}:Frozen"], "one linear layer on the 49 numbers"),
+        (["preset=dp_newton", f"model.name={__name__}:Away"], "parameters are not zero"),
+        (
+            ["preset=dp_ls", "task.options.label_smoothing=0.1"],
+            "loss of its own, but .* smooths labels",
+        ),
+        (["preset=dp_ls", f"task={__name__}:Hinge"], "loss of its own, but .* defines one"),
+        (
+            ["preset=dp_fc", "train.steps=8", "privacy.noise_multiplier=2", "privacy.stop_at_epsilon=3"],
+            "ends the run after 1 of 8 steps",
+        ),
         (["preset=dp_newton", "optimizer.learning_rate=0.5"], "learner = newton does not read it"),
         (["preset=dp_newton", "query.options.alpha=0.5"], "softmax must have alpha=1"),
         (["preset=dp_newton", "query.options.hessian_share=1"], "hessian_share must be between"),
