@@ -95,8 +95,8 @@ class FeatureQuery(Query):
             raise InputError(
                 f"query {type(self).__name__} needs a model that is one linear layer on the {features} "
                 f"numbers of an example, weights ({outputs}, {features}) and biases ({outputs},), got "
-                f"another, with trainable parameters of shapes {list(shapes)}. Use model.name=linear, and put "
-                "what comes before the layer into data.features."
+                f"another, with trainable parameters of shapes {list(shapes)}. Use model.name=linear, and "
+                "put what comes before the layer into data.features."
             )
 
     def rows(self, clip: ClipRule) -> Rows:
