@@ -336,6 +336,18 @@ class Mechanism:
         """Return the largest L2 norms that an honest reply's arrays can have, by name."""
         return self.method.trust.norm_bounds(self.method.at, release, reply)
 
+    def operations(self, of_gradients: float) -> float:
+        """Return the floating point operations of all nodes over the run on average.
+
+        Args:
+            of_gradients: of one example whose gradient is taken, with all of its views.
+        """
+        at, total = self.method.at, 0.0
+        for phase, steps in Counter(self._phase(step) for step in range(self.steps)).items():
+            own = at.query.operations(_shape(at, self.facts, phase))
+            total += steps * (of_gradients if own is None else own)
+        return total * self.sampling_rate * self.facts.examples
+
     def traffic(self) -> tuple[float, int]:
         """Return (bytes a holder of its own would send and receive in a step on average, messages of one)."""
         trust, at = self.method.trust, self.method.at

@@ -240,6 +240,11 @@ class Query(ABC):
         """Return what is wrong with the sums of a reply beyond shape, dtype, finiteness and norm, or ""."""
         return ""
 
+    def operations(self, shape: Shape) -> float | None:
+        """Return the floating point operations of one example in a step, for plans; None: a forward and a
+        backward pass of the model for each of its views."""
+        return None
+
     def state(self, config: Config) -> State:
         """Return the state before the first step; none by default."""
         return {}

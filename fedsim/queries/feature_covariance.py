@@ -111,6 +111,12 @@ class FeatureCovariance(FeatureQuery):
         bound = self._gradient(shape.outputs, clip, mapping).bound
         return self.statistic_of(Layout((Part("sum", (shape.outputs, width), bound),)), clip)
 
+    def operations(self, shape: Shape) -> float:
+        """See `Query.operations`: second moments, with the lengths of mapped rows that are taken once, then
+        scores and gradients."""
+        width = shape.features + (self.bias > 0)
+        return 4.0 * width * shape.outputs if shape.phase else 2.0 * width**2 * (1 + self._mapped)
+
     @property
     def _mapped(self) -> bool:
         return self.precondition == "before_clip"

@@ -58,6 +58,11 @@ class Moments(FeatureQuery):
             shares = (self.second_share, *((1.0 - self.second_share) / others,) * others)
         return tuple(noise_multiplier / math.sqrt(share) for share in shares)
 
+    def operations(self, shape: Shape) -> float:
+        """See `Query.operations`: products of a row with itself and with its class."""
+        width = shape.features + (self.bias > 0)
+        return 2.0 * width * (width + shape.outputs)
+
     def _moments(self, features: int, outputs: int, clip: ClipRule) -> moments.Moments:
         return moments.Moments(self.rows(clip), features, outputs, per_class=self.per_class)
 

@@ -92,6 +92,12 @@ class Newton(FeatureQuery):
         shares = 1.0 - self.hessian_share, self.hessian_share
         return tuple(noise_multiplier / math.sqrt(share) for share in shares)
 
+    def operations(self, shape: Shape) -> float:
+        """See `Query.operations`: scores, gradient, and one Hessian or one a class."""
+        width = shape.features + (self.bias > 0)
+        hessians = 1 if shape.phase == 0 and self.alpha == 1.0 else shape.outputs
+        return 2.0 * width * (hessians * width + 2 * shape.outputs)
+
     def _newton(self, features: int, outputs: int, clip: ClipRule, phase: int) -> newton.Newton:
         shared = phase == 0 and self.alpha == 1.0
         loss = Logistic(outputs, self.loss, self.alpha)

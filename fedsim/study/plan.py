@@ -222,9 +222,10 @@ def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
     train, facts, plan = config.train, known.mechanism.facts, known.mechanism
     one = cost(known.model, *known.view, known.task.loss)
     itemsize = 8 if config.model.dtype == "float64" else 4
-    vector = facts.parameters * itemsize
+    entries = [sum(part.length for part in release.statistic.parts) for release, _ in plan.releases()]
+    sums = max(release.statistic.nbytes for release, _ in plan.releases())
     views = plan.steps * plan.sampling_rate * facts.examples * train.augment_multiplicity
-    operations = views * one.training
+    operations = plan.operations(train.augment_multiplicity * one.training)
     holder_bytes, messages = plan.traffic()
     hosted = -(-facts.holders // config.federation.nodes)
     to_node, from_node = plan.node_traffic(hosted)
@@ -245,7 +246,7 @@ def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
         "bytes_of_a_holder_of_its_own_per_step": holder_bytes,
         "messages_per_step": messages,
         "physical_batch_size": config.engine.physical_batch_size,
-        "memory_bytes_without_data_and_libraries": _memory(config, one, vector, itemsize),
+        "memory_bytes_without_data_and_libraries": _memory(config, one, sums, max(entries), itemsize),
     }
 
 
@@ -255,14 +256,20 @@ def _physical_batch_size(config: Config) -> int:
     return given if isinstance(given, int) else config.train.augment_multiplicity
 
 
-def _memory(config: Config, one: Cost, vector: int, itemsize: int) -> dict[str, int]:
+def _memory(config: Config, one: Cost, sums: int, entries: int, itemsize: int) -> dict[str, int]:
     """Estimates in bytes, data and libraries not counted.
 
-    A node holds the parameters, their sum of gradients and one physical batch: what is saved for the backward
+    A node holds the parameters, the sums of a step and one physical batch: what is saved for the backward
     pass, and for per-example norms either the gradients of all layers' outputs (bookkeeping) or every
     example's whole gradient (vmap, opacus). The server holds parameters, optimizer state, average, and the
-    sum and its noise in float64.
+    sums and their noise in float64.
+
+    Args:
+        config, one: the run, and one view of its model.
+        sums, entries: bytes and numbers of the largest step's sums.
+        itemsize: bytes of a parameter.
     """
+    vector = one.trainable * itemsize
     views = _physical_batch_size(config)
     bookkeeping = config.engine.gradients == "bookkeeping"
     examples = max(1, views // config.train.augment_multiplicity)
@@ -273,6 +280,6 @@ def _memory(config: Config, one: Cost, vector: int, itemsize: int) -> dict[str, 
     return {
         f"physical batch of {views} views": batch,
         "one more view": one.saved_bytes + (one.output_bytes if bookkeeping else 0),
-        "node": one.parameters * itemsize + vector + batch,
-        "server": one.parameters * itemsize + slots * vector + 2 * one.trainable * 8,
+        "node": one.parameters * itemsize + sums + batch,
+        "server": one.parameters * itemsize + slots * vector + 2 * entries * 8,
     }

@@ -219,3 +219,19 @@ def test_grouped_convolutions_cost_their_own_products() -> None:
         model = nn.Sequential(nn.Conv2d(8, 16, 3, groups=4), nn.Flatten())
     found = cost(model, torch.empty(1, 8, 5, 5))
     assert found.forward == found.backward == 2 * 9 * 16 * 2 * 9
+
+
+def test_the_plan_of_heads_follows_their_sums() -> None:
+    """A Hessian a class from the second Newton step on: bytes, memory and operations go by the sums."""
+    linear = ["model.name=linear", "train.expected_batch_size=400", "optimizer.learning_rate=1.0"]
+    linear += ["optimizer.name=sgd", "optimizer.options={}"]
+    one, two = (plan.describe(small("preset=dp_newton", f"train.steps={steps}", *linear)) for steps in (1, 2))
+    width, packed = 785, 785 * 786 // 2
+    assert one["flops"]["run"] == pytest.approx(400 * 2 * width * (width + 20))
+    assert two["flops"]["run"] == pytest.approx(one["flops"]["run"] + 400 * 2 * width * (10 * width + 20))
+    numbers = 7850 + packed, 7850 + 10 * packed
+    for described, entries in zip((one, two), numbers, strict=True):
+        memory = described["memory_bytes_without_data_and_libraries"]
+        assert memory["node"] >= 8 * entries
+        assert memory["server"] >= 16 * entries
+        assert described["bytes_from_largest_node_per_step"] == 8 * entries
