@@ -125,15 +125,3 @@ def newton_step(
 def _positive(packed: Tensor, noise_std: float) -> Spectrum:
     found = spectrum.of_packed(packed)
     return found.denoised(noise_std) if noise_std > 0.0 else found.projected()
-
-
-def preconditioned_step(
-    weights: Tensor, gradient: Tensor, second: Spectrum, ridge: float, rate: float = 1.0
-) -> Tensor:
-    """Return W - rate g (G + r I)^-1, (k, d): a step of DP-FC (Mehta et al. 2023).
-
-    Raises:
-        InputError: rate out of range, or G + r I is not positive definite.
-    """
-    validate.positive(rate, "rate")
-    return weights.double() - rate * second.solve(gradient, ridge)

@@ -61,12 +61,17 @@ def example(seed: int, kind: str, dtype: type) -> tuple[np.ndarray, np.ndarray, 
     return hostile(rng, kind, dtype)[None], rng.integers(K, size=1), rng
 
 
+def in_units(layout: Layout, added: dict[str, Tensor]) -> float:
+    """The length of all parts together, in units of the noise at noise multiplier 1."""
+    return math.sqrt(sum(p.share * float(added[p.name].norm() / p.bound) ** 2 for p in layout.parts))
+
+
 def check(layout: Layout, added: dict[str, Tensor], nothing: bool, tight: bool = False) -> None:
     for part in layout.parts:
         own = float(added[part.name].norm())
         assert own <= part.bound * (1 + 1e-6), part.name
         assert not tight or own >= part.bound * (1 - 1e-5), part.name
-    length = float(layout.flat(added).norm())
+    length = in_units(layout, added)
     assert length <= 1 + 1e-6
     assert not tight or length >= 1 - 1e-5
     assert not nothing or length == 0
@@ -90,7 +95,7 @@ def test_moments_of_general_targets(seed: int, kind: str, other: str, clip: floa
     gone = lost(kind) or not np.isfinite(target).all()
     sums = moments.sums(row, target)
     check(moments.layout(), sums, gone, kind == other == "huge")
-    assert bool(torch.isfinite(moments.layout().flat(sums)).all())
+    assert all(bool(torch.isfinite(value).all()) for value in sums.values())
 
 
 @given(SEEDS, st.sampled_from(KINDS), CLIPS, DTYPES)
@@ -156,7 +161,7 @@ def test_gradients(seed: int, kind: str, clip: float, dtype: type, loss: Logisti
         own = float(added.norm())
         assert own <= gradient.bound * (1 + 1e-6)
         assert not lost(kind) or own == 0
-        assert own <= float(norms[0]) * (1 + 1e-6), "of before the clips"
+        assert own <= float(norms[0]) * (1 + 1e-6) + 1e-30, "of before the clips; tiny rows are rounded"
         if mapping != "wild" and kind == "ordinary" and float(norms[0]) < 0.2 * min(1.0, clip):
             assert own == pytest.approx(float(norms[0]), rel=1e-6), "what is short is not clipped"
 
@@ -249,7 +254,8 @@ def test_neighbours_differ_by_no_more_than_the_bound(seed: int, kind: str, dtype
     ]
     rounding = 21 * 4 * float(np.finfo(dtype).eps)
     for layout, with_it, without in pairs:
-        assert float((layout.flat(with_it) - layout.flat(without)).norm()) <= 1 + 1e-6 + rounding
+        moved = {name: with_it[name] - without[name] for name in with_it}
+        assert in_units(layout, moved) <= 1 + 1e-6 + rounding
 
 
 @pytest.mark.parametrize("label", [-1, K, 10**6])
