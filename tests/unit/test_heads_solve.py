@@ -129,7 +129,7 @@ def test_the_default_ridge_makes_noisy_moments_positive() -> None:
 
 
 def test_impossible_steps_are_refused() -> None:
-    second, zero = spectrum.of(torch.eye(D)), torch.zeros(K, D)
+    zero = torch.zeros(K, D)
     packed = packing.pack(torch.eye(D))
     with pytest.raises(InputError, match="a Hessian for each of 3 classes, got 2"):
         solve.newton_step(zero, zero, packed.expand(2, -1), 1.0)
