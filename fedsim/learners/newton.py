@@ -44,7 +44,7 @@ class NewtonSteps(Learner):
     takes = ("gradient", "hessian")
     needs_fresh_noise = True
     unread = OPTIMIZER_SETTINGS
-    tiny = {"ridge": 0.1}  # noqa: RUF012
+    tiny = {"ridge": 1.0}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         validate.positive(self.rate, "learner.options.rate")

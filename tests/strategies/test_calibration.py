@@ -20,7 +20,7 @@ from fedsim.privacy.budget import Budget, within_budget
 from fedsim.privacy.family import EventFamily
 from fedsim.queries.gradient import Gradient
 from fedsim.samplers import Participation, Sampler
-from fedsim.strategies.base import Setting
+from fedsim.strategies.base import Agreed, Setting
 from fedsim.strategies.central import Central
 from fedsim.study.plan import describe
 from fedsim.validate import InputError
@@ -57,12 +57,11 @@ class Outside(Central):
 class Careless(Outside):
     """Calibrates as if examples were drawn, and states what it does."""
 
-    def agree(
-        self, at: Setting, family: EventFamily, statistic: Any, split: Any, facts: Any
-    ) -> tuple[Budget, float, None]:
+    def agree(self, at: Setting, family: EventFamily, phases: Any, split: Any, facts: Any) -> Agreed:
         rate = at.config.train.expected_batch_size / facts.examples
         drawn = within_budget(at.config.privacy, EventFamily.gaussian(rate), at.config.train.steps)
-        return Budget(family, drawn.noise_multiplier, drawn.steps), drawn.noise_multiplier, None
+        budget = Budget(family, drawn.noise_multiplier, drawn.steps)
+        return Agreed(budget, (drawn.noise_multiplier,), (None,))
 
 
 HERE = "tests.strategies.test_calibration"

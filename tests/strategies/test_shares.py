@@ -312,7 +312,8 @@ def test_local_noise_reaches_the_sum_once_a_holder(tmp_path: Path) -> None:
     config = small("preset=local_dpsgd", "federation.availability=0.5", "train.steps=2")
     prepared = prepare(config)
     release = prepared.mechanism.release()
-    assert prepared.mechanism.noise_std_of_sum(release) == pytest.approx(0.5 * math.sqrt(10))
+    # Five of ten holders are online on average.
+    assert prepared.mechanism.noise_std_of_sum(release) == pytest.approx(0.5 * math.sqrt(5))
     assert prepared.mechanism.event_at(0) == prepare(small("federation.availability=0.5")).mechanism.event_at(
         0
     )
