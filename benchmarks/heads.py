@@ -185,8 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="key=value", help="beside the chosen settings"
     )
+    parser.add_argument("--rows-of", nargs="+", type=Path, default=[], help="take over rows of other files")
     options = parser.parse_args(arguments)
     held: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {"rows": []}
+    for path in options.rows_of:
+        other = json.loads(path.read_text())
+        held["rows"] += [row for row in other["rows"] if row not in held["rows"]]
+        held |= {name: other[name] for name in ("hardware", "threads")}
+        _write(options.json, held)
     sums = Sums()
     for features in options.features:
         for method in options.methods:
@@ -209,9 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         flush=True,
                     )
                     held |= {"hardware": provenance.hardware(), "threads": torch.get_num_threads()}
-                    options.json.parent.mkdir(parents=True, exist_ok=True)
-                    options.json.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+                    _write(options.json, held)
     return 0
+
+
+def _write(path: Path, held: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
 
 def _alike(*settings: Sequence[str]) -> dict[str, Sequence[Sequence[str]]]:
