@@ -19,6 +19,7 @@ from fedsim.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from fedsim.engine.experiment import epsilons, prepare
 from fedsim.grads.flat import get_flat, spec
 from fedsim.learners import optimizer as optim
+from fedsim.mechanism import Mechanism
 from fedsim.merging import Choice
 from fedsim.models import weights
 from fedsim.noise.levels import NoiseLevels
@@ -181,7 +182,9 @@ def test_wrong_factors_are_refused_before_anything_starts(factors: tuple[float, 
 
 
 @pytest.mark.parametrize("query", ["gradient", "holder_update"])
-def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(query: str, tmp_path: Path) -> None:
+def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(
+    query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The noise of every step has the scale of the step's own event, which the ledger holds.
 
     False alarms: 18 bounds of five standard errors each, below 2e-5 together.
@@ -202,7 +205,16 @@ def test_a_scheduled_run_records_and_adds_the_noise_of_each_step(query: str, tmp
         # sensitivity 0.5; 20,000 values: a standard error is 0.5 %, the bound is five of them
         assert values.std() == pytest.approx(0.5 * plan.noise_factor(step), rel=0.025)
         assert abs(np.corrcoef(values, noise[(step + 1) % 6])[0, 1]) < 0.036  # five standard errors
+    added: list[np.ndarray] = []  # by the run itself: nobody is drawn, so a step's sum is its noise
+    means = Mechanism.means
+    monkeypatch.setattr(
+        Mechanism,
+        "means",
+        lambda self, release, sums: (added.append(sums["sum"].copy()), means(self, release, sums))[1],
+    )
     train(config, tmp_path)
+    for step, values in enumerate(added):
+        assert values.std() == pytest.approx(0.5 * plan.noise_factor(step), rel=0.025)
     book = ledger.read(tmp_path / "ledger.jsonl")
     assert [r.noise_multiplier for r in book.records] == [2.0, 2.0, 1.0, 1.0, 0.5, 0.5]
     assert events.releases(book.total_event()) == events.releases(plan.total_event(6))
