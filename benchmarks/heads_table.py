@@ -56,6 +56,24 @@ def _text(values: list[float], best: float | bool) -> str:
     return f"**{text}**" if best is not False and mean == best else text
 
 
+def costs() -> str:
+    """Seconds of the sums and solves, and the share of the product rate that second moments reach."""
+    held = load("head_cost.json")
+    if held is None:
+        return missing("python -m benchmarks.head_cost --json results/head_cost.json", "head_cost.json")
+    parts = list(held["rows"][0]["seconds"])
+    rows = [
+        [
+            f"{row['case']}: {row['examples']:,} x {row['features']:,}, {row['classes']} classes",
+            *(f"{row['seconds'][part]:.1f}" for part in parts),
+            *(f"{100 * share:.0f} %" for share in row["of_product_rate"].values()),
+        ]
+        for row in held["rows"]
+    ]
+    shares = [f"{part}, of the product rate" for part in held["rows"][0]["of_product_rate"]]
+    return table(["seconds", *parts, *shares], rows) + "\n" + provenance(held)
+
+
 def picture(held: Mapping[str, Any]) -> Figure:
     """Accuracy against epsilon, one panel a kind of features, one line a method."""
     found = cells(held)

@@ -176,6 +176,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/heads.md": {
         "heads": heads_table.heads,
+        "head-costs": heads_table.costs,
         "compare-heads": lambda: comparison("heads_trust", HEADS_COLUMNS),
     },
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
