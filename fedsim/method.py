@@ -84,16 +84,16 @@ class Method:
                 "Use noise=independent.",
             )
         made = cls(at, trust, learner)
-        phases = len(made.phases()[0])
-        if phases > 1 and config.noise.name != "independent":
+        factors, _ = made.phases()
+        if factors != (1.0,) and config.noise.name != "independent":
             validate.conflicts(
-                f"query={config.query.name} sums other things in its first steps than in later ones, which "
-                f"noise={config.noise.name} cannot hold together.",
+                f"query={config.query.name} says itself what noise its steps have, or sums other things in its "
+                f"first steps than in later ones: noise={config.noise.name} cannot hold that together.",
                 "Use noise=independent.",
             )
         parts = {
             part.name
-            for phase in range(phases)
+            for phase in range(len(factors))
             for part in query.statistic(replace(_ANY, phase=phase), clip, query.state(config)).parts
         }
         if lacking := [name for name in learner.takes if name not in parts]:

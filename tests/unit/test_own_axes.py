@@ -264,6 +264,13 @@ def test_phases_that_are_none_are_refused(options: str, message: str) -> None:
         prepare(small(f"query={{name: '{HERE}:Phased', options: {options}}}"))
 
 
+def test_factors_and_a_schedule_of_noise_are_not_both_followed() -> None:
+    """One of them would be left out without a word."""
+    query = f"query={{name: '{HERE}:Phased', options: {{of_phases: [0.5]}}}}"
+    with pytest.raises(InputError, match="says itself what noise its steps have"):
+        prepare(small(query, "noise={name: schedule, options: {factors: [2.0, 1.0]}}"))
+
+
 @pytest.mark.parametrize("multiplier", [-3.0, math.inf, 0.0])
 def test_noise_multipliers_of_parts_are_positive_numbers(multiplier: float) -> None:
     query = f"query={{name: '{HERE}:Split', options: {{multiplier: {multiplier}}}}}"
