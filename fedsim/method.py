@@ -87,8 +87,8 @@ class Method:
         factors, _ = made.phases()
         if factors != (1.0,) and config.noise.name != "independent":
             validate.conflicts(
-                f"query={config.query.name} says itself what noise its steps have, or sums other things in its "
-                f"first steps than in later ones: noise={config.noise.name} cannot hold that together.",
+                f"query={config.query.name} says itself what noise its steps have, or sums other things in "
+                f"its first steps than in later ones: noise={config.noise.name} cannot hold that together.",
                 "Use noise=independent.",
             )
         parts = {
