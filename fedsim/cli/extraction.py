@@ -90,7 +90,9 @@ def _features(options: argparse.Namespace) -> dict[str, Any]:
     with importing():
         from fedsim.data import datasets
         from fedsim.engine import experiment
+        from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
+    retain_freed_memory()
     config = load(options)
     chosen = config.data.features
     if chosen is None:
