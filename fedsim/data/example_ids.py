@@ -2,10 +2,10 @@
 
 Two rules give the number, and nothing that uses it asks which:
 
-* A data set that was one before it was partitioned: the example's place in it. The name survives partitioning,
-  so the federation draws what the centralized run draws.
-* Data that lies at its holders: holder * 2**40 + number, the example's number at its holder. A holder names its
-  examples without knowing how many others have, and a new example, of a stream say, changes no other's name.
+* A data set that was one before it was partitioned: the example's place in it. The name survives
+  partitioning, so the federation draws what the centralized run draws.
+* Data that lies at its holders: holder * 2**40 + number, the example's number at its holder. A holder names
+  its examples without knowing how many others have, and a new one, of a stream say, changes no other's name.
 
 Draws take word `id` of a key stream with random access (fedsim.samplers.keyed, fedsim.data.augment), so names
 need not be dense. Only fixed-size and shuffled draws rank a whole population, and need the first rule.

@@ -5,13 +5,14 @@ example's row is M x, clipped to norm 1, and the weights are those of x: scores 
 on M x, so that steps along the sum times M are plain gradient steps on mapped rows. The clip is a factor c of
 the example, of its scores too.
 
-The sum over mapped rows is the sum over rows, times M once: only the lengths |M x| need a product of d^2 for
-every example, and they are the same at every step.
+The sum over mapped rows is the sum over rows, times M once at the end: only the lengths |M x| need a product
+of d^2 for every example, and they are the same at every step. Lengths are float64 throughout, for a map of
+very different scales cancels most of what it adds; other products are float64 for float64 features and
+float32 else, added up in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,16 +69,18 @@ class Gradient:
 
     def lengths(self, features: Values) -> Tensor:
         """Return |M x| (n,) float64 of the rows of features (n, d0); |x| without a map."""
-        found = [torch.linalg.vector_norm(self._mapped(rows), dim=1) for rows in self._rows(features)]
+        found = [torch.zeros(0, dtype=torch.float64)]
+        for values, _ in bounded.blocks(features, features):
+            found.append(torch.linalg.vector_norm(self.mapped(self.rows.of(values).double().cpu()), dim=1))
         return torch.cat(found)
 
     def sums(
         self, features: Values, labels: Values, weights: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the sum (k, d) float64, and the norm (n,) of what each example would add without clips.
+        """Return the sum (k, d) float64 before the map, and the norm (n,) of what each adds without clips.
 
-        An example adds zero where a feature is not finite, its class is none of 0 .. k - 1, or its length is
-        not finite. Products are float64 for float64 features and float32 else, added up in float64.
+        `mapped` of the sum over all examples is what the bound is of. An example adds zero where a feature is
+        not finite, its class is none of 0 .. k - 1, or its length is not finite.
 
         Args:
             features: (n, d0), n may be 0.
@@ -106,15 +109,10 @@ class Gradient:
             residuals = bounded.clipped(raw, self.residual_bound)
             total += products.cross_moment(residuals * scales, rows).cpu()
             norms.append(torch.linalg.vector_norm(raw, dim=1, dtype=torch.float64).cpu() * own)
-        return self._mapped(total), torch.cat(norms)
+        return total, torch.cat(norms)
 
-    def _rows(self, features: Values) -> Iterator[Tensor]:
-        for values, _ in bounded.blocks(features, features):
-            yield self.rows.of(values).double().cpu()
-        if not len(features):
-            yield torch.zeros(0, self.rows.width(features.shape[1]), dtype=torch.float64)
-
-    def _mapped(self, rows: Tensor) -> Tensor:
+    def mapped(self, rows: Tensor) -> Tensor:
+        """Return rows (n, d) float64 times M; as they are without a map."""
         return rows if self.mapping is None else rows @ self.mapping
 
     def _scales(self, lengths: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ class FeatureCovariance(FeatureQuery):
             block, found = gradient.sums(features, labels, weights, lengths[place])
             total += block
             norms.append(found)
+        total = gradient.mapped(total)
         return {"sum": total.reshape(-1).numpy()}, self.result(len(ids), gradient.bound, norms)
 
     def _lengths(self, node: NodeView, gradient: Gradient, task: StepTask) -> Tensor:

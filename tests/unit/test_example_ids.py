@@ -22,7 +22,8 @@ def _names() -> NDArray[np.int64]:
 
 def test_names_are_distinct_and_can_be_taken_apart() -> None:
     ids = _names()
-    assert ids.dtype == np.int64 and len(np.unique(ids)) == SIZES.sum()
+    assert ids.dtype == np.int64
+    assert len(np.unique(ids)) == SIZES.sum()
     holders, numbers = split(ids)
     assert np.array_equal(holders, np.repeat(np.arange(HOLDERS), SIZES))
     assert np.array_equal(numbers, np.concatenate([np.arange(size) for size in SIZES]))

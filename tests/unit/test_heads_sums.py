@@ -32,7 +32,7 @@ MAPPED = Gradient(ROWS, Logistic(K, "softmax"), 0.5, _ROOT + _ROOT.t())
 
 
 def gradient(of: Gradient, features: np.ndarray, labels: np.ndarray, weights: Tensor) -> Tensor:
-    return of.sums(features, labels, weights, of.lengths(features))[0]
+    return of.mapped(of.sums(features, labels, weights, of.lengths(features))[0])
 
 
 SUMS = {
