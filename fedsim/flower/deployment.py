@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 
 from flwr.serverapp import Grid
-from flwr.superlink.grid import InMemoryGrid
 
 from fedsim import validate
 from fedsim.config import Config
@@ -29,6 +28,8 @@ def backend_of(grid: Grid) -> str:
     """Return where a ServerApp with this grid runs."""
     if isinstance(grid, LocalGrid):
         return LOCAL
+    from flwr.superlink.grid import InMemoryGrid  # two seconds of imports, there already where it can be one
+
     return SIMULATION if isinstance(grid, InMemoryGrid) else DEPLOYMENT
 
 
