@@ -164,6 +164,25 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class TuningConfig:
+    """How settings were chosen among others. `fedsim tune` writes it; every result shows it.
+
+    Attributes:
+        mode: "free": the search looked at private examples and is counted nowhere, as in most of the
+            literature. "private": the run is the best of a hidden random number of equally private ones, and
+            epsilon is that of choosing it (`fedsim.privacy.events.Selection`). Null: nothing is known.
+        trials: settings tried; private: the mean of their number.
+        held_out_examples: training examples they were judged by.
+        distribution: of the number of trials.
+    """
+
+    mode: str | None = None
+    trials: float | None = field(default=None, metadata=read_with(mode=SET))
+    held_out_examples: int = field(default=0, metadata=read_with(mode=SET))
+    distribution: str = field(default="geometric", metadata=read_with(mode=("private",)))
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     tensorboard: bool = True
     progress: bool = True
@@ -193,6 +212,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     reference: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -52,6 +52,7 @@ RESERVED = frozenset(
         "title",
         "train_loss",
         "trust",
+        "tuning",
     }
 )
 """Names that result.json or the numbers of a step have already: no metric is called so."""

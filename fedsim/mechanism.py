@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
+from fedsim.config import Config
 from fedsim.learners import Means
 from fedsim.method import Method
 from fedsim.noise.gaussian import step_noise
@@ -100,6 +101,7 @@ class Mechanism:
             lambda noise_multiplier: trust.event(at, noise_multiplier, participation),
             participation.period,
             of_phases or at.noise.levels(train.steps),
+            selection_of(at.config),
         )
         expected_units = participation.share * units * availability
         agreed = trust.agree(
@@ -363,6 +365,19 @@ class Mechanism:
     def survivors_needed(self) -> str:
         """Return how many holders must stay to the end of a step for its privacy statement to hold."""
         return self.method.trust.survivors_needed(self.method.at)
+
+
+def selection_of(config: Config) -> events.Selection | None:
+    """Return how a run of this configuration is selected among hidden ones; None where it is not.
+
+    Raises:
+        InputError: no such mean or distribution.
+    """
+    if config.tuning.mode != "private":
+        return None
+    selection = events.Selection(float(config.tuning.trials or 0.0), config.tuning.distribution)
+    events.check_selection(selection)
+    return selection
 
 
 def _shape(at: Setting, facts: DataFacts, phase: int) -> Shape:

@@ -165,6 +165,10 @@ def check(c: Config) -> None:
     validate.in_range(f.availability, 0.0, 1.0, "federation.availability")
     validate.in_range(t.ema_decay, 0.0, 1.0 - 1e-12, "train.ema_decay")
     validate.in_range(c.data.holdout_examples, 0, 2**62, "data.holdout_examples")
+    if c.tuning.mode is not None:
+        validate.one_of(c.tuning.mode, ("free", "private"), "tuning.mode")
+        validate.positive(c.tuning.trials or 0, "tuning.trials")
+        validate.in_range(c.tuning.held_out_examples, 0, 2**62, "tuning.held_out_examples")
     validate.one_of(p.noise_source, ("seeded", "secure"), "privacy.noise_source")
     if o.warmup_steps and o.warmup_epochs is not None:
         validate.conflicts(

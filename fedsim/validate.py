@@ -46,6 +46,10 @@ class RunError(FedsimError, RuntimeError):
     exit_code = 3
 
 
+class Diverged(RunError):
+    """The parameters of a run are no finite numbers any more: other settings are needed."""
+
+
 @contextmanager
 def failures_as(kind: type[FedsimError], what: str, remedy: str) -> Iterator[None]:
     """Turn what the machine refuses within the block (disk, permissions, ports, memory) into `kind`.

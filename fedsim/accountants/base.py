@@ -21,16 +21,20 @@ class Accountant(ABC):
             no noise is calibrated by it and no run is stopped by it.
         takes_groups: whether it answers for several examples of one holder that are drawn independently.
         searches_coarsely: whether a wider tolerance makes it much faster, for the first stage of a search.
+        takes_selection: whether it answers for the best of a hidden number of runs, by `selected_epsilon`.
         check: the accountant whose answer stands beside this one's.
     """
 
     is_upper_bound: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = False
+    takes_selection: ClassVar[bool] = False
     searches_coarsely: ClassVar[bool] = False
     check: ClassVar[str] = "pld"
 
     def supports(self, event: dp.DpEvent) -> str:
         """Return why this accountant has no answer for an event, or ""."""
+        if events.apart(event)[1] is not None and not self.takes_selection:
+            return "the best of a hidden number of runs is accounted by Renyi DP only"
         if events.renyi_only(event):
             return "the mechanism is bounded at whole Renyi orders only"
         if any(found.sample is not None and found.sampling_rate < 1.0 for found in events.releases(event)):
@@ -50,3 +54,9 @@ class Accountant(ABC):
             delta: of the answer.
             tolerance: relative accuracy that is enough, where the accountant has a choice.
         """
+
+    def selected_epsilon(
+        self, parts: tuple[Part, ...], delta: float, selection: events.Selection
+    ) -> tuple[float | None, str]:
+        """Return (epsilon, note) of the best of a hidden number of runs, each the composition of `parts`."""
+        raise NotImplementedError

@@ -36,21 +36,40 @@ class Rdp(Accountant):
     """Renyi DP at the library's orders: looser than loss distributions, and quick."""
 
     orders: ClassVar[tuple[float, ...]] = _DEFAULT
+    takes_selection = True
 
     def supports(self, event: dp.DpEvent) -> str:
         """See `Accountant.supports`."""
+        if events.apart(event)[1] is not None and not self.takes_selection:
+            return super().supports(event)
         return "the mechanism is bounded at whole Renyi orders only" if events.renyi_only(event) else ""
 
     def epsilon(
         self, parts: tuple[Part, ...], delta: float, tolerance: float = TOLERANCE
     ) -> tuple[float | None, str]:
         """See `Accountant.epsilon`."""
-        orders = np.array(self.orders)
-        total = np.zeros_like(orders)
+        return self._bound(self.curve(parts), delta)
+
+    def selected_epsilon(
+        self, parts: tuple[Part, ...], delta: float, selection: events.Selection
+    ) -> tuple[float | None, str]:
+        """See `Accountant.selected_epsilon`: Papernot and Steinke 2022, theorems 2 and 6."""
+        # The library's own composition of both; the margins of `curve`, once more around.
+        margin = sum(1e-13 * part.times for part in parts)
+        one = events.sequence(events.composed(_event(part), part.times) for part in parts)
+        return self._bound(_composed(events.selected(one, selection), self.orders) + margin, delta)
+
+    def curve(self, parts: tuple[Part, ...]) -> NDArray[np.float64]:
+        """Return Renyi DP of the composition of `parts` at `orders`; inf or NaN where there is none."""
+        total = np.zeros(len(self.orders))
         for part in parts:
             # Round-off of the log-space sums, on the safe side; matters only for huge numbers of tiny losses.
             margin = 0.0 if part.sampling_rate == 1.0 else 1e-13
             total += part.times * (_of_one(part, self.orders) + margin)
+        return total
+
+    def _bound(self, total: NDArray[np.float64], delta: float) -> tuple[float | None, str]:
+        orders = np.array(self.orders)
         usable = np.isfinite(total) & (total >= 0.0)
         if not usable.any():
             return None, "not computable: Renyi DP overflows at every order"
@@ -74,6 +93,7 @@ class RdpObjax(Rdp):
     """Renyi DP as Objax accounted it: the epsilons that Kurakin et al. 2022 state."""
 
     orders = _OBJAX
+    takes_selection = False
 
     def converted(
         self, orders: NDArray[np.float64], total: NDArray[np.float64], delta: float
@@ -98,11 +118,21 @@ class RdpInteger(Rdp):
 @functools.lru_cache(maxsize=4096)
 def _of_one(part: Part, orders: tuple[float, ...]) -> NDArray[np.float64]:
     """Renyi DP of one release at every order; inf or NaN where the library cannot compute it."""
-    sigma, relation = part.noise_multiplier / part.examples, dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    event = events.gaussian_step(sigma, part.sampling_rate)
+    return _composed(_event(part), orders)
+
+
+def _event(part: Part) -> dp.DpEvent:
+    """The event of one release, with the multiplier as the library takes it."""
+    sigma = part.noise_multiplier / part.examples
     if part.sample is not None and part.sampling_rate < 1.0:
+        return dp.SampledWithoutReplacementDpEvent(*part.sample, dp.GaussianDpEvent(sigma))
+    return events.gaussian_step(sigma, part.sampling_rate)
+
+
+def _composed(event: dp.DpEvent, orders: tuple[float, ...]) -> NDArray[np.float64]:
+    relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    if events.relation(event) == events.REPLACE:
         relation = dp.NeighboringRelation.REPLACE_ONE
-        event = dp.SampledWithoutReplacementDpEvent(*part.sample, dp.GaussianDpEvent(sigma))
     with _without_library_warnings(), np.errstate(all="ignore"):
         try:
             return np.array(dp.rdp.RdpAccountant(orders, relation).compose(event).rdp)

@@ -61,7 +61,7 @@ def _compare(options: argparse.Namespace) -> Any:
 
     wanted = compare.load(options.config)
     out = options.out or Path("runs") / "compare" / file_name(wanted.title, "comparison")
-    done = compare.run(wanted, options.overrides, out, _runner("local"), sys.stderr)
+    done = compare.run(wanted, options.overrides, out, runner_of("local"), sys.stderr)
     if not options.json:
         rows = comparison.table(done)
         table = show.table(*comparison.COLUMNS)
@@ -81,7 +81,7 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
         options.overrides,
         options.seeds,
         options.out,
-        _runner(options.backend),
+        runner_of(options.backend),
         sys.stderr,
         backend=options.backend,
         command=_as_typed(options),
@@ -105,7 +105,8 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _runner(backend: str) -> Runner:
+def runner_of(backend: str) -> Runner:
+    """Return what trains one configuration into a folder, or goes on there."""
     from fedsim import api
 
     def runner(config: Config, folder: RunFolder) -> dict[str, Any]:

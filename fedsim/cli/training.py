@@ -158,6 +158,8 @@ def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
     )
     if "seconds" in result:
         table.add_row("seconds", f"{result['seconds']:.1f}")
+    if result["tuning"]:
+        table.add_row("tuning", result["tuning"])
     table.add_row("folder", str(folder.root))
     Console().print(table)
     if result["noise_source"] == "seeded" and result["noise_multiplier"]:

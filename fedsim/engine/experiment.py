@@ -17,7 +17,7 @@ from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, trials
 from fedsim.grads.flat import get_flat, spec
 from fedsim.learners import optimizer
-from fedsim.mechanism import Mechanism
+from fedsim.mechanism import Mechanism, selection_of
 from fedsim.method import Method
 from fedsim.partitions import Material
 from fedsim.privacy import accountant
@@ -164,6 +164,7 @@ def header_of(
         examples_per_holder_at_most=config.federation.examples_per_holder_at_most,
         holder_noise_factor=mechanism.holder_noise_factor,
         example_noise_factor=mechanism.example_noise_factor,
+        selection=selection_of(config),
         run=run,
         secret=secret,
         code=provenance.reference_hash(*config.references()),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedsim import provenance
+from fedsim.config import Config
 from fedsim.engine import checkpoint, scoring
 from fedsim.engine.experiment import Experiment
 from fedsim.engine.state import State
@@ -58,6 +59,7 @@ def result_of(
         "holders": config.federation.holders,
         "examples_per_holder_at_most": config.federation.examples_per_holder_at_most,
         "assumed_public": list(ASSUMED_PUBLIC),
+        "tuning": tuning_of(config),
         "trust": _trust(experiment),
         "nodes": config.federation.nodes,
         "seed": config.seed,
@@ -84,6 +86,22 @@ def result_of(
     tagged = {name: Public(value) for name, value in stated.items()} | numbers
     result: dict[str, Any] = plain(shown(tagged, public_only=public_only))
     return result | {"sensitive": sensitive_names(tagged)}
+
+
+def tuning_of(config: Config) -> str:
+    """Return how the settings were chosen, in words; "" where nothing is known."""
+    tuning = config.tuning
+    if tuning.mode is None:
+        return ""
+    if tuning.mode == "private":
+        return (
+            f"the best of a hidden number of trials ({tuning.distribution}, mean {tuning.trials:g}) on "
+            f"{tuning.held_out_examples} held-out private examples; epsilon counts that"
+        )
+    return (
+        f"settings chosen by {tuning.trials:g} trials on {tuning.held_out_examples} held-out private "
+        "examples; epsilon does not count that"
+    )
 
 
 def _trust(experiment: Experiment) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.grads.flat import set_flat
 from fedsim.merging import Choice
 from fedsim.types import StepRecord, Transport
-from fedsim.validate import RunError
+from fedsim.validate import Diverged, RunError
 from fedsim.visibility import Numbers, Public, Sensitive
 
 _log = logging.getLogger(__name__)
@@ -143,8 +143,8 @@ class Server:
         """Put the step into the ledger, before anybody sees what it releases.
 
         Raises:
-            RunError: the parameters are not finite, or the step was released before with other bits under
-                noise that is to stay secret.
+            Diverged: the parameters are not finite.
+            RunError: the step was released before with other bits under noise that is to stay secret.
         """
         book = self.run.ledger
         digest = checkpoint.parameters_sha256(parameters)
@@ -159,7 +159,7 @@ class Server:
         # That a run stops here follows from the released parameters, so it tells no more than they do.
         for name, values in (("parameters", parameters), ("average", self.state.learning.average())):
             if values is not None and not bool(torch.isfinite(values).all()):
-                raise RunError(
+                raise Diverged(
                     f"step {step}: the {name} after the update must be finite numbers and are not. "
                     f"{self._advice(step)} This step is in the ledger."
                 )

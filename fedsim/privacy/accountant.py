@@ -116,7 +116,7 @@ def epsilon(event: dp.DpEvent, delta: float, accountant: str = "pld", unit: str 
     """
     check_asked(delta, accountant, unit)
     asked, accountant = accountant, answering(event, accountant)
-    value, note = epsilon_of_parts(parts_of(event), float(delta), accountant)
+    value, note = value_of(event, float(delta), accountant)
     if reason := named(asked).supports(event):
         note = "; ".join(part for part in (note, f"{asked} has no answer: {reason}") if part)
     found = events.releases(event)
@@ -157,7 +157,9 @@ def holder_epsilon_of_event(
     found = events.releases(event)
     parts = parts_of(event, count)
     accountant, relation = answering(event, accountant), events.relation(event)
-    if count > 1 and relation == events.REPLACE:
+    if count > 1 and events.apart(event)[1] is not None:
+        value, note = None, "not available: the best of a hidden number of runs is bounded for examples only"
+    elif count > 1 and relation == events.REPLACE:
         value, note = (
             None,
             "not available: how many of a holder's examples a fixed-size draw takes is not bounded",
@@ -171,7 +173,7 @@ def holder_epsilon_of_event(
         if events.renyi_only(event):
             note = "not available: the mechanism is bounded at whole Renyi orders only"
     else:
-        value, note = epsilon_of_parts(parts, float(delta), accountant)
+        value, note = epsilon_of_parts(parts, float(delta), accountant, selection=events.apart(event)[1])
     if value is not None and MEANINGLESS_ABOVE < value < math.inf:
         reading = f"no meaningful protection of a holder with {count} examples"
         note = f"{note}; {reading}" if note else reading
@@ -230,9 +232,20 @@ def parts_of(event: dp.DpEvent, examples: int = 1) -> tuple[Part, ...]:
     )
 
 
+def value_of(
+    event: dp.DpEvent, delta: float, accountant: str, tolerance: float = loss_distribution.TOLERANCE
+) -> tuple[float | None, str]:
+    """Return (epsilon, note) of an event that `accountant` supports."""
+    return epsilon_of_parts(parts_of(event), delta, accountant, tolerance, events.apart(event)[1])
+
+
 @functools.lru_cache(maxsize=4096)
 def epsilon_of_parts(
-    parts: tuple[Part, ...], delta: float, accountant: str, tolerance: float = loss_distribution.TOLERANCE
+    parts: tuple[Part, ...],
+    delta: float,
+    accountant: str,
+    tolerance: float = loss_distribution.TOLERANCE,
+    selection: events.Selection | None = None,
 ) -> tuple[float | None, str]:
     """Return (epsilon, note) of `accountant`, as `Accountant.epsilon`; kept for the next that asks."""
     if not parts:
@@ -240,7 +253,10 @@ def epsilon_of_parts(
     if any(part.noise_multiplier <= 0.0 for part in parts):
         return math.inf, "a release without noise is among the steps"
     asked = named(accountant)
-    answer = asked.epsilon(parts, delta, tolerance)
+    if selection is None:
+        answer = asked.epsilon(parts, delta, tolerance)
+    else:
+        answer = asked.selected_epsilon(parts, delta, selection)
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise InputError(f"accountant {accountant} must answer with (epsilon, note), got {answer!r}.")
     value, note = answer

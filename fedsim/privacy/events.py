@@ -27,7 +27,24 @@ import dp_accounting as dp
 from fedsim import validate
 from fedsim.validate import InputError
 
+DISTRIBUTIONS = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
+"""Of the number of runs: eta of the truncated negative binomial distribution; infinity is Poisson's."""
+
 _Kind = tuple[float, float, tuple[int, int] | tuple[()]]
+
+
+class Selection(NamedTuple):
+    """The best of a hidden random number of equal runs is released, and nothing of the others.
+
+    Papernot and Steinke 2022, "Hyperparameter Tuning with Renyi Differential Privacy".
+
+    Attributes:
+        mean: of the number of runs, above 1.
+        distribution: of the number of runs, one of DISTRIBUTIONS. Poisson's may give 0, the others do not.
+    """
+
+    mean: float
+    distribution: str = "geometric"
 
 
 class Release(NamedTuple):
@@ -71,6 +88,35 @@ def gaussian_step(noise_multiplier: float, sampling_rate: float) -> dp.DpEvent:
     return dp.PoissonSampledDpEvent(float(sampling_rate), gaussian)
 
 
+def selected(event: dp.DpEvent, selection: Selection | None) -> dp.DpEvent:
+    """Return the event of the best of a hidden number of runs whose event is `event`; None: of one run.
+
+    Raises:
+        InputError: a mean that is not above 1, or an unknown distribution.
+    """
+    if selection is None:
+        return event
+    check_selection(selection)
+    shape = DISTRIBUTIONS[selection.distribution]
+    return dp.dp_event.RepeatAndSelectDpEvent(event, float(selection.mean), shape)
+
+
+def check_selection(selection: Selection) -> None:
+    """Refuse a mean that is not above 1 or not finite, and an unknown distribution (InputError)."""
+    validate.one_of(selection.distribution, tuple(DISTRIBUTIONS), "distribution of the number of runs")
+    validate.in_range(selection.mean, math.nextafter(1.0, 2.0), 1e6, "mean number of runs")
+
+
+def apart(event: dp.DpEvent) -> tuple[dp.DpEvent, Selection | None]:
+    """Return the event of one run, and how one was selected; None where there was one run."""
+    if isinstance(event, dp.dp_event.RepeatAndSelectDpEvent):
+        names = {shape: name for name, shape in DISTRIBUTIONS.items()}
+        if event.shape not in names:
+            raise _unknown(f"RepeatAndSelectDpEvent of shape {event.shape}")
+        return event.event, Selection(event.mean, names[event.shape])
+    return event, None
+
+
 ADD_REMOVE, REPLACE = "add/remove one", "replace one"
 
 
@@ -88,7 +134,7 @@ def relation(event: dp.DpEvent) -> str:
 
 def _relations(event: dp.DpEvent) -> Iterator[str]:
     match event:
-        case dp.SelfComposedDpEvent():
+        case dp.SelfComposedDpEvent() | dp.dp_event.RepeatAndSelectDpEvent():
             yield from _relations(event.event)
         case dp.ComposedDpEvent():
             for part in event.events:
@@ -126,7 +172,7 @@ def renyi_gaussian_step(noise_multiplier: float, sampling_rate: float) -> dp.DpE
 def renyi_only(event: dp.DpEvent) -> bool:
     """Return whether some release inside `event` is bounded at whole Renyi orders only."""
     match event:
-        case dp.SelfComposedDpEvent() | dp.PoissonSampledDpEvent():
+        case dp.SelfComposedDpEvent() | dp.PoissonSampledDpEvent() | dp.dp_event.RepeatAndSelectDpEvent():
             return renyi_only(event.event)
         case dp.ComposedDpEvent():
             return any(renyi_only(part) for part in event.events)
@@ -171,6 +217,8 @@ def with_noise(event: dp.DpEvent, factor: float) -> dp.DpEvent:
         InputError: an event of another kind, by name.
     """
     match event:
+        case dp.dp_event.RepeatAndSelectDpEvent():
+            return selected(with_noise(event.event, factor), apart(event)[1])
         case dp.SelfComposedDpEvent():
             return dp.SelfComposedDpEvent(with_noise(event.event, factor), event.count)
         case dp.ComposedDpEvent():
@@ -192,13 +240,14 @@ def with_noise(event: dp.DpEvent, factor: float) -> dp.DpEvent:
 def releases(event: dp.DpEvent) -> tuple[Release, ...]:
     """Return the Gaussian releases inside `event`, equal ones merged, in a fixed order.
 
-    Composition does not depend on order, so this is all an accountant needs.
+    Composition does not depend on order, so this, with how one run was selected (`apart`), is all that an
+    accountant needs.
 
     Raises:
         InputError: an event of another kind, by name.
     """
     counts: Counter[_Kind] = Counter()
-    _collect(event, 1, counts)
+    _collect(apart(event)[0], 1, counts)
     return tuple(
         Release(sigma, rate, count, sample or None)
         for (sigma, rate, sample), count in sorted(counts.items())

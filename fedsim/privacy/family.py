@@ -25,6 +25,7 @@ class EventFamily:
         period: steps a release covers, at the first of which it is made; 1 unless the mechanism is analysed
             in groups of steps.
         levels: factors on the noise multiplier over the run; None: constant noise.
+        selection: how the run is selected among others that stay hidden; None: it is not.
 
     Raises:
         InputError: a period below 1, or levels with a period above 1.
@@ -33,6 +34,7 @@ class EventFamily:
     release: Callable[[float], dp.DpEvent]
     period: int = 1
     levels: Levels | None = None
+    selection: events.Selection | None = None
 
     def __post_init__(self) -> None:
         validate.positive(self.period, "steps of a release")
@@ -63,8 +65,12 @@ class EventFamily:
         return self.release(noise_multiplier * self.factor(step))
 
     def event(self, noise_multiplier: float, steps: int) -> dp.DpEvent:
-        """Return what the first `steps` steps release together; a release that is cut short counts whole."""
+        """Return what the first `steps` steps release together; a release that is cut short counts whole.
+
+        Where the run is selected among others, what selecting it releases is in it.
+        """
         counts = ((1.0, -(-steps // self.period)),) if self.levels is None else self.levels.counts(steps)
-        return events.sequence(
+        run = events.sequence(
             events.composed(self.release(noise_multiplier * factor), count) for factor, count in counts
         )
+        return events.selected(run, self.selection)

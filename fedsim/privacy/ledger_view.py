@@ -41,6 +41,8 @@ class LedgerHeader:
         holder_noise_factor: factor on the noise multipliers for a holder of several examples, where events
             bound single examples only.
         example_noise_factor: the same for an example, where the unit is the holder; None: not bounded apart.
+        selection: (mean, distribution) where the run is the best of a hidden number of runs, and the others
+            are not released (`events.Selection`); None: it is the only one.
         run: random name of a run under secure noise; empty under seeded noise.
         secret: commitment to its secret (`fedsim.privacy.secret`), or empty.
         code: digest of the source of what the configuration names from outside (package.module:Object), or
@@ -61,6 +63,7 @@ class LedgerHeader:
     examples_per_holder_at_most: int | None = None
     holder_noise_factor: float = 1.0
     example_noise_factor: float | None = None
+    selection: tuple[float, str] | None = None
     run: str = ""
     secret: str = ""
     code: str = ""
@@ -69,6 +72,9 @@ class LedgerHeader:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data))
+        if self.selection is not None:
+            object.__setattr__(self, "selection", events.Selection(*self.selection))
+            events.check_selection(events.Selection(*self.selection))
         if not 0.0 < self.delta < 1.0:
             raise InputError(f"delta must be above 0 and below 1, got {self.delta!r}.")
         validate.one_of(self.unit, accountant.UNITS, "unit")
@@ -143,8 +149,11 @@ class LedgerView:
         return LedgerView(self.header, self.records[:steps])
 
     def total_event(self) -> dp.DpEvent:
-        """Return the composition of all steps; equal consecutive events are counted, not repeated."""
-        return events.sequence(record.event for record in self.records)
+        """Return the composition of all steps, and the selection of the run; equal consecutive events are
+        counted, not repeated."""
+        chosen = self.header.selection
+        steps = events.sequence(record.event for record in self.records)
+        return events.selected(steps, None if chosen is None else events.Selection(*chosen))
 
     @property
     def private(self) -> bool:

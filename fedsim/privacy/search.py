@@ -16,10 +16,9 @@ from fedsim.privacy.accountant import (
     answering,
     check_asked,
     epsilon,
-    epsilon_of_parts,
     named,
-    parts_of,
     refuse_approximation,
+    value_of,
 )
 from fedsim.privacy.events import Release
 from fedsim.privacy.family import EventFamily
@@ -66,8 +65,8 @@ def noise_multiplier_for(
     chosen, accountant = accountant, answering(unit_noise, accountant)
 
     def gap(log_sigma: float, tolerance: float = loss_distribution.TOLERANCE) -> float:
-        parts = parts_of(family.event(math.exp(log_sigma), steps))
-        value, _ = epsilon_of_parts(parts, float(delta), accountant, tolerance)
+        event = family.event(math.exp(log_sigma), steps)
+        value, _ = value_of(event, float(delta), accountant, tolerance)
         if value is None:
             return math.inf
         return math.log(value / target_epsilon) if value > 0.0 else -math.inf
@@ -77,7 +76,8 @@ def noise_multiplier_for(
 
     # Nobody can look into a family: what it releases at two noise multipliers tells families apart, and
     # what a file says for another one is not exact.
-    released = [events.releases(family.event(sigma, steps)) for sigma in (1.0, 2.0)]
+    found_at = [family.event(sigma, steps) for sigma in (1.0, 2.0)]
+    released = [(events.releases(event), events.apart(event)[1]) for event in found_at]
     key = calibrations.key(float(target_epsilon), float(delta), released, accountant)
     held = calibrations.recall(key)
     if held is not None and math.log(_SIGMA_RANGE[0]) <= held <= math.log(_SIGMA_RANGE[1]) and exact(held):

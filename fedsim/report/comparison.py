@@ -110,6 +110,8 @@ def page(cells: Sequence[Cell], title: str) -> str:
     )
     basis = next(iter(cells[0].result["epsilon"].values()))
     note = f"Epsilon at {delta(basis)}, {basis['relation']}. Scores on public test data."
+    tuned = dict.fromkeys(cell.result["tuning"] for cell in cells if cell.result["tuning"])
+    note += "".join(f" Tuned: {how}." for how in tuned)
     return PAGE.format(
         title=html.escape(title), head=head, body=body, figures=figures, note=html.escape(note)
     )

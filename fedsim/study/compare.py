@@ -24,6 +24,7 @@ from fedsim.headline import Metric
 from fedsim.merging import parse_options, read
 from fedsim.report import comparison
 from fedsim.report.comparison import Cell
+from fedsim.study.tuned import Tuned
 from fedsim.validate import InputError, RunError
 
 
@@ -38,6 +39,8 @@ class Comparison:
         seeds: one run each; spreads are over these.
         epsilons: target epsilons for the private variants; empty: what the variants say.
         variants: name -> "key=value" strings.
+        tuned: file of settings by variant and budget, as `fedsim tune` writes it; those of the nearest budget
+            come after the variant's own.
     """
 
     title: str = ""
@@ -46,6 +49,7 @@ class Comparison:
     seeds: list[int] = field(default_factory=lambda: [0])
     epsilons: list[float] = field(default_factory=list)
     variants: dict[str, list[str]] = field(default_factory=dict)
+    tuned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def load(source: str | Path) -> Comparison:
         recipe=str(loading.find(comparison_.recipe, path.parent)),
         overrides=loading.located(comparison_.overrides, path.parent),
         variants=variants,
+        tuned=None if comparison_.tuned is None else str(loading.find(comparison_.tuned, path.parent)),
     )
 
 
@@ -99,10 +104,12 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
         InputError: a cell's configuration is wrong; names the variant.
     """
     out = []
+    tuned = None if comparison_.tuned is None else Tuned.read(Path(comparison_.tuned))
     for variant, changes in comparison_.variants.items():
         for epsilon, seed in _grid(comparison_, changes):
             budget = [] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]
-            given = [*comparison_.overrides, *budget, *changes, f"seed={seed}", *overrides]
+            chosen = [] if tuned is None else tuned.overrides(variant, epsilon)
+            given = [*comparison_.overrides, *budget, *changes, *chosen, f"seed={seed}", *overrides]
             try:
                 config = loading.load(comparison_.recipe, given)
             except InputError as error:

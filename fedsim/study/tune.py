@@ -1,0 +1,326 @@
+"""Settings chosen on held-out training examples: every variant gets the same number of trials.
+
+A tuning file names a recipe or a comparison, whose variants and overrides it takes over, and a space of
+settings (`fedsim.study.space`). Trial i tries the same place of the space for every variant and budget. Every
+trial is an ordinary run in its own folder, evaluated on `holdout_examples` training examples that it does not
+train on, so a search resumes where it stopped, and more trials go on from those that are there. The test set
+is never looked at.
+
+The search reads private examples and epsilon does not count it (mode "free", which is what most of the
+literature does); the chosen configurations say so, and so does every result of theirs. What is counted is
+`fedsim.study.private_tune`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+
+from fedsim import loading, provenance, validate
+from fedsim.config import Config
+from fedsim.engine.checkpoint import write_atomic
+from fedsim.engine.run_folder import RunFolder, file_name
+from fedsim.headline import Metric
+from fedsim.merging import parse_options, read
+from fedsim.report.plain import as_json
+from fedsim.study import compare, space
+from fedsim.study.compare import Comparison, Planned, Runner
+from fedsim.study.space import Space
+from fedsim.study.tuned import Chosen, Tuned
+from fedsim.validate import Diverged, InputError, RunError
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What to search.
+
+    Attributes:
+        title: names the default folder.
+        comparison: take recipe, overrides, variants and budgets of this comparison; or
+        recipe: the configuration to tune.
+        overrides: "key=value" strings for all trials, after those of the comparison.
+        variants: name -> "key=value" strings; empty: those of the comparison, or the recipe alone.
+        epsilons: budgets to tune at; empty: those of the comparison, or what the recipe says.
+        seeds: runs of every trial; its score is their mean.
+        trials: for every variant at every budget.
+        seed: of the places tried.
+        holdout_examples: training examples that trials are judged by and do not train on.
+        space: setting -> a list of values, or {low, high, scale}.
+        spaces: variant -> settings of its own, beside or in place of those of `space`.
+        distribution: of the number of trials of a private search (`fedsim tune --private`), whose mean is
+            `trials`: logarithmic, geometric or poisson.
+    """
+
+    title: str = ""
+    comparison: str | None = None
+    recipe: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    epsilons: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    trials: int = 16
+    seed: int = 0
+    holdout_examples: int = 0
+    space: dict[str, Any] = field(default_factory=dict)
+    spaces: dict[str, Any] = field(default_factory=dict)
+    distribution: str = "geometric"
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Settings tried for one variant at one budget, and the runs that judge them."""
+
+    variant: str
+    epsilon: float | None
+    number: int
+    settings: tuple[str, ...]
+    edges: tuple[str, ...]
+    runs: tuple[Planned, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A trial with its scores, one a seed (NaN: the run diverged), and the seconds it took."""
+
+    trial: Trial
+    scores: tuple[float, ...]
+    seconds: float
+    headline: Metric | None
+
+    @property
+    def score(self) -> float:
+        """Return the mean over seeds, NaN where one diverged."""
+        return statistics.mean(self.scores)
+
+
+def load(source: str | Path) -> Tuning:
+    """Load a tuning file from a path or a name under configs/, with what its comparison says filled in.
+
+    Raises:
+        InputError: unreadable file, unknown key, nothing to search, or no held-out examples.
+    """
+    path = loading.find(source)
+    content = OmegaConf.to_container(read(path))
+    assert isinstance(content, dict)
+    found: Tuning = parse_options({str(k): v for k, v in content.items()}, Tuning, str(path))
+    if (found.recipe is None) == (found.comparison is None):
+        raise InputError(f"{path}: a tuning file needs either recipe or comparison.")
+    for name in ("trials", "holdout_examples"):
+        validate.positive(getattr(found, name), f"{path}: {name}")
+    if not found.seeds or len(set(found.seeds)) != len(found.seeds):
+        raise InputError(f"{path}: seeds must be different numbers, at least one, got {found.seeds}.")
+    if not found.space and not found.spaces:
+        raise InputError(f"{path}: a tuning file needs a space: settings with a list or a range of values.")
+    held = Comparison(variants={Path(str(found.recipe)).stem: []})
+    if found.comparison is not None:
+        held = compare.load(loading.find(found.comparison, path.parent))
+    variants = {name: loading.located(given, path.parent) for name, given in found.variants.items()}
+    made = dataclasses.replace(
+        found,
+        recipe=held.recipe or str(loading.find(str(found.recipe), path.parent)),
+        overrides=[*held.overrides, *loading.located(found.overrides, path.parent)],
+        variants=variants or held.variants,
+        epsilons=found.epsilons or held.epsilons,
+    )
+    if unknown := [name for name in made.spaces if name not in made.variants]:
+        raise InputError(
+            f"{path}: spaces must be of variants, got {unknown[0]!r}. "
+            f"{validate.did_you_mean(unknown[0], list(made.variants))}".rstrip()
+        )
+    for name in made.variants:
+        space_of(made, name)
+    return made
+
+
+def space_of(tuning: Tuning, variant: str) -> Space:
+    """Return the settings that are searched for a variant."""
+    own = Space.of(tuning.spaces.get(variant, {}), f"spaces of {variant}")
+    return own.over(Space.of(tuning.space, "space"))
+
+
+def trials(tuning: Tuning, overrides: Sequence[str]) -> list[Trial]:
+    """Return all trials with their checked configurations.
+
+    Raises:
+        InputError: a trial's configuration is wrong; names the variant.
+    """
+    widest = max(len(space_of(tuning, name).settings) for name in tuning.variants)
+    places = space.spread(tuning.trials, widest, tuning.seed)
+    return [
+        trial
+        for variant in tuning.variants
+        for number in range(tuning.trials)
+        for trial in _of_variant(tuning, variant, number, places[number], overrides)
+    ]
+
+
+def _of_variant(
+    tuning: Tuning, variant: str, number: int, place: NDArray[np.float64], overrides: Sequence[str]
+) -> Iterator[Trial]:
+    """The trials of one place: one a budget."""
+    held = space_of(tuning, variant)
+    mine = place[: len(held.settings)].tolist()
+    settings = held.at(mine)
+    fixed = [f"data.holdout_examples={tuning.holdout_examples}", *overrides]
+    comparison = Comparison(
+        recipe=str(tuning.recipe),
+        overrides=tuning.overrides,
+        seeds=tuning.seeds,
+        epsilons=tuning.epsilons,
+        variants={variant: [*tuning.variants[variant], *settings]},
+    )
+    cells: dict[float | None, list[Planned]] = {}
+    for cell in compare.cells(comparison, fixed):
+        cells.setdefault(cell.epsilon, []).append(cell)
+    for epsilon, runs in cells.items():
+        yield Trial(variant, epsilon, number, tuple(settings), tuple(held.at_the_edge(mine)), tuple(runs))
+
+
+def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log: TextIO) -> list[Judged]:
+    """Check all trials, run those that are not finished, and write what was chosen into `out`.
+
+    Args:
+        tuning: what to search.
+        overrides: "key=value" strings for all trials, applied last.
+        out: folder: runs/, trials.json and, once all are there, tuned.yaml and chosen/.
+        runner: trains one configuration into a folder and returns its result.
+        log: where progress goes, a line a run.
+
+    Raises:
+        InputError: a trial's configuration or folder is wrong, before the first run starts.
+        RunError: no trial of a variant ended with a number, or a file could not be written.
+    """
+    planned = trials(tuning, overrides)
+    done: list[Judged] = []
+    finished = compare.finish([cell for trial in planned for cell in trial.runs], out, forgiving(runner), log)
+    for trial in planned:
+        results = [next(finished)[2] for _ in trial.runs]
+        done.append(judged(trial, results))
+        with validate.failures_as(RunError, f"{out / 'trials.json'} was not written", "Repeat the command."):
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / "trials.json", (as_json(record(tuning, done), indent=1) + "\n").encode())
+    with validate.failures_as(RunError, f"what was chosen was not written to {out}", "Repeat the command."):
+        _write_chosen(tuning, overrides, chosen(done), done, out)
+    return done
+
+
+def forgiving(runner: Runner) -> Runner:
+    """Return a runner for which a run that diverges is a result: {"diverged": why}."""
+
+    def run_one(config: Config, folder: RunFolder) -> dict[str, Any]:
+        try:
+            return runner(config, folder)
+        except Diverged as error:
+            return {"diverged": str(error)}
+
+    return run_one
+
+
+def judged(trial: Trial, results: Sequence[dict[str, Any]]) -> Judged:
+    """Return a trial with the scores of its runs."""
+    whole = [result for result in results if "diverged" not in result]
+    headline = Metric.of(whole[0]) if whole else None
+    scores = tuple(
+        math.nan if headline is None or "diverged" in result else float(result[headline.name])
+        for result in results
+    )
+    return Judged(trial, scores, sum(result["seconds"] for result in whole), headline)
+
+
+def chosen(done: Sequence[Judged]) -> dict[tuple[str, float | None], Judged]:
+    """Return the best trial by variant and budget; of equal ones the first.
+
+    Raises:
+        RunError: none of a variant's trials has a score.
+    """
+    out: dict[tuple[str, float | None], Judged] = {}
+    for key in dict.fromkeys((one.trial.variant, one.trial.epsilon) for one in done):
+        mine = [one for one in done if (one.trial.variant, one.trial.epsilon) == key]
+        whole = [one for one in mine if one.headline is not None and not math.isnan(one.score)]
+        if not whole:
+            raise RunError(
+                f"no trial of variant '{key[0]}' ended with a score: all {len(mine)} diverged. Search lower "
+                "learning rates."
+            )
+        assert whole[0].headline is not None
+        better = max if whole[0].headline.higher_is_better else min
+        out[key] = better(whole, key=lambda one: one.score)
+    return out
+
+
+def record(tuning: Tuning, done: Sequence[Judged]) -> dict[str, Any]:
+    """Return all trials so far as JSON-able values."""
+    return {
+        "kind": "tuning",
+        **dataclasses.asdict(tuning),
+        "mode": "free",
+        "trials": [
+            {
+                "variant": one.trial.variant,
+                "epsilon": one.trial.epsilon,
+                "trial": one.trial.number,
+                "settings": list(one.trial.settings),
+                "score": None if math.isnan(one.score) else one.score,
+                "scores": [None if math.isnan(score) else score for score in one.scores],
+                "headline": None if one.headline is None else dataclasses.asdict(one.headline),
+                "seconds": one.seconds,
+            }
+            for one in done
+        ],
+        "seconds": sum(one.seconds for one in done),
+        "commit": provenance.commit(),
+        "hardware": provenance.hardware(),
+    }
+
+
+def _write_chosen(
+    tuning: Tuning,
+    overrides: Sequence[str],
+    best: dict[tuple[str, float | None], Judged],
+    done: Sequence[Judged],
+    out: Path,
+) -> None:
+    """Write tuned.yaml, which a comparison takes up, and one configuration a variant and budget."""
+    entries = [
+        Chosen(variant, epsilon, list(one.trial.settings), round(one.score, 5), list(one.trial.edges))
+        for (variant, epsilon), one in best.items()
+    ]
+    tuned = Tuned(tuning.title, tuning.trials, tuning.holdout_examples, tuning.seeds, entries)
+    write_atomic(out / "tuned.yaml", tuned.write().encode())
+    (out / "chosen").mkdir(exist_ok=True)
+    for (variant, epsilon), one in best.items():
+        changes = [*tuning.overrides, *_budget(epsilon), *tuning.variants[variant], *one.trial.settings]
+        config = loading.load(str(tuning.recipe), [*changes, *overrides, *tuned.about()])
+        text = f"{_table(variant, epsilon, done)}{loading.to_yaml(config)}"
+        write_atomic(out / "chosen" / f"{name_of(variant, epsilon)}.yaml", text.encode())
+
+
+def name_of(variant: str, epsilon: float | None) -> str:
+    """Return the name of a variant's chosen configuration."""
+    return file_name(variant, "chosen") + ("" if epsilon is None else f"-eps{epsilon:g}")
+
+
+def _budget(epsilon: float | None) -> list[str]:
+    return [] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]
+
+
+def _table(variant: str, epsilon: float | None, done: Sequence[Judged]) -> str:
+    """All trials of a variant at a budget, the best first, as comments."""
+    mine = [one for one in done if (one.trial.variant, one.trial.epsilon) == (variant, epsilon)]
+    headline = next(one.headline for one in mine if one.headline is not None)
+    sign = -1.0 if headline.higher_is_better else 1.0
+    mine.sort(key=lambda one: math.inf if math.isnan(one.score) else sign * one.score)
+    lines = ["Chosen by `fedsim tune`, all trials by their score on held-out training examples:"]
+    for one in mine:
+        score = "diverged" if math.isnan(one.score) else headline.shown(one.score)
+        lines.append(f"  {one.trial.number:3d}  {score:>9}  {' '.join(one.trial.settings)}")
+    return "".join(f"# {line}\n" for line in lines)
