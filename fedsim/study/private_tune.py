@@ -48,7 +48,7 @@ from fedsim.report.plain import as_json
 from fedsim.study import compare, space
 from fedsim.study.compare import Planned, Runner
 from fedsim.study.space import Space
-from fedsim.study.tune import Tuning, forgiving, space_of
+from fedsim.study.tune import Tuning, evaluated_on, forgiving, space_of
 from fedsim.validate import RunError
 
 WINNER = "winner"
@@ -104,7 +104,7 @@ def run(
     ]
     always = [
         *overrides,
-        f"data.holdout_examples={tuning.holdout_examples}",
+        *evaluated_on(tuning),
         "tuning.mode=private",
         f"tuning.trials={tuning.trials}",
         f"tuning.held_out_examples={tuning.holdout_examples}",

@@ -170,7 +170,7 @@ def _of_variant(
     held = space_of(tuning, variant)
     mine = place[: len(held.settings)].tolist()
     settings = held.at(mine)
-    fixed = [f"data.holdout_examples={tuning.holdout_examples}", *overrides]
+    fixed = [*overrides, *evaluated_on(tuning)]
     comparison = Comparison(
         recipe=str(tuning.recipe),
         overrides=tuning.overrides,
@@ -183,6 +183,11 @@ def _of_variant(
         cells.setdefault(cell.epsilon, []).append(cell)
     for epsilon, runs in cells.items():
         yield Trial(variant, epsilon, number, tuple(settings), tuple(held.at_the_edge(mine)), tuple(runs))
+
+
+def evaluated_on(tuning: Tuning) -> list[str]:
+    """Return the overrides by which a trial is judged by all held-out examples and by nothing else."""
+    return [f"data.holdout_examples={tuning.holdout_examples}", "data.test_examples=null"]
 
 
 def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log: TextIO) -> list[Judged]:

@@ -65,7 +65,9 @@ def test_a_search_of_ten_on_average_costs_as_much_as_the_paper_says() -> None:
     family = EventFamily.gaussian(0.1)
     sigma = search.noise_multiplier_for(2.6, DELTA, family, 100, "rdp").noise_multiplier
     run = family.event(sigma, 100)
-    assert accountant.epsilon(events.selected(run, Selection(10.0)), DELTA).value == pytest.approx(5.0, abs=0.1)
+    assert accountant.epsilon(events.selected(run, Selection(10.0)), DELTA).value == pytest.approx(
+        5.0, abs=0.1
+    )
 
 
 def truth(sigma: float, selection: Selection, epsilon: float) -> float:

@@ -1,0 +1,371 @@
+"""`fedsim tune`: the same trials for every variant, judged by held-out examples; and what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from fedsim import loading
+from fedsim.config import CONFIG_DIR
+from fedsim.engine.run_folder import RunFolder
+from fedsim.study import compare, private_tune, space, tune
+from fedsim.study.space import Space
+from fedsim.study.tuned import Tuned
+from fedsim.validate import Diverged, InputError, RunError
+from tests.conftest import SMALL, command
+
+HELD_OUT = 50
+GIVEN = [s for s in SMALL if not s.startswith(("privacy.target", "privacy.noise", "optimizer.learning"))]
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A tuning file of two variants, two budgets and two settings."""
+    content = {
+        "title": "tiny",
+        "recipe": "base",
+        "overrides": GIVEN,
+        "variants": {"central": [], "local": ["preset=local_dpsgd"]},
+        "epsilons": [2, 50],
+        "trials": 3,
+        "holdout_examples": HELD_OUT,
+        "space": {"optimizer.learning_rate": {"low": 0.01, "high": 1.0}, "train.ema_decay": [0.0, 0.5]},
+        **changes,
+    }
+    path = folder / "tuning.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in content.items() if value is not None}))
+    return path
+
+
+class Runner:
+    """Instead of training: a score that is a function of the settings, best at rate 0.1."""
+
+    def __init__(self) -> None:
+        self.configs: list[Any] = []
+        self.fail_after = math.inf
+        self.diverge_above = math.inf
+
+    def __call__(self, config: Any, folder: RunFolder) -> dict[str, Any]:
+        if (done := folder.finished()) is not None:
+            return done
+        if len(self.configs) >= self.fail_after:
+            raise RunError("a node was lost")
+        self.configs.append(config)
+        rate = config.optimizer.learning_rate
+        if rate > self.diverge_above:
+            raise Diverged("not finite")
+        score = 0.9 - abs(math.log10(rate / 0.1)) / 10 - config.train.ema_decay / 100
+        headline = {"name": "accuracy", "unit": "%", "higher_is_better": True}
+        result = {"accuracy": score, "headline": headline, "seconds": 1.0}
+        folder.root.mkdir(parents=True, exist_ok=True)
+        folder.write_config(config)
+        folder.write_result(result)
+        return result
+
+
+def search(path: Path, out: Path, runner: Runner, **changes: Any) -> list[tune.Judged]:
+    tuning = tune.load(path)
+    for name, value in changes.items():
+        object.__setattr__(tuning, name, value)
+    with open(out.parent / "log", "a") as log:
+        return tune.run(tuning, [], out, runner, log)
+
+
+def test_all_variants_and_budgets_get_the_same_places_and_no_trial_sees_the_test_set(tmp_path: Path) -> None:
+    runner = Runner()
+    done = search(written(tmp_path), tmp_path / "out", runner)
+    tried: dict[Any, list[Any]] = {}
+    for one in done:
+        tried.setdefault((one.trial.variant, one.trial.epsilon), []).append(one.trial.settings)
+    assert len(tried) == 4
+    assert len({tuple(settings) for settings in tried.values()}) == 1
+    assert len(set(next(iter(tried.values())))) == 3
+    assert {config.data.holdout_examples for config in runner.configs} == {HELD_OUT}
+
+
+def test_the_best_is_chosen_and_runs_on_all_training_examples(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = search(written(tmp_path), out, Runner())
+    best = max((one for one in done if one.trial.variant == "local"), key=lambda one: one.score)
+    rate, ema = (item.partition("=")[2] for item in best.trial.settings)
+    config = loading.load(out / "chosen" / "local-eps50.yaml")
+    assert config.optimizer.learning_rate == float(rate)
+    assert config.train.ema_decay == float(ema)
+    assert config.strategy.name == "local"
+    assert config.privacy.target_epsilon == 50
+    assert config.data.holdout_examples == 0
+    assert (config.tuning.mode, config.tuning.trials) == ("free", 3)
+    text = (out / "chosen" / "local-eps50.yaml").read_text()
+    assert all(" ".join(one.trial.settings) in text for one in done), "the whole table of trials"
+    trials = json.loads((out / "trials.json").read_text())
+    assert len(trials["trials"]) == 12
+    assert trials["mode"] == "free"
+
+
+def test_a_search_goes_on_where_it_stopped_and_more_trials_add_to_it(tmp_path: Path) -> None:
+    path, out = written(tmp_path), tmp_path / "out"
+    whole = search(path, tmp_path / "whole", Runner(), trials=5)
+    first = Runner()
+    first.fail_after = 4
+    with pytest.raises(RunError, match="a node was lost"):
+        search(path, out, first)
+    assert len(json.loads((out / "trials.json").read_text())["trials"]) == 4
+    assert not (out / "tuned.yaml").exists(), "nothing is chosen before all are judged"
+    second = Runner()
+    search(path, out, second)
+    assert len(second.configs) == 12 - 4
+    third = Runner()
+    more = search(path, out, third, trials=5)
+    assert len(third.configs) == 20 - 12
+    assert [one.trial.settings for one in more] == [one.trial.settings for one in whole]
+
+
+def test_runs_that_diverge_are_trials_that_lost(tmp_path: Path) -> None:
+    runner = Runner()
+    runner.diverge_above = 0.1
+    done = search(written(tmp_path, trials=4), tmp_path / "out", runner)
+    assert any(math.isnan(one.score) for one in done)
+    assert all(not math.isnan(one.score) for one in tune.chosen(done).values())
+    runner = Runner()
+    runner.diverge_above = 0.0
+    with pytest.raises(RunError, match="all 3 diverged"):
+        search(written(tmp_path), tmp_path / "other", runner)
+
+
+def test_lower_is_better_where_the_metric_says_so() -> None:
+    trials = [tune.Trial("a", None, i, (), (), ()) for i in range(3)]
+    results = [
+        {"x": x, "headline": {"name": "x", "unit": "", "higher_is_better": False}, "seconds": 1}
+        for x in (2.0, 1.0, 3.0)
+    ]
+    done = [tune.judged(trial, [result]) for trial, result in zip(trials, results, strict=True)]
+    assert tune.chosen(done)["a", None].trial.number == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": None}, "either recipe or comparison"),
+        ({"space": None}, "needs a space"),
+        ({"space": {"optimizer.learning_rate": 0.1}}, "a list of different values or a range"),
+        ({"space": {"optimizer.learning_rate": [0.1, 0.1]}}, "a list of different values or a range"),
+        ({"space": {"optimizer.learning_rate": {"low": 0, "high": 1}}}, "low below high, above 0"),
+        ({"space": {"optimizer.learning_rate": {"low": 1, "hihg": 2}}}, "high"),
+        ({"holdout_examples": None}, "holdout_examples"),
+        ({"trials": 0}, "trials"),
+        ({"seeds": [1, 1]}, "different numbers"),
+        ({"spaces": {"centrall": {"train.steps": [1, 2]}}}, "central"),
+    ],
+)
+def test_files_that_are_none_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tune.load(written(tmp_path, **changes))
+
+
+def test_a_setting_that_a_variant_does_not_read_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    runner = Runner()
+    path = written(
+        tmp_path, space={"optimizer.options.momentum": [0.5, 0.9], "optimizer.options.beta1": [0.9, 0.8]}
+    )
+    with pytest.raises(InputError, match="variant 'central'"):
+        search(path, tmp_path / "out", runner)
+    assert not runner.configs
+
+
+def test_a_variant_may_have_settings_of_its_own(tmp_path: Path) -> None:
+    path = written(tmp_path, spaces={"local": {"train.ema_decay": [0.9, 0.95], "privacy.clip_norm": [1, 2]}})
+    done = search(path, tmp_path / "out", Runner())
+    by_variant = {one.trial.variant: one.trial.settings for one in done}
+    assert len(by_variant["central"]) == 2
+    assert len(by_variant["local"]) == 3
+    assert any("ema_decay=0.9" in setting for setting in by_variant["local"])
+
+
+def test_a_comparison_takes_up_what_was_chosen_for_the_nearest_budget(tmp_path: Path) -> None:
+    search(written(tmp_path), tmp_path / "out", Runner())
+    held = Tuned.read(tmp_path / "out" / "tuned.yaml")
+    content = {
+        "title": "c", "recipe": "base", "overrides": GIVEN, "seeds": [0], "epsilons": [1, 8, 200],
+        "variants": {"central": [], "local": ["preset=local_dpsgd"]}, "tuned": "out/tuned.yaml",
+    }  # fmt: skip
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    cells = compare.cells(compare.load(tmp_path / "c.yaml"), [])
+    of = {(entry.variant, entry.epsilon): entry.settings for entry in held.chosen}
+    for cell in cells:
+        nearest = 2 if cell.epsilon in (1, 8) else 50
+        rate = float(of[cell.variant, nearest][0].partition("=")[2])
+        assert cell.config.optimizer.learning_rate == rate
+        assert cell.config.tuning.mode == "free"
+    content["variants"] = {"others": []}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match="'others' has no tuned settings"):
+        compare.cells(compare.load(tmp_path / "c.yaml"), [])
+
+
+def test_places_cover_the_space_and_independent_ones_are_independent() -> None:
+    places = space.spread(64, 2, 3)
+    assert np.array_equal(space.spread(16, 2, 3), places[:16])
+    assert not np.array_equal(space.spread(16, 2, 4), places[:16])
+    assert {tuple(row) for row in np.floor(8 * places).astype(int)} == {
+        (i, j) for i in range(8) for j in range(8)
+    }
+    drawn = np.array([space.independent(i, 2, 0) for i in range(4000)])
+    assert stats.kstest(drawn.ravel(), "uniform").pvalue > 1e-4
+    assert abs(np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]) < 0.08
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.08
+
+
+def test_values_of_a_space() -> None:
+    held = Space.of(
+        {"a": {"low": 0.01, "high": 100}, "b": {"low": 0, "high": 1, "scale": "linear"}, "c": [1, None]}, "s"
+    )
+    assert held.at([0.5, 0.25, 0.0]) == ["a=1.0", "b=0.25", "c=1"]
+    assert held.at([0.0, 0.999999, 0.99]) == ["a=0.01", "b=1.0", "c=null"]
+    assert held.at_the_edge([0.01, 0.5, 0.0]) == ["a"]
+    said = {item for corner in held.corners() for item in corner}
+    assert said == {"a=0.01", "a=100.0", "b=0.0", "b=1.0", "c=1", "c=null"}
+
+
+@pytest.mark.parametrize("path", sorted((CONFIG_DIR / "tune").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_searches_have_valid_trials(path: Path) -> None:
+    tuning = tune.load(path)
+    object.__setattr__(tuning, "trials", 2)
+    assert tune.trials(tuning, [])
+
+
+def test_the_command_searches_and_what_it_chose_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, variants={"central": []}, epsilons=[50], trials=2)
+    assert command(["tune", str(path), "train.steps=2"]) == 0
+    said = capsys.readouterr().out
+    assert "no epsilon counts that" in said
+    chosen = Path("runs/tune/tiny/chosen/central-eps50.yaml")
+    assert str(chosen) in said
+    assert command(["run", str(chosen), "--out", "run"]) == 0
+    assert "settings chosen by 2 trials" in capsys.readouterr().out
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["examples"] == 400
+    assert "epsilon does not count that" in result["tuning"]
+
+
+PRIVATE = {"variants": {"central": []}, "epsilons": [50], "trials": 3, "seed": 2}
+
+
+def private(path: Path, out: Path, *more: str) -> int:
+    return command(["tune", str(path), "--private", "--out", str(out), "train.steps=2", *more])
+
+
+def test_a_private_search_releases_the_best_and_nothing_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, **PRIVATE)
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    assert private(path, kept, "--keep") == 0
+    trials = [json.loads(p.read_text()) for p in (kept / "runs").glob("*/result.json")]
+    assert len(trials) >= 2, "the seed was chosen so"
+    assert private(path, out) == 0
+    left = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    names = ("config.yaml", "final.safetensors", "ledger.jsonl", "model.json", "result.json")
+    assert left == ["outcome.json", *(f"winner/{name}" for name in names)]
+    result = json.loads((out / "winner" / "result.json").read_text())
+    assert result["sensitive"] == []
+    assert not {"holder_scores", "largest_holder", "seconds"} & set(result)
+    outcome = json.loads((out / "outcome.json").read_text())
+    exact = {trial["parameters_sha256"]: trial["accuracy"] for trial in trials}
+    assert result["parameters_sha256"] in exact
+    assert outcome["score"] != exact[result["parameters_sha256"]], "the score has noise"
+    assert outcome["epsilon"]["value"] == pytest.approx(50, rel=2e-3)
+    assert outcome["epsilon"]["accountant"] == "rdp"
+    assert command(["epsilon", str(out / "winner"), "--json"]) == 0
+    capsys.readouterr()
+    for name in ("outcome.json", "winner/final.safetensors"):
+        assert (out / name).read_bytes() == (kept / name).read_bytes(), "kept or not, the same is released"
+    before = (out / "outcome.json").stat().st_mtime_ns
+    assert private(path, out) == 0
+    assert (out / "outcome.json").stat().st_mtime_ns == before, "a search that ended is not begun again"
+
+
+def test_a_private_search_that_was_interrupted_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsim import api
+
+    path = written(tmp_path, **PRIVATE)
+    assert private(path, tmp_path / "whole") == 0
+    real, calls = api.run, []
+
+    def once(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RunError("a node was lost")
+        return real(*args, **named)
+
+    monkeypatch.setattr(api, "run", once)
+    assert private(path, tmp_path / "out") == 3
+    assert not (tmp_path / "out" / "outcome.json").exists()
+    assert private(path, tmp_path / "out") == 0
+    for name in ("outcome.json", "winner/final.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_secret_noise_and_what_was_hidden_are_gone_afterwards(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert private(written(tmp_path, **PRIVATE), out, "privacy.noise_source=secure") == 0
+    assert not (out / "hidden.json").exists()
+    assert not (out / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"train.steps": [2, 3]}}, "train.steps=3 changes it"),
+        ({"space": {"train.expected_batch_size": {"low": 20, "high": 60}}}, "changes it"),
+        (
+            {"variants": {"a": ["preset=dp_fedavg"]}, "space": {"query.options.local_epochs": [1, 2]}},
+            "protects a holder",
+        ),
+        (
+            {"variants": {"a": ["preset=nonprivate", "privacy.clip_norm=1"]}, "epsilons": []},
+            "protects nobody",
+        ),
+        ({"epsilons": [1, 2]}, "one variant at one budget"),
+        ({"seeds": [0, 1]}, "one variant at one budget"),
+        ({"distribution": "uniform"}, "distribution"),
+        ({"overrides": [*GIVEN, "task.options.headline=loss"]}, "judged by loss"),
+    ],
+)
+def test_what_cannot_be_searched_privately_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, **{**PRIVATE, "trials": 5, **changes})
+    assert command(["tune", str(path), "--private", "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_score_costs_at_no_order_more_than_training() -> None:
+    from fedsim.engine.experiment import prepare
+    from fedsim.privacy import accountant, events
+
+    given = ["privacy.target_epsilon=3", "tuning.mode=private", "tuning.trials=10"]
+    experiment = prepare(loading.load("base", [*GIVEN, *given]))
+    std = private_tune.score_std(experiment)
+    event, _ = events.apart(experiment.mechanism.total_event(experiment.mechanism.steps))
+    renyi = accountant.named("rdp")
+    curve = renyi.curve(accountant.parts_of(event))  # type: ignore[attr-defined]
+    orders = np.array(renyi.orders)  # type: ignore[attr-defined]
+    score = orders / (2 * std**2)
+    assert np.all(score <= curve * (1 + 1e-9))
+    assert np.any(score >= curve * (1 - 1e-9)), "and no more noise than that"
+    result = {"accuracy": 0.5, "headline": {"name": "accuracy", "unit": "%", "higher_is_better": True}}
+    keys = [bytes([i % 256, i // 256]) * 16 for i in range(4000)]
+    drawn = np.array([private_tune.noisy_score(result, 100, std, key) for key in keys])
+    assert stats.kstest((100 * drawn - 50) / std, "norm").pvalue > 1e-4
