@@ -27,9 +27,9 @@ from fedsim import seeds
 from fedsim.data import examples
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, prepare
-from fedsim.engine.holder import setup_of
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
+from fedsim.engine.setup import setup_of
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.transport import GridTransport

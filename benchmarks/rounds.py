@@ -30,9 +30,9 @@ from benchmarks.shared import SEED, TrivialClient, interleaved, medians, setting
 from fedsim import loading, provenance, seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import Experiment, prepare
-from fedsim.engine.holder import setup_of
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
+from fedsim.engine.setup import setup_of
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.transport import GridTransport

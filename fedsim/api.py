@@ -99,9 +99,11 @@ def run(
         watchers: fed after every step.
         progress: show a progress bar; None: as monitor.progress says.
     """
+    import torch
+
     from fedsim.engine.experiment import prepare
-    from fedsim.engine.holder import forget_nodes
     from fedsim.engine.metrics import ConsoleProgress
+    from fedsim.engine.setup import forget_nodes
     from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
     validate.one_of(backend, BACKENDS, "backend")
@@ -120,8 +122,9 @@ def run(
         if held.data.root != config.data.root:
             _log.warning("%s is a finished run of the data in %s.", folder.root, held.data.root)
         return done
-    experiment = prepare(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # what is made within a caller's has no gradients
+        experiment = prepare(config)
         watching = list(watchers)
         if config.monitor.progress if progress is None else progress:
             bar = ConsoleProgress(experiment.mechanism.steps, experiment.task.chosen, config.title)

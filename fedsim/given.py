@@ -76,7 +76,8 @@ def get(reference: str, setting: str) -> Any:
 
 
 def structure_of(module: Any) -> str:
-    """Return a sha256 of a module's tree, classes and attributes, but for the values of its tensors."""
+    """Return a sha256 of a module's tree, classes and attributes, but for the values of its parameters and
+    buffers, which are kept beside it."""
     return hashlib.sha256(_module(module, frozenset(), values=False).encode()).hexdigest()
 
 
@@ -134,8 +135,6 @@ def _module(module: Any, above: frozenset[int], values: bool = True) -> str:
         parts.append(f"{name}{_said(_values(value), above) if values else value.shape}{value.requires_grad}")
     for name, part in module.named_modules():
         held = {key: value for key, value in vars(part).items() if key not in _TORCHS_OWN}
-        if not values:
-            held = {key: value for key, value in held.items() if not hasattr(value, "dtype")}
         parts.append(f"{name}{_said(type(part), above)}{_said(held, above | {id(module)})}")
     return "".join(parts)
 

@@ -56,7 +56,7 @@ def _from_file(source: str | Path) -> DictConfig:
     return _of_files(files)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def _own_files(held: tuple[tuple[Path, str], ...]) -> DictConfig:
     return _of_files([path for path, _ in held])
 

@@ -41,6 +41,7 @@ from fedsim.samplers.keyed import sampling_rate
 from fedsim.seeds import Root
 from fedsim.strategies.base import Ask, Collected, DataFacts, Phase, Release, Setting, Sums, Units
 from fedsim.types import HolderReply, StepTask
+from fedsim.validate import RunError
 
 _WRITTEN_OUT = 200  # steps of a factor that is written out to be checked
 
@@ -301,7 +302,15 @@ class Mechanism:
                 return values
             return step_noise(root, step, part.length, release.noise_stds[name], part.purpose)
 
-        return self.method.trust.added(at, release, got, of_part, root, step)
+        added = self.method.trust.added(at, release, got, of_part, root, step)
+        wanted = {name: (part.length,) for name, part in parts.items()}
+        shapes = {name: np.shape(values) for name, values in added.items()}
+        if not shapes.items() <= wanted.items():
+            raise RunError(
+                f"strategy={at.config.strategy.name} must add noise to parts of the sum, of their shapes "
+                f"{wanted}, got {shapes}. A misspelled part would go without noise: mend its added()."
+            )
+        return added
 
     def noise_std_of_sum(self, release: Release) -> float:
         """Return the standard deviation of all noise in the main part of a step's sum; 0 without noise."""

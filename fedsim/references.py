@@ -7,6 +7,7 @@ of an installed package.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
@@ -91,8 +92,9 @@ def _module(name: str, setting: str) -> ModuleType:
 def sources(reference: str) -> dict[str, Path]:
     """Return the files that make up what a reference names, by their path from the folder they are found in.
 
-    Of a module that stands alone its file, of a package all its Python files; of an installed package the
-    module's own file, for the rest of it is not the user's.
+    Of a module that stands alone its file, of a package all its Python files, and of either what it imports
+    from the same folder, by the import statements of those files; of an installed package the module's own
+    file, for the rest of it is not the user's.
 
     Raises:
         InputError: as `resolve`; or a module without a Python file, which can neither be compared nor sent.
@@ -107,9 +109,47 @@ def sources(reference: str) -> dict[str, Path]:
     if file is None or not file.endswith(".py"):
         raise InputError(f"{reference}: {module.__name__} must have a Python file, got {file or 'none'}.")
     path = Path(file).resolve()
-    if whole and path.name == "__init__.py":
-        return {p.relative_to(path.parents[1]).as_posix(): p for p in sorted(path.parent.rglob("*.py"))}
-    return {f"{module.__name__.replace('.', '/')}.py": path}
+    if not whole:
+        return {f"{module.__name__.replace('.', '/')}.py": path}
+    if path.name == "__init__.py":
+        root, found = path.parents[1], set(path.parent.rglob("*.py"))
+    else:
+        root, found = path.parents[module.__name__.count(".")], {path}
+    return {p.relative_to(root).as_posix(): p for p in sorted(_with_imports(found, root))}
+
+
+def _with_imports(files: set[Path], root: Path) -> set[Path]:
+    """The files with all that their import statements find in `root`, and what those import in turn."""
+    found, new = set(files), set(files)
+    while new:
+        new = {file for path in new for name in _imports(path) for file in _local(name, root)} - found
+        found |= new
+    return found
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports; of a relative import those of its own package, which is whole."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _local(name: str, root: Path) -> set[Path]:
+    """The files in `root` of a module that is imported from there, of a package all; not fedsim's own."""
+    first, *_ = parts = name.split(".")
+    if first in ("fedsim", "strategies"):
+        return set()
+    if (root / first / "__init__.py").is_file():
+        return {path.resolve() for path in (root / first).rglob("*.py")}
+    path = root.joinpath(*parts).with_suffix(".py")
+    return {path.resolve()} if path.is_file() else set()
 
 
 def installed(reference: str) -> bool:

@@ -71,7 +71,8 @@ def _ledger_epsilon(options: argparse.Namespace) -> dict[str, Any]:
     path = RunFolder(options.ledger).ledger if options.ledger.is_dir() else options.ledger
     book = ledger.read(path)
     delta = options.delta or book.header.delta
-    example = {f"{book.header.unit}, {name}": book.epsilon(name, delta) for name in ("pld", "rdp")}
+    kinds = dict.fromkeys(["pld", "rdp", options.accountant])
+    example = {f"{book.header.unit}, {name}": book.epsilon(name, delta) for name in kinds}
     size = options.holder_examples or book.header.examples_per_holder_at_most
     if size is None and book.header.unit == "example" and not options.json:
         print("holder: no federation.examples_per_holder_at_most was declared; give --holder-examples")

@@ -10,6 +10,7 @@ chosen by a key of the run: the others keep their ids and owner and take no part
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +95,12 @@ class Partition:
         """Return the sorted global ids of all used examples whose holder lives on `node`."""
         self._check_node(node, nodes)
         return np.flatnonzero((self.holder_of % nodes == node) & self._used).astype(np.int64, copy=False)
+
+    def digest(self) -> str:
+        """Return a digest of who has which example and uses it."""
+        digest = hashlib.sha256(self.holder_of.astype("<i8").tobytes())
+        digest.update(self._used.tobytes())
+        return digest.hexdigest()
 
     def sizes(self) -> Ints:
         """Return the number of examples each holder uses, (num_holders,) int64."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +18,8 @@ from fedsim.engine.replies import Expectation, judge
 from fedsim.strategies.base import Release
 from fedsim.types import HolderReply, StepTask, Transport
 from fedsim.validate import RunError
+
+_log = logging.getLogger(__name__)
 
 NODE_WAIT_SECONDS = 120.0  # how long to wait when none of the nodes still owing a reply is online
 
@@ -70,10 +74,13 @@ class Collector:
                 if failure.fatal or node in retried:
                     again = "" if failure.fatal else " (asked twice)"
                     public_only = self._experiment.config.monitor.public_only
+                    what = failure.kind if public_only else _cause(failure.reason)
+                    if not public_only and what != failure.reason:
+                        _log.error("node %d: %s", node, failure.reason)
                     raise RunError(
-                        f"step {self._step}: node {node} failed{again}: "
-                        f"{failure.kind if public_only else failure.reason}. The run stopped "
-                        f"before this step was released; resume it with --resume --out {self._out}."
+                        f"step {self._step}: node {node} failed{again}: {what} The run stopped before this "
+                        f"step was released. Resume it with --resume --out {self._out}; where model, data or "
+                        "settings must change, start a new run."
                     )
                 retried.add(node)
             accepted |= verdict.accepted
@@ -118,3 +125,14 @@ class Collector:
                 )
             time.sleep(0.2)
         return able[: self._experiment.config.federation.nodes_per_wave]
+
+
+def _cause(reason: str) -> str:
+    """What a node's failure comes down to: of a traceback what was raised, without the way there."""
+    lines = reason.strip().splitlines()
+    raised = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
+    if "Traceback" in reason and raised:
+        lines = lines[raised[-1] :]
+        lines[0] = re.sub(r"^(\w+\.)+(?=\w+: )", "", lines[0])
+    text = "\n".join(lines)
+    return text if text.endswith(".") else f"{text}."

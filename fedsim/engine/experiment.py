@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsim import models, provenance, references, seeds
+from fedsim import given, models, provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, trials
@@ -64,6 +64,7 @@ def prepare(config: Config) -> Experiment:
     model = build_model(config, splits.train, task, config.seed)
     if references.is_reference(config.model.name):
         _check_fits(model, splits.train, task)
+        _check_kept(model, build_model(config, splits.train, task, config.seed ^ 1), config.model.name)
     trials.check(config, method.at.clip, splits.train, task, model)  # also groups that do not fit the model
     outputs = task.outputs(splits.train.declared)
     facts = facts_of(config, holders, get_flat(model).numel(), splits.train.example_shape, outputs)
@@ -144,6 +145,28 @@ def _check_fits(model: nn.Module, train: examples.ArrayDataset, task: Task) -> N
             f"{train.declared.kind}, shape (1, ..., {width}) for one, got {found}. Change its last layer, or "
             "what the data declare."
         )
+
+
+def _check_kept(model: nn.Module, other: nn.Module, name: str) -> None:
+    """Refuse a model whose constructor draws what is neither parameter nor buffer, and so is not released
+    with the weights: another process, and whoever predicts, would have another model under equal weights.
+
+    Args:
+        model, other: by the same constructor, from different seeds.
+        name: model.name.
+    """
+    if given.structure_of(model) != given.structure_of(other):
+        raise InputError(
+            f"model.name={name} must be the same whenever it is made, but for parameters and buffers, and "
+            "its constructor gives other attributes each time. Keep tensors that it draws as buffers "
+            "(self.register_buffer), and all else fixed."
+        )
+    for part, values in (*model.named_parameters(), *model.named_buffers()):
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise InputError(
+                f"model.name={name} must start from finite numbers, and {part} holds NaN or infinity. Check "
+                "its constructor, or the weights it loads."
+            )
 
 
 def header_of(

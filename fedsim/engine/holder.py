@@ -8,8 +8,6 @@ decides only whether there is an answer (fedsim.engine.asked), and its last bits
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import logging
 import math
 import time
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim import loading, provenance, references, seeds
+from fedsim import provenance, seeds
 from fedsim.clipping.base import ClipRule
 from fedsim.config import Config
 from fedsim.data import batches, datasets
@@ -284,46 +282,6 @@ class Node:
 def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None
-
-
-_GRANTED = ("partition", "model")
-
-
-def setup_of(config: Config) -> str:
-    """Return what nodes build themselves from, as JSON: the configuration without its seed, and the keys of
-    the partition and the initial model. Draws and noise follow from another key of the seed, or not from it.
-    """
-    body = json.loads(config.to_json())
-    seed = body.pop("seed")
-    keys = {purpose: seeds.derive(seed, purpose).hex() for purpose in _GRANTED}
-    return json.dumps({"config": body, "keys": keys}, sort_keys=True)
-
-
-def public_only(setup: str) -> bool:
-    """Say whether nothing sensitive may be written, from what `setup_of` says."""
-    return bool(json.loads(setup)["config"]["monitor"]["public_only"])
-
-
-@functools.lru_cache(maxsize=8)
-def node_for(setup: str, index: int) -> Node:
-    """Return the node for what `setup_of` says, built once per process."""
-    config, keys = _sent(setup)
-    return Node(config, index, seeds.Granted(keys))
-
-
-def forget_nodes() -> None:
-    """Let every node of this process be built anew."""
-    node_for.cache_clear()
-
-
-@functools.lru_cache(maxsize=8)
-def _sent(setup: str) -> tuple[Config, dict[str, bytes]]:
-    """Return the configuration and the keys that `setup_of` says, read once for all nodes of a process."""
-    sent = json.loads(setup)
-    config = loading.from_json(json.dumps(sent["config"]))
-    references.check_allowed(config.references())
-    keys = {purpose: bytes.fromhex(key) for purpose, key in sent["keys"].items()}
-    return dataclasses.replace(config, seed=seeds.WITHHELD), keys
 
 
 def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -> HolderReply:

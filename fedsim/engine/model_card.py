@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fedsim import __version__, given, merging, models, references
+from fedsim import __version__, given, merging, models, provenance, references
 from fedsim.config import ModelConfig
 from fedsim.data.examples import ArrayDataset
 from fedsim.data.sources import SOURCES, Source
@@ -44,6 +44,8 @@ class Card:
         outputs: width of the model's output.
         fixed: what model.fix replaced, a line a layer.
         structure: digest of the layers and the code of a model from outside (`given.structure_of`), or empty.
+        code: digest of the source of model and feature map from outside and of what they import beside them
+            (`provenance.reference_hash`), or empty.
         source: data.name and options, where `predict` can read inputs as the run read them; else None.
         weights_sha256: of the file beside it.
         epsilon: what the ledger spent, by unit, as in result.json.
@@ -61,6 +63,7 @@ class Card:
     outputs: int
     fixed: list[str] = field(default_factory=list)
     structure: str = ""
+    code: str = ""
     source: Choice | None = None
     weights_sha256: str = ""
     epsilon: dict[str, Any] = field(default_factory=dict)
@@ -119,8 +122,15 @@ def card_of(
         outputs=made.outputs(train.declared),
         fixed=list(models.fixed(trained)),
         structure=given.structure_of(trained) if outside else "",
+        code=_code(model, features),
         source=source if _reads_inputs(source.name) else None,
     )
+
+
+def _code(model: ModelConfig, features: Choice | None) -> str:
+    """What is from outside of a model and the map before it, as it is now."""
+    chosen = [model.name, *([] if features is None else [features.name])]
+    return provenance.reference_hash(*filter(references.is_reference, chosen))
 
 
 def _reads_inputs(source: str) -> bool:
@@ -177,6 +187,12 @@ def load_model(card: Card, weights: Path, model: nn.Module | None = None) -> nn.
                     f"{weights.parent}: its model was handed in from Python. Hand it in again, as model=..."
                 ) from error
         model = models.build(card.model, card.example_shape, card.outputs, 0, card.vocabulary)
+    if card.code != (now := _code(card.model, card.features)):
+        names = " or ".join([card.model.name, *([] if card.features is None else [card.features.name])])
+        raise InputError(
+            f"{weights.parent}: the source of {names}, or of what it imports beside it, must be as it was "
+            f"for the run (digest {card.code or 'none'}), and is {now or 'none'} now. Restore it."
+        )
     if card.structure and given.structure_of(model) != card.structure:
         raise InputError(
             f"{weights.parent}: {card.model.name} must be the model that was trained, and its layers or its "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from fedsim import seeds
+from fedsim import provenance, seeds
 from fedsim.engine.experiment import Experiment, header_of
 from fedsim.engine.run_folder import FolderLock, RunFolder
 from fedsim.engine.state import State
@@ -106,6 +106,29 @@ def open_run(experiment: Experiment, folder: RunFolder, resume: bool) -> OpenRun
             if opened is not None:
                 opened.close()
         raise
+
+
+def check_unchanged(experiment: Experiment, folder: RunFolder) -> None:
+    """Refuse to take a finished run for one of this experiment when its data or own code are others now.
+
+    What ran under secure noise has no key any more to compare examples by; its code is compared.
+
+    Raises:
+        InputError: they differ; a run that is not there yet passes.
+    """
+    held = ledger.read_header(folder.ledger)
+    if held is None or not folder.result.exists():
+        return
+    now = held
+    if not held.run:
+        now = _header(experiment, seeds.derive(experiment.config.seed, "run"), "", secure=False)
+    code = provenance.reference_hash(*experiment.config.references())
+    if (held.data, held.code) != (now.data, code):
+        what = "training examples" if held.data != now.data else "own code (package.module:Object)"
+        raise InputError(
+            f"{folder.root} is a finished run of other {what} than there are now, and would stand beside "
+            "runs of these. Delete it to run it again, or choose another --out."
+        )
 
 
 def _begin(experiment: Experiment, folder: RunFolder, secure: bool) -> None:

@@ -28,6 +28,7 @@ def train(message: Message, context: Context) -> Message:
     """Answer one step's task for all holders of this node."""
     # Imported here: in deployment each message is a new process, and a query needs none of this.
     from fedsim.engine import holder
+    from fedsim.engine.setup import node_for, public_only
     from fedsim.flower import wire
     from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
@@ -37,10 +38,10 @@ def train(message: Message, context: Context) -> Message:
     unpacked = time.perf_counter() - began
     asked = wire.unpack_asked(context.state)
     try:
-        node = holder.node_for(setup, int(context.node_config["partition-id"]))
+        node = node_for(setup, int(context.node_config["partition-id"]))
         reply = holder.answer(node, task, parameters, asked)
     except Exception as error:
-        if not holder.public_only(setup):
+        if not public_only(setup):
             raise
         # Flower sends and logs what an exception says, which may be of the data.
         raise RunError(f"{type(error).__name__} (monitor.public_only withholds what it says)") from None

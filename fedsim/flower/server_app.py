@@ -16,10 +16,10 @@ from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
-from fedsim.engine.holder import setup_of
 from fedsim.engine.metrics import Watcher
 from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.engine.server import Server
+from fedsim.engine.setup import setup_of
 from fedsim.flower import deployment
 from fedsim.flower.transport import GridTransport
 from fedsim.headline import Metric
@@ -88,5 +88,7 @@ def _train(
     located = dataclasses.replace(
         config, data=datasets.resolve(config.data), model=weights.pinned(config.model)
     )
-    transport = GridTransport(grid, setup_of(located), config.federation.nodes)
+    transport = GridTransport(
+        grid, setup_of(located, experiment.partition, experiment.splits.train), config.federation.nodes
+    )
     return Server(experiment, folder, transport, resume).train(watchers)

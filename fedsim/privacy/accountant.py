@@ -214,8 +214,8 @@ def refuse_approximation(accountant: str) -> None:
     """
     if not named(accountant).is_upper_bound:
         raise InputError(
-            f"accountant {accountant} is an approximation, not an upper bound on epsilon: it calibrates no "
-            "noise and stops no run. Use pld or rdp."
+            f"privacy.accountant={accountant} is an approximation, not an upper bound on epsilon: no run "
+            "states, reaches or stops at an epsilon by it. Use pld or rdp; fedsim epsilon shows this one."
         )
 
 

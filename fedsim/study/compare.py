@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from fedsim import loading, validate
 from fedsim.config import Config
+from fedsim.engine import opening
 from fedsim.engine.experiment import prepare
 from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
@@ -158,9 +159,10 @@ def finish(
                 "monitor.public_only withholds what runs are compared by (seconds, scores over holders).",
                 "Leave it null: studies of several runs are for simulation.",
             )
-        RunFolder(out / "runs" / cell.folder).check(cell.config, resume=True)
+        folder = RunFolder(out / "runs" / cell.folder)
+        folder.check(cell.config, resume=True)
         try:
-            prepare(cell.config)
+            opening.check_unchanged(prepare(cell.config), folder)
         except InputError as error:
             raise InputError(f"variant '{cell.variant}': {error}") from error
     for number, cell in enumerate(planned, start=1):

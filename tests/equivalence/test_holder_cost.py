@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from fedsim.engine.experiment import prepare
-from fedsim.engine.holder import setup_of
 from fedsim.engine.run_folder import RunFolder
 from fedsim.engine.server import Server
+from fedsim.engine.setup import setup_of
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.transport import GridTransport

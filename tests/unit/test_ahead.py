@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedsim.data import batches
-from fedsim.engine import evaluate, holder
+from fedsim.engine import evaluate, setup
 from fedsim.engine.ahead import ahead
 from fedsim.types import StepTask
 from tests.conftest import small, train
@@ -62,7 +62,7 @@ def test_views_prepared_for_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.Monke
         "train.augment_multiplicity=2",
         "train.augmentations=[mirror_pad_crop]",
     )
-    node = holder.node_for(holder.setup_of(config), 0)
+    node = setup.node_for(setup.setup_of(config), 0)
     task = StepTask(0, 0, 1.0, {"augment": bytes(range(32))})
     ids = node.ids[:11]
     expected = list(node._pieces(ids, task))

@@ -149,6 +149,9 @@ UNREAD = [
     ("engine.gradient_memory=low", "engine.gradients=opacus", "engine.gradients=bookkeeping"),
     ("engine.channels_last=on", "engine.gradients=vmap", "engine.gradients=bookkeeping"),
     ("engine.cuda_graphs=true", "engine.gradients=vmap", "engine.gradients=bookkeeping"),
+    ("tuning.held_out_examples=5", "tuning.mode=null", "tuning={mode: free, trials: 2}"),
+    ("tuning.trials=3", "tuning.mode=null", "tuning={mode: free, trials: 2}"),
+    ("tuning.distribution=poisson", "tuning.mode=null", "tuning={mode: private, trials: 2}"),
 ]
 
 

@@ -14,7 +14,7 @@ from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
 from fedsim import seeds
 from fedsim.config import Config
-from fedsim.engine import holder
+from fedsim.engine import holder, setup
 from fedsim.engine.experiment import prepare
 from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import deployment
@@ -167,7 +167,7 @@ def test_no_message_holds_the_seed_or_what_server_noise_follows_from(name: str, 
 
 def test_a_node_cannot_read_the_seed_and_makes_the_same_data_and_model() -> None:
     config = small(f"seed={SEED}")
-    node = holder.node_for(holder.setup_of(config), 0)
+    node = setup.node_for(setup.setup_of(config), 0)
     whole = holder.Node(config, 0, config.seed)
     assert (node.ids == whole.ids).all()
     for a, b in zip(node.model.parameters(), whole.model.parameters(), strict=True):

@@ -18,9 +18,9 @@ from flwr.app import Error, Message
 from fedsim import loading, seeds
 from fedsim.engine.collect import Collector
 from fedsim.engine.experiment import prepare
-from fedsim.engine.holder import setup_of
 from fedsim.engine.replies import Expectation, judge
 from fedsim.engine.run_folder import RunFolder
+from fedsim.engine.setup import setup_of
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
 from fedsim.flower.local_grid import LocalGrid

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 
 from fedsim.data import datasets
-from fedsim.engine import holder
+from fedsim.engine import holder, setup
 from fedsim.engine.experiment import prepare
 from fedsim.flower import wire
 from fedsim.flower.client_app import app
@@ -72,7 +72,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int, *override
     root, out = tmp_path / "data", tmp_path / "out"
     data(root, seed)
     datasets._load.cache_clear()
-    holder.node_for.cache_clear()
+    setup.node_for.cache_clear()
     assert command(["run", "base", *SMALL, *QUIET, f"data.root={root}", *overrides, "--out", str(out)]) == 0
     console = capsys.readouterr()
     files, events = {}, []

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedsim import models, provenance, references
 from fedsim.config import ModelConfig
-from fedsim.engine.holder import node_for, setup_of
+from fedsim.engine.setup import node_for, setup_of
 from fedsim.flower import launch
 from fedsim.method import Method
 from fedsim.run import Run
@@ -210,5 +210,5 @@ def test_a_run_goes_on_with_the_code_it_was_started_with(folder: Path) -> None:
     train(config, folder / "run", resume=True)
     sys.modules.pop("own_things")
     source.write_text(before.replace("nn.Tanh()", "nn.ReLU()"), encoding="utf-8")
-    with pytest.raises(InputError, match="its layers or its code are others now"):
+    with pytest.raises(InputError, match="must be as it was for the run"):
         Run(folder / "run").model  # noqa: B018
