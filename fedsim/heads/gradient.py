@@ -13,9 +13,13 @@ float32 else, added up in float64.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.linalg.blas import dtrmm
 from torch import Tensor
 
 from fedsim import validate
@@ -71,8 +75,17 @@ class Gradient:
         """Return |M x| (n,) float64 of the rows of features (n, d0); |x| without a map."""
         found = [torch.zeros(0, dtype=torch.float64)]
         for values, _ in bounded.blocks(features, features):
-            found.append(torch.linalg.vector_norm(self.mapped(self.rows.of(values).double().cpu()), dim=1))
+            rows = self.rows.of(values).double().cpu()
+            if self.mapping is not None:  # half the products of the whole map
+                rows = torch.from_numpy(dtrmm(1.0, self._triangle, rows.numpy().T).T)
+            found.append(torch.linalg.vector_norm(rows, dim=1))
         return torch.cat(found)
+
+    @functools.cached_property
+    def _triangle(self) -> NDArray[np.float64]:
+        """R (d, d) of M = Q R, in columns: |R x| is |M x|, to the same rounding."""
+        assert self.mapping is not None
+        return np.asfortranarray(torch.linalg.qr(self.mapping, mode="r").R.numpy())
 
     def sums(
         self, features: Values, labels: Values, weights: Tensor, lengths: Tensor
