@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedsim.data.examples import ArrayDataset, normalise
@@ -63,7 +63,8 @@ def export(run: Run | str | Path, out: str | Path) -> dict[str, Path]:
     program = _program(run)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.clone().contiguous() for name, tensor in run.model.state_dict().items()}
-    save_file(state, places["weights"], metadata={"format": "pt", "fedsim": json.dumps(json.loads(card))})
+    metadata = {"format": "pt", "fedsim": json.dumps(json.loads(card))}
+    places["weights"].write_bytes(save(state, metadata))  # the library's own writing lets nobody else read it
     torch.export.save(program, places["program"])
     places["card"].write_text(card, encoding="utf-8")
     return places

@@ -48,6 +48,7 @@ class Server:
         self.run = open_run(experiment, folder, resume)
         self.state = self.run.state
         self._seconds: dict[str, float] = {}
+        self._told = False
         self._config_kept = False
         self._collector = Collector(experiment, transport, str(folder.root))
 
@@ -89,10 +90,30 @@ class Server:
         while self.state.completed < self.mechanism.steps:
             record, final = self.step()
             metrics.write(record)
+            self._warn_of_noise_alone(record)
             done = self.state.completed
             if done % self.config.train.checkpoint_every == 0 or done == self.mechanism.steps:
                 self._save()
         return final or self._evaluate()
+
+    def _warn_of_noise_alone(self, record: StepRecord) -> None:
+        """Say once that no example adds anything, which no released number shows; in simulation only."""
+        if self.config.monitor.public_only or self._told:
+            return
+        numbers = {name: number.value for name, number in record.numbers.items()}
+        realised, mean = numbers["realised_batch_size"], numbers.get("mean_gradient_norm")
+        if not realised or mean is None:
+            return
+        if numbers["non_finite_gradients"] == realised:
+            why = "no example's contribution is a finite number, and each counts as zero"
+        elif mean == 0.0:
+            why = "every example's contribution is zero, as where outputs do not depend on parameters"
+        else:
+            return
+        self._told = True
+        _log.warning(
+            "step %d: %s: the model learns from noise alone. Check model and loss.", record.step, why
+        )
 
     def step(self) -> tuple[StepRecord, Numbers]:
         """Make the next server update; return its record, and the evaluation where one was due."""

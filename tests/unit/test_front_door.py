@@ -215,6 +215,9 @@ def test_other_weights_than_the_cards_are_refused(trained: fedsim.Run, tmp_path:
 
 def test_an_exported_program_gives_the_models_outputs(trained: fedsim.Run, tmp_path: Path) -> None:
     assert command(["export", str(trained.folder), "--out", str(tmp_path / "out")]) == 0
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1, (
+        "who may read one may read all"
+    )
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     test = np.array(datasets.load(trained.config.data).test.inputs)
     for count in (1, 7, 100):

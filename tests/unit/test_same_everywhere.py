@@ -291,3 +291,25 @@ def test_a_trust_model_adds_noise_to_the_parts_there_are(
     monkeypatch.setattr(central, "added", added)
     with pytest.raises(RunError, match="mend its added"):
         train(small(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        ("(self.layer(x.flatten(1)).detach() + 0 * self.layer.weight.sum())", "contribution is zero"),
+        ("self.layer(x.flatten(1)) / (0 * self.layer.weight.sum())", "no example's contribution is a finite"),
+        ("self.layer(x.flatten(1))", ""),
+    ],
+)
+def test_a_run_says_when_it_learns_from_noise_alone(
+    write: Write, tmp_path: Path, forward: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = NET.format(how="import torch\nact = torch.nn.Identity()")
+    write(own=net.replace("act(self.layer(x.flatten(1)))", forward))
+    train(small("model.name=own:Net", "train.steps=2"), tmp_path / "run")
+    told = [r.getMessage() for r in caplog.records if "noise alone" in r.getMessage()]
+    assert len(told) == (1 if why else 0), "once"
+    assert all(why in message for message in told)
+    caplog.clear()
+    train(small("model.name=own:Net", "train.steps=2", "monitor.public_only=true"), tmp_path / "public")
+    assert "noise alone" not in caplog.text
