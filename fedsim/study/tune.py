@@ -55,7 +55,7 @@ class Tuning:
         seed: of the places tried.
         holdout_examples: training examples that trials are judged by and do not train on.
         space: setting -> a list of values, or {low, high, scale}.
-        spaces: variant -> settings of its own, beside or in place of those of `space`.
+        spaces: variant -> settings of its own, beside or in place of those of `space`; null: not searched.
         distribution: of the number of trials of a private search (`fedsim tune --private`), whose mean is
             `trials`: logarithmic, geometric or poisson.
     """
@@ -143,8 +143,14 @@ def load(source: str | Path) -> Tuning:
 
 def space_of(tuning: Tuning, variant: str) -> Space:
     """Return the settings that are searched for a variant."""
-    own = Space.of(tuning.spaces.get(variant, {}), f"spaces of {variant}")
-    return own.over(Space.of(tuning.space, "space"))
+    own = tuning.spaces.get(variant, {})
+    if not isinstance(own, dict):
+        raise InputError(
+            f"spaces of {variant} must be settings with a list or a range of values, got {own!r}."
+        )
+    common = {name: values for name, values in tuning.space.items() if own.get(name, values) is not None}
+    kept = {name: values for name, values in own.items() if values is not None}
+    return Space.of(kept, f"spaces of {variant}").over(Space.of(common, "space"))
 
 
 def trials(tuning: Tuning, overrides: Sequence[str]) -> list[Trial]:

@@ -179,11 +179,13 @@ def test_a_setting_that_a_variant_does_not_read_is_refused_before_the_first_run(
 
 
 def test_a_variant_may_have_settings_of_its_own(tmp_path: Path) -> None:
-    path = written(tmp_path, spaces={"local": {"train.ema_decay": [0.9, 0.95], "privacy.clip_norm": [1, 2]}})
+    local = {"train.ema_decay": [0.9, 0.95], "privacy.clip_norm": [1, 2], "optimizer.learning_rate": None}
+    path = written(tmp_path, spaces={"local": local})
     done = search(path, tmp_path / "out", Runner())
     by_variant = {one.trial.variant: one.trial.settings for one in done}
     assert len(by_variant["central"]) == 2
-    assert len(by_variant["local"]) == 3
+    assert len(by_variant["local"]) == 2
+    assert not any("learning_rate" in setting for setting in by_variant["local"])
     assert any("ema_decay=0.9" in setting for setting in by_variant["local"])
 
 
