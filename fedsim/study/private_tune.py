@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -49,10 +50,10 @@ from fedsim.study import compare, space
 from fedsim.study.compare import Planned, Runner
 from fedsim.study.space import Space
 from fedsim.study.tune import Tuning, evaluated_on, forgiving, space_of
-from fedsim.validate import RunError
+from fedsim.validate import InputError, RunError
 
 WINNER = "winner"
-_HIDDEN = "hidden.json"
+_SEARCH, _HIDDEN = "search.json", "hidden.json"
 _PUBLISHED = ("config.yaml", "ledger.jsonl", "final.safetensors", "model.json")
 
 
@@ -90,11 +91,10 @@ def run(
         keep: leave the trials, and what must stay hidden, where they are: to study a simulation.
 
     Raises:
-        InputError: what cannot be searched privately, says why; nothing was started.
+        InputError: what cannot be searched privately, says why; or a folder of another search. Nothing was
+            started.
         RunError: a file could not be written.
     """
-    if (held := _released(out)) is not None:
-        return held
     variant, epsilon = _only(tuning)
     searched = space_of(tuning, variant)
     fixed = [
@@ -111,6 +111,9 @@ def run(
         f"tuning.distribution={tuning.distribution}",
     ]
     first = _checked(str(tuning.recipe), fixed, searched, always)
+    _claim(out, [first.config.digest(), dataclasses.asdict(searched), tuning.seed])
+    if (held := _released(out)) is not None:
+        return held
     std = score_std(first)
     root, number = _drawn(first.config, tuning.seed, out)
     planned = [_trial(tuning, fixed, searched, always, variant, epsilon, root, i) for i in range(number)]
@@ -123,6 +126,24 @@ def run(
             best = score, settings, folder
     with validate.failures_as(RunError, f"the best trial was not released to {out}", "Repeat the command."):
         return _release(best, std, first, out, keep)
+
+
+def _claim(out: Path, search: list[Any]) -> None:
+    """Write which search a folder is of, or refuse that of another: its hidden trials are no trials of this.
+
+    Raises:
+        InputError: it is of another search.
+    """
+    path = out / _SEARCH
+    digest = hashlib.sha256(json.dumps(search, sort_keys=True).encode()).hexdigest()
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps({"search": digest}) + "\n").encode())
+    if json.loads(path.read_text())["search"] != digest:
+        raise InputError(
+            f"{out} is the folder of another search: recipe, space, seed or number of trials differ. Choose "
+            "another --out; what both release adds up."
+        )
 
 
 def score_std(experiment: Experiment) -> float:

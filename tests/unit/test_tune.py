@@ -276,7 +276,7 @@ def test_a_private_search_releases_the_best_and_nothing_of_the_others(
     assert private(path, out) == 0
     left = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
     names = ("config.yaml", "final.safetensors", "ledger.jsonl", "model.json", "result.json")
-    assert left == ["outcome.json", *(f"winner/{name}" for name in names)]
+    assert left == ["outcome.json", "search.json", *(f"winner/{name}" for name in names)]
     result = json.loads((out / "winner" / "result.json").read_text())
     assert result["sensitive"] == []
     assert not {"holder_scores", "largest_holder", "seconds"} & set(result)
@@ -293,6 +293,9 @@ def test_a_private_search_releases_the_best_and_nothing_of_the_others(
     before = (out / "outcome.json").stat().st_mtime_ns
     assert private(path, out) == 0
     assert (out / "outcome.json").stat().st_mtime_ns == before, "a search that ended is not begun again"
+    capsys.readouterr()
+    assert private(path, out, "privacy.target_epsilon=60") == 2
+    assert "folder of another search" in capsys.readouterr().err
 
 
 def test_a_private_search_that_was_interrupted_ends_as_if_it_had_not_been(
