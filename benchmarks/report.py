@@ -20,7 +20,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks import heads_table, pictures, tables
+from benchmarks import heads_table, pictures, tables, tuning
 from benchmarks.tables import load
 from fedsim import presets
 from fedsim.config import CONFIG_DIR
@@ -180,6 +180,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "compare-heads": lambda: comparison("heads_trust", HEADS_COLUMNS),
     },
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
+    "docs/tuning.md": {"tuning-cost": tuning.page},
 }
 
 
