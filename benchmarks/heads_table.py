@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy import stats
 
 from benchmarks.tables import load
 from fedsim.report.markers import missing, provenance, table
@@ -54,6 +55,32 @@ def _text(values: list[float], best: float | bool) -> str:
     mean = statistics.mean(values)
     text = f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
     return f"**{text}**" if best is not False and mean == best else text
+
+
+def laws() -> str:
+    """What the paper says, tested: DP-FC and DP-LS against the best of all others, in points, Welch's test."""
+    held = load("heads.json")
+    if held is None:
+        return missing("python -m benchmarks.heads --json results/heads.json", "heads.json")
+    found = {key: values for key, values in cells(held).items() if key[2] is not None and len(values) > 1}
+    epsilons = sorted({epsilon for *_, epsilon in found if epsilon is not None})
+    rows = []
+    for method in ("DP-FC", "DP-LS"):
+        for features in dict.fromkeys(features for features, *_ in found):
+            row = [f"{method} minus the best other", features]
+            for epsilon in epsilons:
+                own = found.get((features, method, epsilon))
+                others = [v for (f, m, e), v in found.items() if (f, e) == (features, epsilon) and m != method]
+                row.append("" if own is None or not others else _difference(own, max(others, key=statistics.mean)))
+            rows.append(row)
+    note = "\nPoints, with the p of Welch's test over the seeds; n.s.: p above 0.05.\n"
+    return table(["", "features", *(f"epsilon {e:g}" for e in epsilons)], rows) + note
+
+
+def _difference(own: list[float], other: list[float]) -> str:
+    points = statistics.mean(own) - statistics.mean(other)
+    p = float(stats.ttest_ind(own, other, equal_var=False).pvalue)
+    return f"{points:+.1f} ({'n.s.' if p > 0.05 else 'p < 0.001' if p < 0.001 else f'p {p:.2g}'})"
 
 
 def costs() -> str:

@@ -176,6 +176,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/heads.md": {
         "heads": heads_table.heads,
+        "heads-laws": heads_table.laws,
         "head-costs": heads_table.costs,
         "compare-heads": lambda: comparison("heads_trust", HEADS_COLUMNS),
     },
