@@ -150,7 +150,8 @@ def run(config: Config, sums: Sums) -> tuple[float, float]:
         def answer(task: StepTask = task) -> Any:
             return node.method.answer(node, task)[0]
 
-        exact = sums.first(config, answer) if step == 0 else answer()
+        same = step == 0 and mechanism.sampling_rate == 1.0  # for all seeds
+        exact = sums.first(config, answer) if same else answer()
         total = {name: np.asarray(value, np.float64) for name, value in exact.items()}
         noise = mechanism.noise(release, Collected(total, []), stream, config.seed, step)
         noisy = {name: total[name] + noise.get(name, 0.0) for name in total}
