@@ -63,6 +63,17 @@ def _gd(clip: float, rate: float, steps: int, momentum: float = 0.9) -> list[str
     ]
 
 
+def _sgd(rate: float, steps: int, average: float) -> list[str]:
+    """Poisson draws of 8,192 on average, almost every gradient clipped, an average of the weights."""
+    return [
+        "preset=central_dpsgd",
+        "privacy.clip_norm=0.1",
+        "train.expected_batch_size=8192",
+        f"train.ema_decay={average}",
+        *_optimizer("momentum", rate, steps),
+    ]
+
+
 _SOLVED = ["optimizer.name=sgd", "optimizer.options={}", "optimizer.learning_rate=1.0", "train.steps=1"]
 _FREE = ["strategy=nonprivate", "privacy.target_epsilon=null", "privacy.clip_norm=1.0"]
 METHODS: dict[str, Mapping[str, Sequence[Sequence[str]]]] = {}
@@ -238,9 +249,14 @@ METHODS |= {
         "pixels": [_fc(1.0, 20, 15), _fc(1.0, 60, 15), _fc(1.0, 200, 15)],
     },
     "gradient, full batch": {
-        "last": [_gd(34, 0.0043, 40), _gd(34, 0.0173, 40), _gd(10.2, 0.065, 40)],
-        "whitened": [_gd(10.2, 0.0154, 40), _gd(10.2, 0.2, 40), _gd(34, 0.2, 40)],
+        "last": [_gd(34, 0.0043, 40), _gd(34, 0.0173, 80), _gd(34, 0.0346, 80)],
+        "whitened": [_gd(10.2, 0.0154, 40), _gd(10.2, 0.1, 80), _gd(34, 0.1, 80)],
         "pixels": [_gd(3, 0.33, 30), _gd(10, 0.1, 30), _gd(3, 1.67, 30)],
+    },
+    "gradient, drawn batches": {
+        "last": [_sgd(2, 100, 0.9), _sgd(7, 200, 0.9), _sgd(40, 400, 0.98)],
+        "whitened": [_sgd(2, 100, 0.9), _sgd(7, 200, 0.9), _sgd(14, 400, 0.98)],
+        "pixels": [_sgd(2, 100, 0.9), _sgd(20, 200, 0.9), _sgd(40, 400, 0.98)],
     },
     "gradient, one step of LAMB": _alike(["preset=central_dpsgd", *_optimizer("lamb", 0.01, 1, None)]),
     "least squares, no noise": _alike(["preset=dp_ls", *_FREE, *_SOLVED]),
