@@ -58,7 +58,7 @@ def _text(values: list[float], best: float | bool) -> str:
 
 
 def laws() -> str:
-    """What the paper says, tested: DP-FC and DP-LS against the best of all others, in points, Welch's test."""
+    """What the paper says, tested: DP-FC and DP-LS against the best other, in points, by Welch's test."""
     held = load("heads.json")
     if held is None:
         return missing("python -m benchmarks.heads --json results/heads.json", "heads.json")
@@ -70,8 +70,12 @@ def laws() -> str:
             row = [f"{method} minus the best other", features]
             for epsilon in epsilons:
                 own = found.get((features, method, epsilon))
-                others = [v for (f, m, e), v in found.items() if (f, e) == (features, epsilon) and m != method]
-                row.append("" if own is None or not others else _difference(own, max(others, key=statistics.mean)))
+                others = [
+                    v for (f, m, e), v in found.items() if (f, e) == (features, epsilon) and m != method
+                ]
+                row.append(
+                    "" if own is None or not others else _difference(own, max(others, key=statistics.mean))
+                )
             rows.append(row)
     note = "\nPoints, with the p of Welch's test over the seeds; n.s.: p above 0.05.\n"
     return table(["", "features", *(f"epsilon {e:g}" for e in epsilons)], rows) + note

@@ -8,6 +8,7 @@ of an installed package.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import os
@@ -120,25 +121,34 @@ def sources(reference: str) -> dict[str, Path]:
 
 def _with_imports(files: set[Path], root: Path) -> set[Path]:
     """The files with all that their import statements find in `root`, and what those import in turn."""
-    found, new = set(files), set(files)
+    found, new, seen = set(files), set(files), set[str]()
     while new:
-        new = {file for path in new for name in _imports(path) for file in _local(name, root)} - found
+        names = {name for path in new for name in _imports(path, path.stat().st_mtime_ns)} - seen
+        seen |= names
+        whole = {
+            first for name in names if (root / (first := name.partition(".")[0]) / "__init__.py").is_file()
+        }
+        names = {name for name in names if name.partition(".")[0] not in whole} | whole
+        new = {file for name in names for file in _local(name, root)} - found
         found |= new
     return found
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports; of a relative import those of its own package, which is whole."""
+@functools.lru_cache(maxsize=4096)
+def _imports(path: Path, changed: int) -> frozenset[str]:
+    """Dotted names that a file, last changed then, imports; of a relative import those of its own package,
+    which is whole."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return
+        return frozenset()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(names)
 
 
 def _local(name: str, root: Path) -> set[Path]:
