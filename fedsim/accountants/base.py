@@ -33,8 +33,6 @@ class Accountant(ABC):
 
     def supports(self, event: dp.DpEvent) -> str:
         """Return why this accountant has no answer for an event, or ""."""
-        if events.apart(event)[1] is not None and not self.takes_selection:
-            return "the best of a hidden number of runs is accounted by Renyi DP only"
         if events.renyi_only(event):
             return "the mechanism is bounded at whole Renyi orders only"
         if any(found.sample is not None and found.sampling_rate < 1.0 for found in events.releases(event)):
@@ -58,5 +56,8 @@ class Accountant(ABC):
     def selected_epsilon(
         self, parts: tuple[Part, ...], delta: float, selection: events.Selection
     ) -> tuple[float | None, str]:
-        """Return (epsilon, note) of the best of a hidden number of runs, each the composition of `parts`."""
-        raise NotImplementedError
+        """Return (epsilon, note) of the best of a hidden number of runs, each the composition of `parts`.
+
+        It is asked where `takes_selection` says so.
+        """
+        return None, "no answer for the best of a hidden number of runs"

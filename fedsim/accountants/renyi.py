@@ -40,8 +40,6 @@ class Rdp(Accountant):
 
     def supports(self, event: dp.DpEvent) -> str:
         """See `Accountant.supports`."""
-        if events.apart(event)[1] is not None and not self.takes_selection:
-            return super().supports(event)
         return "the mechanism is bounded at whole Renyi orders only" if events.renyi_only(event) else ""
 
     def epsilon(

@@ -130,9 +130,10 @@ class Collector:
 def _cause(reason: str) -> str:
     """What a node's failure comes down to: of a traceback what was raised, without the way there."""
     lines = reason.strip().splitlines()
-    raised = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
-    if "Traceback" in reason and raised:
-        lines = lines[raised[-1] :]
+    places = [i for i, line in enumerate(lines) if line.startswith('  File "')]
+    raised = [i for i in range(places[-1] if places else len(lines), len(lines)) if lines[i][:1].strip()]
+    if raised:  # whatever stands below the last place that is named, without its code
+        lines = lines[raised[0] :]
         lines[0] = re.sub(r"^(\w+\.)+(?=\w+: )", "", lines[0])
     text = "\n".join(lines)
     return text if text.endswith(".") else f"{text}."

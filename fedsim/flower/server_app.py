@@ -88,7 +88,9 @@ def _train(
     located = dataclasses.replace(
         config, data=datasets.resolve(config.data), model=weights.pinned(config.model)
     )
-    transport = GridTransport(
-        grid, setup_of(located, experiment.partition, experiment.splits.train), config.federation.nodes
-    )
+    # In a deployment a node may have its own examples only, and no digest of others' is told.
+    together = deployment.backend_of(grid) != deployment.DEPLOYMENT
+    train = experiment.splits.train if together else None
+    setup = setup_of(located, experiment.partition, train)
+    transport = GridTransport(grid, setup, config.federation.nodes)
     return Server(experiment, folder, transport, resume).train(watchers)

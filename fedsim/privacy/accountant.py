@@ -117,7 +117,7 @@ def epsilon(event: dp.DpEvent, delta: float, accountant: str = "pld", unit: str 
     check_asked(delta, accountant, unit)
     asked, accountant = accountant, answering(event, accountant)
     value, note = value_of(event, float(delta), accountant)
-    if reason := named(asked).supports(event):
+    if reason := unsupported(event, asked):
         note = "; ".join(part for part in (note, f"{asked} has no answer: {reason}") if part)
     found = events.releases(event)
     relation = events.relation(event)
@@ -221,7 +221,15 @@ def refuse_approximation(accountant: str) -> None:
 
 def answering(event: dp.DpEvent, accountant: str) -> str:
     """Return the accountant that answers for `event` when `accountant` is asked."""
-    return next(name for name in (accountant, "rdp", "rdp_integer") if not named(name).supports(event))
+    return next(name for name in (accountant, "rdp", "rdp_integer") if not unsupported(event, name))
+
+
+def unsupported(event: dp.DpEvent, accountant: str) -> str:
+    """Return why an accountant has no answer for an event, or ""."""
+    asked = named(accountant)
+    if events.apart(event)[1] is not None and not asked.takes_selection:
+        return "the best of a hidden number of runs is accounted by Renyi DP only"
+    return asked.supports(event)
 
 
 def parts_of(event: dp.DpEvent, examples: int = 1) -> tuple[Part, ...]:

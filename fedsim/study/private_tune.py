@@ -31,11 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import dp_accounting as dp
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedsim import loading, seeds, validate
+from fedsim.accountants.renyi import Rdp
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import model_card, scoring
@@ -43,13 +44,11 @@ from fedsim.engine.checkpoint import write_atomic
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.run_folder import RunFolder
 from fedsim.headline import Metric
-from fedsim.mechanism import selection_of
 from fedsim.privacy import accountant, events
 from fedsim.report.plain import as_json
 from fedsim.study import compare, space
 from fedsim.study.compare import Planned, Runner
-from fedsim.study.space import Space
-from fedsim.study.tune import Tuning, evaluated_on, forgiving, space_of
+from fedsim.study.tune import Tuning, evaluated_on, forgiving, runs_of, space_of
 from fedsim.validate import InputError, RunError
 
 WINNER = "winner"
@@ -95,13 +94,8 @@ def run(
             started.
         RunError: a file could not be written.
     """
-    variant, epsilon = _only(tuning)
+    variant = _only(tuning)
     searched = space_of(tuning, variant)
-    fixed = [
-        *tuning.overrides,
-        *([] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]),
-        *tuning.variants[variant],
-    ]
     always = [
         *overrides,
         *evaluated_on(tuning),
@@ -110,17 +104,27 @@ def run(
         f"tuning.held_out_examples={tuning.holdout_examples}",
         f"tuning.distribution={tuning.distribution}",
     ]
-    first = _checked(str(tuning.recipe), fixed, searched, always)
+
+    def trial(settings: Sequence[str], seed: int) -> Planned:
+        (planned,) = runs_of(tuning, variant, settings, [seed], always)
+        return planned
+
+    corners = [(corner, trial(corner, tuning.seeds[0])) for corner in searched.corners()]
+    first = _checked(corners)
     _claim(out, [first.config.digest(), dataclasses.asdict(searched), tuning.seed])
     if (held := _released(out)) is not None:
         return held
-    std = score_std(first)
     root, number = _drawn(first.config, tuning.seed, out)
-    planned = [_trial(tuning, fixed, searched, always, variant, epsilon, root, i) for i in range(number)]
-    best: tuple[float, tuple[str, ...], RunFolder] | None = None
-    cells = [cell for cell, _ in planned]
-    finished = compare.finish(cells, out, forgiving(runner), log)
-    for i, ((_, settings), (_, folder, result)) in enumerate(zip(planned, finished, strict=True)):
+    planned = []
+    for i in range(number):
+        settings = searched.at(space.independent(i, len(searched.settings), root).tolist())
+        seed = int(seeds.stream(root, "seed of a trial", i).integers(2**63))
+        planned.append((settings, trial(settings, seed)))
+    _checked([*corners[:1], *planned])
+    std = score_std(first)
+    best: tuple[float, Sequence[str], RunFolder] | None = None
+    finished = compare.finish([cell for _, cell in planned], out, forgiving(runner), log)
+    for i, ((settings, _), (_, folder, result)) in enumerate(zip(planned, finished, strict=True)):
         score = noisy_score(result, tuning.holdout_examples, std, seeds.derive(root, "score", i))
         if score > (-math.inf if best is None else best[0]):
             best = score, settings, folder
@@ -149,10 +153,10 @@ def _claim(out: Path, search: list[Any]) -> None:
 def score_std(experiment: Experiment) -> float:
     """Return the standard deviation of the noise on a trial's number of correct answers: the least at which
     its Renyi DP is at no order above that of training."""
-    event, _ = events.apart(experiment.mechanism.total_event(experiment.mechanism.steps))
+    event, _ = events.apart(_event(experiment))
     renyi = accountant.named(accountant.answering(event, "rdp"))
-    orders = np.array(renyi.orders)  # type: ignore[attr-defined]
-    curve = renyi.curve(accountant.parts_of(event))  # type: ignore[attr-defined]
+    assert isinstance(renyi, Rdp)
+    orders, curve = np.array(renyi.orders), renyi.curve(accountant.parts_of(event))
     usable = np.isfinite(curve) & (curve > 0.0)
     return float(np.sqrt(orders[usable] / (2.0 * curve[usable])).max())
 
@@ -182,48 +186,52 @@ def number_of_trials(mean: float, distribution: str, generator: np.random.Genera
     return int(generator.logseries(low))
 
 
-def _only(tuning: Tuning) -> tuple[str, float | None]:
-    """The variant and the budget of a private search."""
+def _only(tuning: Tuning) -> str:
+    """The variant of a private search, which has one budget and one seed."""
     if len(tuning.variants) != 1 or len(tuning.epsilons) > 1 or len(tuning.seeds) != 1:
         validate.conflicts(
             f"a private search is of one variant at one budget with one seed, but there are "
             f"{len(tuning.variants)} variants, {len(tuning.epsilons)} budgets and {len(tuning.seeds)} seeds.",
             "Search each on its own: every search spends its own epsilon.",
         )
-    return next(iter(tuning.variants)), next(iter(tuning.epsilons), None)
+    return next(iter(tuning.variants))
 
 
-def _checked(recipe: str, fixed: list[str], searched: Space, always: list[str]) -> Experiment:
-    """One trial's experiment, after seeing that all settings have the same event and a score to be bounded.
+def _checked(trials: Sequence[tuple[Sequence[str], Planned]]) -> Experiment:
+    """The first of these trials (settings, run), after seeing that all are alike in what the bound needs.
 
     Raises:
-        InputError: they do not; says which setting changes it.
+        InputError: another event than the first one's, or no score that one example changes by 1.
     """
-    experiments = [
-        (corner, prepare(loading.load(recipe, [*fixed, *corner, *always]))) for corner in searched.corners()
-    ]
-    first = experiments[0][1]
-    config, mechanism = first.config, first.mechanism
-    if selection_of(config) is None or not mechanism.method.private or mechanism.unit != "example":
-        validate.conflicts(
-            "a private search is of a mechanism that protects examples, but this one protects "
-            + (f"a {mechanism.unit}." if mechanism.method.private else "nobody."),
-            "Use fedsim tune without --private, and say so.",
-        )
-    if config.task.name != "classification" or first.task.chosen.name != "accuracy":
-        validate.conflicts(
-            f"a private search judges by the number of correct answers, which one example changes by 1, but "
-            f"task={config.task.name} is judged by {first.task.chosen.name}.",
-            "Use task=classification, or fedsim tune without --private.",
-        )
-    wanted = mechanism.total_event(mechanism.steps)
-    for corner, other in experiments:
-        if other.mechanism.total_event(other.mechanism.steps) != wanted:
+    first: Experiment | None = None
+    for settings, planned in trials:
+        experiment = prepare(planned.config)
+        config, mechanism = planned.config, experiment.mechanism
+        if not mechanism.method.private or mechanism.unit != "example":
             validate.conflicts(
-                f"a private search has trials of one event, but {' '.join(corner)} changes it.",
+                "a private search is of a mechanism that protects examples, but this one protects "
+                + (f"a {mechanism.unit}." if mechanism.method.private else "nobody."),
+                "Use fedsim tune without --private, and say so.",
+            )
+        if config.task.name != "classification" or experiment.task.chosen.name != "accuracy":
+            validate.conflicts(
+                "a private search judges by the number of correct answers, which one example changes by 1, "
+                f"but task={config.task.name} is judged by {experiment.task.chosen.name}.",
+                "Use task=classification, or fedsim tune without --private.",
+            )
+        first = experiment if first is None else first
+        if _event(experiment) != _event(first):
+            validate.conflicts(
+                f"a private search has trials of one event, but {' '.join(settings)} changes it.",
                 "Leave out of the space what changes noise, steps or sampling.",
             )
+    assert first is not None
     return first
+
+
+def _event(experiment: Experiment) -> dp.DpEvent:
+    """What a whole search releases of which this is a trial."""
+    return experiment.mechanism.total_event(experiment.mechanism.steps)
 
 
 def _drawn(config: Config, seed: int, out: Path) -> tuple[seeds.Root, int]:
@@ -252,35 +260,16 @@ def _secret_root(out: Path) -> bytes:
     return bytes.fromhex(json.loads(path.read_text()))
 
 
-def _trial(
-    tuning: Tuning,
-    fixed: list[str],
-    searched: Space,
-    always: list[str],
-    variant: str,
-    epsilon: float | None,
-    root: seeds.Root,
-    number: int,
-) -> tuple[Planned, tuple[str, ...]]:
-    """Trial `number`: settings and seed of its own."""
-    place: NDArray[np.float64] = space.independent(number, len(searched.settings), root)
-    settings = searched.at(place.tolist())
-    seed = int(seeds.stream(root, "seed of a trial", number).integers(2**63))
-    config = loading.load(str(tuning.recipe), [*fixed, *settings, *always, f"seed={seed}"])
-    return Planned(variant, epsilon, seed, config), tuple(settings)
-
-
 def _release(
-    best: tuple[float, tuple[str, ...], RunFolder] | None,
+    best: tuple[float, Sequence[str], RunFolder] | None,
     std: float,
     first: Experiment,
     out: Path,
     keep: bool,
 ) -> Outcome:
     """Put what may be seen of the best trial into its folder, then the outcome, and remove the rest."""
-    event = first.mechanism.total_event(first.mechanism.steps)
     privacy = first.config.privacy
-    spent = accountant.epsilon(event, privacy.delta, privacy.accountant).among(first.facts.examples)
+    spent = accountant.epsilon(_event(first), privacy.delta, privacy.accountant).among(first.facts.examples)
     examples = first.config.data.holdout_examples
     winner = out / WINNER
     if best is not None:

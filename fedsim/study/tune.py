@@ -176,19 +176,29 @@ def _of_variant(
     held = space_of(tuning, variant)
     mine = place[: len(held.settings)].tolist()
     settings = held.at(mine)
-    fixed = [*overrides, *evaluated_on(tuning)]
-    comparison = Comparison(
-        recipe=str(tuning.recipe),
-        overrides=tuning.overrides,
-        seeds=tuning.seeds,
-        epsilons=tuning.epsilons,
-        variants={variant: [*tuning.variants[variant], *settings]},
-    )
     cells: dict[float | None, list[Planned]] = {}
-    for cell in compare.cells(comparison, fixed):
+    for cell in runs_of(tuning, variant, settings, tuning.seeds, [*overrides, *evaluated_on(tuning)]):
         cells.setdefault(cell.epsilon, []).append(cell)
     for epsilon, runs in cells.items():
         yield Trial(variant, epsilon, number, tuple(settings), tuple(held.at_the_edge(mine)), tuple(runs))
+
+
+def runs_of(
+    tuning: Tuning, variant: str, settings: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]
+) -> list[Planned]:
+    """Return the runs of a variant with some settings, one a budget and seed; `overrides` come last.
+
+    Raises:
+        InputError: the configuration is wrong; names the variant.
+    """
+    comparison = Comparison(
+        recipe=str(tuning.recipe),
+        overrides=tuning.overrides,
+        seeds=list(seeds),
+        epsilons=tuning.epsilons,
+        variants={variant: [*tuning.variants[variant], *settings]},
+    )
+    return compare.cells(comparison, list(overrides))
 
 
 def evaluated_on(tuning: Tuning) -> list[str]:
@@ -309,8 +319,8 @@ def _write_chosen(
     write_atomic(out / "tuned.yaml", tuned.write().encode())
     (out / "chosen").mkdir(exist_ok=True)
     for (variant, epsilon), one in best.items():
-        changes = [*tuning.overrides, *_budget(epsilon), *tuning.variants[variant], *one.trial.settings]
-        config = loading.load(str(tuning.recipe), [*changes, *overrides, *tuned.about()])
+        runs = runs_of(tuning, variant, one.trial.settings, tuning.seeds[:1], [*overrides, *tuned.about()])
+        (config,) = (run.config for run in runs if run.epsilon == epsilon)
         text = f"{_table(variant, epsilon, done)}{loading.to_yaml(config)}"
         write_atomic(out / "chosen" / f"{name_of(variant, epsilon)}.yaml", text.encode())
 
@@ -318,10 +328,6 @@ def _write_chosen(
 def name_of(variant: str, epsilon: float | None) -> str:
     """Return the name of a variant's chosen configuration."""
     return file_name(variant, "chosen") + ("" if epsilon is None else f"-eps{epsilon:g}")
-
-
-def _budget(epsilon: float | None) -> list[str]:
-    return [] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]
 
 
 def _table(variant: str, epsilon: float | None, done: Sequence[Judged]) -> str:

@@ -313,3 +313,29 @@ def test_a_run_says_when_it_learns_from_noise_alone(
     caplog.clear()
     train(small("model.name=own:Net", "train.steps=2", "monitor.public_only=true"), tmp_path / "public")
     assert "noise alone" not in caplog.text
+
+
+TRACEBACK = """Traceback (most recent call last):
+  File "a.py", line 1, in f
+    g()
+own.Mistake: first line
+second
+  third: of the same message"""
+
+
+@pytest.mark.parametrize(
+    ("reason", "cause"),
+    [
+        (TRACEBACK, "Mistake: first line\nsecond\n  third: of the same message."),
+        (
+            TRACEBACK.replace("own.Mistake: first line", "RuntimeError"),
+            "RuntimeError\nsecond\n  third: of the same message.",
+        ),
+        ("no reply", "no reply."),
+        ("array 'sum' holds NaN.", "array 'sum' holds NaN."),
+    ],
+)
+def test_what_a_failure_comes_down_to(reason: str, cause: str) -> None:
+    from fedsim.engine.collect import _cause
+
+    assert _cause(reason) == cause

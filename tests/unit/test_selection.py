@@ -169,7 +169,39 @@ def test_selections_that_are_none_are_refused(selection: Selection) -> None:
 def test_accountants_without_an_answer_say_why() -> None:
     event = events.selected(events.gaussian_step(2.0, 0.5), Selection(5.0))
     for name in ("pld", "gdp", "rdp_objax"):
-        assert "hidden number of runs" in accountant.named(name).supports(event)
-    assert not accountant.named("rdp").supports(event)
+        assert "hidden number of runs" in accountant.unsupported(event, name)
+    assert not accountant.unsupported(event, "rdp")
     with pytest.raises(InputError, match="RepeatAndSelectDpEvent"):
         events.releases(events.composed(event, 2))
+
+
+@pytest.mark.parametrize("preset", ["shares_dpsgd", "local_dpsgd", "dp_ftrl", "dp_mf", "dp_fedavg", "dp_ls"])
+def test_every_mechanism_counts_the_selection_once(preset: str) -> None:
+    """Its target is that of the whole search, by its own events, whoever calibrates them."""
+    given = [
+        item
+        for item in SMALL
+        if not item.startswith(("privacy.noise_m", "privacy.target", "optimizer", "model"))
+    ]
+    given += ["model.name=linear", f"preset={preset}", "privacy.target_epsilon=3"]
+    if preset == "dp_ls":
+        given += ["train.steps=1", "train.eval_every=1", "train.checkpoint_every=1"]
+    alone = prepare(loading.load("base", given)).mechanism
+    among = prepare(loading.load("base", [*given, "tuning.mode=private", "tuning.trials=10"])).mechanism
+    total = among.total_event(among.steps)
+    assert events.apart(total)[1] == Selection(10.0)
+    stated = accountant.epsilon(total, among.method.at.config.privacy.delta)
+    assert stated.accountant in ("rdp", "rdp_integer")
+    assert 2.9 < stated.value <= 3.0  # type: ignore[operator]
+    assert among.noise_multiplier > 1.2 * alone.noise_multiplier
+
+
+def test_an_accountant_from_outside_that_says_yes_to_all_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pld = type(accountant.named("pld"))
+    monkeypatch.setattr(pld, "supports", lambda self, event: "")
+    run = events.gaussian_step(2.0, 0.1)
+    stated = accountant.epsilon(events.selected(run, Selection(10.0)), DELTA, "pld")
+    assert stated.accountant == "rdp"
+    assert stated.value > accountant.epsilon(run, DELTA, "pld").value  # type: ignore[operator]

@@ -333,6 +333,7 @@ def test_secret_noise_and_what_was_hidden_are_gone_afterwards(tmp_path: Path) ->
     [
         ({"space": {"train.steps": [2, 3]}}, "train.steps=3 changes it"),
         ({"space": {"train.expected_batch_size": {"low": 20, "high": 60}}}, "changes it"),
+        ({"space": {"task.options.headline": ["accuracy", "loss"]}}, "judged by loss"),
         (
             {"variants": {"a": ["preset=dp_fedavg"]}, "space": {"query.options.local_epochs": [1, 2]}},
             "protects a holder",
@@ -354,6 +355,26 @@ def test_what_cannot_be_searched_privately_is_refused(
     assert command(["tune", str(path), "--private", "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_of_another_event_than_the_ends_of_the_space_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ends of the space have one event, and what was drawn between them has another."""
+    path = written(tmp_path, **{**PRIVATE, "trials": 8, "space": {"train.ema_decay": [0.0, 0.5]}})
+    tuning = tune.load(path)
+    corners = list(tune.space_of(tuning, "central").corners())
+    assert len(corners) == 2
+    real = Space.at
+
+    def between(self: Space, place: Any) -> list[str]:
+        return [*real(self, place), "train.expected_batch_size=30"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Space, "at", between)
+        assert private(path, tmp_path / "out") == 2
+    assert "train.expected_batch_size=30 changes it" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_the_score_costs_at_no_order_more_than_training() -> None:
