@@ -7,8 +7,6 @@ of an installed package.
 
 from __future__ import annotations
 
-import ast
-import functools
 import importlib
 import inspect
 import os
@@ -23,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim import given, validate
+from fedsim import given, imports, validate
 from fedsim.validate import InputError
 
 ALLOWED = "FEDSIM_REFERENCES"
@@ -104,62 +102,18 @@ def sources(reference: str) -> dict[str, Path]:
         return {}
     name = reference.partition(":")[0]
     package, module = _module(name.partition(".")[0], "source"), _module(name, "source")
-    whole = not installed(reference) and getattr(package, "__file__", None) is not None
-    module = package if whole else module  # a folder without __init__.py has no file
+    if not installed(reference) and getattr(package, "__file__", None) is not None:
+        module = package  # a folder without __init__.py has no file
     file = getattr(module, "__file__", None)
     if file is None or not file.endswith(".py"):
         raise InputError(f"{reference}: {module.__name__} must have a Python file, got {file or 'none'}.")
-    path = Path(file).resolve()
-    if not whole:
+    path = Path(os.path.abspath(file))  # where Python found it: what it imports is beside the link
+    if installed(reference):
         return {f"{module.__name__.replace('.', '/')}.py": path}
-    if path.name == "__init__.py":
-        root, found = path.parents[1], set(path.parent.rglob("*.py"))
-    else:
-        root, found = path.parents[module.__name__.count(".")], {path}
-    return {p.relative_to(root).as_posix(): p for p in sorted(_with_imports(found, root))}
-
-
-def _with_imports(files: set[Path], root: Path) -> set[Path]:
-    """The files with all that their import statements find in `root`, and what those import in turn."""
-    found, new, seen = set(files), set(files), set[str]()
-    while new:
-        names = {name for path in new for name in _imports(path, path.stat().st_mtime_ns)} - seen
-        seen |= names
-        whole = {
-            first for name in names if (root / (first := name.partition(".")[0]) / "__init__.py").is_file()
-        }
-        names = {name for name in names if name.partition(".")[0] not in whole} | whole
-        new = {file for name in names for file in _local(name, root)} - found
-        found |= new
-    return found
-
-
-@functools.lru_cache(maxsize=4096)
-def _imports(path: Path, changed: int) -> frozenset[str]:
-    """Dotted names that a file, last changed then, imports; of a relative import those of its own package,
-    which is whole."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return frozenset()
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return frozenset(names)
-
-
-def _local(name: str, root: Path) -> set[Path]:
-    """The files in `root` of a module that is imported from there, of a package all; not fedsim's own."""
-    first, *_ = parts = name.split(".")
-    if first in ("fedsim", "strategies"):
-        return set()
-    if (root / first / "__init__.py").is_file():
-        return {path.resolve() for path in (root / first).rglob("*.py")}
-    path = root.joinpath(*parts).with_suffix(".py")
-    return {path.resolve()} if path.is_file() else set()
+    package_file = path.name == "__init__.py"
+    root = path.parents[module.__name__.count(".") + package_file]
+    files = imports.followed(path.parent.rglob("*.py") if package_file else [path], root)
+    return {file.relative_to(root).as_posix(): file for file in sorted(files)}
 
 
 def installed(reference: str) -> bool:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["fedsim.validate", "fedsim.visibility", "fedsim.headline", "fedsim"],
     ["fedsim.types", "fedsim.seeds", "fedsim.digest", "fedsim.given"],
-    ["fedsim.references", "fedsim.provenance"],
+    ["fedsim.imports", "fedsim.references", "fedsim.provenance"],
     ["fedsim.rules", "fedsim.merging", "fedsim.presets", "fedsim.config", "fedsim.registry"],
     ["fedsim.loading"],
     ["fedsim.partitions", "fedsim.augmentations", "fedsim.schedules"],

@@ -44,8 +44,8 @@ class Card:
         outputs: width of the model's output.
         fixed: what model.fix replaced, a line a layer.
         structure: digest of the layers and the code of a model from outside (`given.structure_of`), or empty.
-        code: digest of the source of model and feature map from outside and of what they import beside them
-            (`provenance.reference_hash`), or empty.
+        code: digest of the source of what is from outside among model, features, task and source, and of what
+            it imports beside it (`provenance.reference_hash`), or empty.
         source: data.name and options, where `predict` can read inputs as the run read them; else None.
         weights_sha256: of the file beside it.
         epsilon: what the ledger spent, by unit, as in result.json.
@@ -110,6 +110,7 @@ def card_of(
     """Return the card of a run's model."""
     outside = references.is_reference(model.name)
     kept = {name: value for name, value in task.options.items() if name not in ("metrics", "headline")}
+    read = source if _reads_inputs(source.name) else None
     return Card(
         model=dataclasses.replace(model, init_from=None, init_sha256=None, reset=[]),
         task=Choice(task.name, kept),
@@ -122,15 +123,18 @@ def card_of(
         outputs=made.outputs(train.declared),
         fixed=list(models.fixed(trained)),
         structure=given.structure_of(trained) if outside else "",
-        code=_code(model, features),
-        source=source if _reads_inputs(source.name) else None,
+        code=_code(model, features, task, read),
+        source=read,
     )
 
 
-def _code(model: ModelConfig, features: Choice | None) -> str:
-    """What is from outside of a model and the map before it, as it is now."""
-    chosen = [model.name, *([] if features is None else [features.name])]
-    return provenance.reference_hash(*filter(references.is_reference, chosen))
+def _code(*chosen: ModelConfig | Choice | None) -> str:
+    """What is from outside of these, as it is now."""
+    return provenance.reference_hash(*_outside(*chosen))
+
+
+def _outside(*chosen: ModelConfig | Choice | None) -> list[str]:
+    return [one.name for one in chosen if one is not None and references.is_reference(one.name)]
 
 
 def _reads_inputs(source: str) -> bool:
@@ -187,11 +191,12 @@ def load_model(card: Card, weights: Path, model: nn.Module | None = None) -> nn.
                     f"{weights.parent}: its model was handed in from Python. Hand it in again, as model=..."
                 ) from error
         model = models.build(card.model, card.example_shape, card.outputs, 0, card.vocabulary)
-    if card.code != (now := _code(card.model, card.features)):
-        names = " or ".join([card.model.name, *([] if card.features is None else [card.features.name])])
+    chosen = (card.model, card.features, card.task, card.source)
+    if card.code != (now := _code(*chosen)):
+        names = ", ".join(_outside(*chosen))
         raise InputError(
             f"{weights.parent}: the source of {names}, or of what it imports beside it, must be as it was "
-            f"for the run (digest {card.code or 'none'}), and is {now or 'none'} now. Restore it."
+            f"for the run: digest {card.code or 'none'}, and is {now or 'none'} now. Restore it."
         )
     if card.structure and given.structure_of(model) != card.structure:
         raise InputError(

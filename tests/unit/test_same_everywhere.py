@@ -154,6 +154,35 @@ def test_what_own_code_imports_is_part_of_it(write: Write, how: str, modules: di
     assert {Path(name).name for name in references.sources("own:Net")} >= {"own.py", "helper.py"}
 
 
+@pytest.mark.parametrize(
+    "how",
+    ["from .helper import act", "from . import helper\nact = helper.act", "from folder.helper import act"],
+)
+def test_what_a_module_in_a_folder_imports_is_part_of_it(write: Write, how: str) -> None:
+    """A folder without __init__.py has no file, and is no package that goes along whole."""
+    found = []
+    for act in ("", ".relu()"):
+        write(
+            **{"folder/own": NET.format(how=how), "folder/helper": ACT.format(how=act), "folder/other": ACT}
+        )
+        found.append(provenance.reference_hash("folder.own:Net"))
+        assert set(references.sources("folder.own:Net")) == {"folder/own.py", "folder/helper.py"}
+    assert found[0] != found[1]
+
+
+def test_what_lies_beside_a_link_is_what_is_imported(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept.py").write_text(NET.format(how="from helper import act"))
+    (tmp_path / "elsewhere" / "act.py").write_text(ACT.format(how=""))
+    (tmp_path / "own.py").symlink_to(tmp_path / "elsewhere" / "kept.py")
+    (tmp_path / "helper.py").symlink_to(tmp_path / "elsewhere" / "act.py")
+    write()
+    before = provenance.reference_hash("own:Net")
+    assert set(references.sources("own:Net")) == {"own.py", "helper.py"}
+    (tmp_path / "elsewhere" / "act.py").write_text(ACT.format(how=".relu()"))
+    assert provenance.reference_hash("own:Net") != before
+
+
 def test_what_is_not_beside_it_is_no_part_of_it(write: Write) -> None:
     write(own="import json, torch\nimport fedsim\n" + NET.format(how="act = torch.tanh"), other=ACT)
     assert set(references.sources("own:Net")) == {"own.py"}
@@ -203,7 +232,27 @@ def test_predictions_are_refused_with_a_changed_feature_map(
     images = prepare(small()).splits.test.inputs[:3]
     fedsim.predict("run", images)
     write(look=MAP.format(scale=128.0))
-    with pytest.raises(InputError, match="the source of linear or look:Map"):
+    with pytest.raises(InputError, match="the source of look:Map"):
+        fedsim.predict("run", images)
+
+
+TASK = """
+from dataclasses import dataclass
+from fedsim.tasks.classification import Classification
+@dataclass(frozen=True)
+class Task(Classification):
+    def predicted(self, outputs):
+        return outputs * {scale}
+"""
+
+
+def test_predictions_are_refused_with_a_changed_task(write: Write) -> None:
+    write(aim=TASK.format(scale=1.0))
+    assert command(["run", "base", *SMALL, "task=aim:Task", "--out", "run"]) == 0
+    images = prepare(small()).splits.test.inputs[:3]
+    fedsim.predict("run", images)
+    write(aim=TASK.format(scale=-1.0))
+    with pytest.raises(InputError, match="the source of aim:Task"):
         fedsim.predict("run", images)
 
 
