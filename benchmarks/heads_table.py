@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
-from scipy import stats
 
 from benchmarks.tables import load
 from fedsim.report.markers import missing, provenance, table
+from fedsim.report.significance import welch
 
 Cell = tuple[str, str, float | None]
 
@@ -82,9 +82,8 @@ def laws() -> str:
 
 
 def _difference(own: list[float], other: list[float]) -> str:
-    points = statistics.mean(own) - statistics.mean(other)
-    p = float(stats.ttest_ind(own, other, equal_var=False).pvalue)
-    return f"{points:+.1f} ({'n.s.' if p > 0.05 else 'p < 0.001' if p < 0.001 else f'p {p:.2g}'})"
+    test = welch(own, other)
+    return f"{test.mean:+.1f} ({test.verdict if test.significant else 'n.s.'})"
 
 
 def costs() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import math
 import re
 import statistics
 import sys
@@ -18,13 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from benchmarks import heads_table, pictures, tables, tuning
 from benchmarks.tables import load
 from fedsim import presets
 from fedsim.config import CONFIG_DIR
 from fedsim.report.markers import missing, provenance, table, update
+from fedsim.report.significance import half_width, holm, paired
+from fedsim.report.table import NOTE, RESULTS
 from fedsim.strategies import STRATEGIES
 from fedsim.validate import FedsimError
 
@@ -60,52 +59,23 @@ def _choice(choice: Any) -> str:
     return f"`{choice.name}` ({options})"
 
 
-TRUST_COLUMNS = (
-    "variant",
-    "unit",
-    "epsilon per example",
-    "epsilon per holder",
-    "score",
-    "spread",
-    "seconds",
-)
-HEADS_COLUMNS = (
-    "variant",
-    "epsilon per example",
-    "score",
-    "spread",
-    "bytes per holder and step",
-    "messages per step",
-    "seconds",
-)
-COMPARISON_COLUMNS = (
-    "variant",
-    "epsilon per example",
-    "epsilon per holder",
-    "score",
-    "spread",
-    "holders' scores, 5% to 95%",
-    "bytes per holder and step",
-    "survivors needed",
-    "seconds",
-)
+HOLDERS = "holders' scores, 5% to 95%"
+COSTS = ("bytes per holder and step", "messages per step", "seconds")
 
 
-def comparison(name: str, columns: Sequence[str] = COMPARISON_COLUMNS) -> str:
-    """The table of configs/compare/NAME.yaml as it was last run."""
+def comparison(name: str, more: Sequence[str] = ()) -> str:
+    """What configs/compare/NAME.yaml said when it was last run: sentences, then the table."""
     held = load(f"{name}.json")
     if held is None:
         return (
             f"Not measured yet. Run `fedsim compare compare/{name}`, then `python -m benchmarks.trust_models "
             f"FOLDER --json results/{name}.json`.\n"
         )
-    seeds = f"{len(held['seeds'])} seeds" if len(held["seeds"]) > 1 else "one seed"
-    spread = (
-        f"\nScore (test accuracy) and spread (standard deviation) over {seeds}.\n"
-        if "spread" in columns
-        else ""
-    )
-    return table(columns, [[row[c] for c in columns] for row in held["rows"]]) + spread + provenance(held)
+    columns = [*RESULTS, *more]
+    seeds = f"\n{len(held['seeds'])} seeds. {NOTE}\n"
+    said = "\n".join(f"* {sentence}" for sentence in held["findings"])
+    rows = [[row[column] for column in columns] for row in held["rows"]]
+    return f"{said}\n\n{table(columns, rows)}{seeds}{provenance(held)}"
 
 
 def ablation() -> str:
@@ -118,43 +88,37 @@ def ablation() -> str:
         accuracy.setdefault(cell["variant"], {})[cell["seed"]] = 100 * cell["accuracy"]
     whole, *others = accuracy
     seeds = sorted(accuracy[whole])
-    bound = float(stats.t.ppf(0.95, len(seeds) - 1))
-    rows = [[whole, _with_error(list(accuracy[whole].values())), "", ""]]
-    for variant in others:
-        change = [accuracy[variant][seed] - accuracy[whole][seed] for seed in seeds]
-        mean, margin = statistics.mean(change), bound * statistics.stdev(change) / math.sqrt(len(seeds))
-        verdict = "yes" if mean < -margin else "no, it gains" if mean > margin else "not seen"
-        rows.append(
-            [
-                variant,
-                _with_error(list(accuracy[variant].values())),
-                _with_error(change),
-                verdict,
-            ]
-        )
+    by_seed = {variant: [found[seed] for seed in seeds] for variant, found in accuracy.items()}
+    tests = holm([paired(by_seed[variant], by_seed[whole]) for variant in others])
+    rows = [[whole, _with_interval(by_seed[whole]), "", ""]]
+    for variant, test in zip(others, tests, strict=True):
+        half = "" if test.half_width is None else f" ± {test.half_width:.2f}"
+        change = f"{test.mean:+.2f}{half}"
+        rows.append([variant, _with_interval(by_seed[variant]), change, test.verdict])
     note = (
-        f"\nMeans over {len(seeds)} seeds with their standard errors, in percent; changes are taken seed by "
-        'seed. "yes" and "gains": by a one-sided t-test at 5%.\n'
+        f"\nMeans over {len(seeds)} seeds ± half their 95 % intervals, in percent; changes are taken seed by "
+        "seed, with the p of a paired t-test, adjusted for the tests of the table (Holm).\n"
     )
-    return table(["variant", "accuracy", "change", "costs accuracy"], rows) + note + provenance(held)
+    return table(["variant", "accuracy", "change", "test"], rows) + note + provenance(held)
 
 
-def _with_error(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+def _with_interval(values: Sequence[float]) -> str:
+    half = half_width(values)
+    return f"{statistics.mean(values):.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "trust-models": trust_models,
         "methods": methods,
-        "trust-comparison": lambda: comparison("trust_models", TRUST_COLUMNS),
+        "trust-comparison": lambda: comparison("trust_models"),
     },
     "docs/comparisons.md": {
-        "holders": lambda: comparison("holders"),
-        "label-skew": lambda: comparison("label_skew"),
-        "dropout-rates": lambda: comparison("dropout_rates"),
-        "offline-holders": lambda: comparison("offline_holders"),
-        "local-steps": lambda: comparison("local_steps"),
+        "holders": lambda: comparison("holders", [HOLDERS]),
+        "label-skew": lambda: comparison("label_skew", [HOLDERS]),
+        "dropout-rates": lambda: comparison("dropout_rates", [*COSTS, "survivors needed"]),
+        "offline-holders": lambda: comparison("offline_holders", [HOLDERS]),
+        "local-steps": lambda: comparison("local_steps", [HOLDERS]),
         "ablation": ablation,
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
@@ -178,7 +142,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "heads": heads_table.heads,
         "heads-laws": heads_table.laws,
         "head-costs": heads_table.costs,
-        "compare-heads": lambda: comparison("heads_trust", HEADS_COLUMNS),
+        "compare-heads": lambda: comparison("heads_trust", COSTS),
     },
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
     "docs/tuning.md": {"tuning-cost": tuning.page},

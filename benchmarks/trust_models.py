@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsim import loading
-from fedsim.report import comparison
-from fedsim.report.comparison import Cell
+from fedsim.report.cells import Cell
+from fedsim.report.findings import findings
+from fedsim.report.table import table
 from fedsim.study import compare
 from fedsim.validate import FedsimError, InputError
 
@@ -34,7 +35,8 @@ def collect(folder: Path, name: str, overrides: Sequence[str] = ()) -> dict[str,
         overrides: "key=value" strings the comparison was run with.
 
     Returns:
-        rows: the table, one mapping from column to text a (variant, epsilon); cells: variant, epsilon, seed,
+        findings: what it says; rows: the table, one mapping from column to text a (variant, epsilon); cells:
+        variant, epsilon, seed,
         accuracy (a share), seconds and commit of every run; command, commit, hardware and seeds. `commit`
         lists all commits the cells were made at; cells of several machines are refused.
 
@@ -69,7 +71,8 @@ def collect(folder: Path, name: str, overrides: Sequence[str] = ()) -> dict[str,
         "hardware": cells[0].result["hardware"],
         "seeds": sorted({cell.seed for cell in cells}),
         "seconds": sum(cell.result["seconds"] for cell in cells),
-        "rows": comparison.table(cells),
+        "findings": findings(cells),
+        "rows": table(cells),
         "cells": [
             {
                 "variant": cell.variant,

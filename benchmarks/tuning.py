@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from benchmarks.tables import load
 from fedsim import loading, provenance
 from fedsim.cli.many import runner_of
@@ -29,6 +27,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.headline import Metric
 from fedsim.report.markers import missing, table
 from fedsim.report.markers import provenance as line_of
+from fedsim.report.significance import half_width, holm, welch
 from fedsim.study import private_tune, tune
 
 SEARCH = "tune/quickstart"
@@ -104,29 +103,29 @@ def page() -> str:
     groups: dict[str, list[Row]] = {}
     for row in held["rows"]:
         groups.setdefault(row["how"], []).append(row)
-    rows, above = [], None
-    for how, group in groups.items():
-        scores = [row["score"] for row in group]
-        headline = Metric(**group[0]["headline"])
-        half = stats.t.ppf(0.975, len(scores) - 1) * statistics.stdev(scores) / len(scores) ** 0.5
-        p = None if above is None else stats.ttest_ind(scores, above, equal_var=False).pvalue
+    scores_of = {how: [row["score"] for row in group] for how, group in groups.items()}
+    pairs = zip(list(scores_of.values())[1:], scores_of.values(), strict=False)
+    tests = [None, *holm([welch(own, above) for own, above in pairs])]
+    rows = []
+    for (how, group), test in zip(groups.items(), tests, strict=True):
+        scores, headline = scores_of[how], Metric(**group[0]["headline"])
+        half = half_width(scores) or 0.0
         rows.append(
             [
                 how,
                 f"{max(row['epsilon'] for row in group):.3g} ({group[0]['accountant']})",
                 f"{headline.number(statistics.mean(scores))} ± {headline.number(half)} {headline.unit}",
-                "-" if p is None else f"{p:.2g}",
+                "-" if test is None else f"{headline.number(test.mean)} ({test.verdict})",
                 f"{statistics.mean(row['trials'] for row in group):.3g}",
                 f"{group[0]['noise_multiplier']:.3f}",
             ]
         )
-        above = scores
     seeds = len(next(iter(groups.values())))
-    head = ["quickstart", "epsilon stated", "test score", "p against the row above", "trials", "noise"]
+    head = ["quickstart", "epsilon stated", "test score", "against the row above", "trials", "noise"]
     note = (
-        f"\nMean over {seeds} seeds with its 95 % interval, Welch's test; noise is the noise multiplier. A "
-        f"private search has {held['mean_trials']} trials on average (geometric), judged by "
-        f"{held['held_out_examples']} held-out examples.\n"
+        f"\nMean over {seeds} seeds ± half its 95 % interval, Welch's test, adjusted (Holm); noise is the "
+        f"noise multiplier. A private search has {held['mean_trials']} trials on average (geometric), judged "
+        f"by {held['held_out_examples']} held-out examples.\n"
     )
     return table(head, rows) + note + line_of(held)
 

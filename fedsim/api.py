@@ -177,7 +177,8 @@ def compare(
     def runner(config: Config, folder: RunFolder) -> dict[str, Any]:
         return run(config, folder, backend, resume=True, progress=False)
 
-    return study.run(study.load(source), list(overrides), Path(out), runner, sys.stderr)
+    typed = f"fedsim.compare({str(source)!r}, out=..., overrides={list(overrides)!r})"
+    return study.run(study.load(source), list(overrides), Path(out), runner, sys.stderr, typed)
 
 
 def load_run(folder: str | Path, model: nn.Module | None = None, task: Task | None = None) -> Run:

@@ -56,18 +56,22 @@ def _compare(options: argparse.Namespace) -> Any:
     from rich.console import Console
 
     from fedsim.engine.run_folder import file_name
-    from fedsim.report import comparison
+    from fedsim.report.findings import findings
+    from fedsim.report.table import COSTS, RESULTS, costs, table
     from fedsim.study import compare
 
     wanted = compare.load(options.config)
     out = options.out or Path("runs") / "compare" / file_name(wanted.title, "comparison")
-    done = compare.run(wanted, options.overrides, out, runner_of("local"), sys.stderr)
+    typed = shlex.join(["fedsim", "compare", options.config, *options.overrides])
+    done = compare.run(wanted, options.overrides, out, runner_of("local"), sys.stderr, typed)
     if not options.json:
-        rows = comparison.table(done)
-        table = show.table(*comparison.COLUMNS)
-        for row in rows:
-            table.add_row(*(row[column] for column in comparison.COLUMNS))
-        Console(width=max(170, Console().width)).print(table)
+        console = Console()
+        print("\n".join(findings(done)))
+        for columns, rows in ((RESULTS, table(done)), (COSTS, costs(done))):
+            shown = show.table(*columns)
+            for row in rows:
+                shown.add_row(*(row[column] for column in columns))
+            console.print(shown)
         print(f"Page:  {out / 'report.html'}\nTable: {out / 'table.md'} and table.csv")
     return [dataclasses.asdict(cell) for cell in done]
 

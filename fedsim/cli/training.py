@@ -13,6 +13,7 @@ from fedsim import validate
 from fedsim.cli import extraction, show
 from fedsim.cli.arguments import command, config_arguments, importing, load
 from fedsim.headline import Metric
+from fedsim.report.claim import number
 
 if TYPE_CHECKING:  # torch, flwr and dp-accounting take seconds to import: only where a command needs them
     from fedsim.config import Config
@@ -114,8 +115,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
             table.add_row(
                 name,
                 headline.shown(result[headline.name]),
-                show.value(spent["example"]["value"]) if "example" in spent else "-",
-                show.value(spent["holder"]["value"]) if "holder" in spent else "-",
+                *(number(spent.get(unit, {}).get("value")) for unit in ("example", "holder")),
                 str(result["steps"]),
                 f"{result['seconds']:.0f}",
             )

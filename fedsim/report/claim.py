@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 NO_CLAIM_ABOVE = 1000.0
-"""From here on an epsilon is shown as a number that was computed, never as a guarantee."""
+"""From here on an epsilon is no guarantee, and no number is shown: e to the 1,000th protects nobody."""
+NONE = "none"
 
 
 def claim(spent: Mapping[str, Any]) -> str:
@@ -18,7 +19,7 @@ def claim(spent: Mapping[str, Any]) -> str:
     if value is None:
         return f"no claimable epsilon: {spent['note']}" if spent["note"] else "no claimable epsilon"
     if value > NO_CLAIM_ABOVE:
-        return f"no claimable epsilon: {value:.4g} protects nobody ({basis}{note})"
+        return f"no claimable epsilon: above {NO_CLAIM_ABOVE:g} nobody is protected ({basis}{note})"
     return f"{value:.4g} ({basis}{note})"
 
 
@@ -29,12 +30,9 @@ def delta(spent: Mapping[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
-    """Return the value for a table cell whose heading says the rest."""
+    """Return the value for a table cell whose heading says the rest, `NONE` where none can be claimed."""
     finite = _finite(value)
-    if finite is None:
-        return "no claimable epsilon"
-    shown = f"{finite:.4g}"
-    return shown if finite <= NO_CLAIM_ABOVE else f"no claimable epsilon ({shown})"
+    return NONE if finite is None or finite > NO_CLAIM_ABOVE else f"{finite:.4g}"
 
 
 def _finite(value: Any) -> float | None:

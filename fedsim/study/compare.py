@@ -24,7 +24,8 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.headline import Metric
 from fedsim.merging import parse_options, read
 from fedsim.report import comparison
-from fedsim.report.comparison import Cell
+from fedsim.report.cells import Cell
+from fedsim.report.page import About
 from fedsim.study.tuned import Tuned
 from fedsim.validate import InputError, RunError
 
@@ -55,12 +56,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Planned:
-    """One cell that is to be run: its place in the table and its configuration."""
+    """One cell that is to be run: its place in the table, its configuration, and what its variant sets."""
 
     variant: str
     epsilon: float | None
     seed: int
     config: Config
+    settings: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> str:
@@ -115,7 +117,7 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
                 config = loading.load(comparison_.recipe, given)
             except InputError as error:
                 raise InputError(f"variant '{variant}': {error}") from error
-            out.append(Planned(variant, epsilon, seed, config))
+            out.append(Planned(variant, epsilon, seed, config, [*changes, *chosen]))
     return out
 
 
@@ -127,7 +129,14 @@ def _grid(comparison_: Comparison, changes: list[str]) -> Iterator[tuple[float |
             yield epsilon, seed
 
 
-def run(comparison_: Comparison, overrides: list[str], out: Path, runner: Runner, log: TextIO) -> list[Cell]:
+def run(
+    comparison_: Comparison,
+    overrides: list[str],
+    out: Path,
+    runner: Runner,
+    log: TextIO,
+    command: str = "",
+) -> list[Cell]:
     """Check all cells, run those that are not finished, and write the report into `out`.
 
     Args:
@@ -136,12 +145,16 @@ def run(comparison_: Comparison, overrides: list[str], out: Path, runner: Runner
         out: folder of the comparison: runs/, report.html, table.md, table.csv, cells.json.
         runner: trains one configuration into a folder and returns its result.
         log: where progress goes, a line a cell.
+        command: what the page names as the way to make it again.
     """
     done: list[Cell] = []
+    given = [*comparison_.overrides, *overrides]
+    about = About(comparison_.title, Path(comparison_.recipe).stem, given, command)
     for cell, folder, result in finish(cells(comparison_, overrides), out, runner, log):
-        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, _curve(folder, Metric.of(result))))
+        curve = _curve(folder, Metric.of(result))
+        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, curve, cell.settings))
         with validate.failures_as(RunError, f"the report in {out} was not written", "Repeat the command."):
-            comparison.write(done, comparison_.title, out)
+            comparison.write(done, about, out)
     return done
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import csv
 import io
@@ -12,7 +11,6 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
@@ -21,7 +19,10 @@ from benchmarks import report, tables, trust_models
 from fedsim import provenance
 from fedsim.config import CONFIG_DIR
 from fedsim.engine.experiment import prepare
-from fedsim.report import comparison, markers
+from fedsim.report import figures, markers
+from fedsim.report.cells import Cell
+from fedsim.report.page import About, page
+from fedsim.report.table import COSTS, RESULTS, table
 from fedsim.study import compare
 from tests.conftest import SMALL, command
 
@@ -78,12 +79,11 @@ def test_runs_all_cells_once_and_reports(finished: Path, capsys: pytest.CaptureF
     assert log.count("[") == 6, "two budgets and two seeds of central, two seeds of nonprivate"
     rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
     assert [row["variant"] for row in rows] == ["central", "central", "nonprivate"]
-    assert [row["epsilon per example"] for row in rows] == ["2", "20", "no claimable epsilon"]
-    assert all(re.fullmatch(r"accuracy \d+\.\d\d%", row["score"]) for row in rows)
-    page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
-    assert not re.search(r"(src|href)\s*=\s*['\"]?(https?:)?//", page), "needs nothing but the file"
-    assert (out / "table.md").read_text().count("\n") == 5
+    assert [row["epsilon per example"] for row in rows] == ["2", "20", "none"]
+    assert all(re.fullmatch(r"accuracy \d+\.\d\d ± \d+\.\d\d %", row["score"]) for row in rows)
+    text = (out / "table.md").read_text()
+    assert text.startswith("At epsilon 2, central reaches a test accuracy of ")
+    assert text.count("\n| central |") == 3, "two results, one line of costs"
 
     assert command(["compare", str(tiny), "--out", str(out)]) == 0
     assert capsys.readouterr().err.count("finished before") == 6
@@ -116,32 +116,32 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.addresses += [
-            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "style")
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")
         ]
 
 
-def test_the_page_needs_nothing_but_a_browser_and_shows_four_plots(finished: Path) -> None:
+def test_the_page_needs_nothing_but_a_browser_and_shows_plots(finished: Path) -> None:
     text = (finished / "report.html").read_text()
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "video"} & set(page.tags)
-    assert "url(" not in text
+    assert not re.search(r"url\((?!#)", text), "only parts of its own plots"
     assert "@import" not in text
-    pictures = [a for a in page.addresses if a.startswith("data:image/png;base64,")]
-    assert len(pictures) == len(page.addresses) == page.tags.count("img") == 4
-    for picture in pictures:
-        content = base64.b64decode(picture.split(",", 1)[1], validate=True)
-        image = matplotlib.image.imread(io.BytesIO(content), format="png")
-        assert image.std() > 0.01, "something is drawn"
-    for caption in ("target epsilon", "against steps", "Cost of one run", "over holders"):
+    assert all(address.startswith("#") for address in page.addresses), "nothing is fetched"
+    assert page.tags.count("svg") == page.tags.count("figure") == 6
+    for caption in ("target epsilon", "against steps at epsilon 2", "Cost of one run", "over holders"):
         assert re.search(f"<figcaption>[^<]*{caption}", text), caption
-    assert page.tags.count("tr") == 4
-    assert page.tags.count("th") == len(comparison.COLUMNS)
+    assert page.tags.count("tr") == 4 + 3, "results and costs, with their heads"
+    assert page.tags.count("th") == len(RESULTS) + len(COSTS)
+    assert text.index('class="lead"') < text.index("<svg") < text.index("<table"), "words, plots, numbers"
+    for said in ("width=device-width", "prefers-color-scheme: dark", "fedsim compare", "Trusted: server"):
+        assert said in text, said
+    assert "#000000" not in text, "what is written takes the colour of the page"
 
 
 def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
-    cells = [comparison.Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
-    pictures = dict(comparison._figures(cells))
-    (axes,) = pictures["Accuracy against the target epsilon"].axes
+    cells = [Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
+    pictures = dict(figures.figures(cells))
+    (axes,) = pictures["Accuracy against the target epsilon, with 95% intervals"].axes
     (bars,) = axes.containers
     assert isinstance(bars, ErrorbarContainer)
     drawn = bars.lines[0].get_xydata()
@@ -151,9 +151,9 @@ def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
     assert [x for x, _ in drawn] == [2, 20]
     ends = np.concatenate(bars.lines[2][0].get_segments())[:, 1]
     group = [100 * c.result["accuracy"] for c in cells if c.epsilon == 2]
-    assert ends[1] - ends[0] == pytest.approx(2 * np.std(group, ddof=1))
-    (axes,) = pictures["Accuracy against steps"].axes
-    assert len(axes.lines) == 3
+    assert ends[1] - ends[0] == pytest.approx(2 * 12.706 * np.std(group, ddof=1) / 2**0.5, rel=1e-4)
+    (axes,) = pictures["Accuracy against steps at epsilon 2"].axes
+    assert len(axes.lines) == 1
     assert np.asarray(axes.lines[0].get_xdata()).tolist() == [2, 4, 6]
     (axes,) = pictures["Accuracy over holders: median, 5% to 95%"].axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["central, 2", "central, 20", "nonprivate"]
@@ -164,11 +164,11 @@ def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
 
 
 def test_public_only_runs_are_reported_without_the_spread_over_holders(finished: Path) -> None:
-    cells = [comparison.Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
+    cells = [Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
     for cell in cells:
         cell.result["holder_scores"] = {}
-    assert {row["holders' scores, 5% to 95%"] for row in comparison.table(cells)} == {"not computed"}
-    assert comparison.page(cells, "t").count("data:image/png;base64,") == 3
+    assert {row["holders' scores, 5% to 95%"] for row in table(cells)} == {"not computed"}
+    assert page(cells, About("t")).count("<svg") == 5
 
 
 def test_a_finished_comparison_becomes_a_result_file(
@@ -178,7 +178,7 @@ def test_a_finished_comparison_becomes_a_result_file(
     out = tmp_path / "results" / "holders.json"
     assert trust_models.main([str(finished), "--json", str(out), "--config", source]) == 0
     held = json.loads(out.read_text())
-    assert set(held) == {"command", "commit", "hardware", "seeds", "seconds", "rows", "cells"}
+    assert set(held) == {"command", "commit", "hardware", "seeds", "seconds", "findings", "rows", "cells"}
     assert held["command"] == f"fedsim compare {source}"
     assert held["seeds"] == [0, 1]
     assert held["hardware"] == provenance.hardware()
@@ -189,11 +189,11 @@ def test_a_finished_comparison_becomes_a_result_file(
         "a\n<!-- holders -->\nold\n<!-- end holders -->\nb",
         {"holders": report.PARTS["docs/comparisons.md"]["holders"]},
     )
-    assert text.startswith("a\n<!-- holders -->\n| variant |")
+    assert text.startswith("a\n<!-- holders -->\n* At epsilon 2, ")
     assert text.endswith("<!-- end holders -->\nb")
     assert "\nold\n" not in text
     assert held["rows"][0]["score"] in text
-    assert "over 2 seeds" in text
+    assert "\n2 seeds. " in text
     assert held["commit"] in text
     missing = report.PARTS["docs/comparisons.md"]["label-skew"]()
     assert "fedsim compare compare/label_skew" in missing

@@ -1,0 +1,102 @@
+"""The page of a comparison: one file that any browser shows without a network, and that prints."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fedsim.report import claim, figures, markers
+from fedsim.report.cells import Cell, Group, groups
+from fedsim.report.findings import findings, promise
+from fedsim.report.table import COSTS, NOTE, RESULTS, costs, table
+
+STYLE = """
+:root { color-scheme: light dark; --line: #d0d0d0; --quiet: #595959; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --quiet: #a6a6a6; } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 70rem; padding: 0 1rem; }
+.lead { font-size: 1.25rem; max-width: 48rem; } li, dd, p { max-width: 48rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
+figure { margin: 0; break-inside: avoid; } figure svg { width: 100%; height: auto; }
+figure svg text { fill: currentColor; } figcaption, .quiet { color: var(--quiet); font-size: .9rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .3em .6em; text-align: left; vertical-align: top; }
+dt { font-weight: 600; margin-top: .6em; } dd { margin-left: 0; } code { overflow-wrap: anywhere; }
+"""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a comparison was asked to do.
+
+    Attributes:
+        title: heading of the page.
+        recipe: configuration every cell starts from.
+        overrides: "key=value" strings for all cells.
+        command: what makes the page again.
+    """
+
+    title: str
+    recipe: str = ""
+    overrides: Sequence[str] = field(default_factory=tuple)
+    command: str = ""
+
+
+def page(cells: Sequence[Cell], about: About) -> str:
+    """Return the page: what came out, plots, promises, costs, the table, and how it was made."""
+    found, rows = groups(cells), table(cells)
+    first, *others = findings(cells)
+    plots = "".join(
+        f"<figure>{figures.svg(figure, caption)}<figcaption>{_text(caption)}</figcaption></figure>"
+        for caption, figure in figures.figures(cells)
+    )
+    promises = "".join(f"<dt>{_text(_name(group))}</dt><dd>{_text(promise(group))}</dd>" for group in found)
+    title = _text(about.title or "Comparison")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f'<body><h1>{title}</h1><p class="lead">{_text(first)}</p>'
+        + ("<ul>" + "".join(f"<li>{_text(o)}</li>" for o in others) + "</ul>" if others else "")
+        + f'<section class="plots">{plots}</section>'
+        + f"<h2>What each row promises</h2><dl>{promises}</dl>"
+        + f"<h2>Costs</h2>{_table(COSTS, costs(cells))}"
+        + f"<h2>Results</h2>{_table(RESULTS, rows)}<p class='quiet'>{_text(NOTE)}</p>"
+        + f"<h2>How it was made</h2><dl>{_made(cells, about)}</dl></body></html>\n"
+    )
+
+
+def _made(cells: Sequence[Cell], about: About) -> str:
+    results = [cell.result for cell in cells]
+    basis = next(iter(results[0]["epsilon"].values()))
+    tuned = dict.fromkeys(r["tuning"] for r in results if r["tuning"])
+    facts = [
+        ("Command", [about.command]),
+        ("Recipe and settings of all rows", [about.recipe, *about.overrides]),
+        *((f"Settings of {_name(group)}", group.cells[0].settings) for group in groups(cells)),
+        ("Choice of settings", list(tuned)),
+        ("Seeds", [", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))]),
+        ("Epsilon", [f"at {claim.delta(basis)}, {basis['relation']}"]),
+        ("Machine", list(dict.fromkeys(markers.machine(r["hardware"]) for r in results))),
+        ("Commit", list(dict.fromkeys(r["commit"] for r in results))),
+    ]
+    return "".join(
+        f"<dt>{_text(name)}</dt><dd>{' '.join(f'<code>{_text(line)}</code>' for line in lines)}</dd>"
+        for name, lines in facts
+        if any(lines)
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[dict[str, str]]) -> str:
+    head = "".join(f"<th>{_text(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_text(row[column])}</td>" for column in columns) + "</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _name(group: Group) -> str:
+    return group.variant if group.epsilon is None else f"{group.variant}, epsilon {group.epsilon:g}"
+
+
+def _text(value: str) -> str:
+    return html.escape(value)

@@ -1,0 +1,84 @@
+"""What a few seeds can tell: means with an interval, and differences with a test."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from scipy import stats
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two means.
+
+    Attributes:
+        mean: one minus the other.
+        half_width: of its 95 % interval by Student's t; None where there are too few seeds.
+        p: two-sided, of the test that both are the same; None where there are too few seeds.
+        tests: number of tests p is adjusted for.
+    """
+
+    mean: float
+    half_width: float | None
+    p: float | None
+    tests: int = 1
+
+    @property
+    def significant(self) -> bool:
+        """Whether the test tells the two apart at 5 %."""
+        return self.p is not None and self.p <= LEVEL
+
+    @property
+    def verdict(self) -> str:
+        """Return the p, or that there is nothing to tell."""
+        if self.p is None:
+            return "one seed, no test"
+        shown = "p < 0.001" if self.p < 0.001 else f"p {self.p:.2g}"
+        return shown if self.significant else f"not significant, {shown}"
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % interval of the mean, by Student's t; None for a single value."""
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired(own: Sequence[float], other: Sequence[float]) -> Difference:
+    """Compare runs of the same seeds, in the same order, by a paired t-test (Student 1908)."""
+    changes = [a - b for a, b in zip(own, other, strict=True)]
+    mean = statistics.mean(changes)
+    if len(changes) < 2:
+        return Difference(mean, None, None)
+    if len(set(changes)) == 1:  # the test divides by a spread of nothing
+        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    return Difference(mean, half_width(changes), float(stats.ttest_rel(own, other).pvalue))
+
+
+def welch(own: Sequence[float], other: Sequence[float]) -> Difference:
+    """Compare runs whose seeds do not belong together, by the t-test of Welch (1947)."""
+    mean = statistics.mean(own) - statistics.mean(other)
+    if min(len(own), len(other)) < 2:
+        return Difference(mean, None, None)
+    if len(set(own)) == len(set(other)) == 1:
+        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    test = stats.ttest_ind(own, other, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    return Difference(mean, float(interval.high - interval.low) / 2, float(test.pvalue))
+
+
+def holm(differences: Sequence[Difference]) -> list[Difference]:
+    """Return the differences with p adjusted for there being several tests (Holm 1979), in the same order."""
+    places = [i for i, difference in enumerate(differences) if difference.p is not None]
+    adjusted, largest = list(differences), 0.0
+    for rank, place in enumerate(sorted(places, key=lambda i: differences[i].p or 0.0)):
+        p = differences[place].p
+        assert p is not None
+        largest = max(largest, min(1.0, (len(places) - rank) * p))
+        adjusted[place] = replace(differences[place], p=largest, tests=len(places))
+    return adjusted

@@ -1,0 +1,75 @@
+"""A comparison as rows of text."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from fedsim.report import claim
+from fedsim.report.cells import Cell, Group, groups, neighbours
+from fedsim.report.significance import Difference
+
+RESULTS = ("variant", "epsilon per example", "epsilon per holder", "score", "against the row above")
+COSTS = ("variant", "bytes per holder and step", "messages per step", "survivors needed", "seconds")
+OTHERS = ("unit", "trusted", "noise added", "holders' scores, 5% to 95%")
+COLUMNS = (*RESULTS, *COSTS[1:], *OTHERS)
+NOTE = (
+    "Score on public test data: mean over seeds ± half its 95 % interval. Against the row above, at the same "
+    "budget: the difference seed by seed, and the p of a paired t-test, adjusted for the tests of the table "
+    "(Holm). Epsilon: none where none can be claimed; per holder, of the largest one. Bytes up and down; "
+    "seconds of one run."
+)
+
+
+def table(cells: Iterable[Cell]) -> list[dict[str, str]]:
+    """Return one row for each (variant, budget), by budget: `COLUMNS` as text."""
+    found = groups(cells)
+    return [_row(group, above) for group, above in zip(found, neighbours(found), strict=True)]
+
+
+def costs(cells: Iterable[Cell]) -> list[dict[str, str]]:
+    """Return one row for each variant: `COSTS` as text, means over its budgets."""
+    by_variant: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_variant.setdefault(cell.variant, []).append(cell)
+    rows = []
+    for variant, held in by_variant.items():
+        trust = held[0].result["trust"]
+        values = (
+            variant,
+            f"{statistics.mean(cell.result['trust']['bytes_per_holder'] for cell in held):,.0f}",
+            str(trust["messages"]),
+            str(trust["survivors_needed"]),
+            f"{statistics.mean(cell.result['seconds'] for cell in held):.1f}",
+        )
+        rows.append(dict(zip(COSTS, values, strict=True)))
+    return rows
+
+
+def _row(group: Group, above: Difference | None) -> dict[str, str]:
+    result, headline, holders = group.result, group.headline, group.holders
+    trust = result["trust"]
+    values = (
+        group.variant,
+        claim.number(result["epsilon"].get("example", {}).get("value")),
+        claim.number(result["epsilon"].get("holder", {}).get("value")),
+        f"{headline.name} {group.said()}",
+        against(group, above),
+        f"{trust['bytes_per_holder']:,.0f}",
+        str(trust["messages"]),
+        str(trust["survivors_needed"]),
+        f"{group.seconds:.1f}",
+        trust["unit"],
+        trust["trusted"],
+        trust["noise_added"],
+        f"{headline.shown(holders[0])} to {headline.shown(holders[2])}" if holders else "not computed",
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def against(group: Group, above: Difference | None) -> str:
+    """Return a difference with its test, in the unit of the group's headline."""
+    if above is None:
+        return "-"
+    sign = "+" if above.mean > 0 else ""
+    return f"{sign}{group.headline.number(above.mean)} ({above.verdict})"
