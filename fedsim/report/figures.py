@@ -22,10 +22,12 @@ def figures(cells: Sequence[Cell]) -> list[tuple[str, Figure]]:
     out = []
     if any(group.epsilon is not None for group in found):
         out.append((f"{name} against the target epsilon, with 95% intervals", _budgets(found, colours)))
-    for epsilon, rivals in by_budget(found).items():
+    budgets = by_budget(found)
+    beside = budgets.pop(None, []) if len(budgets) > 1 else []
+    for epsilon, rivals in budgets.items():
         at = "" if epsilon is None else f" at epsilon {epsilon:g}"
         if any(len(group.cells[0].curve) > 1 for group in rivals):
-            out.append((f"{name} against steps{at}", _curves(rivals, colours)))
+            out.append((f"{name} against steps{at}", _curves([*rivals, *beside], colours)))
     out.append(("Cost of one run", _costs(found, colours)))
     if all(group.holders for group in found):
         out.append((f"{name} over holders: median, 5% to 95%", _holders(found, colours)))
@@ -88,14 +90,15 @@ def _budgets(found: Sequence[Group], colours: dict[str, str]) -> Figure:
 
 
 def _curves(rivals: Sequence[Group], colours: dict[str, str]) -> Figure:
-    """Means over seeds, a line a variant."""
+    """Means over seeds, a line a variant; dashed where it has no budget and others do."""
     headline = rivals[0].headline
     figure, axes = _axes("step", f"test {headline.label}")
     for group in rivals:
         steps = [step for step, _ in group.cells[0].curve]
         curves = [[score for _, score in c.curve] for c in group.cells if len(c.curve) == len(steps)]
         means = [headline.scale * statistics.mean(at) for at in zip(*curves, strict=True)]
-        axes.plot(steps, means, color=colours[group.variant], label=group.variant)
+        style = "--" if group.epsilon is None and rivals[0].epsilon is not None else "-"
+        axes.plot(steps, means, style, color=colours[group.variant], label=group.variant)
     _legend(axes)
     return figure
 

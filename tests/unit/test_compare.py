@@ -127,7 +127,7 @@ def test_the_page_needs_nothing_but_a_browser_and_shows_plots(finished: Path) ->
     assert not re.search(r"url\((?!#)", text), "only parts of its own plots"
     assert "@import" not in text
     assert all(address.startswith("#") for address in page.addresses), "nothing is fetched"
-    assert page.tags.count("svg") == page.tags.count("figure") == 6
+    assert page.tags.count("svg") == page.tags.count("figure") == 5
     for caption in ("target epsilon", "against steps at epsilon 2", "Cost of one run", "over holders"):
         assert re.search(f"<figcaption>[^<]*{caption}", text), caption
     assert page.tags.count("tr") == 4 + 3, "results and costs, with their heads"
@@ -153,7 +153,7 @@ def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
     group = [100 * c.result["accuracy"] for c in cells if c.epsilon == 2]
     assert ends[1] - ends[0] == pytest.approx(2 * 12.706 * np.std(group, ddof=1) / 2**0.5, rel=1e-4)
     (axes,) = pictures["Accuracy against steps at epsilon 2"].axes
-    assert len(axes.lines) == 1
+    assert len(axes.lines) == 2, "and the one without a budget beside it"
     assert np.asarray(axes.lines[0].get_xdata()).tolist() == [2, 4, 6]
     (axes,) = pictures["Accuracy over holders: median, 5% to 95%"].axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["central, 2", "central, 20", "nonprivate"]
@@ -168,7 +168,7 @@ def test_public_only_runs_are_reported_without_the_spread_over_holders(finished:
     for cell in cells:
         cell.result["holder_scores"] = {}
     assert {row["holders' scores, 5% to 95%"] for row in table(cells)} == {"not computed"}
-    assert page(cells, About("t")).count("<svg") == 5
+    assert page(cells, About("t")).count("<svg") == 4
 
 
 def test_a_finished_comparison_becomes_a_result_file(
