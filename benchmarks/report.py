@@ -116,6 +116,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/comparisons.md": {
         "holders": lambda: comparison("holders", [HOLDERS]),
         "label-skew": lambda: comparison("label_skew", [HOLDERS]),
+        "sizes": lambda: comparison("sizes", [HOLDERS]),
         "dropout-rates": lambda: comparison("dropout_rates", [*COSTS, "survivors needed"]),
         "offline-holders": lambda: comparison("offline_holders", [HOLDERS]),
         "local-steps": lambda: comparison("local_steps", [HOLDERS]),

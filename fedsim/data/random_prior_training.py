@@ -45,9 +45,10 @@ def views(images: Tensor, generator: torch.Generator) -> Tensor:
     scale, ratio = torch.exp(uniform(math.log(0.45), math.log(1.1))), torch.exp(uniform(-0.25, 0.25))
     angle, mirror = uniform(-0.25, 0.25), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     maps = torch.zeros(n, 2, 3)
-    across, down = scale * ratio * mirror, scale / ratio
-    maps[:, 0, 0], maps[:, 0, 1] = across * torch.cos(angle), -down * torch.sin(angle)
-    maps[:, 1, 0], maps[:, 1, 1] = across * torch.sin(angle), down * torch.cos(angle)
+    maps[:, 0, 0] = scale * ratio * torch.cos(angle) * mirror
+    maps[:, 0, 1] = -scale / ratio * torch.sin(angle)
+    maps[:, 1, 0] = scale * ratio * torch.sin(angle) * mirror
+    maps[:, 1, 1] = scale / ratio * torch.cos(angle)
     maps[:, :, 2] = uniform(-1, 1, (n, 2)) * (1 - scale.clamp(max=1))[:, None]
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     seen = F.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
@@ -104,7 +105,7 @@ def train(steps: int, every: int = 100) -> random_prior.Encoder:
 
 def _drawn(network: nn.Module) -> nn.Module:
     """Give a network the weights that torch would, from a key of their own."""
-    generator = seeds.torch_stream(0, "random prior")
+    generator = torch.Generator().manual_seed(int.from_bytes(seeds.derive(0, "random prior")[:7], "little"))
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
