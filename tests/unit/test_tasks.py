@@ -180,7 +180,7 @@ def test_areas_weigh_by_how_many_have_a_label() -> None:
 
 @pytest.mark.parametrize("average", ["macro", "weighted"])
 def test_the_area_of_classes_is_of_probabilities_against_the_rest(average: str) -> None:
-    """An offset an example leaves its probabilities as they are, and not the order of logits over examples."""
+    """An offset an example leaves its probabilities as they are, and not the order of its logits."""
     outputs = normal(50, 3) + 5 * normal(50, 1)
     targets = torch.from_numpy(RNG.choice(3, 50, p=[0.7, 0.2, 0.1]))
     chances = torch.softmax(outputs, 1).numpy()

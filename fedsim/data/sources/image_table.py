@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim import validate
 from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.sources import SOURCES
@@ -45,7 +46,8 @@ class ImageTable(ImageFiles):
             as 0, 1, ...
         labels: instead, columns of labels, 1 where an image has one and 0 where not.
         blank: 0 or 1 for an empty cell of a label; null: there is none.
-        uncertain: 0 or 1 for a label of -1; {label: 0 or 1} for those named; null: there is none.
+        uncertain: 0 or 1 for a label of -1; null: there is none.
+        uncertain_of: label -> 0 or 1, where it is another than `uncertain`.
         only: column -> the value of the rows to use, of both tables; others are left out.
         holder: column of the natural owner of a row, for federation.partition=natural.
         holder_in_path: instead, a regular expression with one group: the owner, where it is first found in
@@ -63,7 +65,8 @@ class ImageTable(ImageFiles):
     classes: Any = None
     labels: list[str] = field(default_factory=list)
     blank: int | None = field(default=None, metadata=read_with(labels=SET))
-    uncertain: Any = field(default=None, metadata=read_with(labels=SET))
+    uncertain: int | None = field(default=None, metadata=read_with(labels=SET))
+    uncertain_of: dict[str, Any] = field(default_factory=dict, metadata=read_with(labels=SET))
     only: dict[str, Any] = field(default_factory=dict)
     holder: str | None = None
     holder_in_path: str | None = None
@@ -92,14 +95,12 @@ class ImageTable(ImageFiles):
         """Refuse meanings of cells that are none."""
         if not (self.blank is None or _bit(self.blank)):
             raise InputError(f"data.options.blank must be 0, 1 or null, got {self.blank!r}.")
-        by_label = isinstance(self.uncertain, dict)
-        given = self.uncertain.values() if by_label else [self.uncertain] * (self.uncertain is not None)
-        if not all(map(_bit, given)):
-            raise InputError(
-                f"data.options.uncertain must be 0, 1, null or {{label: 0 or 1}}, got {self.uncertain!r}."
-            )
-        if by_label and (unknown := sorted(set(self.uncertain) - set(self.labels))):
-            raise InputError(f"data.options.uncertain must name labels of {self.labels}, got {unknown}.")
+        if not (self.uncertain is None or _bit(self.uncertain)):
+            raise InputError(f"data.options.uncertain must be 0, 1 or null, got {self.uncertain!r}.")
+        for label, meaning in self.uncertain_of.items():
+            validate.one_of(label, self.labels, "every label of data.options.uncertain_of")
+            if not _bit(meaning):
+                raise InputError(f"data.options.uncertain_of.{label} must be 0 or 1, got {meaning!r}.")
 
     def _check_owner(self) -> None:
         if self.holder_in_path is None:
@@ -267,7 +268,7 @@ class _Rows:
     def _meaning(self, label: str) -> Callable[[int, Any], int]:
         """Return what a cell of a label means, by its row: 0 or 1."""
         source = self._source
-        doubt = source.uncertain.get(label) if isinstance(source.uncertain, dict) else source.uncertain
+        doubt = source.uncertain_of.get(label, source.uncertain)
         rules = {"": source.blank, UNCERTAIN: doubt, 0.0: 0, 1.0: 1}
         known = ["0", "1"] + ["-1"] * (doubt is not None) + ["empty"] * (source.blank is not None)
 
