@@ -126,6 +126,15 @@ def test_a_plan_needs_neither_data_nor_weights(capsys: pytest.CaptureFixture[str
     assert '"image_table, not read: 223414 examples of 3 x 224 x 224, 5 labels"' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("strategy", ["central", "local"])
+def test_the_physical_batch_is_tried_with_the_loss_of_the_task(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epsilon_takes_no_time: None
+) -> None:
+    root = written("chexpert", tmp_path / "data", monkeypatch)
+    more = ["engine.physical_batch_size=auto", f"strategy={strategy}"]
+    assert train(shrunk("chexpert_none", root, *more), tmp_path / "run")["physical_batch_size"] >= 1
+
+
 def test_weights_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = written("eyepacs", tmp_path / "data", monkeypatch)
     with pytest.raises(InputError, match=r"model.init_from must be a safetensors .*resnetv2_50d_gn.ah_in1k"):
