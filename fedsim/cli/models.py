@@ -89,7 +89,7 @@ def _inputs(path: Path, card: Card) -> tuple[list[str], Any]:
         if card.source is None:
             raise InputError(f"INPUT must be a .npy array for a model of these data, got {path}.")
         return SOURCES.make(card.source).inputs(path)
-    from fedsim.data.sources.image_folder import pixels
+    from fedsim.data.sources.image_files import pixels
 
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not files:

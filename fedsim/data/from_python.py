@@ -15,7 +15,7 @@ from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.sources.arrays import check_channels_last, finite
 from fedsim.data.sources.base import declared_one
-from fedsim.data.sources.image_folder import rgb
+from fedsim.data.sources.image_files import rgb
 from fedsim.data.targets import Targets
 from fedsim.partitions.base import as_numbers
 from fedsim.validate import InputError

@@ -19,7 +19,7 @@ class Size:
     Attributes:
         train, test: examples in each split.
         shape: of one example as a model sees it: (C, H, W) for images.
-        classes: number of labels.
+        classes: number of classes, or of labels an example can have.
     """
 
     train: int
@@ -35,6 +35,10 @@ SIZES: dict[str, Size] = {
     "cifar10": Size(50_000, 10_000, (3, 32, 32), 10),
     "cifar100": Size(50_000, 10_000, (3, 32, 32), 100),
 }
+
+
+SQUARED = ("cifar10", "cifar100", "image_folder", "image_table")
+"""Sources that bring images to a square of data.options.size."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ def of(config: Config) -> Size | None:
     known = SIZES.get(data.name)
     if known is None:
         known = _stated(config.reference.get("data"))
-        declared = data.options.get("classes")
+        option, declared = _declared(data.options)
         if known is not None and declared not in (None, known.classes):
             raise InputError(
-                f"data.options.classes must be reference.data.classes {known.classes}, got {declared}."
+                f"data.options.{option} must be reference.data.classes {known.classes}, got {declared}."
             )
     if known is None:
         return None
+    if data.name in SQUARED and isinstance(edge := data.options.get("size"), int):
+        known = replace(known, shape=(known.shape[0], edge, edge))
     if data.holdout_examples >= known.train:
         raise InputError(
             f"data.holdout_examples must be below the {known.train} training examples, "
@@ -86,6 +92,13 @@ def of(config: Config) -> Size | None:
         shape = FEATURES.make(data.features).output_shape((height, width, channels))
         known = replace(known, shape=tuple(shape))
     return known
+
+
+def _declared(options: dict[str, Any]) -> tuple[str, Any]:
+    """Which option of a source declares its classes or labels, and how many; None where none does."""
+    option = "labels" if options.get("labels") else "classes"
+    found = options.get(option)
+    return option, len(found) if isinstance(found, list) else found
 
 
 def _stated(given: Any) -> Size | None:

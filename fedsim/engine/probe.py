@@ -95,6 +95,7 @@ class _Call:
         self._config = config = experiment.config
         self._by_holder = experiment.mechanism.method.trust.by_holder
         self._clip = experiment.mechanism.method.at.clip
+        self._loss = experiment.task.loss
         self._model = copy.deepcopy(experiment.model).to(device)
         self._flat = get_flat(self._model)
         values = seeds.stream(config.seed, "physical batch size")
@@ -111,6 +112,7 @@ class _Call:
                 inputs,
                 targets,
                 self._clip,
+                loss=self._loss,
                 engine=config.engine.gradients,
                 physical_batch_size=examples * config.train.augment_multiplicity,
                 options=replace(devices.options_of(config.engine), cuda_graphs=False),
@@ -118,7 +120,7 @@ class _Call:
         holders = math.ceil(config.federation.holders / config.federation.nodes)
         owners = torch.arange(examples) % holders
         totals = self._flat.new_zeros((holders, len(self._flat)))
-        clipped_gradient_sums(self._model, inputs, targets, self._clip, owners, totals)
+        clipped_gradient_sums(self._model, inputs, targets, self._clip, owners, totals, loss=self._loss)
         return totals
 
 

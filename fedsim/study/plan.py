@@ -176,7 +176,9 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     if config.data.name in SOURCES.own():  # what is from outside may read its data at once
         SOURCES.make(Choice(config.data.name, config.data.options))  # refuses wrong options
     augment.check(config.train.augmentations, _example(config, size))
-    task, declared = TASKS.make(config.task), Targets("class", size.classes)
+    task = TASKS.make(config.task)
+    labelled = task.kind == "labels"
+    declared = Targets("labels" if labelled else "class", size.classes)
     task.check(declared)
     skeleton = models.skeleton(config.model, size.shape, task.outputs(declared))
     method.at.clip.group_of(trainable_names(skeleton))  # refuses groups that do not fit the model
@@ -186,13 +188,14 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     facts = facts_of(config, held, trained, size.shape, task.outputs(declared))
     shape = " x ".join(map(str, size.shape))
-    source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} even classes"
+    source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} "
+    source += "labels" if labelled else "even classes"
     return _Known(
         planned(method, facts),
         Public(held.summary(labels)),
         skeleton,
         task,
-        (torch.zeros(1, *size.shape), torch.zeros(1, dtype=torch.long)),
+        (torch.zeros(1, *size.shape), torch.zeros((1, size.classes) if labelled else 1, dtype=torch.long)),
         source,
     )
 

@@ -15,7 +15,8 @@ from fedsim import validate
 from fedsim.data.targets import Targets
 from fedsim.headline import Metric
 from fedsim.tasks import TASKS
-from fedsim.tasks.base import Task, finite_rows
+from fedsim.tasks.areas import AVERAGES, WithAreas
+from fedsim.tasks.base import Meter, Task, finite_rows
 
 
 @TASKS.register("classification")
@@ -25,22 +26,27 @@ class Classification(Task):
 
     Attributes:
         top_k: k above 1 adds the metric "top_<k>_accuracy".
+        auc: adds the metric "auc", the area under the ROC curve of each class against all others, by its
+            probability, averaged: "macro", each class alike, or "weighted" by its test examples; null: none.
         label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016).
     """
 
     kind: ClassVar[str] = "class"
     top_k: int = 1
+    auc: str | None = None
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         validate.positive(self.top_k, "task.options.top_k")
+        validate.one_of(self.auc, (None, *AVERAGES), "task.options.auc")
         validate.in_range(self.label_smoothing, 0.0, 1.0, "task.options.label_smoothing")
 
     @property
     def own_metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
-        """Accuracy, and that of the k best."""
+        """Accuracy, that of the k best, and the area."""
         top = (Metric(f"top_{self.top_k}_accuracy", "%"),) if self.top_k > 1 else ()
-        return (Metric("accuracy", "%"), *top)
+        areas = (Metric("auc", "%"),) if self.auc is not None else ()
+        return (Metric("accuracy", "%"), *top, *areas)
 
     def check(self, declared: Targets) -> None:
         """See `Task.check`; also refuses a `top_k` above the number of classes."""
@@ -58,6 +64,15 @@ class Classification(Task):
         found = {"accuracy": right[:, 0]}
         return found if self.top_k == 1 else found | {f"top_{self.top_k}_accuracy": right.any(1)}
 
+    def meter(self) -> Meter:
+        """See `Task.meter`."""
+        return super().meter() if self.auc is None else WithAreas(self, self.auc, _against_the_rest)
+
     def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """The classes themselves."""
         return targets.astype(np.int64, copy=False)
+
+
+def _against_the_rest(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and presence (n, classes): a logit alone has no order over examples."""
+    return outputs.double().softmax(1), F.one_hot(targets, outputs.shape[1]) > 0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -15,7 +14,8 @@ from torch import Tensor
 from fedsim import validate
 from fedsim.headline import Metric
 from fedsim.tasks import TASKS
-from fedsim.tasks.base import Means, Task, finite_rows
+from fedsim.tasks.areas import AVERAGES, WithAreas
+from fedsim.tasks.base import Task, finite_rows
 from fedsim.validate import PrivateInputError
 
 
@@ -25,12 +25,13 @@ class MultiLabel(Task):
     """Any of several labels an example: binary cross entropy on logits (n, labels), area under ROC curves.
 
     The loss is the sum over labels. "auc" is the mean over labels that some test examples have and some have
-    not (macro average), ties counting one half; "label_accuracy" and "exact_match" take a label for present
+    not, ties counting one half; "label_accuracy" and "exact_match" take a label for present
     where its logit is above 0.
 
     Attributes:
         labels_at_most: declared bound on the labels of one example, for statistics whose sensitivity depends
             on it; None: any number. Examples above it are refused.
+        average: of the areas: "macro", each label alike, or "weighted" by the test examples that have it.
     """
 
     kind: ClassVar[str] = "labels"
@@ -40,8 +41,10 @@ class MultiLabel(Task):
         Metric("exact_match", "%"),
     )
     labels_at_most: int | None = None
+    average: str = "macro"
 
     def __post_init__(self) -> None:
+        validate.one_of(self.average, AVERAGES, "task.options.average")
         if self.labels_at_most is not None:
             validate.positive(self.labels_at_most, "task.options.labels_at_most")
 
@@ -55,9 +58,9 @@ class MultiLabel(Task):
         right = ((outputs > 0) == (targets > 0.5)) & finite_rows(outputs)[:, None]
         return {"label_accuracy": right.double().mean(1), "exact_match": right.all(1)}
 
-    def meter(self) -> _WithAreas:
+    def meter(self) -> WithAreas:
         """See `Task.meter`."""
-        return _WithAreas(self)
+        return WithAreas(self, self.average, lambda outputs, targets: (outputs.float(), targets > 0.5))
 
     def check_targets(self, targets: NDArray[Any]) -> None:
         """Refuse examples with more labels than are declared."""
@@ -72,41 +75,3 @@ class MultiLabel(Task):
     def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """The first label of each example, and the number of labels for those that have none."""
         return np.where(targets.any(1), targets.argmax(1), targets.shape[1]).astype(np.int64)
-
-
-class _WithAreas(Means):
-    """Means, and the areas under the ROC curves: of ranks, so all scores are kept, (N, labels) float32."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self._scores: list[Tensor] = []
-        self._targets: list[Tensor] = []
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        super().add(outputs, targets)
-        self._scores.append(outputs.float())
-        self._targets.append(targets > 0.5)
-
-    def result(self) -> dict[str, float]:
-        scores, targets = torch.cat(self._scores).cpu().numpy(), torch.cat(self._targets).cpu().numpy()
-        areas = [area(scores[:, label], targets[:, label]) for label in range(scores.shape[1])]
-        known = [value for value in areas if not np.isnan(value)]
-        return {"auc": float(np.mean(known)) if known else float("nan"), **super().result()}
-
-
-def area(scores: NDArray[np.floating[Any]], present: NDArray[np.bool_]) -> float:
-    """Return the area under the ROC curve of scores (N,), by ranks (Mann and Whitney 1947); ties count half.
-
-    A score that is not a number is in the wrong order with every other. NaN where all examples have the
-    label, or none.
-    """
-    positive = int(present.sum())
-    if positive in (0, len(present)):
-        return float("nan")
-    scores = np.where(np.isnan(scores), np.where(present, -np.inf, np.inf), scores)
-    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    ranks = (last - (count - 1) / 2.0)[place]
-    return float(
-        (ranks[present].sum() - positive * (positive + 1) / 2.0) / (positive * (len(present) - positive))
-    )

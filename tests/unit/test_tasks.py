@@ -17,9 +17,10 @@ from fedsim.data.targets import IGNORED, Targets
 from fedsim.headline import RESERVED, Metric
 from fedsim.merging import Choice
 from fedsim.tasks import TASKS, Task
+from fedsim.tasks.areas import area
 from fedsim.tasks.classification import Classification
 from fedsim.tasks.language_modelling import LanguageModelling
-from fedsim.tasks.multi_label import MultiLabel, area
+from fedsim.tasks.multi_label import MultiLabel
 from fedsim.tasks.regression import Regression
 from fedsim.validate import InputError, PrivateInputError
 from tests.conftest import small, train
@@ -169,6 +170,29 @@ def test_the_area_is_a_mean_over_labels_that_can_be_told() -> None:
     assert math.isnan(area(np.ones(2), np.array([True, True])))
 
 
+def test_areas_weigh_by_how_many_have_a_label() -> None:
+    outputs, targets = normal(40, 2), torch.zeros((40, 2), dtype=torch.uint8)
+    targets[:5, 0], targets[:20, 1] = 1, 1
+    each = [pairs(outputs[:, c].float().numpy(), targets[:, c].numpy() > 0) for c in (0, 1)]
+    found = measured(MultiLabel(average="weighted"), outputs, targets)["auc"]
+    assert found == pytest.approx((5 * each[0] + 20 * each[1]) / 25, rel=1e-12)
+
+
+@pytest.mark.parametrize("average", ["macro", "weighted"])
+def test_the_area_of_classes_is_of_probabilities_against_the_rest(average: str) -> None:
+    """An offset an example leaves its probabilities as they are, and not the order of its logits."""
+    outputs = normal(50, 3) + 5 * normal(50, 1)
+    targets = torch.from_numpy(RNG.choice(3, 50, p=[0.7, 0.2, 0.1]))
+    chances = torch.softmax(outputs, 1).numpy()
+    each = [pairs(chances[:, c], targets.numpy() == c) for c in range(3)]
+    weights = None if average == "macro" else np.bincount(targets.numpy(), minlength=3)
+    task = TASKS.make(Choice("classification", {"auc": average, "headline": "auc"}))
+    assert task.chosen == Metric("auc", "%")
+    found = measured(task, outputs, targets)["auc"]
+    assert found == pytest.approx(np.average(each, weights=weights), rel=1e-12)
+    assert [m.name for m in Classification().all_metrics] == ["accuracy", "loss"]
+
+
 # --- metrics of the user's, headline --------------------------------------------------------------------
 
 
@@ -218,6 +242,7 @@ def test_metrics_of_ones_own_have_unit_and_direction() -> None:
         ({"headline": "acuracy"}, "Did you mean 'accuracy'"),
         ({"top_k": 5}, "top_k must be between 1 and 4"),
         ({"label_smoothing": 1.5}, "label_smoothing must be"),
+        ({"auc": "micro"}, "task.options.auc must be one of"),
         ({"top": 5}, "unknown key 'top'"),
     ],
 )

@@ -1,59 +1,39 @@
 """Images in folders: ROOT/train/CLASS/FILE and ROOT/test/CLASS/FILE.
 
 The folders in train are the classes, empty ones too: their list is public, which images they hold is not.
-Whatever lies there becomes 8-bit RGB with the values it shows, or is refused by name: no file is skipped,
-no value cut off, no transparency or second frame dropped.
+No file is skipped; what is in one is read by fedsim.data.sources.image_files.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim import validate
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.sources import SOURCES
-from fedsim.data.sources.base import Source
+from fedsim.data.sources.image_files import ImageFiles
 from fedsim.data.targets import Targets
 from fedsim.partitions.base import as_numbers
-from fedsim.rules import SET, read_with
-from fedsim.validate import InputError
-
-EIGHT_BIT = {"1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "RGBX"}
-SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
-WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
-HALF = (0.5, 0.5, 0.5)
+from fedsim.validate import InputError, with_place
 
 
 @SOURCES.register("image_folder")
 @dataclass(frozen=True)
-class ImageFolder(Source):
+class ImageFolder(ImageFiles):
     """Images in folders, ROOT/train/CLASS/FILE and ROOT/test/CLASS/FILE, brought to one size by a rule.
 
     Attributes:
         classes: number of classes, to be checked; None: the folders in train.
-        size: edge of the square that every image becomes: its shorter edge is scaled to `size`, bilinearly
-            with antialiasing, and the middle is cut out (as ImageNet is evaluated). None: all images must
-            have the size of the first.
-        fit: with size: "crop" as said; "squeeze": both edges are scaled to `size`, nothing is cut.
         owners: what ROOT/train/CLASS/OWNER/FILE means: True: the folder below a class is the natural owner.
     """
 
     classes: int | None = None
-    size: int | None = None
-    fit: str = field(default="crop", metadata=read_with(size=SET))
     owners: bool = False
-
-    def __post_init__(self) -> None:
-        validate.one_of(self.fit, ("crop", "squeeze"), "data.options.fit")
-        if self.size is not None:
-            validate.positive(self.size, "data.options.size")
 
     def load(self, root: Path) -> Splits:
         """See `Source.load`: decodes every image once, in the order of class and path.
@@ -85,22 +65,14 @@ class ImageFolder(Source):
                 f"image_folder: {folder} must hold at least one image at CLASS/FILE, got none. Set data.root "
                 "to a folder with train and test, each with one folder per class."
             )
-        first = _pixels(files[0][0], self)
-        shape = first.shape if shape is None else shape
-        inputs = _room(len(files), shape, folder)
-        for row, (path, _) in enumerate(files):
-            image = _pixels(path, self) if row else first
-            if image.shape != shape:
-                raise InputError(
-                    f"image_folder: every image must be {shape[1]} x {shape[0]} pixels like the first one, "
-                    f"got {image.shape[1]} x {image.shape[0]} in {path}. Set data.options.size to bring all "
-                    "to one."
-                )
-            inputs[row] = image
+        paths = [path for path, _ in files]
+        inputs = self.stack(
+            paths, shape, lambda _, error: with_place(error, before="image_folder: "), str(folder)
+        )
         labels = np.array([label for _, label in files], dtype=np.int64)
-        groups = self._owners(folder, [path for path, _ in files]) if self.owners else None
+        groups = self._owners(folder, paths) if self.owners else None
         declared = Targets("class", len(names), tuple(names))
-        return ArrayDataset("image_folder", inputs, labels, groups, declared, HALF, HALF)
+        return ArrayDataset("image_folder", inputs, labels, groups, declared, *self.constants)
 
     def _owners(self, folder: Path, files: Sequence[Path]) -> NDArray[np.int64]:
         """The number of each file's owner among the sorted names of the folders below the classes."""
@@ -110,40 +82,6 @@ class ImageFolder(Source):
                 f"image_folder: with data.options.owners files must lie at CLASS/OWNER/FILE, got {short[0]}."
             )
         return as_numbers([found[1] for found in parts])
-
-
-def fitted(image: Any, size: tuple[int, int], fit: str = "crop") -> Any:
-    """Return a Pillow image of 8 bits as (height, width) `size`, scaled bilinearly with antialiasing.
-
-    Args:
-        image: the image.
-        size: wanted height and width.
-        fit: "crop": scaled so that it covers the size, the middle cut out; "squeeze": nothing is cut.
-    """
-    from PIL import Image
-
-    high, wide = size
-    scale = max(wide / image.size[0], high / image.size[1])
-    shape = (wide, high)
-    if fit == "crop":
-        shape = (max(wide, round(image.size[0] * scale)), max(high, round(image.size[1] * scale)))
-    if image.size != shape:
-        image = image.resize(shape, Image.Resampling.BILINEAR)  # antialiases where it shrinks
-    left, top = (shape[0] - wide) // 2, (shape[1] - high) // 2
-    return image.crop((left, top, left + wide, top + high))
-
-
-def pixels(path: Path, shape: tuple[int, ...], fit: str = "crop") -> NDArray[np.uint8]:
-    """Return one image (H, W, C) in the shape (C, H, W) that a model was trained on, C of 1 or 3; `fitted`.
-
-    Raises:
-        InputError: the file is no image with a plain 8-bit meaning.
-    """
-    from PIL import Image
-
-    channels, high, wide = shape
-    image = fitted(Image.fromarray(_decoded(path)), (high, wide), fit)
-    return np.asarray(image.convert("L"))[..., None] if channels == 1 else np.asarray(image)
 
 
 def _classes(folder: Path) -> list[str]:
@@ -163,17 +101,6 @@ def _classes(folder: Path) -> list[str]:
             "Images belong at CLASS/FILE."
         )
     return names
-
-
-def _room(count: int, shape: tuple[int, ...], folder: Path) -> NDArray[np.uint8]:
-    try:
-        return np.empty((count, *shape), dtype=np.uint8)
-    except MemoryError as error:
-        gib = count * shape[0] * shape[1] * shape[2] / 2**30
-        raise InputError(
-            f"image_folder: the {count} images of {folder} must fit into memory, which takes {gib:.1f} GiB. "
-            "Use fewer or smaller ones."
-        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -198,57 +125,3 @@ def _files(folder: Path) -> list[Path]:
             seen.add(real)
         found += [Path(here, name) for name in files if not name.startswith(".")]
     return sorted(found)
-
-
-def _pixels(path: Path, source: ImageFolder) -> NDArray[np.uint8]:
-    """Return an image as (H, W, 3) uint8, of the source's size."""
-    decoded = _decoded(path)
-    if source.size is None:
-        return decoded
-    from PIL import Image
-
-    return np.asarray(fitted(Image.fromarray(decoded), (source.size, source.size), source.fit))
-
-
-def _decoded(path: Path) -> NDArray[np.uint8]:
-    """Return an image as (H, W, 3) uint8."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return rgb(image, path)
-    except InputError:
-        raise
-    except Exception as error:  # a decoder of a damaged file may raise anything
-        raise InputError(
-            f"image_folder: {path} must be a readable image. {str(error) or type(error).__name__}. "
-            "Mend or remove it; files whose name starts with a dot are not looked at."
-        ) from error
-
-
-def rgb(image: Any, path: Path | str) -> NDArray[np.uint8]:
-    """Return a Pillow image as (H, W, 3) uint8, with the values it shows.
-
-    Raises:
-        InputError: it has several frames, transparency, or no plain 8-bit meaning.
-    """
-    if getattr(image, "n_frames", 1) != 1:
-        raise InputError(
-            f"image_folder: {path} must be one image, got {image.n_frames} frames. Save them apart."
-        )
-    if image.mode in SIXTEEN_BIT:
-        grey = np.asarray(image).astype(np.uint32)
-        return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode in WITH_ALPHA or "transparency" in image.info:
-        if np.asarray(image.convert("RGBA"))[..., 3].min(initial=255) < 255:
-            raise InputError(
-                f"image_folder: {path} must not be transparent: what lies behind is not said. Put it on a "
-                "background beforehand."
-            )
-        return np.asarray(image.convert("RGBA"))[..., :3].copy()
-    if image.mode not in EIGHT_BIT:
-        raise InputError(
-            f"image_folder: {path} must have 8 or 16 whole bits a channel, got Pillow's mode {image.mode}, "
-            "whose range is not said. Convert it beforehand."
-        )
-    return np.asarray(image.convert("RGB"))

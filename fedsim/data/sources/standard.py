@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedsim import validate
 from fedsim.data import glyphs
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.base import Source
+from fedsim.data.sources.image_files import empty, fitted
 from fedsim.data.targets import Targets
 from fedsim.validate import InputError
 
@@ -99,7 +102,7 @@ class _Torchvision(Source):
             # torchvision checks the CIFAR files against published digests before it unpickles them.
             data = getattr(torchvision.datasets, self.kind)(str(root), train=train, download=False)
             images = np.asarray(data.data)
-            images = images[..., None] if images.ndim == 3 else images
+            images = self._sized(images[..., None] if images.ndim == 3 else images)
             declared = Targets("class", self.classes, tuple(data.classes))
             return ArrayDataset(name, images, np.asarray(data.targets), None, declared, *self.constants)
 
@@ -113,6 +116,35 @@ class _Torchvision(Source):
                 f"{str(error) or type(error).__name__}. {self.remedy}, "
                 "or set data.root (or FEDSIM_DATA) to the folder that has it."
             ) from error
+
+    def _sized(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The images (N, H, W, C) in the size that models get."""
+        return images
+
+
+@dataclass(frozen=True)
+class _Scaled(_Torchvision):
+    """Colour images, scaled where a model needs more pixels than they have.
+
+    Attributes:
+        size: edge that every image is scaled to, bilinearly; null: as it is.
+    """
+
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            validate.positive(self.size, "data.options.size")
+
+    def _sized(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self.size is None:
+            return images
+        from PIL import Image
+
+        found = empty(len(images), (self.size, self.size, images.shape[-1]), self.kind)
+        for place, image in enumerate(images):
+            found[place] = fitted(Image.fromarray(image), (self.size, self.size))
+        return found
 
 
 @SOURCES.register("fashion_mnist")
@@ -138,7 +170,7 @@ class Mnist(_Torchvision):
 
 @SOURCES.register("cifar10")
 @dataclass(frozen=True)
-class Cifar10(_Torchvision):
+class Cifar10(_Scaled):
     """50,000 + 10,000 colour images of ten classes (Krizhevsky 2009)."""
 
     kind = "CIFAR10"
@@ -148,7 +180,7 @@ class Cifar10(_Torchvision):
 
 @SOURCES.register("cifar100")
 @dataclass(frozen=True)
-class Cifar100(_Torchvision):
+class Cifar100(_Scaled):
     """50,000 + 10,000 colour images of a hundred classes (Krizhevsky 2009)."""
 
     kind = "CIFAR100"
