@@ -36,7 +36,7 @@ LAYERS = [
     ["fedsim.api"],
     ["fedsim.cli"],
 ]
-RECIPES = sorted(p for p in CONFIG_DIR.rglob("*.yaml") if p.parent.name not in ("compare", "tune"))
+RECIPES = sorted(p for p in CONFIG_DIR.rglob("*.yaml") if p.parent.name not in ("compare", "tune", "tuned"))
 SOURCES = sorted([*(ROOT / "fedsim").rglob("*.py"), *(ROOT / "strategies").rglob("*.py")])
 
 
