@@ -75,7 +75,21 @@ def comparison(name: str, more: Sequence[str] = ()) -> str:
     seeds = f"\n{len(held['seeds'])} seeds. {NOTE}\n"
     said = "\n".join(f"* {sentence}" for sentence in held["findings"])
     rows = [[row[column] for column in columns] for row in held["rows"]]
-    return f"{said}\n\n{table(columns, rows)}{seeds}{provenance(held)}"
+    return f"{said}\n\n{table(columns, rows)}{seeds}{_search(held)}{provenance(held)}"
+
+
+def _search(held: dict[str, Any]) -> str:
+    """What the search for a comparison's settings cost; nothing where there was none."""
+    search = held.get("search")
+    if search is None:
+        return ""
+    rows = len({(trial["variant"], trial["epsilon"]) for trial in search["trials"]})
+    budgets = ", ".join(f"{epsilon:g}" for epsilon in search["epsilons"])
+    return (
+        f"\nSettings: the best of {len(search['trials']) // rows} trials for every variant at epsilon "
+        f"{budgets} (`{search['command']}`: {len(search['trials'])} runs, {search['seconds'] / 60:.0f} minutes), "
+        f"by {search['holdout_examples']:,} held-out training examples. Epsilon does not count the search.\n"
+    )
 
 
 def ablation() -> str:

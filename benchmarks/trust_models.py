@@ -4,9 +4,10 @@
     python -m benchmarks.trust_models runs/compare/trust-models --json results/trust_models.json
     python -m benchmarks.report
 
-The name of the JSON file says which comparison of configs/compare/ it is. Every cell of that comparison must
-be in the folder, finished, with exactly its configuration, so that a table never mixes settings;
-overrides that were given to `fedsim compare` are given here too. Nothing is trained.
+Settings that `fedsim tune` chose come with what the search cost: --search runs/tune/TITLE. The name of the
+JSON file says which comparison of configs/compare/ it is. Every cell of that comparison must be in the folder,
+finished, with exactly its configuration, so that a table never mixes settings; overrides that were given to
+`fedsim compare` are given here too. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -26,19 +27,22 @@ from fedsim.study import compare
 from fedsim.validate import FedsimError, InputError
 
 
-def collect(folder: Path, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def collect(
+    folder: Path, name: str, overrides: Sequence[str] = (), search: Path | None = None
+) -> dict[str, Any]:
     """Return the content of results/NAME.json.
 
     Args:
         folder: output folder of `fedsim compare`.
         name: comparison under configs/compare/, or path of one.
         overrides: "key=value" strings the comparison was run with.
+        search: folder of the search that chose its settings.
 
     Returns:
         findings: what it says; rows: the table, one mapping from column to text a (variant, epsilon); cells:
-        variant, epsilon, seed,
-        accuracy (a share), seconds and commit of every run; command, commit, hardware and seeds. `commit`
-        lists all commits the cells were made at; cells of several machines are refused.
+        variant, epsilon, seed, accuracy (a share), seconds and commit of every run; command, commit, hardware
+        and seeds. `commit` lists all commits the cells were made at; cells of several machines are refused.
+        search: command, commit, seconds, held-out examples and every trial of it, or None.
 
     Raises:
         InputError: the folder has no cells.json, lacks cells of the comparison or holds cells of other
@@ -82,6 +86,18 @@ def collect(folder: Path, name: str, overrides: Sequence[str] = ()) -> dict[str,
             }
             for cell in cells
         ],
+        "search": None if search is None else _search(search, name),
+    }
+
+
+def _search(folder: Path, name: str) -> dict[str, Any]:
+    """Return what is kept of the search in `folder`, for the comparison of this name."""
+    held = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
+    parts = ("variant", "epsilon", "settings", "score")
+    return {
+        "command": f"fedsim tune tune/{Path(name).stem}",
+        **{key: held[key] for key in ("commit", "seconds", "holdout_examples", "epsilons")},
+        "trials": [{part: trial[part] for part in parts} for trial in held["trials"]],
     }
 
 
@@ -111,9 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, required=True, metavar="results/NAME.json")
     parser.add_argument("--config", metavar="FILE", help="the comparison, where it is not compare/NAME")
+    parser.add_argument("--search", type=Path, metavar="FOLDER", help="of the search that chose the settings")
     options = parser.parse_args(arguments)
     try:
-        held = collect(options.folder, options.config or options.json.stem, options.overrides)
+        held = collect(options.folder, options.config or options.json.stem, options.overrides, options.search)
     except FedsimError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

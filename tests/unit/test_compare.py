@@ -178,7 +178,17 @@ def test_a_finished_comparison_becomes_a_result_file(
     out = tmp_path / "results" / "holders.json"
     assert trust_models.main([str(finished), "--json", str(out), "--config", source]) == 0
     held = json.loads(out.read_text())
-    assert set(held) == {"command", "commit", "hardware", "seeds", "seconds", "findings", "rows", "cells"}
+    assert set(held) == {
+        "command",
+        "commit",
+        "hardware",
+        "seeds",
+        "seconds",
+        "findings",
+        "rows",
+        "cells",
+        "search",
+    }
     assert held["command"] == f"fedsim compare {source}"
     assert held["seeds"] == [0, 1]
     assert held["hardware"] == provenance.hardware()
