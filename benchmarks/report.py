@@ -85,10 +85,11 @@ def _search(held: dict[str, Any]) -> str:
         return ""
     rows = len({(trial["variant"], trial["epsilon"]) for trial in search["trials"]})
     budgets = ", ".join(f"{epsilon:g}" for epsilon in search["epsilons"])
+    cost = f"{len(search['trials'])} runs, {search['seconds'] / 60:.0f} minutes"
     return (
         f"\nSettings: the best of {len(search['trials']) // rows} trials for every variant at epsilon "
-        f"{budgets} (`{search['command']}`: {len(search['trials'])} runs, {search['seconds'] / 60:.0f} minutes), "
-        f"by {search['holdout_examples']:,} held-out training examples. Epsilon does not count the search.\n"
+        f"{budgets}, by {search['holdout_examples']:,} held-out training examples (`{search['command']}`: "
+        f"{cost}). Epsilon does not count the search.\n"
     )
 
 

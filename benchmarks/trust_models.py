@@ -5,9 +5,9 @@
     python -m benchmarks.report
 
 Settings that `fedsim tune` chose come with what the search cost: --search runs/tune/TITLE. The name of the
-JSON file says which comparison of configs/compare/ it is. Every cell of that comparison must be in the folder,
-finished, with exactly its configuration, so that a table never mixes settings; overrides that were given to
-`fedsim compare` are given here too. Nothing is trained.
+JSON file says which comparison of configs/compare/ it is. Every cell of that comparison must be in the
+folder, finished, with exactly its configuration, so that a table never mixes settings; overrides that were
+given to `fedsim compare` are given here too. Nothing is trained.
 """
 
 from __future__ import annotations
