@@ -135,6 +135,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "dropout-rates": lambda: comparison("dropout_rates", [*COSTS, "survivors needed"]),
         "offline-holders": lambda: comparison("offline_holders", [HOLDERS]),
         "local-steps": lambda: comparison("local_steps", [HOLDERS]),
+        "fashion-records": lambda: comparison("fashion_records"),
         "ablation": ablation,
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
