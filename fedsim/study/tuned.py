@@ -16,13 +16,17 @@ from fedsim.validate import InputError
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen for a variant at a budget, with its score on held-out examples."""
+    """What was chosen for a variant at a budget, with its score on held-out examples.
+
+    `trials` is null where it had as many as all others.
+    """
 
     variant: str = ""
     epsilon: float | None = None
     settings: list[str] = field(default_factory=list)
     score: float = math.nan
     at_the_edge: list[str] = field(default_factory=list)
+    trials: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,11 @@ class Tuned:
         """Return the text of the file."""
         return str(OmegaConf.to_yaml(OmegaConf.structured(self)))
 
-    def about(self) -> list[str]:
+    def about(self, trials: int | None = None) -> list[str]:
         """Return the overrides that say in a configuration how its settings were chosen."""
         return [
             "tuning.mode=free",
-            f"tuning.trials={self.trials}",
+            f"tuning.trials={trials or self.trials}",
             f"tuning.held_out_examples={self.held_out_examples}",
         ]
 
@@ -85,7 +89,7 @@ class Tuned:
                 "it too, or leave `tuned` out."
             )
         nearest = min(mine, key=lambda entry: _distance(entry.epsilon, epsilon))
-        return [*nearest.settings, *self.about()]
+        return [*nearest.settings, *self.about(nearest.trials)]
 
 
 def _distance(one: float | None, other: float | None) -> float:

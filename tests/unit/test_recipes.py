@@ -22,7 +22,9 @@ from tests.conftest import command
 FAMILIES = ("de2022", "kurakin2022")
 HEADS = ("mehta2022", "mehta2023")
 """Papers of which the last layer alone is trained, on public features."""
-RECIPES = sorted(p for family in FAMILIES + HEADS for p in (CONFIG_DIR / family).glob("*.yaml"))
+ENDS = ("papernot2021",)
+"""Small networks from end to end."""
+RECIPES = sorted(p for family in FAMILIES + HEADS + ENDS for p in (CONFIG_DIR / family).glob("*.yaml"))
 STATUSES = {"verified", "recalled", "secondary", "computed"}
 BUDGETS = (0.1, 0.5, 1, 2, 4, 8)
 
