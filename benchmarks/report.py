@@ -23,7 +23,7 @@ from fedsim import presets
 from fedsim.config import CONFIG_DIR
 from fedsim.report.markers import missing, provenance, table, update
 from fedsim.report.significance import half_width, holm, paired
-from fedsim.report.table import NOTE, RESULTS
+from fedsim.report.table import RESULTS
 from fedsim.strategies import STRATEGIES
 from fedsim.validate import FedsimError
 
@@ -72,10 +72,9 @@ def comparison(name: str, more: Sequence[str] = ()) -> str:
             f"FOLDER --json results/{name}.json`.\n"
         )
     columns = [*RESULTS, *more]
-    seeds = f"\n{len(held['seeds'])} seeds. {NOTE}\n"
     said = "\n".join(f"* {sentence}" for sentence in held["findings"])
     rows = [[row[column] for column in columns] for row in held["rows"]]
-    return f"{said}\n\n{table(columns, rows)}{seeds}{_search(held)}{provenance(held)}"
+    return f"{said}\n\n{table(columns, rows)}\n{held['note']}\n{_search(held)}{provenance(held)}"
 
 
 def _search(held: dict[str, Any]) -> str:
@@ -89,7 +88,7 @@ def _search(held: dict[str, Any]) -> str:
     return (
         f"\nSettings: the best of {len(search['trials']) // rows} trials for every variant at epsilon "
         f"{budgets}, by {search['holdout_examples']:,} held-out training examples (`{search['command']}`: "
-        f"{cost}). Epsilon does not count the search.\n"
+        f"{cost}). Other budgets take the nearest. Epsilon does not count the search.\n"
     )
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fedsim import loading
+from fedsim.headline import Metric
 from fedsim.report.cells import Cell
 from fedsim.report.findings import findings
-from fedsim.report.table import table
+from fedsim.report.table import note, table
 from fedsim.study import compare
 from fedsim.validate import FedsimError, InputError
 
@@ -39,8 +40,8 @@ def collect(
         search: folder of the search that chose its settings.
 
     Returns:
-        findings: what it says; rows: the table, one mapping from column to text a (variant, epsilon); cells:
-        variant, epsilon, seed, accuracy (a share), seconds and commit of every run; command, commit, hardware
+        findings and note: what it says; rows: the table, a mapping from column to text each; cells:
+        variant, epsilon, seed, the headline, seconds and commit of every run; command, commit, hardware
         and seeds. `commit` lists all commits the cells were made at; cells of several machines are refused.
         search: command, commit, seconds, held-out examples and every trial of it, or None.
 
@@ -53,16 +54,16 @@ def collect(
     planned = compare.cells(compare.load(source), list(overrides))
     command = " ".join(["fedsim compare", source, *overrides])
     now = _digests(folder)
-    by_config = {now.get(cell.result["config"], ""): cell for cell in found}
-    missing = [cell.folder for cell in planned if cell.config.digest() not in by_config]
+    by_config = {(cell.variant, now.get(cell.result["config"], "")): cell for cell in found}
+    wanted = {(cell.variant, cell.config.digest()): cell.folder for cell in planned}
+    missing = [folder for key, folder in wanted.items() if key not in by_config]
     if missing:
         raise InputError(
             f"{folder} lacks {len(missing)} of the {len(planned)} cells of {source}, first {missing[0]}. Run "
             f"`{command} --out {folder}`; give here the overrides the comparison was run with."
         )
-    wanted = {cell.config.digest() for cell in planned}
-    cells = [by_config[cell.config.digest()] for cell in planned]
-    if foreign := [cell.variant for digest, cell in by_config.items() if digest not in wanted]:
+    cells = [by_config[key] for key in wanted]
+    if foreign := [cell.variant for key, cell in by_config.items() if key not in wanted]:
         raise InputError(
             f"{folder} also holds cells of other settings: {foreign[0]}. Use a folder of its own."
         )
@@ -77,12 +78,14 @@ def collect(
         "seconds": sum(cell.result["seconds"] for cell in cells),
         "findings": findings(cells),
         "rows": table(cells),
+        "note": note(cells),
         "cells": [
             {
                 "variant": cell.variant,
                 "epsilon": cell.epsilon,
                 "seed": cell.seed,
-                **{key: cell.result[key] for key in ("accuracy", "seconds", "commit")},
+                Metric.of(cell.result).name: cell.result[Metric.of(cell.result).name],
+                **{key: cell.result[key] for key in ("seconds", "commit")},
             }
             for cell in cells
         ],

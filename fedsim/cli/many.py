@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
     )
     config_arguments(compare)
     compare.add_argument("--out", type=Path, help="folder of the comparison (default: runs/compare/TITLE)")
+    compare.set_defaults(goes_on="the same command")
 
     repeat = command(
         commands,
@@ -49,6 +50,7 @@ def add(commands: Any) -> None:
         help="also write the result here, as results/NAME.json",
     )
     repeat.add_argument("--out", type=Path, help="folder of the runs (default: runs/repeat/TITLE)")
+    repeat.set_defaults(goes_on="the same command")
 
 
 def _compare(options: argparse.Namespace) -> Any:
@@ -57,7 +59,7 @@ def _compare(options: argparse.Namespace) -> Any:
 
     from fedsim.engine.run_folder import file_name
     from fedsim.report.findings import findings
-    from fedsim.report.table import COSTS, RESULTS, costs, table
+    from fedsim.report.table import COSTS, RESULTS, costs, note, table
     from fedsim.study import compare
 
     wanted = compare.load(options.config)
@@ -66,7 +68,7 @@ def _compare(options: argparse.Namespace) -> Any:
     done = compare.run(wanted, options.overrides, out, runner_of("local"), sys.stderr, typed)
     if not options.json:
         console = Console()
-        print("\n".join(findings(done)))
+        print("\n".join(findings(done)), note(done), sep="\n")
         for columns, rows in ((RESULTS, table(done)), (COSTS, costs(done))):
             shown = show.table(*columns)
             for row in rows:

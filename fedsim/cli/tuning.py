@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
         "--keep", action="store_true", help="with --private: keep the trials, which must stay hidden"
     )
     tune.add_argument("--out", type=Path, help="folder of the search (default: runs/tune/TITLE)")
+    tune.set_defaults(goes_on="the same command")
 
 
 def _tune(options: argparse.Namespace) -> Any:
@@ -72,7 +73,7 @@ def _free(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str, A
                 "\n".join(one.trial.settings),
                 "\n".join(one.trial.edges) or "-",
             )
-        Console(width=max(100, Console().width)).print(table)
+        Console().print(table)
         if any(one.trial.edges for one in best.values()):
             print("A setting at the edge of its range may be better beyond it: widen the range.")
         first = out / "chosen" / f"{tune.name_of(*next(iter(best)))}.yaml"

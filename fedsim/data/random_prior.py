@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedsim import seeds
-from fedsim.data import random_features, random_images, whitening
+from fedsim.data import random_features, random_images, scattering, whitening
 from fedsim.validate import InputError
 
 WEIGHTS = Path(__file__).with_name("embedded") / "random_prior.safetensors"
@@ -29,7 +29,7 @@ CHANNELS = (24, 112, 224)  # of the stages, each at half the size of the one bef
 GRID = 4  # features are averages over 4 x 4 parts of the image, of the last two stages
 WIDTH = GRID**2 * sum(CHANNELS[1:])
 WHITENING_IMAGES = 4000
-BATCH = 256  # of `scattering` too, whose features stand beside these
+BATCH = scattering.BATCH  # whose features stand beside these, batch by batch
 
 
 class Encoder(nn.Module):
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         return self.stages(images)[1].mean((2, 3))
 
 
-def output_shape(image_shape: tuple[int, ...], scattering: bool) -> tuple[int]:
+def output_shape(image_shape: tuple[int, ...], with_scattering: bool) -> tuple[int]:
     """Return (D,) for grey images (H, W, 1) of at least 8 x 8 pixels; raises InputError for others."""
     height, width, channels = image_shape
     if channels != 1 or min(height, width) < 8:
@@ -60,17 +60,17 @@ def output_shape(image_shape: tuple[int, ...], scattering: bool) -> tuple[int]:
             "data.features=random_prior must get grey images of at least 8 x 8 pixels, got "
             f"{height} x {width} with {channels} channels. Leave data.features out."
         )
-    return (WIDTH + (random_features.WIDTH if scattering else 0),)
+    return (WIDTH + (random_features.WIDTH if with_scattering else 0),)
 
 
-def version(scattering: bool) -> str:
+def version(with_scattering: bool) -> str:
     """Return what identifies the map: its weights and constants, and the scattering beside it."""
     weights = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     own = f"random prior {weights} grid={GRID} whitened {whitening.RIDGE} by {WHITENING_IMAGES} v1"
-    return f"{own}; {random_features.version()}" if scattering else own
+    return f"{own}; {random_features.version()}" if with_scattering else own
 
 
-def compute(images: NDArray[np.uint8], scattering: bool) -> Iterator[NDArray[np.float32]]:
+def compute(images: NDArray[np.uint8], with_scattering: bool) -> Iterator[NDArray[np.float32]]:
     """Yield the features of consecutive images, batch by batch; about 5 ms an image on one core, 10 with
     scattering.
 
@@ -81,15 +81,17 @@ def compute(images: NDArray[np.uint8], scattering: bool) -> Iterator[NDArray[np.
     Yields:
         (n, D) float32, n up to 256.
     """
-    whiten = _whitening(*images.shape[1:3], scattering)
-    for features in _features(images, scattering):
+    whiten = _whitening(*images.shape[1:3], with_scattering)
+    for features in _features(images, with_scattering):
         yield whiten(features).numpy()
 
 
-def _features(images: NDArray[np.uint8], scattering: bool) -> Iterator[Tensor]:
+def _features(images: NDArray[np.uint8], with_scattering: bool) -> Iterator[Tensor]:
     """Yield (n, D) before whitening; the part of each stage, and that of scattering, has mean 0 and standard
     deviation 1 in a row."""
-    beside: Iterator[Tensor | None] = random_features.lifted(images) if scattering else itertools.repeat(None)
+    beside: Iterator[Tensor | None] = (
+        random_features.lifted(images) if with_scattering else itertools.repeat(None)
+    )
     for start in range(0, len(images), BATCH):
         planes = torch.tensor(images[start : start + BATCH]).movedim(-1, 1).float() / 255
         seen = encoded(planes)
@@ -106,11 +108,11 @@ def encoded(images: Tensor) -> Tensor:
 
 
 @functools.lru_cache
-def _whitening(height: int, width: int, scattering: bool) -> whitening.Whitening:
+def _whitening(height: int, width: int, with_scattering: bool) -> whitening.Whitening:
     generator = seeds.torch_stream(0, "images that whiten the random prior")
     shapes = random_images.draw(WHITENING_IMAGES, height, width, generator)
     images = (255 * shapes).round().to(torch.uint8).movedim(1, -1).numpy()
-    return whitening.fit(torch.cat(list(_features(images, scattering))))
+    return whitening.fit(torch.cat(list(_features(images, with_scattering))))
 
 
 @functools.lru_cache

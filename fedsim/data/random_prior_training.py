@@ -1,10 +1,12 @@
 """Teach the encoder of `random_prior` to tell images of random processes apart.
 
-    python -m fedsim.data.random_prior_training [--steps 2500] [--out FILE]
+    python -m fedsim.data.random_prior_training [--steps 2500] [--out random_prior.safetensors]
 
 Contrastive learning (Chen et al. 2020, SimCLR): two views of each of BATCH images, and a loss that asks which
-two belong together. Images, views and initial weights come from fixed keys, so the same machine makes the
-same weights. No data is read. About an hour on one core with bfloat16.
+two belong together. Images, views and initial weights come from fixed keys and one thread does the sums, so
+the same kind of processor makes the same weights again; another one rounds differently. No data is read.
+About an hour on one core with bfloat16. Without --out the weights go to the working folder: those of the
+package are a constant of the feature map.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from fedsim import seeds
 from fedsim.data import random_images, random_prior
 
-BATCH = 256
+BATCH = 256  # images a step, two views of each
 EDGE = 28
 TEMPERATURE = 0.15
 RATE = 2e-3
@@ -121,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--out", type=Path, default=random_prior.WEIGHTS)
+    parser.add_argument("--out", type=Path, default=Path("random_prior.safetensors"))
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # the same sums on every machine, whatever its cores
+    torch.set_num_threads(1)  # the same sums whatever the number of cores
     state = train(options.steps).state_dict()
     save_file({name: value.half().contiguous() for name, value in state.items()}, options.out)
     return 0

@@ -1,9 +1,10 @@
 """Whitening of features by images that are nobody's: less length where all images are alike.
 
-x' = (I + S / r)^(-1/2) (x - m), with m and S the mean and the covariance of the features of `silhouettes` and
-r a ridge: regularised ZCA whitening (Bell and Sejnowski 1997). A clipped gradient of a linear head is as long
-as its example's features, so what they have in common with any image drowns what tells them apart; scaled
-down, the rest takes more of the clip bound. DP-FC (Mehta et al. 2023) pays for the private covariance to the
+x' = (I + S / r)^(-1/2) (x - m), with m and S the mean and covariance of the features of images that nobody
+owns (`silhouettes`, or `random_images` for the prior they taught) and r a ridge: regularised ZCA whitening
+(Bell and Sejnowski 1997). A clipped gradient of a linear head is as long as its example's features, so what
+they have in common with any image drowns what tells them apart; scaled down, the rest takes more of the clip
+bound. DP-FC (Mehta et al. 2023) pays for the private covariance to the
 same end; this one is a constant of the feature map and costs no privacy.
 """
 

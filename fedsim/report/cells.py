@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedsim.headline import Metric
-from fedsim.report import significance
+from fedsim.report import claim, significance
 from fedsim.report.significance import Difference
 
 
@@ -23,6 +23,7 @@ class Cell:
         result: its result.json.
         curve: (step, headline) over its course.
         settings: what its variant changes in the recipe, as "key=value".
+        held_out: whether it was judged by held-out training examples in place of the test data.
     """
 
     variant: str
@@ -31,6 +32,7 @@ class Cell:
     result: dict[str, Any]
     curve: list[tuple[int, float]]
     settings: list[str] = field(default_factory=list)
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,21 @@ class Group:
         return [cell.result[self.headline.name] for cell in sorted(self.cells, key=lambda c: c.seed)]
 
     @property
+    def judged_by(self) -> str:
+        """The headline's name, with what it was computed on."""
+        return f"{'held-out' if self.cells[0].held_out else 'test'} {self.headline.name}"
+
+    @property
+    def axis(self) -> str:
+        """The label of an axis of scores."""
+        return f"{'held-out' if self.cells[0].held_out else 'test'} {self.headline.label}"
+
+    @property
+    def protected(self) -> bool:
+        """Whether an epsilon can be claimed for some unit."""
+        return any(claim.number(spent["value"]) != claim.NONE for spent in self.result["epsilon"].values())
+
+    @property
     def mean(self) -> float:
         """Mean of the scores."""
         return statistics.mean(self.scores)
@@ -79,21 +96,18 @@ class Group:
         return low, middle, high
 
     def minus(self, other: Group) -> Difference:
-        """Return the difference to another group, seed by seed over those that both have finished."""
-        own, others = ({c.seed: c.result[self.headline.name] for c in g.cells} for g in (self, other))
-        both = sorted(set(own) & set(others))
-        if not both:
+        """Return the difference to another group, seed by seed; no test where they do not have the same
+        seeds, as in a comparison that is not finished."""
+        own, others = (sorted((c.seed, c.result[g.headline.name]) for c in g.cells) for g in (self, other))
+        if [seed for seed, _ in own] != [seed for seed, _ in others]:
             return Difference(self.mean - other.mean, None, None)
-        return significance.paired([own[s] for s in both], [others[s] for s in both])
+        return significance.paired([score for _, score in own], [score for _, score in others])
 
-    def said(self, value: float | None = None) -> str:
-        """Return the mean with its 95 % interval, or `value`, in the headline's unit."""
-        if value is not None:
-            return self.headline.shown(value)
+    def said(self) -> str:
+        """Return the mean with half its 95 % interval, in the headline's unit."""
         half = significance.half_width(self.scores)
         spread = "" if half is None else f" ± {self.headline.number(half)}"
-        unit = f" {self.headline.unit}".rstrip()
-        return f"{self.headline.number(self.mean)}{spread}{unit}"
+        return f"{self.headline.number(self.mean)}{spread} {self.headline.unit}".rstrip()
 
 
 def groups(cells: Iterable[Cell]) -> list[Group]:
@@ -113,10 +127,23 @@ def by_budget(found: Sequence[Group]) -> dict[float | None, list[Group]]:
     return out
 
 
-def neighbours(found: Sequence[Group]) -> list[Difference | None]:
-    """Return for each group what it is above or below the one before it at the same budget, None for the
-    first; p is adjusted for all of these tests (Holm)."""
-    pairs = zip(found[1:], found, strict=False)
-    raw = [own.minus(above) if own.epsilon == above.epsilon else None for own, above in pairs]
-    adjusted = iter(significance.holm([difference for difference in raw if difference is not None]))
-    return [None, *(None if difference is None else next(adjusted) for difference in raw)]
+Tests = dict[tuple[int, int], Difference]
+
+
+def pairwise(found: Sequence[Group]) -> Tests:
+    """Return by places (i, j), i > j, what group i is above or below group j, for all pairs of one budget.
+
+    All of them are one family: p is adjusted for their number (Holm), so that a page with no true difference
+    at all calls any two apart one time in twenty, whichever is looked at because it came out best.
+    """
+    pairs = [(i, j) for i, own in enumerate(found) for j in range(i) if own.epsilon == found[j].epsilon]
+    raw = [found[i].minus(found[j]) for i, j in pairs]
+    return dict(zip(pairs, significance.holm(raw), strict=True))
+
+
+def between(known: Tests, one: int, other: int) -> Difference:
+    """Return the difference of two groups of one budget, by their places."""
+    if one > other:
+        return known[one, other]
+    turned = known[other, one]
+    return replace(turned, mean=-turned.mean)

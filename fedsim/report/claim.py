@@ -32,7 +32,9 @@ def delta(spent: Mapping[str, Any]) -> str:
 def number(value: Any) -> str:
     """Return the value for a table cell whose heading says the rest, `NONE` where none can be claimed."""
     finite = _finite(value)
-    return NONE if finite is None or finite > NO_CLAIM_ABOVE else f"{finite:.4g}"
+    if finite is None or finite > NO_CLAIM_ABOVE:
+        return NONE
+    return f"{finite:.0f}" if finite >= 100 else f"{finite:.3g}"
 
 
 def _finite(value: Any) -> float | None:

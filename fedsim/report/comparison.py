@@ -12,7 +12,7 @@ from fedsim.report.cells import Cell
 from fedsim.report.findings import findings
 from fedsim.report.page import About, page
 from fedsim.report.plain import as_json
-from fedsim.report.table import COLUMNS, COSTS, NOTE, RESULTS, costs, table
+from fedsim.report.table import COLUMNS, COSTS, RESULTS, costs, note, table
 
 
 def write(cells: Sequence[Cell], about: About, out: Path) -> None:
@@ -29,7 +29,7 @@ def _markdown(cells: Sequence[Cell], rows: Sequence[dict[str, str]]) -> str:
     parts = [
         "\n".join(findings(cells)) + "\n",
         markers.table(RESULTS, [[row[c] for c in RESULTS] for row in rows]),
-        NOTE + "\n",
+        note(cells) + "\n",
         markers.table(COSTS, [list(row.values()) for row in costs(cells)]),
     ]
     return "\n".join(parts)

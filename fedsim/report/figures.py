@@ -68,11 +68,13 @@ def _legend(axes: Any) -> None:
 
 def _budgets(found: Sequence[Group], colours: dict[str, str]) -> Figure:
     headline = found[0].headline
-    figure, axes = _axes("target epsilon", f"test {headline.label}")
+    figure, axes = _axes("target epsilon", found[0].axis)
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for group in found:
         if group.epsilon is None:
-            label = f"{group.variant} (no budget)"
+            label = (
+                f"{group.variant} (budget of its own)" if group.protected else f"{group.variant} (no privacy)"
+            )
             colour = colours[group.variant]
             axes.axhline(headline.scale * group.mean, linestyle="--", color=colour, label=label)
         else:
@@ -92,7 +94,7 @@ def _budgets(found: Sequence[Group], colours: dict[str, str]) -> Figure:
 def _curves(rivals: Sequence[Group], colours: dict[str, str]) -> Figure:
     """Means over seeds, a line a variant; dashed where it has no budget and others do."""
     headline = rivals[0].headline
-    figure, axes = _axes("step", f"test {headline.label}")
+    figure, axes = _axes("step", rivals[0].axis)
     for group in rivals:
         steps = [step for step, _ in group.cells[0].curve]
         curves = [[score for _, score in c.curve] for c in group.cells if len(c.curve) == len(steps)]

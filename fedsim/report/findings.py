@@ -5,65 +5,84 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedsim.report import claim, significance
-from fedsim.report.cells import Cell, Group, by_budget, groups
+from fedsim.report import claim
+from fedsim.report.cells import Cell, Group, Tests, between, groups, pairwise
 
 
 def findings(cells: Sequence[Cell]) -> list[str]:
     """Return a sentence a budget: what scores best, what cannot be told from it, and what falls behind.
 
-    Each variant is compared with the best of its budget by a paired t-test over the seeds at 5 %, adjusted
-    for the tests of that budget (Holm); the best of the variants without privacy is named beside them.
+    Told apart is what `cells.pairwise` tells apart at 5 %; the best of the variants without privacy is named
+    beside those that have a budget.
     """
-    found = by_budget(groups(cells))
-    without = [g for group in found.values() for g in group if _unprotected(g)]
+    found = groups(cells)
+    known = pairwise(found)
+    budgets = dict.fromkeys(group.epsilon for group in found)
+    places = {epsilon: [i for i, g in enumerate(found) if g.epsilon == epsilon] for epsilon in budgets}
+    without = [group for group in found if not group.protected]
     sentences = []
-    for epsilon, rivals in found.items():
-        private = [g for g in rivals if g not in without] if epsilon is not None else rivals
-        if epsilon is None and len(found) > 1 and all(g in without for g in rivals):
+    for epsilon, rivals in places.items():
+        if epsilon is None and len(places) > 1 and all(found[i] in without for i in rivals):
             continue  # named beside the others
-        sentences.append(_sentence(epsilon, private or rivals, without if epsilon is not None else []))
+        beside = [] if epsilon is None else without
+        private = [i for i in rivals if found[i] not in beside] or rivals
+        sentences.append(_sentence(found, private, known, beside))
     return sentences
 
 
-def _sentence(epsilon: float | None, rivals: Sequence[Group], without: Sequence[Group]) -> str:
-    headline = rivals[0].headline
-    best = _best(rivals)
-    others = [g for g in rivals if g is not best]
-    tests = significance.holm([best.minus(g) for g in others])
-    ranked = sorted(zip(others, tests, strict=True), key=lambda pair: abs(pair[1].mean))
-    behind = [(g.variant, abs(test.mean)) for g, test in ranked if test.significant]
-    same = [g.variant for g, test in ranked if not test.significant]
-    at = "" if epsilon is None else f"At epsilon {epsilon:g}, "
-    if not others:
-        text = f"{at}{best.variant} reaches a test {headline.name} of {best.said()}"
-    elif not behind:
-        why = " by one seed" if all(test.p is None for test in tests) else ""
-        worst = max(others, key=lambda g: abs(g.mean - best.mean))
-        text = (
-            f"{at}no difference can be told{why}: test {headline.name} from {worst.said()} ({worst.variant}) "
-            f"to {best.said()} ({best.variant})"
-        )
-    else:
-        text = f"{at}{best.variant} has the best test {headline.name}, {best.said()}"
+def _sentence(found: Sequence[Group], rivals: Sequence[int], known: Tests, without: Sequence[Group]) -> str:
+    first = found[rivals[0]]
+    place = max(rivals, key=lambda i: _rank(found[i]))
+    best, headline, at = found[place], first.headline, _at([found[i] for i in rivals])
+    change = {i: between(known, place, i) for i in rivals if i != place}
+    ranked = sorted(change, key=lambda i: abs(change[i].mean))
+    behind = [i for i in ranked if change[i].significant]
+    same = [found[i].variant for i in ranked if not change[i].significant]
+    if not change:
+        text = f"{at}{best.variant} reaches a {best.judged_by} of {best.said()}"
+    elif behind:
+        text = f"{at}{best.variant} has the best {best.judged_by}, {best.said()}"
         text += f"; not told from it: {_list(same)}" if same else ""
         unit = "points" if headline.unit == "%" else headline.unit
-        told = [f"{variant} by {headline.number(change)}" for variant, change in behind]
+        told = [f"{found[i].variant} by {headline.number(abs(change[i].mean))}" for i in behind]
         text += f"; behind: {_list(told)} {unit}".rstrip()
+    else:
+        pairs = [between(known, i, j) for i in rivals for j in rivals if i > j]
+        any_told = any(pair.significant for pair in pairs)
+        few = all(pair.p is None for pair in pairs)
+        what = "the best is not told from any other" if any_told else "no difference can be told"
+        worst = found[ranked[-1]]
+        text = (
+            f"{at}{what}{', for too few seeds' if few else ''}: {best.judged_by} from {worst.said()} "
+            f"({worst.variant}) to {best.said()} ({best.variant})"
+        )
     if without:
-        top = _best(without)
+        top = max(without, key=_rank)
         text += f". Without privacy: {top.said()} ({top.variant})"
     return text[0].upper() + text[1:] + "."
 
 
-def _best(rivals: Sequence[Group]) -> Group:
-    sign = 1 if rivals[0].headline.higher_is_better else -1
-    return max(rivals, key=lambda g: sign * g.mean)
+def _at(rivals: Sequence[Group]) -> str:
+    """Say at which epsilon these stand, each unit's own where they have no common budget."""
+    if rivals[0].epsilon is not None:
+        return f"At epsilon {rivals[0].epsilon:g}, "
+    own = sorted({_spent(group) for group in rivals} - {math.inf})
+    if len(rivals) == 1 or not own:
+        return ""
+    return (
+        f"At epsilon {own[0]:.3g}, " if len(own) == 1 else f"At epsilons from {own[0]:.3g} to {own[-1]:.3g}, "
+    )
 
 
-def _unprotected(group: Group) -> bool:
-    values = [spent["value"] for spent in group.result["epsilon"].values()]
-    return all(value is None or not math.isfinite(value) for value in values)
+def _spent(group: Group) -> float:
+    """The epsilon of the unit that a group protects, infinite where there is none."""
+    trust, spent = group.result["trust"], group.result["epsilon"]
+    value = spent.get(trust["unit"], {}).get("value")
+    return math.inf if value is None else float(value)
+
+
+def _rank(group: Group) -> float:
+    return group.mean if group.headline.higher_is_better else -group.mean
 
 
 def _list(items: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fedsim.report import claim, figures, markers
 from fedsim.report.cells import Cell, Group, groups
 from fedsim.report.findings import findings, promise
-from fedsim.report.table import COSTS, NOTE, RESULTS, costs, table
+from fedsim.report.table import COSTS, RESULTS, costs, note, table
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d0d0; --quiet: #595959; }
@@ -34,12 +34,14 @@ class About:
         recipe: configuration every cell starts from.
         overrides: "key=value" strings for all cells.
         command: what makes the page again.
+        runs: how many there are to be; None: those that are there.
     """
 
     title: str
     recipe: str = ""
     overrides: Sequence[str] = field(default_factory=tuple)
     command: str = ""
+    runs: int | None = None
 
 
 def page(cells: Sequence[Cell], about: About) -> str:
@@ -55,14 +57,20 @@ def page(cells: Sequence[Cell], about: About) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f'<body><h1>{title}</h1><p class="lead">{_text(first)}</p>'
+        f'<body><h1>{title}</h1>{_unfinished(cells, about)}<p class="lead">{_text(first)}</p>'
         + ("<ul>" + "".join(f"<li>{_text(o)}</li>" for o in others) + "</ul>" if others else "")
         + f'<section class="plots">{plots}</section>'
         + f"<h2>What each row promises</h2><dl>{promises}</dl>"
         + f"<h2>Costs</h2>{_table(COSTS, costs(cells))}"
-        + f"<h2>Results</h2>{_table(RESULTS, rows)}<p class='quiet'>{_text(NOTE)}</p>"
+        + f"<h2>Results</h2>{_table(RESULTS, rows)}<p class='quiet'>{_text(note(cells))}</p>"
         + f"<h2>How it was made</h2><dl>{_made(cells, about)}</dl></body></html>\n"
     )
+
+
+def _unfinished(cells: Sequence[Cell], about: About) -> str:
+    if about.runs in (None, len(cells)):
+        return ""
+    return f"<p><strong>Unfinished: {len(cells)} of {about.runs} runs are there.</strong></p>"
 
 
 def _made(cells: Sequence[Cell], about: About) -> str:

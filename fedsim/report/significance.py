@@ -37,7 +37,7 @@ class Difference:
     def verdict(self) -> str:
         """Return the p, or that there is nothing to tell."""
         if self.p is None:
-            return "one seed, no test"
+            return "no test: too few seeds of both"
         shown = "p < 0.001" if self.p < 0.001 else f"p {self.p:.2g}"
         return shown if self.significant else f"not significant, {shown}"
 
@@ -50,13 +50,16 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def paired(own: Sequence[float], other: Sequence[float]) -> Difference:
-    """Compare runs of the same seeds, in the same order, by a paired t-test (Student 1908)."""
+    """Compare runs of the same seeds, in the same order, by a paired t-test (Student 1908).
+
+    Where all differences are the same number, as few runs on few examples may give, by the sign test.
+    """
     changes = [a - b for a, b in zip(own, other, strict=True)]
     mean = statistics.mean(changes)
     if len(changes) < 2:
         return Difference(mean, None, None)
-    if len(set(changes)) == 1:  # the test divides by a spread of nothing
-        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    if len(set(changes)) == 1:  # the t-test divides by a spread of nothing: the sign test is left
+        return Difference(mean, 0.0, 1.0 if mean == 0 else 2.0 ** (1 - len(changes)))
     return Difference(mean, half_width(changes), float(stats.ttest_rel(own, other).pvalue))
 
 
@@ -65,8 +68,8 @@ def welch(own: Sequence[float], other: Sequence[float]) -> Difference:
     mean = statistics.mean(own) - statistics.mean(other)
     if min(len(own), len(other)) < 2:
         return Difference(mean, None, None)
-    if len(set(own)) == len(set(other)) == 1:
-        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    if len(set(own)) == len(set(other)) == 1:  # as in `paired`
+        return Difference(mean, 0.0, 1.0 if mean == 0 else 2.0 ** (1 - min(len(own), len(other))))
     test = stats.ttest_ind(own, other, equal_var=False)
     interval = test.confidence_interval(0.95)
     return Difference(mean, float(interval.high - interval.low) / 2, float(test.pvalue))

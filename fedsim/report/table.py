@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 
 from fedsim.report import claim
-from fedsim.report.cells import Cell, Group, groups, neighbours
+from fedsim.report.cells import Cell, Group, between, groups, pairwise
 from fedsim.report.significance import Difference
 
 RESULTS = ("variant", "epsilon per example", "epsilon per holder", "score", "against the row above")
@@ -14,17 +14,31 @@ COSTS = ("variant", "bytes per holder and step", "messages per step", "survivors
 OTHERS = ("unit", "trusted", "noise added", "holders' scores, 5% to 95%")
 COLUMNS = (*RESULTS, *COSTS[1:], *OTHERS)
 NOTE = (
-    "Score on public test data: mean over seeds ± half its 95 % interval. Against the row above, at the same "
-    "budget: the difference seed by seed, and the p of a paired t-test, adjusted for the tests of the table "
-    "(Holm). Epsilon: none where none can be claimed; per holder, of the largest one. Bytes up and down; "
-    "seconds of one run."
+    "Score: mean over seeds ± half its 95 % interval. Against the row above, at the same budget: the "
+    "difference seed by seed, and the p of a paired t-test, adjusted for all pairs within budgets (Holm). "
+    "Epsilon: none where none can be claimed; per holder, of the largest one."
 )
+
+
+def note(cells: Iterable[Cell]) -> str:
+    """Return what stands below the table: seeds, what the score is computed on, and how to read it."""
+    held = list(cells)
+    seeds = len({cell.seed for cell in held})
+    on = "private training examples that were held out" if held[0].held_out else "public test data"
+    tuned = dict.fromkeys(cell.result["tuning"] for cell in held if cell.result["tuning"])
+    chosen = "".join(f" Tuned: {how}." for how in tuned)
+    return f"{seeds} seed{'s' if seeds > 1 else ''}, judged by {on}. {NOTE}{chosen}"
 
 
 def table(cells: Iterable[Cell]) -> list[dict[str, str]]:
     """Return one row for each (variant, budget), by budget: `COLUMNS` as text."""
     found = groups(cells)
-    return [_row(group, above) for group, above in zip(found, neighbours(found), strict=True)]
+    known = pairwise(found)
+    above = [
+        between(known, i, i - 1) if i and group.epsilon == found[i - 1].epsilon else None
+        for i, group in enumerate(found)
+    ]
+    return [_row(group, difference) for group, difference in zip(found, above, strict=True)]
 
 
 def costs(cells: Iterable[Cell]) -> list[dict[str, str]]:

@@ -72,6 +72,8 @@ class Planned:
         return f"{name}{budget}-seed{self.seed}-{self.config.digest()[:8]}"
 
 
+_MARKUP = re.compile(r"[|<>\[\]`\x00-\x1f]")
+
 Runner = Callable[[Config, RunFolder], dict[str, Any]]
 
 
@@ -90,6 +92,12 @@ def load(source: str | Path) -> Comparison:
     for name, values in (("seeds", comparison_.seeds), ("epsilons", comparison_.epsilons)):
         if len(set(values)) != len(values):
             raise InputError(f"{path}: {name} must be different numbers, got {values}.")
+    for name in (comparison_.title, *comparison_.variants):
+        if _MARKUP.search(name):
+            raise InputError(
+                f"{path}: titles and names of variants stand in tables and on a page: they must hold none of "
+                f"| < > [ ] ` and no line break, got {name!r}."
+            )
     variants = {name: loading.located(given, path.parent) for name, given in comparison_.variants.items()}
     return dataclasses.replace(
         comparison_,
@@ -104,9 +112,10 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
     """Return every cell with its checked configuration.
 
     Raises:
-        InputError: a cell's configuration is wrong; names the variant.
+        InputError: a cell's configuration is wrong, has another seed or budget than its place in the table,
+            or is judged by something else than the others; names the variant.
     """
-    out = []
+    out: list[Planned] = []
     tuned = None if comparison_.tuned is None else Tuned.read(Path(comparison_.tuned))
     for variant, changes in comparison_.variants.items():
         for epsilon, seed in _grid(comparison_, changes):
@@ -117,8 +126,45 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
                 config = loading.load(comparison_.recipe, given)
             except InputError as error:
                 raise InputError(f"variant '{variant}': {error}") from error
+            _check_place(config, variant, epsilon, seed)
+            if out:
+                _check_comparable(out[0], variant, config)
             out.append(Planned(variant, epsilon, seed, config, [*changes, *chosen]))
     return out
+
+
+def _check_place(config: Config, variant: str, epsilon: float | None, seed: int) -> None:
+    """Refuse a run that a variant or an override makes another one than the table will call it."""
+    if config.seed != seed:
+        raise InputError(
+            f"variant '{variant}': seed must be {seed} in this run, got {config.seed}. The seeds of a "
+            "comparison are its key `seeds`."
+        )
+    if epsilon is not None and config.privacy.target_epsilon != epsilon:
+        raise InputError(
+            f"variant '{variant}': privacy.target_epsilon must be {epsilon:g} in this run, got "
+            f"{config.privacy.target_epsilon}. Budgets are the key `epsilons`; a variant with one of its own "
+            "says privacy.target_epsilon=NUMBER among its settings, and is compared with others of that kind."
+        )
+
+
+def _check_comparable(first: Planned, variant: str, config: Config) -> None:
+    """Refuse scores of different metrics or examples."""
+    for name, judged in _JUDGED.items():
+        own, other = judged(config), judged(first.config)
+        if own != other:
+            raise InputError(
+                f"variant '{variant}': {name} must be the same in all variants, whose scores are compared; "
+                f"got {own}, and {other} in '{first.variant}'. Set it under overrides."
+            )
+
+
+_JUDGED: dict[str, Callable[[Config], Any]] = {
+    "task": lambda config: config.task,
+    "data.name": lambda config: config.data.name,
+    "data.holdout_examples": lambda config: config.data.holdout_examples,
+    "data.test_examples": lambda config: config.data.test_examples,
+}
 
 
 def _grid(comparison_: Comparison, changes: list[str]) -> Iterator[tuple[float | None, int]]:
@@ -148,11 +194,12 @@ def run(
         command: what the page names as the way to make it again.
     """
     done: list[Cell] = []
+    planned = cells(comparison_, overrides)
     given = [*comparison_.overrides, *overrides]
-    about = About(comparison_.title, Path(comparison_.recipe).stem, given, command)
-    for cell, folder, result in finish(cells(comparison_, overrides), out, runner, log):
-        curve = _curve(folder, Metric.of(result))
-        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, curve, cell.settings))
+    about = About(comparison_.title, Path(comparison_.recipe).stem, given, command, len(planned))
+    for cell, folder, result in finish(planned, out, runner, log):
+        curve, held_out = _curve(folder, Metric.of(result)), bool(cell.config.data.holdout_examples)
+        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, curve, cell.settings, held_out))
         with validate.failures_as(RunError, f"the report in {out} was not written", "Repeat the command."):
             comparison.write(done, about, out)
     return done

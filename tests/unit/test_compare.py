@@ -98,6 +98,41 @@ def test_a_wrong_variant_is_found_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "variant", "message"),
+    [
+        (["seed=5"], "", "seed must be 0 in this run"),
+        (["privacy.target_epsilon=8"], "", "target_epsilon must be 2 in this run"),
+        ([], "  other: ['privacy={target_epsilon: 9}']", "target_epsilon must be 2 in this run"),
+        ([], "  other: [task.options.headline=loss]", "task must be the same"),
+        ([], "  other: [data.holdout_examples=100]", "data.holdout_examples must be the same"),
+        ([], "  other: [data.test_examples=50]", "data.test_examples must be the same"),
+        ([], "  'a | b': []", "none of"),
+        ([], '  "a\\nb": []', "no line break"),
+        ([], "  '[/x]': []", "none of"),
+    ],
+)
+def test_runs_that_are_not_what_their_row_says_are_refused(
+    given: list[str],
+    variant: str,
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny.write_text(f"{tiny.read_text()}{variant}\n")
+    assert command(["compare", str(tiny), *given, "--out", str(tmp_path / "out")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_that_is_not_finished_says_so(finished: Path) -> None:
+    cells = [Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
+    assert "Unfinished: 5 of 6 runs are there." in page(cells[:5], About("t", runs=6))
+    assert "Unfinished" not in page(cells, About("t", runs=6))
+    assert "Unfinished" not in (finished / "report.html").read_text()
+
+
 def test_unknown_key_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_text(tiny.read_text().replace("seeds:", "sedes:"))
     assert command(["compare", str(tiny)]) == 2
@@ -186,6 +221,7 @@ def test_a_finished_comparison_becomes_a_result_file(
         "seconds",
         "findings",
         "rows",
+        "note",
         "cells",
         "search",
     }
@@ -203,7 +239,7 @@ def test_a_finished_comparison_becomes_a_result_file(
     assert text.endswith("<!-- end holders -->\nb")
     assert "\nold\n" not in text
     assert held["rows"][0]["score"] in text
-    assert "\n2 seeds. " in text
+    assert "\n2 seeds, judged by public test data. " in text
     assert held["commit"] in text
     missing = report.PARTS["docs/comparisons.md"]["label-skew"]()
     assert "fedsim compare compare/label_skew" in missing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 from scipy import stats
 
 from fedsim.report import significance
-from fedsim.report.cells import Cell, groups, neighbours
+from fedsim.report.cells import Cell, between, groups, pairwise
 from fedsim.report.findings import findings, promise
 from fedsim.report.significance import Difference
-from fedsim.report.table import table
+from fedsim.report.table import note, table
 
 ACCURACY = {"name": "accuracy", "unit": "%", "higher_is_better": True}
 
@@ -37,7 +38,13 @@ def _cell(variant: str, epsilon: float | None, seed: int, score: float, **more: 
         "survivors_needed": "any",
     }
     headline = more.pop("headline", ACCURACY)
-    result = {headline["name"]: score, "headline": headline, "epsilon": {"example": spent}, "seconds": 1.0}
+    result = {
+        headline["name"]: score,
+        "headline": headline,
+        "epsilon": {"example": spent},
+        "seconds": 1.0,
+        "tuning": "",
+    }
     return Cell(variant, epsilon, seed, {**result, "trust": trust, "holder_scores": {}, **more}, [])
 
 
@@ -61,7 +68,8 @@ def test_intervals_and_tests_are_those_of_the_textbook() -> None:
         stats.ttest_ind(own, other, equal_var=False).pvalue
     )
     assert significance.paired([0.8, 0.7], [0.8, 0.7]) == Difference(0.0, 0.0, 1.0)
-    assert significance.paired([0.8], [0.7]).verdict == "one seed, no test"
+    assert significance.paired([0.8], [0.7]).p is None
+    assert significance.paired([0.715, 0.704], [0.713, 0.702]).p == 0.5, "a sign test of two seeds"
 
 
 def test_adjusted_tests_are_those_of_holm() -> None:
@@ -70,16 +78,19 @@ def test_adjusted_tests_are_those_of_holm() -> None:
     assert [d.tests for d in significance.holm(raw)] == [4, 4, 4, 4, 1]
 
 
-def test_chance_is_called_better_at_most_one_time_in_twenty() -> None:
-    """Eight variants that are all the same, compared 400 times: were each test taken by itself, some variant
-    would be called behind the luckiest one in most of the comparisons."""
+@pytest.mark.parametrize("examples", [100_000, 400])
+def test_chance_is_called_better_at_most_one_time_in_twenty(examples: int) -> None:
+    """Six variants at two budgets that are all the same, compared 400 times: were each test taken by
+    itself, a variant would be called behind the luckiest one in half of the comparisons."""
     random = np.random.default_rng(7)
-    told = sum(
-        "behind" in findings(_cells({f"v{i}": list(random.normal(0.8, 0.01, 5)) for i in range(8)}))[0]
-        for _ in range(400)
-    )
-    # Choosing the best first makes it worse than Holm's 5 %; each test by itself calls 55 % and more.
-    assert told / 400 < 0.25
+    told = 0
+    for _ in range(400):
+        cells = []
+        for epsilon in (1.0, 3.0):
+            scores = np.rint(random.normal(0.8, 0.01, (6, 5)) * examples) / examples
+            cells += _cells({f"v{i}": list(row) for i, row in enumerate(scores)}, epsilon)
+        told += any("behind" in sentence for sentence in findings(cells))
+    assert told / 400 < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
 
 
 def test_what_is_told_apart_is_said_with_its_size_and_the_rest_is_not() -> None:
@@ -97,7 +108,17 @@ def test_what_is_told_apart_is_said_with_its_size_and_the_rest_is_not() -> None:
     (said,) = findings(_cells({"a": scores["a"], "b": scores["b"]}))
     assert "no difference can be told: test accuracy from 80.04 ± " in said
     (said,) = findings(_cells({"a": [0.8], "b": [0.5]}))
-    assert "no difference can be told by one seed" in said
+    assert "no difference can be told, for too few seeds" in said
+    noisy = {"a": [0.70, 0.99, 0.72, 0.98, 0.75], "b": scores["a"], "c": scores["c"]}
+    (said,) = findings(_cells(noisy))
+    assert "the best is not told from any other" in said, "though b and c are"
+    held = [replace(cell, held_out=True) for cell in _cells(scores)]
+    assert "best held-out accuracy" in findings(held)[0]
+    assert "held out" in note(held)
+    own = _cells({"x": [0.8, 0.7]}, None) + _cells({"y": [0.7, 0.8]}, None)
+    for cell, value in zip(own, (277, 277, 4.24, 4.24), strict=True):
+        cell.result["epsilon"]["example"]["value"] = value
+    assert findings(own)[0].startswith("At epsilons from 4.24 to 277, no difference can be told")
     rmse = {"name": "rmse", "unit": "marks", "higher_is_better": False}
     (said,) = findings(_cells(scores, headline=rmse))
     assert said.startswith("At epsilon 1, c has the best test rmse")
@@ -110,17 +131,13 @@ def test_rows_are_compared_with_the_row_above_at_their_budget_over_the_seeds_bot
     shuffled = [*high[::-1], *low[::-1]]
     found = groups(shuffled)
     assert [(g.epsilon, g.variant) for g in found] == [(1.0, "b"), (1.0, "a"), (8.0, "b"), (8.0, "a")]
-    first, second, third, fourth = neighbours(found)
-    assert first is third is None
-    assert second is not None
-    assert second.mean == pytest.approx(0.29 / 3)
-    assert fourth is not None
-    assert fourth.mean == pytest.approx(-0.03)
-    assert fourth.tests == 2
-    partial = groups(low[:3] + low[4:])  # b lacks its first seed
-    _, only = neighbours(partial)
-    assert only is not None
-    assert only.mean == pytest.approx((0.61 + 0.63 - 0.71 - 0.72) / 2)
+    known = pairwise(found)
+    assert set(known) == {(1, 0), (3, 2)}, "pairs of one budget"
+    assert known[1, 0].mean == pytest.approx(0.29 / 3)
+    assert known[3, 2].mean == pytest.approx(-0.03)
+    assert between(known, 2, 3).mean == pytest.approx(0.03)
+    assert known[3, 2].tests == 2
+    assert pairwise(groups(low[:3] + low[4:]))[1, 0].p is None, "b lacks its first seed"
     rows = table(low + high)
     assert [row["against the row above"] for row in rows][::2] == ["-", "-"]
     assert rows[1]["against the row above"].startswith("-9.67 (p ")

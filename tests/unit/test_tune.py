@@ -294,7 +294,7 @@ def test_a_private_search_releases_the_best_and_nothing_of_the_others(
     assert private(path, out) == 0
     assert (out / "outcome.json").stat().st_mtime_ns == before, "a search that ended is not begun again"
     capsys.readouterr()
-    assert private(path, out, "privacy.target_epsilon=60") == 2
+    assert private(path, out, "train.ema_decay=0.5") == 2
     assert "folder of another search" in capsys.readouterr().err
 
 
