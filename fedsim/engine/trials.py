@@ -105,8 +105,11 @@ def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
         found = task.measures(outputs, targets)
     for what, values in found.items():
         _one_each(values, what, name)
-    lacking = {metric.name for metric in task.own_metrics} - set(found)
-    if lacking and type(task).meter is Task.meter:
+    with _named(f"meter of task {name}"):
+        meter = task.meter()
+        meter.add(outputs, targets)
+        lacking = {metric.name for metric in task.own_metrics} - set(meter.result())
+    if lacking:
         raise InputError(
             f"measures of task {name} must give all of own_metrics, but not {', '.join(sorted(lacking))}."
         )
