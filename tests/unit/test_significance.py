@@ -128,12 +128,13 @@ def test_what_is_told_apart_is_said_with_its_size_and_the_rest_is_not() -> None:
 def test_rows_are_compared_with_the_row_above_at_their_budget_over_the_seeds_both_have() -> None:
     low = _cells({"a": [0.70, 0.71, 0.72], "b": [0.60, 0.61, 0.63]})
     high = _cells({"a": [0.80, 0.81, 0.82], "b": [0.83, 0.84, 0.85]}, 8.0)
-    shuffled = [*high[::-1], *low[::-1]]
+    shuffled = [*high[::-1], *low[:3], *low[:2:-1]]  # the runs of b at 1 in another order than those of a
     found = groups(shuffled)
-    assert [(g.epsilon, g.variant) for g in found] == [(1.0, "b"), (1.0, "a"), (8.0, "b"), (8.0, "a")]
+    assert [(g.epsilon, g.variant) for g in found] == [(1.0, "a"), (1.0, "b"), (8.0, "b"), (8.0, "a")]
     known = pairwise(found)
     assert set(known) == {(1, 0), (3, 2)}, "pairs of one budget"
-    assert known[1, 0].mean == pytest.approx(0.29 / 3)
+    assert known[1, 0].mean == pytest.approx(-0.29 / 3)
+    assert known[1, 0].p is not None
     assert known[3, 2].mean == pytest.approx(-0.03)
     assert between(known, 2, 3).mean == pytest.approx(0.03)
     assert known[3, 2].tests == 2
