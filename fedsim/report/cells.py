@@ -134,7 +134,7 @@ def pairwise(found: Sequence[Group]) -> Tests:
     """Return by places (i, j), i > j, what group i is above or below group j, for all pairs of one budget.
 
     All of them are one family: p is adjusted for their number (Holm), so that a page with no true difference
-    at all calls any two apart one time in twenty, whichever is looked at because it came out best.
+    at all calls two apart at most one time in twenty, whichever is looked at because it came out best.
     """
     pairs = [(i, j) for i, own in enumerate(found) for j in range(i) if own.epsilon == found[j].epsilon]
     raw = [found[i].minus(found[j]) for i, j in pairs]

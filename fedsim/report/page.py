@@ -76,12 +76,10 @@ def _unfinished(cells: Sequence[Cell], about: About) -> str:
 def _made(cells: Sequence[Cell], about: About) -> str:
     results = [cell.result for cell in cells]
     basis = next(iter(results[0]["epsilon"].values()))
-    tuned = dict.fromkeys(r["tuning"] for r in results if r["tuning"])
     facts = [
         ("Command", [about.command]),
         ("Recipe and settings of all rows", [about.recipe, *about.overrides]),
         *((f"Settings of {_name(group)}", group.cells[0].settings) for group in groups(cells)),
-        ("Choice of settings", list(tuned)),
         ("Seeds", [", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))]),
         ("Epsilon", [f"at {claim.delta(basis)}, {basis['relation']}"]),
         ("Machine", list(dict.fromkeys(markers.machine(r["hardware"]) for r in results))),

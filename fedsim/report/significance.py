@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from scipy import stats
 
 LEVEL = 0.05
+ROUNDING = 1e-12  # of scores: differences closer than this are the same number
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def paired(own: Sequence[float], other: Sequence[float]) -> Difference:
     mean = statistics.mean(changes)
     if len(changes) < 2:
         return Difference(mean, None, None)
-    if len(set(changes)) == 1:  # the t-test divides by a spread of nothing: the sign test is left
+    # The t-test divides by the spread, which here is nothing but rounding: a sign test instead.
+    if max(changes) - min(changes) <= ROUNDING * max(map(abs, (*own, *other))):
         return Difference(mean, 0.0, 1.0 if mean == 0 else 2.0 ** (1 - len(changes)))
     return Difference(mean, half_width(changes), float(stats.ttest_rel(own, other).pvalue))
 

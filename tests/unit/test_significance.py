@@ -70,6 +70,8 @@ def test_intervals_and_tests_are_those_of_the_textbook() -> None:
     assert significance.paired([0.8, 0.7], [0.8, 0.7]) == Difference(0.0, 0.0, 1.0)
     assert significance.paired([0.8], [0.7]).p is None
     assert significance.paired([0.715, 0.704], [0.713, 0.702]).p == 0.5, "a sign test of two seeds"
+    rounded = significance.paired([0.3, 0.5, 0.9], [0.1, 0.3, 0.7])
+    assert rounded.p == 1 / 4, "the same difference three times, but for rounding"
 
 
 def test_adjusted_tests_are_those_of_holm() -> None:
