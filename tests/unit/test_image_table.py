@@ -127,6 +127,11 @@ def test_rows_of_a_declared_value_alone(tmp_path: Path) -> None:
     for some, all_ in ((held.train, every.train), (held.test, every.test)):
         assert np.array_equal(some.inputs, all_.inputs[frontal])
         assert np.array_equal(some.targets, all_.targets[frontal])
+    table = root / "train.csv"
+    table.write_text(table.read_text().replace(",Frontal,", ", Frontal ,", 1))
+    assert len(opened(root, CHEXPERT, only=FRONTAL).train) == len(frontal), (
+        "blanks around a word leave no row out"
+    )
 
 
 # --- EyePACS ----------------------------------------------------------------------------------------------
@@ -254,6 +259,7 @@ def test_blanks_without_a_rule_are_refused(tmp_path: Path) -> None:
             {"target": None, "classes": None, "labels": ["level"], "uncertain_of": {"levle": 1}},
             "every label of data.options.uncertain_of must be one of level, got 'levle'. Did you mean",
         ),
+        ({"only": {"level": True}}, "only.level must be a word or a number, got True"),
         ({"blank": 0}, "blank"),
         ({"holder": "level", "holder_in_path": "(x)"}, "both name the owner"),
         ({"holder_in_path": "("}, "must be a regular expression"),

@@ -102,6 +102,13 @@ class ImageTable(ImageFiles):
             if not _bit(meaning):
                 raise InputError(f"data.options.uncertain_of.{label} must be 0 or 1, got {meaning!r}.")
 
+        for column, value in self.only.items():
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise InputError(
+                    f"data.options.only.{column} must be a word or a number, got {value!r}: YAML reads yes, "
+                    "no, true and false as truth values. Put it in quotes."
+                )
+
     def _check_owner(self) -> None:
         if self.holder_in_path is None:
             return
