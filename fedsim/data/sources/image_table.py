@@ -169,7 +169,7 @@ class _Rows:
         used = [
             row
             for row in range(count)
-            if all(str(read[name][row]) == str(value) for name, value in source.only.items())
+            if all(str(read[name][row]).strip() == str(value) for name, value in source.only.items())
         ]
         if not used:
             among = f" with {source.only} (data.options.only)" if source.only else ""
