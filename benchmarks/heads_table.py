@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.tables import load
 from fedsim.report.markers import missing, provenance, table
-from fedsim.report.significance import welch
+from fedsim.report.significance import half_width, welch
 
 Cell = tuple[str, str, float | None]
 
@@ -42,7 +42,7 @@ def heads() -> str:
         rows.append(row)
     seeds = sorted({len(values) for (*_, epsilon), values in found.items() if epsilon is not None})
     note = (
-        f"\nTest accuracy in percent, mean ± standard deviation over {seeds[0]} to {seeds[-1]} seeds of "
+        f"\nTest accuracy in percent, mean ± half its 95 % interval over {seeds[0]} to {seeds[-1]} seeds of "
         "the noise (one number: one seed). Bold: the best mean at a budget.\n"
     )
     commits = ", ".join(dict.fromkeys(row["commit"] for row in held["rows"]))
@@ -53,7 +53,7 @@ def heads() -> str:
 
 def _text(values: list[float], best: float | bool) -> str:
     mean = statistics.mean(values)
-    text = f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+    text = f"{mean:.1f}" if (half := half_width(values)) is None else f"{mean:.1f} ± {half:.1f}"
     return f"**{text}**" if best is not False and mean == best else text
 
 
@@ -116,7 +116,7 @@ def picture(held: Mapping[str, Any]) -> Figure:
             line = sorted((e, v) for (f, m, e), v in found.items() if (f, m) == (features, method) and e)
             if line:
                 means = [statistics.mean(values) for _, values in line]
-                spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in line]
+                spread = [half_width(values) or 0.0 for _, values in line]
                 points = [epsilon for epsilon, _ in line]
                 panel.errorbar(points, means, spread, marker="o", ms=3, color=f"C{place}", label=method)
         panel.set_xscale("log")

@@ -10,6 +10,9 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from benchmarks import by_seed
+from fedsim.report.significance import half_width
+
 
 def batch_law(held: dict[str, Any]) -> Figure:
     """Accuracy and epsilon against the batch, noise in proportion: results/kurakin_law.json."""
@@ -21,7 +24,7 @@ def batch_law(held: dict[str, Any]) -> Figure:
     accuracy = left.errorbar(
         places,
         [statistics.mean(values) for values in reached],
-        yerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in reached],
+        yerr=[half_width(values) or 0.0 for values in reached],
         marker="o",
         capsize=4,
         color="C0",
@@ -40,6 +43,45 @@ def batch_law(held: dict[str, Any]) -> Figure:
     right.set_ylabel("epsilon per example")
     left.legend([accuracy, epsilon[0]], ["accuracy (left)", "epsilon (right)"], loc="upper right")
     return figure
+
+
+def holders(measured: dict[str, Any], law: dict[str, Any]) -> Figure:
+    """Accuracy against the number of holders under central and local noise, and what the law says of the
+    latter: results/holders.json and results/holders_law.json."""
+    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    found = by_seed.accuracy(measured)
+    for trust, marker in (("central", "o"), ("local", "s")):
+        mine = {
+            variant: list(scores.values()) for variant, scores in found.items() if variant.startswith(trust)
+        }
+        axes.errorbar(
+            [_holders(variant) for variant in mine],
+            [statistics.mean(scores) for scores in mine.values()],
+            yerr=[half_width(scores) or 0.0 for scores in mine.values()],
+            fmt=marker,
+            capsize=4,
+            label=f"{trust} noise",
+        )
+    expected = by_seed.accuracy(law)
+    axes.plot(
+        [_holders(variant) for variant in expected],
+        [statistics.mean(scores.values()) for scores in expected.values()],
+        "--",
+        color="C1",
+        label="law: central noise times the root of holders",
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("holders")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylim(0, 100)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    return figure
+
+
+def _holders(variant: str) -> int:
+    return int(variant.split()[-2])
 
 
 def write(figure: Figure, path: Path) -> None:

@@ -11,18 +11,16 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import heads_table, pictures, tables, tuning
+from benchmarks import by_seed, heads_table, pictures, tables, tuning
 from benchmarks.tables import load
 from fedsim import presets
 from fedsim.config import CONFIG_DIR
 from fedsim.report.markers import missing, provenance, table, update
-from fedsim.report.significance import half_width, holm, paired
 from fedsim.report.table import RESULTS
 from fedsim.strategies import STRATEGIES
 from fedsim.validate import FedsimError
@@ -92,35 +90,6 @@ def _search(held: dict[str, Any]) -> str:
     )
 
 
-def ablation() -> str:
-    """What taking out one technique does to accuracy, seed by seed against the first variant."""
-    held = load("ablation.json")
-    if held is None:
-        return comparison("ablation")
-    accuracy: dict[str, dict[int, float]] = {}
-    for cell in held["cells"]:
-        accuracy.setdefault(cell["variant"], {})[cell["seed"]] = 100 * cell["accuracy"]
-    whole, *others = accuracy
-    seeds = sorted(accuracy[whole])
-    by_seed = {variant: [found[seed] for seed in seeds] for variant, found in accuracy.items()}
-    tests = holm([paired(by_seed[variant], by_seed[whole]) for variant in others])
-    rows = [[whole, _with_interval(by_seed[whole]), "", ""]]
-    for variant, test in zip(others, tests, strict=True):
-        half = "" if test.half_width is None else f" ± {test.half_width:.2f}"
-        change = f"{test.mean:+.2f}{half}"
-        rows.append([variant, _with_interval(by_seed[variant]), change, test.verdict])
-    note = (
-        f"\nMeans over {len(seeds)} seeds ± half their 95 % intervals, in percent; changes are taken seed by "
-        "seed, with the p of a paired t-test, adjusted for the tests of the table (Holm).\n"
-    )
-    return table(["variant", "accuracy", "change", "test"], rows) + note + provenance(held)
-
-
-def _with_interval(values: Sequence[float]) -> str:
-    half = half_width(values)
-    return f"{statistics.mean(values):.2f}" + ("" if half is None else f" ± {half:.2f}")
-
-
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "trust-models": trust_models,
@@ -129,13 +98,14 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/comparisons.md": {
         "holders": lambda: comparison("holders", [HOLDERS]),
+        "holders-law": by_seed.holders_law,
         "label-skew": lambda: comparison("label_skew", [HOLDERS]),
         "sizes": lambda: comparison("sizes", [HOLDERS]),
         "dropout-rates": lambda: comparison("dropout_rates", [*COSTS, "survivors needed"]),
         "offline-holders": lambda: comparison("offline_holders", [HOLDERS]),
         "local-steps": lambda: comparison("local_steps", [HOLDERS]),
         "fashion-records": lambda: comparison("fashion_records"),
-        "ablation": ablation,
+        "ablation": lambda: by_seed.ablation("ablation"),
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
     "docs/layers.md": {
@@ -190,8 +160,9 @@ def _first_sentence(path: Path) -> str:
 
 # Not compared by --check: their bytes depend on the version of matplotlib.
 PICTURES = {
-    "docs/kurakin_law.svg": ("kurakin_law.json", pictures.batch_law),
-    "docs/heads.svg": ("heads.json", heads_table.picture),
+    "docs/holders.svg": (["holders.json", "holders_law.json"], pictures.holders),
+    "docs/kurakin_law.svg": (["kurakin_law.json"], pictures.batch_law),
+    "docs/heads.svg": (["heads.json"], heads_table.picture),
 }
 
 
@@ -205,9 +176,10 @@ def main() -> int:
     try:
         written = update(ROOT, PARTS, check=check)
         if not check:
-            for name, (source, draw) in PICTURES.items():
-                if (held := load(source)) is not None:
-                    pictures.write(draw(held), ROOT / name)
+            for name, (sources, draw) in PICTURES.items():
+                held = [found for source in sources if (found := load(source)) is not None]
+                if len(held) == len(sources):
+                    pictures.write(draw(*held), ROOT / name)
     except FedsimError as error:
         print(error, file=sys.stderr)
         return error.exit_code

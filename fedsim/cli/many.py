@@ -96,11 +96,14 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         from rich.console import Console
 
+        from fedsim.report.significance import half_width
+
         headline = Metric.of(result)
         table = show.table("seed", headline.name, "minutes")
         for run in result["runs"]:
             table.add_row(str(run["seed"]), headline.shown(run["score"]), f"{run['minutes']:.1f}")
-        spread = "" if result["std"] is None else f" ± {headline.number(result['std'])}"
+        half = half_width(result["scores"])
+        spread = "" if half is None else f" ± {headline.number(half)}"
         table.add_row("all", headline.shown(result["mean"]) + spread, f"{result['minutes']:.1f} each")
         Console().print(table)
         for unit, spent in result["epsilon"].items():

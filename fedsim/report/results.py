@@ -15,6 +15,7 @@ from typing import Any
 from fedsim.headline import Metric
 from fedsim.report.claim import number
 from fedsim.report.markers import Parts, machine, provenance, table
+from fedsim.report.significance import half_width
 from fedsim.validate import InputError
 
 README, PAGE = "README.md", "docs/results.md"
@@ -36,7 +37,6 @@ _NEEDED = (
     "headline",
     "scores",
     "mean",
-    "std",
     "minutes",
     "command",
     "commit",
@@ -219,13 +219,14 @@ def _data(held: dict[str, Any]) -> str:
 
 
 def _reached(held: dict[str, Any]) -> str:
-    """Mean, spread to as many places, unit and name of the metric."""
+    """Mean, half its 95 % interval to as many places, unit and name of the metric."""
     headline = Metric.of(held)
     mean = f"{headline.scale * held['mean']:.2f}" if headline.unit == "%" else f"{held['mean']:#.4g}"
     places = len(mean.partition("e")[0].partition(".")[2])
-    spread = "" if held["std"] is None else f" ± {headline.scale * held['std']:.{places}f}"
-    if "e" in mean and held["std"] is not None:
-        spread = f" ± {headline.number(held['std'])}"
+    half = half_width(held["scores"])
+    spread = "" if half is None else f" ± {headline.scale * half:.{places}f}"
+    if "e" in mean and half is not None:
+        spread = f" ± {headline.number(half)}"
     return f"{mean.removesuffix('.')}{spread} {headline.unit}".rstrip() + f" ({headline.name})"
 
 

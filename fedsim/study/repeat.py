@@ -12,7 +12,7 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
     epsilon, delta   by unit, the largest over the seeds, with accountant, relation and note
     headline         the metric: name, unit, direction; of unit "%" values are fractions
     seeds, scores    one number a seed, in one order
-    mean, std        over seeds; std is the sample standard deviation, null for one seed
+    mean             over seeds
     minutes          mean training time of a seed
     runs             one mapping a seed: score, minutes, peak memory, epsilon, hashes, commit, hardware
     command          what to type to get it again
@@ -137,7 +137,6 @@ def summary(
         "headline": dataclasses.asdict(headline),
         "scores": scores,
         "mean": statistics.mean(scores),
-        "std": statistics.stdev(scores) if len(scores) > 1 else None,
         "minutes": statistics.mean(result["seconds"] for _, result in done) / 60.0,
         "runs": [_one(seed, result) for seed, result in done],
         "commit": ", ".join(dict.fromkeys(str(result["commit"]) for _, result in done)),

@@ -280,7 +280,7 @@ def test_every_generated_table_has_its_place_and_its_comparison() -> None:
 
 def test_shipped_comparisons_cover_what_they_say() -> None:
     holders = {c.config.federation.holders for c in compare.cells(compare.load("compare/holders"), [])}
-    assert holders == {10, 100, 1000}
+    assert holders == {10, 100, 1000, 10000}
     dropouts = compare.cells(compare.load("compare/dropout_rates"), [])
     rates = {c.config.strategy.options.get("dropout_rate", 0.0) for c in dropouts}
     assert rates == {0.0, 0.1, 0.15}

@@ -1,0 +1,87 @@
+"""Tables of differences taken seed by seed, from results/*.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.tables import load
+from fedsim.report.markers import missing, provenance, table
+from fedsim.report.significance import Difference, half_width, holm, paired
+
+NOTE = (
+    "\nMeans over {} seeds ± half their 95 % intervals, in percent; differences are taken seed by seed, with "
+    "the p of a paired t-test, adjusted for the tests of the table (Holm).\n"
+)
+BySeed = dict[str, dict[int, float]]
+
+
+def ablation(name: str) -> str:
+    """What taking out one technique does to accuracy, against the first variant."""
+    held = load(f"{name}.json")
+    if held is None:
+        return missing(f"fedsim compare compare/{name}", f"{name}.json")
+    whole, *others = found = accuracy(held)
+    tests = differences([(found[variant], found[whole]) for variant in others])
+    rows = [[whole, with_interval(found[whole].values()), "", ""]]
+    for variant, test in zip(others, tests, strict=True):
+        rows.append([variant, with_interval(found[variant].values()), _said(test), test.verdict])
+    titles = ["variant", "accuracy", "change", "test"]
+    return table(titles, rows) + NOTE.format(len(found[whole])) + provenance(held)
+
+
+def holders_law() -> str:
+    """Local noise of H holders against central noise times the root of H, at the same settings."""
+    measured, expected = load("holders.json"), load("holders_law.json")
+    if measured is None or expected is None:
+        return missing("fedsim compare compare/holders_law", "holders_law.json")
+    own, law = accuracy(measured), accuracy(expected)
+    tests = differences([(own[variant], law[variant]) for variant in law])
+    rows = [
+        [
+            variant,
+            with_interval(own[variant].values()),
+            with_interval(law[variant].values()),
+            said,
+            test.verdict,
+        ]
+        for variant, test in zip(law, tests, strict=True)
+        for said in [_said(test)]
+    ]
+    titles = ["variant", "accuracy", "central noise times the root of holders", "difference", "test"]
+    seeds = len(next(iter(law.values())))
+    return table(titles, rows) + NOTE.format(seeds) + provenance(expected)
+
+
+def accuracy(held: Mapping[str, Any]) -> BySeed:
+    """Return the accuracy in percent of each variant by seed, of a comparison at one budget."""
+    found: BySeed = {}
+    for cell in held["cells"]:
+        found.setdefault(cell["variant"], {})[cell["seed"]] = 100 * cell["accuracy"]
+    return found
+
+
+def differences(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]]) -> list[Difference]:
+    """Return what the first of each pair is above the second, p adjusted for all of them.
+
+    Raises:
+        ValueError: a pair has not the same seeds.
+    """
+    if any(one.keys() != other.keys() for one, other in pairs):
+        raise ValueError("differences seed by seed need the same seeds on both sides")
+    return holm(
+        [paired([one[s] for s in sorted(one)], [other[s] for s in sorted(one)]) for one, other in pairs]
+    )
+
+
+def with_interval(values: Any) -> str:
+    """Return the mean with half its 95 % interval, if there is one."""
+    values = list(values)
+    half = half_width(values)
+    return f"{statistics.mean(values):.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+
+def _said(test: Difference) -> str:
+    half = "" if test.half_width is None else f" ± {test.half_width:.2f}"
+    return f"{test.mean:+.2f}{half}"
