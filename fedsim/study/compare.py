@@ -77,8 +77,9 @@ _MARKUP = re.compile(r"[|<>\[\]`\x00-\x1f]")
 Runner = Callable[[Config, RunFolder], dict[str, Any]]
 
 
-def load(source: str | Path) -> Comparison:
-    """Load a comparison from a path or a name under configs/.
+def load(source: str | Path, *, untuned: bool = False) -> Comparison:
+    """Load a comparison from a path or a name under configs/; `untuned`: without the settings that a search
+    chose for it, whose file need not be there yet.
 
     Raises:
         InputError: unreadable file, unknown key, or nothing to compare.
@@ -104,7 +105,7 @@ def load(source: str | Path) -> Comparison:
         recipe=str(loading.find(comparison_.recipe, path.parent)),
         overrides=loading.located(comparison_.overrides, path.parent),
         variants=variants,
-        tuned=None if comparison_.tuned is None else str(loading.find(comparison_.tuned, path.parent)),
+        tuned=None if untuned or not comparison_.tuned else str(loading.find(comparison_.tuned, path.parent)),
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from fedsim.study.compare import Comparison, Planned, Runner
 from fedsim.study.space import Space
 from fedsim.study.tuned import Chosen, Tuned
 from fedsim.validate import Diverged, InputError, RunError
+
+_WITHOUT_SEED = re.compile(r"-seed\d+-[0-9a-f]{8}$")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def load(source: str | Path) -> Tuning:
         raise InputError(f"{path}: a tuning file needs a space: settings with a list or a range of values.")
     held = Comparison(variants={Path(str(found.recipe)).stem: []})
     if found.comparison is not None:
-        held = compare.load(loading.find(found.comparison, path.parent))
+        held = compare.load(loading.find(found.comparison, path.parent), untuned=True)
     variants = {name: loading.located(given, path.parent) for name, given in found.variants.items()}
     made = dataclasses.replace(
         found,
@@ -230,8 +233,26 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
             out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / "trials.json", (as_json(record(tuning, done), indent=1) + "\n").encode())
     with validate.failures_as(RunError, f"what was chosen was not written to {out}", "Repeat the command."):
-        _write_chosen(tuning, overrides, chosen(done), done, out)
+        _write_chosen(tuning, overrides, chosen(done), done, earlier(planned, out), out)
     return done
+
+
+def earlier(planned: Sequence[Trial], out: Path) -> dict[tuple[str, float | None], int]:
+    """Return how many trials of each variant and budget `out` holds from searches of another space, seed or
+    number: they read the same examples, so they are told with the others."""
+    kept = {run.folder for trial in planned for run in trial.runs}
+    found = [
+        path.parent.name for path in (out / "runs").glob("*/result.json") if path.parent.name not in kept
+    ]
+    counts = {}
+    for trial in planned:
+        mine = [
+            name
+            for name in found
+            if _WITHOUT_SEED.sub("", name) == _WITHOUT_SEED.sub("", trial.runs[0].folder)
+        ]
+        counts[trial.variant, trial.epsilon] = math.ceil(len(mine) / len(trial.runs))
+    return counts
 
 
 def forgiving(runner: Runner) -> Runner:
@@ -308,20 +329,23 @@ def _write_chosen(
     overrides: Sequence[str],
     best: dict[tuple[str, float | None], Judged],
     done: Sequence[Judged],
+    earlier: dict[tuple[str, float | None], int],
     out: Path,
 ) -> None:
     """Write tuned.yaml, which a comparison takes up, and one configuration a variant and budget."""
+    counts = {key: tuning.trials + more if more else None for key, more in earlier.items()}
     entries = [
-        Chosen(variant, epsilon, list(one.trial.settings), round(one.score, 5), list(one.trial.edges))
-        for (variant, epsilon), one in best.items()
+        Chosen(*key, list(one.trial.settings), round(one.score, 5), list(one.trial.edges), counts[key])
+        for key, one in best.items()
     ]
     tuned = Tuned(tuning.title, tuning.trials, tuning.holdout_examples, tuning.seeds, entries)
     write_atomic(out / "tuned.yaml", tuned.write().encode())
     (out / "chosen").mkdir(exist_ok=True)
     for (variant, epsilon), one in best.items():
-        runs = runs_of(tuning, variant, one.trial.settings, tuning.seeds[:1], [*overrides, *tuned.about()])
+        about = tuned.about(counts[variant, epsilon])
+        runs = runs_of(tuning, variant, one.trial.settings, tuning.seeds[:1], [*overrides, *about])
         (config,) = (run.config for run in runs if run.epsilon == epsilon)
-        text = f"{_table(variant, epsilon, done)}{loading.to_yaml(config)}"
+        text = f"{_table(variant, epsilon, done, earlier[variant, epsilon])}{loading.to_yaml(config)}"
         write_atomic(out / "chosen" / f"{name_of(variant, epsilon)}.yaml", text.encode())
 
 
@@ -330,7 +354,7 @@ def name_of(variant: str, epsilon: float | None) -> str:
     return file_name(variant, "chosen") + ("" if epsilon is None else f"-eps{epsilon:g}")
 
 
-def _table(variant: str, epsilon: float | None, done: Sequence[Judged]) -> str:
+def _table(variant: str, epsilon: float | None, done: Sequence[Judged], earlier: int) -> str:
     """All trials of a variant at a budget, the best first, as comments."""
     mine = [one for one in done if (one.trial.variant, one.trial.epsilon) == (variant, epsilon)]
     headline = next(one.headline for one in mine if one.headline is not None)
@@ -340,4 +364,6 @@ def _table(variant: str, epsilon: float | None, done: Sequence[Judged]) -> str:
     for one in mine:
         score = "diverged" if math.isnan(one.score) else headline.shown(one.score)
         lines.append(f"  {one.trial.number:3d}  {score:>9}  {' '.join(one.trial.settings)}")
+    if earlier:
+        lines.append(f"and {earlier} of another search in the same folder, which count as trials.")
     return "".join(f"# {line}\n" for line in lines)

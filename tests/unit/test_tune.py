@@ -126,6 +126,28 @@ def test_a_search_goes_on_where_it_stopped_and_more_trials_add_to_it(tmp_path: P
     assert [one.trial.settings for one in more] == [one.trial.settings for one in whole]
 
 
+def test_a_search_may_make_the_settings_that_its_comparison_waits_for(tmp_path: Path) -> None:
+    content = {"recipe": "base", "overrides": GIVEN, "variants": {"central": []}, "tuned": "tuned.yaml"}
+    (tmp_path / "compared.yaml").write_text(yaml.safe_dump(content))
+    path = written(tmp_path, recipe=None, overrides=None, variants=None, comparison="compared.yaml")
+    with pytest.raises(InputError, match="tuned"):
+        compare.load(tmp_path / "compared.yaml")
+    search(path, tmp_path / "out", Runner())
+    (tmp_path / "out" / "tuned.yaml").rename(tmp_path / "tuned.yaml")
+    (cell,) = compare.cells(compare.load(tmp_path / "compared.yaml"), [])
+    assert cell.config.tuning.trials == 3
+
+
+def test_trials_of_an_edited_search_in_the_same_folder_count(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    search(written(tmp_path), out, Runner())
+    assert "count as trials" not in (out / "chosen" / "local-eps50.yaml").read_text()
+    search(written(tmp_path, space={"optimizer.learning_rate": [0.07, 0.6]}), out, Runner(), trials=2)
+    assert loading.load(out / "chosen" / "local-eps50.yaml").tuning.trials == 3 + 2
+    assert "and 3 of another search" in (out / "chosen" / "local-eps50.yaml").read_text()
+    assert {one.trials for one in Tuned.read(out / "tuned.yaml").chosen} == {5}
+
+
 def test_runs_that_diverge_are_trials_that_lost(tmp_path: Path) -> None:
     runner = Runner()
     runner.diverge_above = 0.1
