@@ -11,7 +11,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: run test lint gpu data results clean
+.PHONY: run test lint gpu data tables clean
 
 run: $(READY)  ## the main job: federated DP-SGD by Flower's simulation, then the same recipe centralized
 	@rm -rf runs/quickstart
@@ -30,6 +30,9 @@ gpu: $(READY)  ## on a machine with a CUDA GPU: correctness, the owed measuremen
 
 data: $(READY)  ## fetch the full Fashion-MNIST into data/
 	$(BIN)/python -m fedsim.data.fetch --root data
+
+tables: $(READY)  ## run all comparisons of configs/compare/ and bring their tables up to date
+	$(BIN)/python -m benchmarks.compared
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

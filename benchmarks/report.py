@@ -65,10 +65,7 @@ def comparison(name: str, more: Sequence[str] = ()) -> str:
     """What configs/compare/NAME.yaml said when it was last run: sentences, then the table."""
     held = load(f"{name}.json")
     if held is None:
-        return (
-            f"Not measured yet. Run `fedsim compare compare/{name}`, then `python -m benchmarks.trust_models "
-            f"FOLDER --json results/{name}.json`.\n"
-        )
+        return missing(f"python -m benchmarks.compared {name}", f"{name}.json")
     columns = [*RESULTS, *more]
     said = "\n".join(f"* {sentence}" for sentence in held["findings"])
     rows = [[row[column] for column in columns] for row in held["rows"]]
@@ -90,6 +87,21 @@ def _search(held: dict[str, Any]) -> str:
     )
 
 
+def minutes() -> str:
+    """What each comparison takes, one command each, from the seconds of its runs and of its search."""
+    rows, whole = [], 0.0
+    for path in sorted((CONFIG_DIR / "compare").glob("*.yaml")):
+        held = load(f"{path.stem}.json")
+        if held is not None:
+            runs, search = held["seconds"] / 60, held.get("search")
+            chosen = 0.0 if search is None else search["seconds"] / 60
+            whole += runs + chosen
+            command = f"`python -m benchmarks.compared {path.stem}`"
+            rows.append([command, f"{len(held['cells'])}", f"{runs:.0f}", f"{chosen:.0f}" if search else "-"])
+    total = f"\nTogether {whole / 60:.1f} hours of one core; `python -m benchmarks.compared` makes all.\n"
+    return table(["command", "runs", "minutes", "minutes of the search (`--search`)"], rows) + total
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "trust-models": trust_models,
@@ -97,6 +109,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "trust-comparison": lambda: comparison("trust_models"),
     },
     "docs/comparisons.md": {
+        "minutes": minutes,
         "holders": lambda: comparison("holders", [HOLDERS]),
         "holders-law": by_seed.holders_law,
         "label-skew": lambda: comparison("label_skew", [HOLDERS]),
@@ -166,13 +179,13 @@ PICTURES = {
 }
 
 
-def main() -> int:
-    """Bring all files up to date, or say which are not."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Bring all files up to date, or say which are not; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     try:
         written = update(ROOT, PARTS, check=check)
         if not check:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from benchmarks import report, tables, trust_models
+from benchmarks import compared, report, tables
 from fedsim import provenance
 from fedsim.config import CONFIG_DIR
 from fedsim.engine.experiment import prepare
@@ -24,6 +24,8 @@ from fedsim.report.cells import Cell
 from fedsim.report.page import About, page
 from fedsim.report.table import COSTS, RESULTS, table
 from fedsim.study import compare
+from fedsim.study.tuned import Chosen, Tuned
+from fedsim.validate import InputError
 from tests.conftest import SMALL, command
 
 SHIPPED = sorted((CONFIG_DIR / "compare").glob("*.yaml"))
@@ -206,13 +208,26 @@ def test_public_only_runs_are_reported_without_the_spread_over_holders(finished:
     assert page(cells, About("t")).count("<svg") == 4
 
 
+@pytest.fixture
+def kept(finished: Path, tmp_path: Path) -> tuple[str, Path]:
+    """The comparison, and a folder in which its runs are finished."""
+    shutil.copytree(finished, tmp_path / "runs" / "compare" / "tiny")
+    source = shutil.copy(finished.parent / "tiny.yaml", tmp_path / "holders.yaml")
+    return str(source), tmp_path / "runs"
+
+
 def test_a_finished_comparison_becomes_a_result_file(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kept: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = str(finished.parent / "tiny.yaml")
-    out = tmp_path / "results" / "holders.json"
-    assert trust_models.main([str(finished), "--json", str(out), "--config", source]) == 0
-    held = json.loads(out.read_text())
+    source, runs = kept
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "main", lambda given: given)
+    assert compared.main([source, "--out", str(runs)]) == []
+    assert capsys.readouterr().err.count("finished before") == 6
+    held = json.loads((tmp_path / "results" / "holders.json").read_text())
     assert set(held) == {
         "command",
         "commit",
@@ -228,9 +243,10 @@ def test_a_finished_comparison_becomes_a_result_file(
     assert held["command"] == f"fedsim compare {source}"
     assert held["seeds"] == [0, 1]
     assert held["hardware"] == provenance.hardware()
-    assert held["rows"] == list(csv.DictReader(io.StringIO((finished / "table.csv").read_text())))
+    assert held["rows"] == list(
+        csv.DictReader(io.StringIO((runs / "compare" / "tiny" / "table.csv").read_text()))
+    )
     assert len(held["cells"]) == 6
-    monkeypatch.setattr(tables, "RESULTS", out.parent)
     text = markers.fill(
         "a\n<!-- holders -->\nold\n<!-- end holders -->\nb",
         {"holders": report.PARTS["docs/comparisons.md"]["holders"]},
@@ -241,31 +257,37 @@ def test_a_finished_comparison_becomes_a_result_file(
     assert held["rows"][0]["score"] in text
     assert "\n2 seeds, judged by public test data. " in text
     assert held["commit"] in text
+    assert f"| {held['seconds'] / 60:.0f} | - |" in report.minutes()
     missing = report.PARTS["docs/comparisons.md"]["label-skew"]()
-    assert "fedsim compare compare/label_skew" in missing
+    assert "python -m benchmarks.compared label_skew" in missing
 
 
-def test_an_unfinished_or_foreign_folder_gives_no_result_file(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_table_is_made_of_its_own_runs_and_of_one_machine(
+    kept: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, out = str(finished.parent / "tiny.yaml"), tmp_path / "x.json"
-    given = [str(finished), "--json", str(out), "--config", source]
+    source, runs = kept
+    one, other = sorted((runs / "compare" / "tiny" / "runs").iterdir())[:2]
+    shutil.rmtree(other)
+    compared.make(source, [], runs, search=False, results=tmp_path)
+    assert capsys.readouterr().err.count("finished before") == 5, "what is missing is run"
+    result = json.loads((one / "result.json").read_text())
+    result["hardware"]["processor"] = "another"
+    (one / "result.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match="2 kinds of hardware"):
+        compared.make(source, [], runs, search=False, results=tmp_path)
 
-    def refused(folder: Path, *more: str) -> str:
-        assert trust_models.main([str(folder), *more, *given[1:]]) == 2
-        assert not out.exists()
-        return capsys.readouterr().err
 
-    assert "no cells.json" in refused(tmp_path)
-    assert "lacks 6 of the 6 cells" in refused(finished, "train.steps=7")
-    partial = tmp_path / "partial"
-    shutil.copytree(finished, partial)
-    cells = json.loads((partial / "cells.json").read_text())
-    (partial / "cells.json").write_text(json.dumps(cells[:-1]))
-    assert "lacks 1 of the 6 cells" in refused(partial)
-    cells[0]["result"]["hardware"]["processor"] = "another"
-    (partial / "cells.json").write_text(json.dumps(cells))
-    assert "2 kinds of hardware" in refused(partial)
+def test_what_a_search_cost_stays_with_the_settings_it_chose(tmp_path: Path) -> None:
+    chosen = [Chosen("central", 2.0, ["optimizer.learning_rate=0.5"])]
+    (tmp_path / "tuned.yaml").write_text(Tuned("t", 3, 100, [0], chosen).write())
+    wanted = compare.Comparison(tuned=str(tmp_path / "tuned.yaml"))
+    before = tmp_path / "before.json"
+    assert compared.known_search(wanted, before) is None
+    trial = {"variant": "central", "epsilon": 2.0, "settings": ["optimizer.learning_rate=0.5"], "score": 0.5}
+    before.write_text(json.dumps({"search": {"trials": [trial]}}))
+    assert compared.known_search(wanted, before) == {"trials": [trial]}
+    before.write_text(json.dumps({"search": {"trials": [{**trial, "settings": []}]}}))
+    assert compared.known_search(wanted, before) is None, "of other settings"
 
 
 def test_every_generated_table_has_its_place_and_its_comparison() -> None:
@@ -274,8 +296,11 @@ def test_every_generated_table_has_its_place_and_its_comparison() -> None:
         text = (root / name).read_text()
         for part in parts:
             assert text.count(f"<!-- {part} -->") == text.count(f"<!-- end {part} -->") == 1
-    placed = {p.replace("-", "_") for p in report.PARTS["docs/comparisons.md"]} | {"trust_models"}
-    assert placed <= {path.stem for path in SHIPPED}
+    placed = {p.replace("-", "_") for p in report.PARTS["docs/comparisons.md"]} | {
+        "trust_models",
+        "heads_trust",
+    }
+    assert placed - {"minutes"} == {path.stem for path in SHIPPED} == set(compared.names())
 
 
 def test_shipped_comparisons_cover_what_they_say() -> None:
