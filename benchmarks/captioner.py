@@ -2,10 +2,10 @@
 
     python -m benchmarks.captioner [--repeats 9] [--threads 1] [--json results/captioner_cpu.json]
 
-Both are measured in turn in one process, each call after an untimed one, by the process's own CPU time: 1.0 is
-the eager float32 forward and backward pass of the mean loss. Figures are medians of the ratios within each
-turn, with the middle half of them. Captions are two thirds as long as there are places. On a machine that does
-other work as well, `load` says how much: the caches are then shared with it.
+Both are measured in turn in one process, each call after an untimed one, by the process's own CPU time: 1.0
+is the eager float32 forward and backward pass of the mean loss. Figures are medians of the ratios within each
+turn, with the middle half of them. Captions are two thirds as long as there are places. On a machine that
+does other work as well, `load` says how much: the caches are then shared with it.
 """
 
 from __future__ import annotations
