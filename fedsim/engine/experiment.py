@@ -99,7 +99,11 @@ def planned(method: Method, facts: DataFacts) -> Mechanism:
 
 
 def facts_of(
-    config: Config, holders: partition.Partition, parameters: int, shape: tuple[int, ...], outputs: int
+    config: Config,
+    holders: partition.Partition | partition.Planned,
+    parameters: int,
+    shape: tuple[int, ...],
+    outputs: int,
 ) -> DataFacts:
     """Return what a mechanism may know: the largest holder is public where it is the declared cap."""
     at_most = config.federation.examples_per_holder_at_most
@@ -200,6 +204,7 @@ def header_of(
         holder_noise_factor=mechanism.holder_noise_factor,
         example_noise_factor=mechanism.example_noise_factor,
         selection=selection_of(config),
+        imitated_batch_size=config.train.imitated_batch_size,
         run=run,
         secret=secret,
         code=provenance.reference_hash(*config.references()),
