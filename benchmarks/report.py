@@ -132,6 +132,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "gradients-cpu-as-installed": lambda: tables.gradients("gradients_cpu_as_installed.json"),
         "memory-cpu": lambda: tables.memory("memory_cpu.json"),
         "versions-cpu": lambda: tables.versions("versions_cpu.json"),
+        "captioner-cpu": lambda: tables.captioner("captioner_cpu.json"),
         "launches": lambda: tables.launches("launches.json"),
         "gradients-gpu": lambda: tables.gradients("gradients_gpu.json"),
         "memory-gpu": lambda: tables.memory("memory_gpu.json"),

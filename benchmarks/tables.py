@@ -87,6 +87,22 @@ def memory(name: str) -> str:
     return table(["model", "K", "examples", "non-private, a view", *methods], rows) + provenance(held)
 
 
+def captioner(name: str) -> str:
+    """The captioner's clipped sum relative to ordinary training, a row a model and batch."""
+    held = load(name)
+    if held is None:
+        return missing("python -m benchmarks.captioner", name)
+    rows = []
+    for row in held["rows"]:
+        low, high = row["middle_half"]
+        model = f"{row['size']}, patches of {row['patch']}, decoder of {row['decoder_depth']}"
+        data = f"{row['edge']} px, {row['places']} places, {row['tokens']:,} tokens"
+        cells = [model, data, str(row["views"]), str(row["examples"]), f"{row['ratio']:.2f}"]
+        rows.append([*cells, f"{low:.2f} to {high:.2f}", f"{row['load']:.1f}"])
+    heads = ["captioner", "data", "K", "examples", "ratio", "middle half of the turns", "load of the machine"]
+    return table(heads, rows) + provenance(held)
+
+
 def rounds(name: str) -> str:
     """Federation overhead, from benchmarks.rounds."""
     held = load(name)

@@ -94,6 +94,7 @@ class TrainConfig:
     expected_batch_size: float = 1024.0
     augment_multiplicity: int = field(default=1, metadata=read_with(augmentations=SET))
     augmentations: list[str] = field(default_factory=list)
+    imitated_batch_size: float | None = None
     ema_decay: float = 0.0
     eval_every: int = 10
     checkpoint_every: int = 10

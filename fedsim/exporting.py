@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedsim.data.examples import ArrayDataset, normalise
 from fedsim.grads import arithmetic
+from fedsim.grads.batch import call
 from fedsim.run import Run
 from fedsim.tasks import Task
 from fedsim.validate import InputError
@@ -22,19 +23,30 @@ WEIGHTS, PROGRAM, CARD = "model.safetensors", "model.pt2", "model.json"
 
 class Normalised(nn.Module):
     """The model with what comes before and after it: bytes of images (n, H, W, C) are normalised, other
-    inputs passed on; values are in the targets' own unit."""
+    inputs passed on, and what the task shows beside them, such as the tokens before, comes as a mapping;
+    values are in the targets' own unit."""
 
     def __init__(self, model: nn.Module, blank: ArrayDataset, task: Task) -> None:
         super().__init__()
         self.model = model
         self._blank = blank
         self._task = task
+        self._name = ""
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, beside: dict[str, Tensor] | None = None) -> Tensor:
         """Return the model's outputs."""
-        dtype = next(self.model.parameters()).dtype
-        outputs: Tensor = self.model(normalise(inputs, self._blank, dtype))
-        return self._task.predicted(outputs)
+        normalised = normalise(inputs, self._blank, next(self.model.parameters()).dtype)
+        given = {self._name: normalised, **beside} if beside else normalised
+        return self._task.predicted(call(self.model, given))
+
+    def beside(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Return what is shown beside these blank inputs, by name; remembers how the inputs are called."""
+        targets = torch.tensor(self._blank.targets).repeat(len(inputs), *[1] * (self._blank.targets.ndim - 1))
+        shown = self._task.shown(inputs, targets)
+        if isinstance(shown, Tensor):
+            return {}
+        (self._name,) = (name for name, array in shown.items() if array is inputs)
+        return {name: array for name, array in shown.items() if array is not inputs}
 
 
 def export(run: Run | str | Path, out: str | Path) -> dict[str, Path]:
@@ -46,8 +58,9 @@ def export(run: Run | str | Path, out: str | Path) -> dict[str, Path]:
 
     Returns:
         The files: "weights", the state dict with model.json as metadata; "program", a torch.export program
-        that takes raw inputs of any number (uint8 images (n, H, W, C), features, tokens) and gives logits, or
-        values in the targets' own unit; "card", model.json.
+        that takes raw inputs of any number (uint8 images (n, H, W, C), features, tokens; for captions also
+        {"tokens": those before each place}) and gives logits, or values in the targets' own unit; "card",
+        model.json.
 
     Raises:
         InputError: the folder holds other files of these names, or torch.export cannot follow the model.
@@ -74,19 +87,22 @@ def _program(run: Run) -> Any:
     blank = run.card.blank()
     inputs = torch.tensor(blank.inputs).repeat(2, *[1] * (blank.inputs.ndim - 1))
     wrapped = Normalised(run.model, blank, run.task).eval()
+    beside = wrapped.beside(inputs)
+    given = (inputs, beside) if beside else (inputs,)
     try:
         # On the CPU nothing is rounded to TF32, and torch's export asks for cuDNN's switches in the old way,
         # which raises unless they stand where a process starts.
         with warnings.catch_warnings(), arithmetic.products("tf32"):
             warnings.simplefilter("ignore")
-            any_number = {"inputs": {0: torch.export.Dim("n", min=1)}}
-            program = torch.export.export(wrapped, (inputs,), dynamic_shapes=any_number)
-        found = program.module()(inputs)
+            first = {0: torch.export.Dim("n", min=1)}
+            any_number = {"inputs": first, **({"beside": dict.fromkeys(beside, first)} if beside else {})}
+            program = torch.export.export(wrapped, given, dynamic_shapes=any_number)
+        found = program.module()(*given)
     except Exception as error:
         raise InputError(
             f"torch.export cannot follow this model: {type(error).__name__}: {str(error)[:500]}. The weights "
             f"are in {run.folder / 'final.safetensors'}."
         ) from error
-    if not torch.allclose(found, wrapped(inputs), rtol=1e-4, atol=1e-5):
+    if not torch.allclose(found, wrapped(*given), rtol=1e-4, atol=1e-5):
         raise InputError("torch.export's program must give the model's outputs, and gives others.")
     return program

@@ -6,6 +6,7 @@ where the configuration alone tells, and there where sizes do.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +47,7 @@ class Method:
             InputError: an unknown variant or option (with the nearest valid one), a setting that none of the
                 chosen ones reads, or variants that do not go together.
         """
+        config = imitating(config)
         trust = STRATEGIES.make(Choice(config.strategy.name, config.strategy.options))
         query, sampler = QUERIES.make(config.query), SAMPLERS.make(config.sampler)
         chosen_learner = Choice(query.learner) if config.learner is None else config.learner
@@ -161,3 +163,16 @@ class Method:
     def answer(self, node: NodeView, task: StepTask) -> tuple[Arrays, ClippedSum]:
         """Do one node's part: return the named arrays to send, and the sum they come from for statistics."""
         return self.trust.answer(self.at, node, task)
+
+
+def imitating(config: Config) -> Config:
+    """Return the configuration with the noise that imitates a larger batch, where it says so.
+
+    The noisy sum is divided by the expected batch size, so that a noise multiplier in proportion to it gives
+    every update the noise of the larger batch's (Sander et al. 2023, "TAN", s. 3: sigma / B is what counts).
+    """
+    whole, train = config.train.imitated_batch_size, config.train
+    if whole is None or config.privacy.noise_multiplier is None:
+        return config
+    sigma = config.privacy.noise_multiplier * train.expected_batch_size / whole
+    return dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=sigma))

@@ -185,4 +185,17 @@ def check(c: Config) -> None:
             "privacy.target_epsilon and privacy.stop_at_epsilon are both set.",
             "target_epsilon calibrates the noise for all steps; stop_at_epsilon ends a run of given noise.",
         )
+    if t.imitated_batch_size is not None:
+        if t.imitated_batch_size <= t.expected_batch_size:
+            validate.conflicts(
+                f"train.imitated_batch_size is {t.imitated_batch_size:g}, not above expected_batch_size "
+                f"{t.expected_batch_size:g}.",
+                "It is that of the run whose noise per update this one has; leave it null to make that run.",
+            )
+        if p.noise_multiplier is None or p.stop_at_epsilon is not None:
+            validate.conflicts(
+                "train.imitated_batch_size goes with privacy.noise_multiplier, that of the imitated run, and "
+                "with no budget: what imitates has no epsilon to claim.",
+                "Set privacy.noise_multiplier, and leave target_epsilon and stop_at_epsilon at null.",
+            )
     refuse_unread(c, "")

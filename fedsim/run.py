@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedsim import loading
 from fedsim.config import Config
 from fedsim.data import features
-from fedsim.data.examples import ArrayDataset, normalise
+from fedsim.data.examples import ArrayDataset, normalise, wanted
 from fedsim.data.sources.arrays import finite
 from fedsim.engine import model_card
 from fedsim.engine.metrics import numbers_of, read_steps
@@ -158,7 +158,9 @@ def predict(run: Run | str | Path, inputs: Any) -> Predictions:
     found: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, len(data), BATCH):
-            found.append(model(normalise(data.inputs[start : start + BATCH], data, dtype)).float())
+            own = slice(start, start + BATCH)
+            inputs, blank = normalise(data.inputs[own], data, dtype), wanted(data.targets[own], dtype)
+            found.append(run.task.answered(model, inputs, blank).float())
     return _said(card, run.task, torch.cat(found))
 
 
@@ -166,15 +168,15 @@ def _as_trained(card: Card, inputs: Any) -> ArrayDataset:
     """Return inputs in the form that the model was trained on, with blank targets."""
     blank = card.blank()
     array = inputs.detach().cpu().numpy() if isinstance(inputs, Tensor) else np.asarray(inputs)
-    wanted: tuple[int, ...] | None = blank.inputs.shape[1:]
+    shape: tuple[int, ...] | None = blank.inputs.shape[1:]
     if isinstance(inputs, Tensor) and array.dtype == np.uint8 and array.ndim == 4:
         array = np.moveaxis(array, 1, -1)
     if card.features is not None:
-        array, wanted = features.of_images(card.features, array), None
+        array, shape = features.of_images(card.features, array), None
     kind = blank.inputs.dtype.kind
-    if not len(array) or (wanted is not None and array.shape[1:] != wanted) or not _kinds_fit(array, kind):
+    if not len(array) or (shape is not None and array.shape[1:] != shape) or not _kinds_fit(array, kind):
         raise InputError(
-            f"inputs must be at least one example of {blank.inputs.dtype} and shape {wanted or 'images'}, as "
+            f"inputs must be at least one example of {blank.inputs.dtype} and shape {shape or 'images'}, as "
             f"the model was trained on, got {array.dtype} of shape {array.shape}."
         )
     if array.dtype.kind == "f":

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from fedsim import __version__
-from fedsim.cli import extraction, many, models, planning, privacy, results, training, tuning
+from fedsim.cli import extraction, many, models, planning, privacy, probing, results, training, tuning
 from fedsim.report.plain import as_json
 from fedsim.validate import FedsimError, InputError
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (training, many, tuning, planning, extraction, privacy, models, results):
+    for group in (training, many, tuning, planning, extraction, privacy, models, probing, results):
         group.add(commands)
     return top
 

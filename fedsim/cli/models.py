@@ -60,7 +60,10 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _words(best: Any, outputs: Any, names: tuple[str, ...]) -> str:
-    """One prediction as a line: the class and its probability, the labels that are present, the values."""
+    """One prediction as a line: the class and its probability, the labels that are present, the values, the
+    caption."""
+    from fedsim.data.byte_pairs import words as caption
+
     if best.ndim == 0:
         index = int(best)
         return f"{names[index] if names else index}\t{float(outputs[index]):.4f}"
@@ -68,6 +71,8 @@ def _words(best: Any, outputs: Any, names: tuple[str, ...]) -> str:
         return " ".join(f"{float(value):.6g}" for value in best)
     if best.dtype.kind == "u":
         return " ".join(names[i] if names else str(i) for i in best.nonzero()[0]) or "-"
+    if names:
+        return caption(best.tolist(), names)
     return " ".join(map(str, best.tolist()))
 
 

@@ -1,4 +1,4 @@
-"""Get a data set: `python -m fedsim.data.fetch [fashion_mnist|exam|chem97|spam_assassin] [--root DIR]`.
+"""Get a data set: `python -m fedsim.data.fetch [fashion_mnist|exam|chem97|spam_assassin|emoji] [--root DIR]`.
 
 Tries what a machine may allow, files that are already there first (fedsim/data/fetching has a file a data
 set). Whatever the way, the unpacked or converted files are checked against known sha256 before they are moved

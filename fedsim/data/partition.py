@@ -150,6 +150,50 @@ class Partition:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A partition of which only the sizes are known: enough to plan with, where it is too large to draw.
+
+    Attributes:
+        each: (holders,) examples that each holder uses.
+    """
+
+    each: Ints
+
+    @property
+    def examples(self) -> int:
+        """Return the number of examples all holders use together."""
+        return int(self.each.sum())
+
+    def sizes(self) -> Ints:
+        """Return the number of examples each holder uses."""
+        return self.each
+
+    def summary(self) -> dict[str, float]:
+        """Describe the sizes, as `Partition.summary` does."""
+        sizes = self.each
+        return {
+            "holders": len(sizes),
+            "min_size": int(sizes.min()),
+            "median_size": float(np.median(sizes)),
+            "max_size": int(sizes.max()),
+        }
+
+
+def planned(examples: int, config: FederationConfig) -> Planned | None:
+    """Return the sizes of the partition that `partition` would draw, or None where they need the draw.
+
+    Raises:
+        InputError: unknown scheme, or more holders than examples.
+    """
+    validate.in_range(config.holders, 1, examples, "federation.holders")
+    each = PARTITIONS.make(config.partition).sizes(examples, config.holders)
+    if each is None:
+        return None
+    at_most = config.examples_per_holder_at_most
+    return Planned(each if at_most is None else np.minimum(each, at_most))
+
+
 def partition(material: Material, config: FederationConfig, seed: seeds.Root) -> Partition:
     """Spread N examples over `config.holders` holders.
 

@@ -9,6 +9,7 @@ from fedsim import validate
 from fedsim.config import Config
 from fedsim.data.feature_maps import FEATURES
 from fedsim.merging import parse_options
+from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
 
@@ -19,13 +20,15 @@ class Size:
     Attributes:
         train, test: examples in each split.
         shape: of one example as a model sees it: (C, H, W) for images.
-        classes: number of classes, or of labels an example can have.
+        classes: number of classes, or of labels an example can have, or of tokens there are.
+        places: of the tokens that a target has; 0: targets are no tokens.
     """
 
     train: int
     test: int
     shape: tuple[int, ...]
     classes: int
+    places: int = 0
 
 
 SIZES: dict[str, Size] = {
@@ -37,7 +40,7 @@ SIZES: dict[str, Size] = {
 }
 
 
-SQUARED = ("cifar10", "cifar100", "image_folder", "image_table")
+SQUARED = ("captions", "cifar10", "cifar100", "image_folder", "image_table", "scenes")
 """Sources that bring images to a square of data.options.size."""
 
 
@@ -50,13 +53,15 @@ class _Stated:
     test: int = 0
     shape: list[int] = field(default_factory=list)
     classes: int = 0
+    tokens: int = 0
+    places: int = field(default=0, metadata=read_with(tokens=SET))
 
 
 def of(config: Config) -> Size | None:
     """Return the sizes that `config` would train on, after its cuts and its feature map; None if unknown.
 
     Standard sets have the sizes above; a recipe for an image folder or arrays states them in
-    `reference.data`: name, train, test, shape (C, H, W), classes.
+    `reference.data`: name, train, test, shape (C, H, W), and classes, or tokens and places of captions.
 
     Raises:
         InputError: a cut takes more examples than there are, or the statement is malformed.
@@ -107,8 +112,12 @@ def _stated(given: Any) -> Size | None:
     if not isinstance(given, dict):
         raise InputError(f"reference.data must be a mapping, got {given!r}.")
     stated = parse_options(given, _Stated, "reference.data")
-    for value, name in ((stated.train, "train"), (stated.test, "test"), (stated.classes, "classes")):
-        validate.positive(value, f"reference.data.{name}")
+    outputs = ("tokens", "places") if stated.tokens else ("classes",)
+    for name in ("train", "test", *outputs):
+        validate.positive(getattr(stated, name), f"reference.data.{name}")
+    if stated.tokens and stated.classes:
+        raise InputError("reference.data must state classes, or tokens and places, and states both.")
     if not stated.shape or len(stated.shape) != 3:
         raise InputError(f"reference.data.shape must be [channels, height, width], got {stated.shape}.")
-    return Size(stated.train, stated.test, tuple(stated.shape), stated.classes)
+    size = stated.tokens or stated.classes
+    return Size(stated.train, stated.test, tuple(stated.shape), size, stated.places)

@@ -15,6 +15,9 @@ KINDS = ("class", "labels", "values", "tokens")
 IGNORED = -100
 """Target token that counts neither in a loss nor in a metric, as torch has it."""
 
+PADDING, BEGIN, END = 0, 1, 2
+"""Tokens of a caption with a meaning of their own: what stands after it, before it, and where it ends."""
+
 
 @dataclass(frozen=True)
 class Targets:

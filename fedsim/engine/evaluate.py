@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.grads import arithmetic
+from fedsim.grads.batch import call
 from fedsim.tasks.base import Task, WithGauges
 from fedsim.validate import InputError
 
@@ -49,7 +50,7 @@ def by_class(
     sums = torch.zeros(2, classes, dtype=torch.float64)
     with _evaluating(model):
         for inputs, targets in batches:
-            measured = task.all_measures(model(inputs), targets)
+            measured = task.all_measures(call(model, task.shown(inputs, targets)), targets)
             if name not in measured:
                 return np.full(classes, np.nan)
             values = measured[name].double().cpu()
@@ -84,7 +85,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], task: T
         for inputs, targets in batches:
             if len(targets):
                 examples += len(targets)
-                meter.add(model(placed(inputs)), placed(targets))
+                own = placed(targets)
+                meter.add(call(model, task.shown(placed(inputs), own)), own)
     if not examples:
         raise InputError("evaluation must get at least one example, got none. Check data.test_examples.")
     return meter.result()

@@ -15,6 +15,7 @@ from fedsim import given, models, provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.engine import device, trials
+from fedsim.grads.batch import call
 from fedsim.grads.flat import get_flat, spec
 from fedsim.learners import optimizer
 from fedsim.mechanism import Mechanism, selection_of
@@ -47,6 +48,12 @@ class Experiment:
         """Return what the mechanism knows about the data."""
         return self.mechanism.facts
 
+    @property
+    def noticed(self) -> Sensitive[dict[str, int]] | None:
+        """Return how many training examples have odd targets (`Task.noticed`); None where none has."""
+        found = {name: n for name, n in self.task.noticed(self.splits.train.targets).items() if n}
+        return Sensitive(found) if found else None
+
 
 def prepare(config: Config) -> Experiment:
     """Load data, draw the partition, build and check the model, and compose the mechanism.
@@ -70,7 +77,11 @@ def prepare(config: Config) -> Experiment:
     facts = facts_of(config, holders, get_flat(model).numel(), splits.train.example_shape, outputs)
     method.at.query.check_model(model, splits.train.example_shape, outputs)
     method.learner.start(config, method.at.query, spec(model), facts.examples)  # refuses what it cannot learn
-    return Experiment(config, splits, holders, model, planned(method, facts), task)
+    made = Experiment(config, splits, holders, model, planned(method, facts), task)
+    if made.noticed is not None and not config.monitor.public_only:
+        odd = ", ".join(f"{count} {name}" for name, count in made.noticed.value.items())
+        _log.warning("%s has %s among its %d training examples", config.data.name, odd, facts.examples)
+    return made
 
 
 def planned(method: Method, facts: DataFacts) -> Mechanism:
@@ -88,7 +99,11 @@ def planned(method: Method, facts: DataFacts) -> Mechanism:
 
 
 def facts_of(
-    config: Config, holders: partition.Partition, parameters: int, shape: tuple[int, ...], outputs: int
+    config: Config,
+    holders: partition.Partition | partition.Planned,
+    parameters: int,
+    shape: tuple[int, ...],
+    outputs: int,
 ) -> DataFacts:
     """Return what a mechanism may know: the largest holder is public where it is the declared cap."""
     at_most = config.federation.examples_per_holder_at_most
@@ -129,10 +144,11 @@ def _check_fits(model: nn.Module, train: examples.ArrayDataset, task: Task) -> N
     """Refuse a model from outside that does not take the data, or gives another number of outputs."""
     dtype = get_flat(model).dtype
     blank = examples.normalise(np.zeros_like(train.inputs[:1]), train, dtype)
+    targets = examples.wanted(np.zeros_like(train.targets[:1]), dtype)
     shape, width = tuple(blank.shape), task.outputs(train.declared)
     try:
         with torch.no_grad():
-            outputs = copy.deepcopy(model)(blank)
+            outputs = call(copy.deepcopy(model), task.shown(blank, targets))
     except Exception as error:
         raise InputError(
             f"model must run on inputs of shape {shape}, one example of the data, but fails by "
@@ -188,6 +204,7 @@ def header_of(
         holder_noise_factor=mechanism.holder_noise_factor,
         example_noise_factor=mechanism.example_noise_factor,
         selection=selection_of(config),
+        imitated_batch_size=config.train.imitated_batch_size,
         run=run,
         secret=secret,
         code=provenance.reference_hash(*config.references()),

@@ -27,6 +27,7 @@ from fedsim.engine.ahead import ahead
 from fedsim.engine.asked import Asked
 from fedsim.engine.device import make_deterministic, options_of, pick_device, set_threads, threads_of
 from fedsim.engine.experiment import build_model, partition_of, task_of
+from fedsim.grads import batch
 from fedsim.grads.flat import get_flat, set_flat
 from fedsim.grads.local_training import LocalTraining, local_update
 from fedsim.grads.per_example import clipped_gradient_sum, clipped_gradient_sums
@@ -148,10 +149,12 @@ class Node:
         The order of the examples is keyed by (step, holder); the model is left at the task's parameters.
         """
         ids = self.ids[self.partition.holder_of[self.ids] == holder]
-        inputs, targets = batches.plain(self.train, ids, self.dtype, self.device)
+        inputs, targets = self.plain(ids)
         start = get_flat(self.model)
         order = stream(task.keys["augment"], "order", holder)
-        update = local_update(self.model, inputs, targets, how, order, self.task.loss)
+        update = local_update(
+            self.model, self.task.shown(inputs, targets), targets, how, order, self.task.loss
+        )
         set_flat(self.model, start)
         return update
 
@@ -276,7 +279,8 @@ class Node:
         # On a CPU, the core that prepares the next piece would be taken from this one.
         ready = ahead(prepare, pieces) if on_gpu else map(prepare, pieces)
         for piece, parts in zip(pieces, ready, strict=True):
-            yield piece, *batches.placed(parts, self.train, self.dtype, self.device)
+            inputs, targets = batches.placed(parts, self.train, self.dtype, self.device)
+            yield piece, batch.shown(self.task.shown, inputs, targets), targets
 
 
 def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

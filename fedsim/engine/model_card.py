@@ -40,6 +40,7 @@ class Card:
         example_shape: of one example as the model sees it.
         mean, std: of image channels, on the [0, 1] scale; empty for other inputs.
         vocabulary: of token inputs, or None.
+        places: of token targets, or None.
         features: the map between images and what the model sees, or None.
         outputs: width of the model's output.
         fixed: what model.fix replaced, a line a layer.
@@ -63,6 +64,7 @@ class Card:
     outputs: int
     fixed: list[str] = field(default_factory=list)
     structure: str = ""
+    places: int | None = None
     code: str = ""
     source: Choice | None = None
     weights_sha256: str = ""
@@ -90,7 +92,8 @@ class Card:
             inputs = np.zeros((1, height, width, channels), np.uint8)
         else:
             inputs = np.zeros((1, *self.example_shape), np.float32)
-        kinds = {"class": (1,), "tokens": (1, *self.example_shape)}
+        places = self.example_shape if self.places is None else (self.places,)
+        kinds = {"class": (1,), "tokens": (1, *places)}
         shape = kinds.get(self.targets.kind, (1, self.targets.size))
         targets = np.zeros(shape, np.float32 if self.targets.kind == "values" else np.int64)
         return ArrayDataset(
@@ -119,6 +122,7 @@ def card_of(
         mean=train.mean,
         std=train.std,
         vocabulary=train.vocabulary,
+        places=train.targets.shape[1] if train.declared.kind == "tokens" else None,
         features=features,
         outputs=made.outputs(train.declared),
         fixed=list(models.fixed(trained)),

@@ -83,6 +83,8 @@ def result_of(
         "seconds_by_part": Sensitive(by_part),
         "peak_memory_bytes": Sensitive(provenance.peak_memory()),
     }
+    if noticed := experiment.noticed:
+        numbers["noticed"] = noticed
     tagged = {name: Public(value) for name, value in stated.items()} | numbers
     result: dict[str, Any] = plain(shown(tagged, public_only=public_only))
     return result | {"sensitive": sensitive_names(tagged)}

@@ -99,9 +99,10 @@ class _Call:
         self._model = copy.deepcopy(experiment.model).to(device)
         self._flat = get_flat(self._model)
         values = seeds.stream(config.seed, "physical batch size")
-        self._example = batches.placeholder(
+        inputs, targets = batches.placeholder(
             experiment.splits.train, config.train.augment_multiplicity, values, self._flat.dtype, device
         )
+        self._example = batch.shown(experiment.task.shown, inputs, targets), targets
 
     def __call__(self, examples: int) -> Tensor:
         config = self._config

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedsim.clipping.base import ClipRule
 from fedsim.config import Config, OptimizerConfig
 from fedsim.data import examples
 from fedsim.data.examples import ArrayDataset
+from fedsim.grads.batch import call
 from fedsim.grads.flat import get_flat, spec, trainable_names
 from fedsim.merging import Choice
 from fedsim.optimizers import OPTIMIZERS
@@ -52,6 +53,8 @@ def check(config: Config, clip: ClipRule, train: ArrayDataset, task: Task, model
     for choice in (check_choice(name, "train.augmentations") for name in config.train.augmentations):
         if choice.name not in AUGMENTATIONS.own():
             augmentation(choice, train.inputs.shape[1:])
+    if isinstance(shown := _blank(task, model, train, 1)[0], Mapping):
+        ahead(task, model, shown)
     optimizer(config.optimizer, model)
 
 
@@ -85,13 +88,41 @@ def clip_rule(rule: ClipRule, groups: tuple[int, ...] | None, name: str) -> None
         )
 
 
+def _blank(
+    task: Task, model: nn.Module, train: ArrayDataset, count: int
+) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
+    """What a model is called with for so many examples without content, and their targets."""
+    dtype, rows = get_flat(model).dtype, np.zeros(count, np.int64)
+    inputs = examples.normalise(np.zeros_like(train.inputs[rows]), train, dtype)
+    targets = examples.wanted(np.zeros_like(train.targets[rows]), dtype)
+    return task.shown(inputs, targets), targets
+
+
+def ahead(task: Task, model: nn.Module, shown: Mapping[str, Tensor]) -> None:
+    """Refuse a model that fails on what the task shows it, or that says a token by looking at it.
+
+    Args:
+        shown: one example; its arrays of tokens (1, T) are what was before each place.
+    """
+    trial, tokens = copy.deepcopy(model), {name: t for name, t in shown.items() if not t.is_floating_point()}
+    with _named(f"model on what task {type(task).__name__} shows it"), torch.no_grad():
+        before = call(trial, shown)[:, :-1]
+        for name, array in tokens.items():
+            other = torch.cat([array[:, :-1], 1 - array[:, -1:].clamp(max=1)], 1)
+            after = call(trial, {**shown, name: other})[:, :-1]
+            if not torch.allclose(before, after, rtol=1e-4, atol=1e-6):
+                raise InputError(
+                    f"task {type(task).__name__} must have a model that does not look ahead, but the last of "
+                    f"{name} changes what it says before. Give its attention a causal mask."
+                )
+
+
 def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
     """Refuse a task or metrics that fail on made-up outputs and blank targets, or give another shape."""
-    dtype, two, name = get_flat(model).dtype, np.zeros(2, np.int64), type(task).__name__
-    blank = examples.normalise(np.zeros_like(train.inputs[two]), train, dtype)
-    targets = examples.wanted(np.zeros_like(train.targets[two]), dtype)
+    name = type(task).__name__
+    shown, targets = _blank(task, model, train, 2)
     with torch.no_grad():
-        said = copy.deepcopy(model)(blank)
+        said = call(copy.deepcopy(model), shown)
     outputs = torch.randn(said.shape, generator=seeds.torch_stream(0, "trial of a task"), dtype=said.dtype)
     with _named(f"loss of task {name}"):
         both, alone = task.loss(outputs, targets), task.loss(outputs[:1], targets[:1])

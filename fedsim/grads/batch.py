@@ -103,6 +103,18 @@ def repeated(targets: Batch, views: int) -> Batch:
     return each(lambda array: array.repeat_interleave(views, dim=0), targets)
 
 
+def shown(show: Callable[[Any, Any], Batch], inputs: Batch, targets: Batch) -> Batch:
+    """Return inputs (B, K, ...) as a task shows them to the model.
+
+    Args:
+        show: (inputs (n, ...) of n views, their targets (n, ...)) -> what the model is called with, (n, ...).
+        inputs, targets: (B, K, ...) and (B, ...).
+    """
+    views = arrays(inputs)[0].shape[1]
+    flat = each(lambda array: array.flatten(0, 1), inputs)
+    return each(lambda array: array.unflatten(0, (-1, views)), show(flat, repeated(targets, views)))
+
+
 def expanded(target: Batch, views: int) -> Batch:
     """Return the target (...) of one example once for each of its views, (K, ...)."""
     return each(lambda array: array.expand(views, *array.shape), target)

@@ -31,7 +31,8 @@ from fedsim.validate import InputError
 def resolved(config: OptimizerConfig, train: TrainConfig, examples: int) -> OptimizerConfig:
     """Return the configuration with settings that follow from the batch and the data worked out.
 
-    `scale_with_batch` r: the rate becomes learning_rate * expected_batch_size / r, the linear rule of Goyal
+    `scale_with_batch` r: the rate becomes learning_rate * expected_batch_size / r, or that of the imitated
+    batch where the run imitates a larger one, the linear rule of Goyal
     et al. 2017, by which Kurakin et al. 2022 state their rates for r = 256. `warmup_epochs`: becomes the
     steps, rounded up, that draw that many times `examples` on average.
 
@@ -41,9 +42,10 @@ def resolved(config: OptimizerConfig, train: TrainConfig, examples: int) -> Opti
         examples: in the training set, over all holders.
     """
     batch = train.expected_batch_size
+    whole = batch if train.imitated_batch_size is None else train.imitated_batch_size
     rate, warmup = config.learning_rate, config.warmup_steps
     if config.scale_with_batch is not None:
-        rate *= batch / config.scale_with_batch
+        rate *= whole / config.scale_with_batch
     if config.warmup_epochs is not None:
         warmup = math.ceil(round(config.warmup_epochs * examples / batch, 9))
     return dataclasses.replace(

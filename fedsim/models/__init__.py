@@ -16,6 +16,7 @@ from fedsim.config import ModelConfig
 from fedsim.merging import parse_options
 from fedsim.models import weights
 from fedsim.models.bag_of_words import BagOfWords, BagOfWordsOptions
+from fedsim.models.captioner import Captioner, CaptionerOptions
 from fedsim.models.check import check, examples_are_independent, for_training
 from fedsim.models.cnn import CifarCnn, CifarCnnOptions, SmallCnn, SmallCnnOptions
 from fedsim.models.fix import fix, fixed
@@ -64,6 +65,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "bag_of_words": Family(BagOfWordsOptions, BagOfWords),
+    "captioner": Family(CaptionerOptions, Captioner),
     "small_cnn": Family(SmallCnnOptions, SmallCnn),
     "cifar_cnn": Family(CifarCnnOptions, CifarCnn),
     "linear": Family(LinearOptions, Linear),

@@ -31,18 +31,18 @@ class VisionTransformerOptions:
     heads: int = 3
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Attention and a two-layer network of four times the width, each after a norm and added to its input."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, 4 * width)
-        self.narrow = nn.Linear(4 * width, width)
+        self.norm1 = nn.LayerNorm(width, bias=bias)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.norm2 = nn.LayerNorm(width, bias=bias)
+        self.widen = nn.Linear(width, 4 * width, bias=bias)
+        self.narrow = nn.Linear(4 * width, width, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows, places, width = tokens.shape
@@ -51,6 +51,23 @@ class _Block(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value)
         tokens = tokens + self.out(mixed.transpose(1, 2).reshape(rows, places, width))
         return tokens + self.narrow(F.gelu(self.widen(self.norm2(tokens))))
+
+
+def patches(images: Tensor, edge: int) -> Tensor:
+    """Cut images (n, channels, height, width) into squares: (n, places, channels * edge^2), row by row."""
+    rows, channels, height, width = images.shape
+    cut = images.reshape(rows, channels, height // edge, edge, width // edge, edge)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * edge**2)
+
+
+def check_patch(height: int, width: int, patch: int) -> None:
+    """Refuse squares that do not fill an image.
+
+    Raises:
+        InputError: says which edge must divide which.
+    """
+    if height % patch or width % patch:
+        raise InputError(f"model.options.patch must divide the image's {height}x{width} pixels, got {patch}.")
 
 
 class VisionTransformer(nn.Module):
@@ -66,10 +83,7 @@ class VisionTransformer(nn.Module):
         for name in ("patch", "width", "depth", "heads"):
             validate.positive(getattr(options, name), f"model.options.{name}")
         channels, height, width = image_shape(input_shape, "vit", smallest=options.patch)
-        if height % options.patch or width % options.patch:
-            raise InputError(
-                f"model.options.patch must divide the image's {height}x{width} pixels, got {options.patch}."
-            )
+        check_patch(height, width, options.patch)
         if options.width % options.heads:
             raise InputError(
                 f"model.options.width must be a multiple of heads ({options.heads}), got {options.width}."
@@ -78,7 +92,7 @@ class VisionTransformer(nn.Module):
         places = (height // options.patch) * (width // options.patch)
         self.embed = nn.Linear(channels * options.patch**2, options.width)
         self.positions = nn.Parameter(torch.empty(1, places, options.width))
-        self.blocks = nn.Sequential(*[_Block(options.width, options.heads) for _ in range(options.depth)])
+        self.blocks = nn.Sequential(*[Block(options.width, options.heads) for _ in range(options.depth)])
         self.norm = nn.LayerNorm(options.width)
         self.head = nn.Linear(options.width, outputs)
 
@@ -96,9 +110,5 @@ class VisionTransformer(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (n, channels, height, width) to logits (n, classes)."""
-        rows, channels, height, width = inputs.shape
-        edge = self.patch
-        patches = inputs.reshape(rows, channels, height // edge, edge, width // edge, edge)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * edge**2)
-        tokens = self.blocks(self.embed(patches) + self.positions)
+        tokens = self.blocks(self.embed(patches(inputs, self.patch)) + self.positions)
         return self.head(self.norm(tokens).mean(1))

@@ -20,6 +20,10 @@ class Iid(Scheme):
         """See `Scheme.spread`."""
         return deal(rng.permutation(material.examples), even_sizes(material.examples, holders))
 
+    def sizes(self, examples: int, holders: int) -> Ints:
+        """See `Scheme.sizes`."""
+        return even_sizes(examples, holders)
+
 
 @PARTITIONS.register("power_law")
 @dataclass(frozen=True)

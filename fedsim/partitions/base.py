@@ -71,6 +71,10 @@ class Scheme(ABC):
             rng: the only source of randomness; of the run's seed.
         """
 
+    def sizes(self, examples: int, holders: int) -> Ints | None:
+        """Return how many examples each holder gets (holders,), where that follows from the numbers alone."""
+        return None
+
 
 @dataclass(frozen=True)
 class Function(Scheme):

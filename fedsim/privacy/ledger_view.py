@@ -7,6 +7,7 @@ ledger the run would write.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,8 @@ class LedgerHeader:
         example_noise_factor: the same for an example, where the unit is the holder; None: not bounded apart.
         selection: (mean, distribution) where the run is the best of a hidden number of runs, and the others
             are not released (`events.Selection`); None: it is the only one.
+        imitated_batch_size: expected batch size of the run whose noise per update this one had with a smaller
+            one (`train.imitated_batch_size`): it claims no epsilon; None: it imitates nothing.
         run: random name of a run under secure noise; empty under seeded noise.
         secret: commitment to its secret (`fedsim.privacy.secret`), or empty.
         code: digest of the source of what the configuration names from outside (package.module:Object), or
@@ -64,6 +67,7 @@ class LedgerHeader:
     holder_noise_factor: float = 1.0
     example_noise_factor: float | None = None
     selection: tuple[float, str] | None = None
+    imitated_batch_size: float | None = None
     run: str = ""
     secret: str = ""
     code: str = ""
@@ -164,6 +168,8 @@ class LedgerView:
         """Return the epsilon of everything recorded, in the header's unit."""
         name = self.header.accountant if accountant_name is None else accountant_name
         target = self.header.delta if delta is None else delta
+        if (none := self._imitation(target, name, self.header.unit)) is not None:
+            return none
         return self._stated(accountant.epsilon(self.total_event(), target, name, self.header.unit))
 
     def example_epsilon(self) -> EpsilonResult | None:
@@ -171,6 +177,8 @@ class LedgerView:
         header = self.header
         if header.example_noise_factor is None:
             return None
+        if (none := self._imitation(header.delta, header.accountant, "example")) is not None:
+            return none
         event = events.with_noise(self.total_event(), header.example_noise_factor)
         return self._stated(accountant.epsilon(event, header.delta, header.accountant, "example"))
 
@@ -182,10 +190,20 @@ class LedgerView:
         target = self.header.delta if delta is None else delta
         if self.header.unit == "holder":
             return self.epsilon("pld", target)
+        if (none := self._imitation(target, "pld", "holder")) is not None:
+            return none
         event = self.total_event()
         if examples_of_holder > 1 and self.header.holder_noise_factor != 1.0:
             event = events.with_noise(event, self.header.holder_noise_factor)
         return self._stated(accountant.holder_epsilon_of_event(event, target, examples_of_holder))
+
+    def _imitation(self, delta: float, name: str, unit: str) -> EpsilonResult | None:
+        """Return what a run says that imitates a larger batch: nothing is claimed; None for all others."""
+        if (whole := self.header.imitated_batch_size) is None:
+            return None
+        note = f"a simulation: its updates have the noise of those with an expected batch size of {whole:g}"
+        relation = self.header.relation
+        return self._stated(EpsilonResult(math.inf, delta, relation, name, unit, "no amplification", note))
 
     def _stated(self, spent: EpsilonResult) -> EpsilonResult:
         units = self.header.examples if spent.unit == "example" else self.header.holders

@@ -29,17 +29,21 @@ class Linear(Schedule):
     """A linear fall.
 
     Attributes:
-        final_fraction: of the full rate, reached after the last step.
+        final_fraction: of the full rate, reached at the end of the fall.
+        part: of the fall that the run's steps make: below 1 the run ends before the fall does, as where
+            published settings stop a longer schedule early: (steps - warm-up) / (its steps - warm-up).
     """
 
     final_fraction: float = 0.0
+    part: float = 1.0
 
     def __post_init__(self) -> None:
         validate.in_range(self.final_fraction, 0.0, 1.0, "optimizer.schedule.options.final_fraction")
+        validate.in_range(self.part, 1e-9, 1.0, "optimizer.schedule.options.part")
 
     def factor(self, progress: float) -> float:
         """See `Schedule.factor`."""
-        return self.final_fraction + (1.0 - self.final_fraction) * self._remaining(progress)
+        return self.final_fraction + (1.0 - self.final_fraction) * self._remaining(progress * self.part)
 
     def _remaining(self, progress: float) -> float:
         return 1.0 - progress

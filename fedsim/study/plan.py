@@ -48,6 +48,14 @@ FLOPS_PER_SECOND = 5e13
 COMPUTED_UP_TO = 10**8
 """Where parameters times entries of an example are more, operations are counted on the meta device."""
 
+DEADLINES = {"a day": 24, "a week": 168, "a month": 720}
+"""Hours within which so many machines of the given rate would finish, if they shared the work alike."""
+
+PHYSICAL_BATCHES = (16, 64, 256, 1024)
+
+DRAWN_UP_TO = 5 * 10**7
+"""Examples of which it is drawn who holds which; of more, the sizes of the holders must be known without."""
+
 READ_UP_TO = 10_000
 """Data sets with more training examples are planned from their public sizes, which takes no time."""
 
@@ -153,7 +161,8 @@ def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any]
 def _from_data(experiment: Experiment) -> _Known:
     train, task, model = experiment.splits.train, experiment.task, experiment.model
     strata, cpu = task.strata(train.targets), torch.device("cpu")
-    views, target = batches.placeholder(train, 1, seeds.stream(0, "view"), torch.float32, cpu)
+    placeholder, target = batches.placeholder(train, 1, seeds.stream(0, "view"), torch.float32, cpu)
+    views = batch.shown(task.shown, placeholder, target)
     if sum(p.numel() for p in model.parameters()) * math.prod(train.example_shape) > COMPUTED_UP_TO:
         model = models.skeleton(
             experiment.config.model, train.example_shape, task.outputs(train.declared), train.vocabulary
@@ -177,27 +186,40 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
         SOURCES.make(Choice(config.data.name, config.data.options))  # refuses wrong options
     augment.check(config.train.augmentations, _example(config, size))
     task = TASKS.make(config.task)
-    labelled = task.kind == "labels"
-    declared = Targets("labels" if labelled else "class", size.classes)
+    kind = "tokens" if size.places else "labels" if task.kind == "labels" else "class"
+    declared = Targets(kind, size.classes)
     task.check(declared)
     skeleton = models.skeleton(config.model, size.shape, task.outputs(declared))
     method.at.clip.group_of(trainable_names(skeleton))  # refuses groups that do not fit the model
     method.learner.start(config, method.at.query, spec(skeleton), size.train)  # refuses what it cannot learn
-    labels = np.arange(size.train, dtype=np.int64) % size.classes
-    held = partition.partition(Material(size.train, labels), config.federation, config.seed)
+    held, summary = _spread(config, size)
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     facts = facts_of(config, held, trained, size.shape, task.outputs(declared))
     shape = " x ".join(map(str, size.shape))
     source = f"{config.data.name}, not read: {size.train} examples of {shape}, {size.classes} "
-    source += "labels" if labelled else "even classes"
-    return _Known(
-        planned(method, facts),
-        Public(held.summary(labels)),
-        skeleton,
-        task,
-        (torch.zeros(1, *size.shape), torch.zeros((1, size.classes) if labelled else 1, dtype=torch.long)),
-        source,
-    )
+    source += {"labels": "labels", "tokens": "tokens"}.get(kind, "even classes")
+    form = {"labels": (1, size.classes), "tokens": (1, size.places)}.get(kind, (1,))
+    target = torch.zeros(form, dtype=torch.long)
+    view = task.shown(torch.zeros(1, *size.shape), target), target
+    return _Known(planned(method, facts), Public(summary), skeleton, task, view, source)
+
+
+def _spread(
+    config: Config, size: sizes.Size
+) -> tuple[partition.Partition | partition.Planned, dict[str, float]]:
+    """Spread examples with even labels over the holders; a population too large to draw, by sizes alone."""
+    if size.train > DRAWN_UP_TO:
+        held = partition.planned(size.train, config.federation)
+        if held is None:
+            raise InputError(
+                f"a dry run of {size.train} examples must have a partition whose sizes follow from numbers "
+                f"alone, got {config.federation.partition.name}. Use federation.partition=iid."
+            )
+        return held, held.summary()
+    labels = np.arange(size.train, dtype=np.int64) % (1 if size.places else size.classes)
+    material = Material(size.train, None if size.places else labels)
+    drawn = partition.partition(material, config.federation, config.seed)
+    return drawn, drawn.summary(labels)
 
 
 def _example(config: Config, size: sizes.Size) -> NDArray[Any]:
@@ -243,6 +265,9 @@ def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
         },
         "flops_per_second": rate,
         "gpu_hours": operations / rate / 3600.0,
+        "machines_for": {
+            name: math.ceil(operations / rate / 3600.0 / hours) for name, hours in DEADLINES.items()
+        },
         "gradient_evaluations": views,
         "bytes_to_largest_node_per_step": to_node,
         "bytes_from_largest_node_per_step": from_node,
@@ -250,6 +275,11 @@ def _costs(config: Config, known: _Known, rate: float) -> dict[str, Any]:
         "messages_per_step": messages,
         "physical_batch_size": config.engine.physical_batch_size,
         "memory_bytes_without_data_and_libraries": _memory(config, one, sums, max(entries), itemsize),
+        "node_memory_bytes_by_physical_batch": {
+            f"{views} views": _of_node(config, one, sums, itemsize, views)
+            for views in PHYSICAL_BATCHES
+            if views >= train.augment_multiplicity
+        },
     }
 
 
@@ -275,14 +305,20 @@ def _memory(config: Config, one: Cost, sums: int, entries: int, itemsize: int) -
     vector = one.trainable * itemsize
     views = _physical_batch_size(config)
     bookkeeping = config.engine.gradients == "bookkeeping"
-    examples = max(1, views // config.train.augment_multiplicity)
-    extra = views * one.output_bytes if bookkeeping else examples * vector
-    batch = one.fixed_bytes + views * one.saved_bytes + extra
+    node = _of_node(config, one, sums, itemsize, views)
     rule = OPTIMIZERS.make(Choice(config.optimizer.name, config.optimizer.options))
     slots = len(rule.slots) + bool(config.train.ema_decay)
     return {
-        f"physical batch of {views} views": batch,
+        f"physical batch of {views} views": node - one.parameters * itemsize - sums,
         "one more view": one.saved_bytes + (one.output_bytes if bookkeeping else 0),
-        "node": one.parameters * itemsize + sums + batch,
+        "node": node,
         "server": one.parameters * itemsize + slots * vector + 2 * entries * 8,
     }
+
+
+def _of_node(config: Config, one: Cost, sums: int, itemsize: int, views: int) -> int:
+    """Bytes of a node with a physical batch of so many views; see `_memory`."""
+    bookkeeping = config.engine.gradients == "bookkeeping"
+    examples = max(1, views // config.train.augment_multiplicity)
+    extra = views * one.output_bytes if bookkeeping else examples * one.trainable * itemsize
+    return one.parameters * itemsize + sums + one.fixed_bytes + views * one.saved_bytes + extra

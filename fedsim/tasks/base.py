@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim import references, validate
 from fedsim.data.targets import Targets
@@ -142,6 +142,28 @@ class Task(ABC):
     def measures(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """Return, by the names of `own_metrics`, one number an example, (n,), whose mean is the metric."""
 
+    def shown(self, inputs: Tensor, targets: Tensor) -> Tensor | Mapping[str, Tensor]:
+        """Return what the model is called with: the inputs, or named arrays where it is shown more.
+
+        Args:
+            inputs: (n, ...) of n views.
+            targets: (n, ...) their targets, as `loss` gets them; what of one is shown must not tell the model
+                what the loss asks.
+        """
+        return inputs
+
+    @torch.no_grad()
+    def answered(self, model: nn.Module, inputs: Tensor, blank: Tensor) -> Tensor:
+        """Return the model's outputs (n, ...) for inputs (n, ...) whose targets nobody knows.
+
+        Args:
+            model: in eval mode.
+            inputs: as the model takes them.
+            blank: (n, ...) of the targets' form; what it holds has no meaning.
+        """
+        outputs: Tensor = model(inputs)
+        return outputs
+
     def outputs(self, declared: Targets) -> int:
         """Return the width of the model's output for targets of this form."""
         return declared.size
@@ -160,6 +182,11 @@ class Task(ABC):
         Raises:
             PrivateInputError: they do.
         """
+
+    def noticed(self, targets: NDArray[Any]) -> dict[str, int]:
+        """Return how many examples, by what is odd about their targets (N, ...), there are: none is left out
+        for it, and all of it is as private as the targets."""
+        return {}
 
     def meter(self) -> Meter:
         """Return a new meter of all metrics."""

@@ -30,11 +30,17 @@ class LanguageModelling(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See `Task.loss`; targets are int64 (n, places)."""
-        each = F.cross_entropy(outputs.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
-        return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+        return token_losses(outputs, targets).sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """See `Task.measures`."""
         counted = targets != IGNORED
         right = (outputs.argmax(2) == targets) & counted & torch.isfinite(outputs).all(2)
         return {"token_accuracy": right.sum(1) / counted.sum(1).clamp(min=1)}
+
+
+def token_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each token, 0 where none counts, (n, places), of logits (n, places,
+    tokens)."""
+    each = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return each.view(targets.shape)

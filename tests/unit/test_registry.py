@@ -59,7 +59,13 @@ def number() -> int:
 def test_names_are_fedsims_own() -> None:
     assert list(OPTIMIZERS.own()) == ["adam", "adamw", "lamb", "sgd", "momentum", "nesterov"]
     assert set(SCHEDULES.names()) == {"constant", "linear", "cosine"}
-    assert set(TASKS.names()) == {"classification", "multi_label", "regression", "language_modelling"}
+    assert set(TASKS.names()) == {
+        "captioning",
+        "classification",
+        "multi_label",
+        "regression",
+        "language_modelling",
+    }
     assert set(PARTITIONS.names()) >= {"iid", "power_law", "shards", "dirichlet", "natural", "file"}
 
 

@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fedsim
 from fedsim.config import Config
+from fedsim.engine.experiment import prepare
+from fedsim.run import Run
+from fedsim.validate import InputError
 from tests.conftest import final, small, train
 
 RNG = np.random.default_rng(9)
@@ -31,6 +35,31 @@ class Bigrams(nn.Module):
         return out
 
 
+class Looks(nn.Module):
+    """Logits of the next token from the one before and the picture's colours."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(num_classes, 6), nn.Linear(6 + 3, num_classes)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        seen = images.mean((2, 3))[:, None].expand(-1, tokens.shape[1], -1)
+        out: Tensor = self.head(torch.cat([self.read(tokens), seen], 2))
+        return out
+
+    def read(self, tokens: Tensor) -> Tensor:
+        vectors: Tensor = self.embedding(tokens)
+        return vectors
+
+
+class Peeks(Looks):
+    """The same, but it says a token by looking at it."""
+
+    def read(self, tokens: Tensor) -> Tensor:
+        vectors = super().read(tokens)
+        return vectors + vectors.mean(1, keepdim=True)
+
+
 def multi_label(count: int) -> tuple[Any, Any]:
     inputs = RNG.normal(size=(count, 4)).astype(np.float32)
     return inputs, (inputs[:, :3] > 0.3).astype(np.uint8)
@@ -46,6 +75,17 @@ def language_modelling(count: int) -> tuple[Any, Any]:
     targets = (inputs + 1) % VOCABULARY
     targets[::3, -2:] = -100
     return inputs, targets
+
+
+def captioning(count: int) -> tuple[Any, Any]:
+    """Brightness and its word, then the end; some captions are empty, some cut."""
+    word = RNG.integers(0, 4, count)
+    images = np.repeat(word[:, None] * 60 + RNG.integers(0, 20, (count, 1)), 4 * 4 * 3, 1).astype(np.uint8)
+    targets = np.full((count, PLACES), -100)
+    targets[:, 0], targets[:, 1] = 3 + word, 2
+    targets[::10] = -100
+    targets[5::10] = 3 + word[5::10, None]
+    return images.reshape(count, 4, 4, 3), targets
 
 
 TASKS: dict[str, tuple[Any, list[str], str, list[str]]] = {
@@ -67,7 +107,15 @@ TASKS: dict[str, tuple[Any, list[str], str, list[str]]] = {
         "token_accuracy",
         [],
     ),
+    "captioning": (
+        captioning,
+        ["data.options={tokens: 8}", "model.name=tests.unit.test_task_runs:Looks"],
+        "perplexity",
+        ["token_accuracy"],
+    ),
 }
+FALLING = ("regression", "captioning")
+CAPTIONER = "model={name: captioner, options: {size: pico, patch: 2, decoder_depth: 1, places: 5}}"
 
 
 def config(name: str, root: Path, *overrides: str) -> Config:
@@ -96,8 +144,8 @@ def test_a_federation_equals_one_holder_of_everything(name: str, tmp_path: Path)
     held = json.loads((tmp_path / "many" / "result.json").read_text())
     assert held["task"] == name
     assert held["headline"]["name"] == headline
-    assert held["headline"]["higher_is_better"] is (name != "regression")
-    assert held["headline"]["unit"] == ("years" if name == "regression" else "%")
+    assert held["headline"]["higher_is_better"] is (name not in FALLING)
+    assert held["headline"]["unit"] == {"regression": "years", "captioning": ""}.get(name, "%")
     for score in (headline, *others, "loss"):
         assert many[score] == held[score] == pytest.approx(one[score], rel=1e-9)
         assert score not in held["sensitive"]
@@ -112,8 +160,69 @@ def test_a_run_learns_its_task(name: str, tmp_path: Path) -> None:
     """Also where holders are skewed by what the task says; texts have nothing to skew by."""
     _, _, headline, _ = TASKS[name]
     learning = ["privacy.clip_norm=10", "privacy.noise_multiplier=0.01", "optimizer.learning_rate=0.2"]
-    scheme = "iid" if name == "language_modelling" else "dirichlet"
+    scheme = "iid" if name in ("language_modelling", "captioning") else "dirichlet"
     steps = ["train.steps=40", "train.eval_every=40", f"federation.partition={scheme}"]
     result = train(config(name, tmp_path / "data", *learning, *steps), tmp_path / "run")
     score = result[headline]
-    assert score < 4 if name == "regression" else score > 0.8, "chance: 14, 0.5 and 1 / 7"
+    limit = {"regression": 4, "captioning": 2}.get(name, 0.8)
+    assert score < limit if name in FALLING else score > limit, "chance: 14, 0.5, 1 / 7 and 8"
+
+
+# --- captions --------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not look ahead"):
+        prepare(config("captioning", tmp_path / "data", "model.name=tests.unit.test_task_runs:Peeks"))
+    prepare(config("captioning", tmp_path / "data"))
+
+
+def test_a_model_with_too_few_places_is_refused_before_a_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.options\.places must be at least the 5"):
+        prepare(config("captioning", tmp_path / "data", CAPTIONER, "model.options.places=4"))
+
+
+@pytest.mark.usefixtures("epsilon_takes_no_time")
+@pytest.mark.parametrize("public_only", [False, True])
+def test_odd_captions_are_counted_where_private_numbers_may_be(
+    public_only: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = config("captioning", tmp_path / "data", "train.steps=1", f"monitor.public_only={public_only}")
+    train(given, tmp_path / "run")
+    held = json.loads((tmp_path / "run" / "result.json").read_text())
+    counts = {"empty captions": 12, "captions cut": 12}
+    assert held.get("noticed") == (None if public_only else counts)
+    assert "noticed" in held["sensitive"]
+    assert ("12 empty captions, 12 captions cut" in caplog.text) is (not public_only)
+
+
+@pytest.mark.usefixtures("epsilon_takes_no_time")
+@pytest.mark.parametrize("model", ["captioner", "tests.unit.test_task_runs:Looks"])
+def test_a_run_writes_captions_and_exports(model: str, tmp_path: Path) -> None:
+    """Greedily, as one token after the other by the whole model; padding after the end."""
+    options = [] if model == "captioner" else [f"model={{name: {model}}}"]
+    learning = [
+        "privacy.clip_norm=10",
+        "privacy.noise_multiplier=0.01",
+        "train.steps=5",
+        "train.eval_every=5",
+    ]
+    train(config("captioning", tmp_path / "data", *options, *learning), tmp_path / "run")
+    run = Run(tmp_path / "run")
+    images = np.load(tmp_path / "data" / "test_inputs.npy")[:7]
+    said = run.predict(images)
+    assert said.outputs.shape == (7, PLACES, 8)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255 * 2 - 1
+    exported = fedsim.export(run, tmp_path / "out")["program"]
+    program = torch.export.load(exported).module()
+    for row in range(7):
+        read = [1]
+        for place in range(PLACES):
+            tokens = torch.tensor([[*read, *[0] * PLACES][:PLACES]])
+            with torch.no_grad():
+                logits = run.model(pixels[row : row + 1], tokens)
+                outside = program(torch.from_numpy(images[row : row + 1]), {"tokens": tokens})
+            torch.testing.assert_close(outside, logits, rtol=1e-9, atol=1e-9)
+            token = 0 if 2 in read else int(logits[0, place].argmax())
+            assert said.best[row, place] == token
+            read.append(token)

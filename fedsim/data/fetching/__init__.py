@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsim.data.fetching import fashion_mnist, mlmrev, spam_assassin
+from fedsim.data.fetching import emoji, fashion_mnist, mlmrev, spam_assassin
 from fedsim.data.fetching.ways import DataSet, FetchFailed, fetch
 
 __all__ = ["SETS", "DataSet", "FetchFailed", "fetch"]
@@ -12,4 +12,5 @@ SETS: dict[str, DataSet] = {
     "exam": mlmrev.EXAM_SET,
     "chem97": mlmrev.CHEM97_SET,
     "spam_assassin": spam_assassin.SET,
+    "emoji": emoji.SET,
 }

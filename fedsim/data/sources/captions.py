@@ -1,0 +1,155 @@
+"""Pictures with captions in files: a folder with texts beside the pictures, or a table.
+
+A picture that cannot be read, or has another size where none is set, stays in its place as a blank one with
+an empty caption: it adds nothing to any sum, no other example's number moves, and the run counts it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.data import rows
+from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.sources import SOURCES
+from fedsim.data.sources.captioned import LEARNED, Captioned
+from fedsim.data.sources.image_files import decoded, empty, fitted, rgb
+from fedsim.rules import read_with
+from fedsim.validate import InputError
+
+TEXT = ".txt"
+
+
+@SOURCES.register("captions")
+@dataclass(frozen=True)
+class Captions(Captioned):
+    """Pictures with captions: a folder, in which beside FILE.png (or .jpg, ...) stands FILE.txt; or a .csv,
+    .jsonl or .parquet table with a column of pictures, paths below the table's folder or the files' own
+    bytes, and one of captions.
+
+    Attributes:
+        train, test: folder or table below data.root.
+        public: text files below data.root, a public caption a line, which the tokenizer is learned from.
+        image, caption: columns of a table; of `image`, also a mapping with "bytes" or "path".
+        holder: column of the natural owner of a row, for federation.partition=natural.
+    """
+
+    train: str = "train"
+    test: str = "test"
+    public: list[str] = field(default_factory=list, metadata=read_with(tokenizer=(LEARNED,)))
+    image: str = "image"
+    caption: str = "caption"
+    holder: str | None = None
+    size: int | None = 224
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is None:
+            raise InputError(
+                "data.options.size must be the edge in pixels that every picture is brought to, got null."
+            )
+        if self.tokenizer == LEARNED and not self.public:
+            raise InputError(
+                "data.options.public must list files of public captions to learn the vocabulary from, got "
+                "none: one learned from private captions would tell what they hold. Or set "
+                "data.options.tokenizer to a tokenizer.json made from public texts."
+            )
+        if same := {self.train} & set(self.public):
+            raise InputError(
+                f"data.options.public must not name the training examples, which are private, got {same}."
+            )
+
+    def load(self, root: Path) -> Splits:
+        """See `Source.load`.
+
+        Raises:
+            InputError: files, folders or columns that are missing, public captions without a word, or too
+                many pictures for the memory.
+        """
+        tokenizer = self.tokens(root, self._public(root))
+        return Splits(*(self._split(root / name, tokenizer) for name in (self.train, self.test)))
+
+    def _public(self, root: Path) -> list[str]:
+        lines: list[str] = []
+        for name in self.public:
+            try:
+                lines += (root / name).read_text(encoding="utf-8", errors="replace").splitlines()
+            except OSError as error:
+                raise InputError(f"{root / name} must be a file of public captions: {error}.") from error
+        return lines
+
+    def _split(self, path: Path, tokenizer: Any) -> ArrayDataset:
+        pictures, captions, owners = self._folder(path) if path.is_dir() else self._table(path)
+        if not pictures:
+            raise InputError(f"captions: {path} must hold at least one picture with a caption, got none.")
+        assert self.size is not None
+        inputs = empty(len(pictures), (self.size, self.size, 3), str(path))
+        said = list(captions)
+        for place, picture in enumerate(pictures):
+            try:
+                inputs[place] = self._pixels(picture)
+            except InputError:  # whatever is wrong with it, it counts as an empty caption
+                inputs[place], said[place] = 0, ""
+        targets, declared = self.targets(tokenizer, said)
+        return ArrayDataset("captions", inputs, targets, owners, declared, *self.constants)
+
+    def _pixels(self, picture: Path | bytes) -> NDArray[np.uint8]:
+        """Return a picture (size, size, 3)."""
+        from PIL import Image
+
+        assert self.size is not None
+        if isinstance(picture, Path):
+            found = decoded(picture)
+        else:
+            try:
+                with Image.open(io.BytesIO(picture)) as image:
+                    found = rgb(image, "a picture")
+            except InputError:
+                raise
+            except Exception as error:  # a decoder of damaged bytes may raise anything
+                raise InputError(f"a picture must be readable: {error}.") from error
+        return np.asarray(fitted(Image.fromarray(found), (self.size, self.size), self.fit))
+
+    def _folder(self, path: Path) -> tuple[list[Path | bytes], list[str], None]:
+        """Every file that is no text, in the order of the paths, and the text beside it; "" where there is
+        none."""
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        pictures: list[Path | bytes] = [p for p in files if p.suffix != TEXT]
+        texts = {p.with_suffix("") for p in files if p.suffix == TEXT}
+        beside = [
+            (p.with_suffix(TEXT) if isinstance(p, Path) and p.with_suffix("") in texts else None)
+            for p in pictures
+        ]
+        return pictures, ["" if text is None else _line(text) for text in beside], None
+
+    def _table(self, path: Path) -> tuple[list[Path | bytes], list[str], NDArray[np.int64] | None]:
+        owner = [self.holder] if self.holder is not None and path.name == Path(self.train).name else []
+        found = rows.read(path, [self.image, self.caption, *owner])
+        pictures = [_picture(cell, path.parent) for cell in found[self.image]]
+        captions = ["" if cell is None else str(cell) for cell in found[self.caption]]
+        owners = rows.numbered(found[owner[0]], f"{path}: {owner[0]}") if owner else None
+        return pictures, captions, owners
+
+
+def _picture(cell: Any, folder: Path) -> Path | bytes:
+    """A cell's file, or its bytes."""
+    if isinstance(cell, Mapping):
+        held = cell.get("bytes")
+        cell = cell.get("path") if held is None else held
+    if isinstance(cell, bytes):
+        return cell
+    return folder / str(cell or "nothing")
+
+
+def _line(path: Path) -> str:
+    """A file's text in one line; "" where it cannot be read."""
+    try:
+        return " ".join(path.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return ""

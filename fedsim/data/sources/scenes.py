@@ -1,0 +1,135 @@
+"""Composed scenes with captions, as many as are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim import validate
+from fedsim.data import cache, pictures, scenes
+from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.pictures import Pictures
+from fedsim.data.scenes import Scenes
+from fedsim.data.sources import SOURCES
+from fedsim.data.sources.captioned import Captioned
+from fedsim.validate import InputError
+
+SHAPES = "shapes"
+FEWEST = 4  # pictures a scene can have
+_log = logging.getLogger(__name__)
+
+
+@SOURCES.register("scenes")
+@dataclass(frozen=True)
+class ComposedScenes(Captioned):
+    """Scenes of two to four pictures on a background; the caption says which, where and on what.
+
+    Pictures are divided into public and private ones, each by its own name. The tokenizer is learned from
+    captions of scenes with public pictures alone; training and test scenes have those of `side`. Scenes are
+    drawn once, into a file that is mapped into memory, and the same in every process.
+
+    Attributes:
+        pictures: "shapes": drawn here, in colours; or a folder below data.root with pictures.npy and
+            pictures.csv, such as `emoji` after python -m fedsim.data.fetch emoji.
+        categories: of the pictures that are used; none: all.
+        public_share: of the pictures, that is public.
+        side: which pictures scenes have: "private", or "public" for a public initialisation.
+        train, test: scenes in each split.
+        public: captions that the tokenizer is learned from.
+        size: edge of a scene in pixels.
+        scenes_seed: of the scenes; another one gives other scenes of the same pictures.
+    """
+
+    pictures: str = SHAPES
+    categories: list[str] = field(default_factory=list)
+    public_share: float = 0.3
+    side: str = "private"
+    train: int = 10_000
+    test: int = 1_000
+    public: int = 5_000
+    size: int | None = 32
+    scenes_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate.one_of(self.side, ("private", "public"), "data.options.side")
+        validate.in_range(self.public_share, 1e-6, 1.0 - 1e-6, "data.options.public_share")
+        for name in ("train", "test", "public"):
+            validate.in_range(getattr(self, name), 1, 2**40, f"data.options.{name}")
+        if self.size is None or not 8 <= self.size <= 1024:
+            raise InputError(
+                f"data.options.size must be 8 .. 1024 pixels, the edge of a scene, got {self.size}."
+            )
+
+    def load(self, root: Path) -> Splits:
+        """See `Source.load`.
+
+        Raises:
+            InputError: pictures that are missing, too few of a side, or a cache that cannot be written.
+        """
+        held = pictures.shapes() if self.pictures == SHAPES else pictures.read(root / self.pictures)
+        if self.categories:
+            for name in self.categories:
+                validate.one_of(name, sorted(set(held.categories)), "every one of data.options.categories")
+            held = held.among(np.array([kind in self.categories for kind in held.categories]))
+        public, private = scenes.sides(held, self.public_share)
+        own = public if self.side == "public" else private
+        for name, side in (("public", public), (self.side, own)):
+            if len(side) < FEWEST:
+                raise InputError(
+                    f"scenes need at least {FEWEST} {name} pictures, got {len(side)} of {len(held)}. Change "
+                    "data.options.public_share, or use more categories."
+                )
+        tokenizer = self.tokens(root, Scenes(public, self.scenes_seed, "public").captions(self.public))
+        return Splits(*(self._split(own, split, tokenizer) for split in ("train", "test")))
+
+    def _split(self, own: Pictures, split: str, tokenizer: object) -> ArrayDataset:
+        count = self.train if split == "train" else self.test
+        inputs, captions = self._drawn(Scenes(own, self.scenes_seed, split), count)
+        targets, declared = self.targets(tokenizer, captions)
+        return ArrayDataset("scenes", inputs, targets, None, declared, *self.constants)
+
+    def _drawn(self, made: Scenes, count: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Return scenes (count, size, size, 3), mapped from a file, and their captions."""
+        assert self.size is not None
+        named = hashlib.sha256(f"{made.digest()} {count} {self.size}".encode()).hexdigest()[:32]
+        path = cache.folder() / f"scenes-{named}.npy"
+        said = path.with_name(f"{path.stem}-captions.txt")
+        try:
+            with cache.locked(path):
+                if not path.exists():
+                    _log.info("drawing %d scenes into %s", count, path)
+                    self._draw(made, count, path, said)
+            captions = said.read_text(encoding="utf-8").splitlines()
+            inputs = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: the cache of drawn scenes must be readable and writable: {error}. Delete the file, "
+                f"or set {cache.FOLDER_VARIABLE} to a folder with room."
+            ) from error
+        if inputs.shape != (count, self.size, self.size, 3) or len(captions) != count:
+            raise InputError(f"{path} is damaged. Delete it; it is made again.")
+        return inputs, captions
+
+    def _draw(self, made: Scenes, count: int, path: Path, said: Path) -> None:
+        """Write the scenes a block at a time, and their captions first: the pictures' file says that both
+        are there."""
+        assert self.size is not None
+        captions: list[str] = []
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, self.size, self.size, 3)}
+        with cache.written(path) as handle:
+            np.lib.format.write_array_header_1_0(handle, header)
+            for start in range(0, count, BLOCK):
+                block = np.empty((min(BLOCK, count - start), self.size, self.size, 3), np.uint8)
+                made.fill(block, captions, start)
+                handle.write(block.tobytes())
+            with cache.written(said) as words:
+                words.write("\n".join(captions).encode())
+
+
+BLOCK = 1024  # scenes

@@ -1,0 +1,373 @@
+"""Captions: a vocabulary of public words alone, bad files that stay in their place, scenes that are as their
+captions say (budget: 15 s)."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedsim.config import DataConfig
+from fedsim.data import byte_pairs, cache, datasets, pictures, scenes
+from fedsim.data.pictures import COLOURS, Pictures
+from fedsim.data.scenes import LAYOUTS, Scenes
+from fedsim.data.targets import BEGIN, END, IGNORED, PADDING
+from fedsim.validate import InputError
+
+PUBLIC = ["a red apple left of a small dog on grass", "Two  DOGS and an apple", "a dog on sand below a cat"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
+
+
+# --- tokens ----------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_is_the_same_again_and_begins_with_the_special_tokens() -> None:
+    first, again = (byte_pairs.learned(PUBLIC, 60) for _ in range(2))
+    assert first.to_str() == again.to_str()
+    named = byte_pairs.names(first)
+    assert named[:4] == byte_pairs.SPECIAL
+    assert (named[PADDING], named[BEGIN], named[END]) == ("<pad>", "<begin>", "<end>")
+    assert len(named) <= 60
+
+
+@given(words=st.lists(st.text("abcdefgilnoprst", min_size=1, max_size=9), min_size=1, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_a_caption_of_known_letters_comes_back_word_by_word(words: list[str]) -> None:
+    tokenizer = byte_pairs.learned([*PUBLIC, "abcdefgilnoprst"], 80)
+    named, places = byte_pairs.names(tokenizer), 80
+    (found,) = byte_pairs.targets(tokenizer, [" ".join(words).upper()], places)
+    assert byte_pairs.words(found.tolist(), named) == " ".join(words)
+    length = int((found != IGNORED).sum())
+    assert found[length - 1] == END
+    assert bool((found[: length - 1] > END).all())
+    assert bool((found[length:] == IGNORED).all())
+
+
+def test_long_captions_are_cut_without_an_end_and_empty_ones_have_no_token() -> None:
+    tokenizer = byte_pairs.learned(PUBLIC, 60)
+    whole = byte_pairs.targets(tokenizer, [PUBLIC[0]], 40)[0]
+    length = int((whole != IGNORED).sum())
+    for places in range(2, length + 3):
+        found = byte_pairs.targets(tokenizer, [PUBLIC[0], "", " \t "], places)
+        np.testing.assert_array_equal(found[0, : min(places, length)], whole[: min(places, length)])
+        assert (END in found[0]) is (places >= length)
+        assert bool((found[1:] == IGNORED).all())
+
+
+def test_what_has_no_token_is_unknown_and_special_words_are_none() -> None:
+    tokenizer = byte_pairs.learned(PUBLIC, 60)
+    (found,) = byte_pairs.targets(tokenizer, ["猫 <end> dog"], 20)
+    assert byte_pairs.SPECIAL[3] in [byte_pairs.names(tokenizer)[t] for t in found if t != IGNORED]
+    assert int((found == END).sum()) == 1, "the word <end> in a caption does not end it"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fits"),
+    [
+        (["[PAD]", "[unused0]", "[unused1]", "[UNK]", "dog"], True),
+        (["[PAD]", "a", "b", "[UNK]", "dog"], False),
+        (["dog", "[unused0]", "[unused1]", "[UNK]"], False),
+    ],
+)
+def test_a_tokenizer_file_must_keep_the_first_tokens_free(
+    tokens: list[str], fits: bool, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    if fits:
+        read = byte_pairs.read(tmp_path / "tokenizer.json")
+        assert byte_pairs.targets(read, ["dog"], 3).tolist() == [[4, END, IGNORED]]
+        assert byte_pairs.words([4, 4, END, 4], byte_pairs.names(read)) == "dog dog"
+    else:
+        with pytest.raises(InputError, match="as its tokens 0, 1 and 2"):
+            byte_pairs.read(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        byte_pairs.read(tmp_path / "none.json")
+
+
+def test_public_captions_without_words_are_refused() -> None:
+    with pytest.raises(InputError, match="must have words"):
+        byte_pairs.learned(["", "  "], 60)
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def write_pairs(folder: Path) -> list[tuple[str, str]]:
+    """Pictures of several sizes and kinds of failure, with captions."""
+    folder.mkdir(parents=True)
+    said = [
+        ("a.png", "a dog on grass"),
+        ("b.png", ""),
+        ("broken.png", "a cat"),
+        ("c.jpg", "an apple " * 30),
+        ("d.png", "a dog"),
+        ("frames.gif", "a cat"),
+    ]
+    for place, (name, caption) in enumerate(said):
+        (folder / name).with_suffix(".txt").write_text(caption + "\n")
+        shape = (8 + place, 12, 3)
+        image = Image.fromarray(np.full(shape, 40 * place, np.uint8))
+        if name == "broken.png":
+            (folder / name).write_bytes(b"no picture")
+        elif name == "frames.gif":
+            image.save(
+                folder / name, save_all=True, append_images=[Image.fromarray(np.zeros(shape, np.uint8))]
+            )
+        else:
+            image.save(folder / name)
+    (folder / "without.png").write_bytes((folder / "a.png").read_bytes())
+    return [*said, ("without.png", "")]
+
+
+def config(root: Path, **options: object) -> DataConfig:
+    (root / "public.txt").write_text("\n".join(PUBLIC))
+    given = {"public": ["public.txt"], "vocabulary": 60, "places": 12, "size": 8, **options}
+    return DataConfig(name="captions", root=str(root), options=given)
+
+
+def check_pairs(found: datasets.Splits, said: list[tuple[str, str]]) -> None:
+    """Every example is in its place; what cannot be read is blank, with an empty caption."""
+    train = found.train
+    tokenizer = byte_pairs.learned(PUBLIC, 60)
+    named = byte_pairs.names(tokenizer)
+    assert train.declared.names == named
+    assert train.inputs.shape == (len(said), 8, 8, 3)
+    for row, (name, caption) in enumerate(said):
+        bad = name in ("broken.png", "frames.gif")
+        expected = byte_pairs.targets(tokenizer, ["" if bad else caption], 12)[0]
+        np.testing.assert_array_equal(train.targets[row], expected)
+        shade = 0 if bad or name == "without.png" else 40 * row
+        assert abs(int(train.inputs[row].mean()) - shade) <= 2, name
+    assert int((train.targets == IGNORED).all(1).sum()) == 4
+
+
+def test_a_folder_of_pictures_with_texts_beside_them(tmp_path: Path) -> None:
+    said = write_pairs(tmp_path / "train")
+    write_pairs(tmp_path / "test")
+    check_pairs(datasets.load(config(tmp_path)), said)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_tables_of_pictures_and_captions(kind: str, tmp_path: Path) -> None:
+    """Paths, bytes, and mappings with either; owners of the training split."""
+    if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        pytest.skip("pyarrow is not installed")
+    said = write_pairs(tmp_path / "files")
+    owners = [f"h{row % 3}" for row in range(len(said))]
+    rows = [
+        {"image": f"files/{name}", "caption": caption, "who": who}
+        for (name, caption), who in zip(said, owners, strict=True)
+    ]
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}.{kind}"
+        if kind == "csv":
+            with open(path, "w", newline="") as handle:
+                table = csv.DictWriter(handle, list(rows[0]))
+                table.writeheader()
+                table.writerows(rows)
+        elif kind == "jsonl":
+            path.write_text("\n".join(json.dumps({**r, "image": {"path": r["image"]}}) for r in rows))
+        else:
+            import pyarrow
+            from pyarrow import parquet
+
+            held = [{"bytes": (tmp_path / row["image"]).read_bytes(), "path": None} for row in rows]
+            columns = {"image": held, "caption": [r["caption"] for r in rows], "who": owners}
+            parquet.write_table(pyarrow.table(columns), path)
+    found = datasets.load(config(tmp_path, train=f"train.{kind}", test=f"test.{kind}", holder="who"))
+    check_pairs(found, said)
+    assert found.train.groups is not None
+    assert found.train.groups.tolist() == [row % 3 for row in range(len(said))]
+    assert found.test.groups is None
+
+
+def test_the_vocabulary_does_not_depend_on_private_captions(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "train")
+    write_pairs(tmp_path / "test")
+    before = datasets.load(config(tmp_path)).train.declared
+    for text in (tmp_path / "train").glob("*.txt"):
+        text.write_text("zebra zebra zebra quartz")
+    datasets._load.cache_clear()
+    assert datasets.load(config(tmp_path)).train.declared == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"public": []}, "data.options.public must list"),
+        ({"public": ["train"]}, "must not name the training examples"),
+        ({"size": None}, "data.options.size"),
+        ({"places": 1}, "data.options.places"),
+        ({"public": ["nothing.txt"]}, "must be a file of public captions"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, object], said: str, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "train")
+    with pytest.raises(InputError, match=said):
+        datasets.load(config(tmp_path, **options))
+
+
+# --- scenes ----------------------------------------------------------------------------------------------
+
+
+def few(count: int = 8) -> Pictures:
+    """One picture a colour: solid squares, so that each can be found in a scene by its colour."""
+    chosen = [f"{colour} square" for colour in list(COLOURS)[:count]]
+    held = pictures.shapes()
+    return held.among(np.array([name in chosen for name in held.names]))
+
+
+def test_scenes_are_the_same_again_and_a_larger_corpus_begins_with_the_smaller() -> None:
+    first, again = (Scenes(pictures.shapes(), 3, "train") for _ in range(2))
+    small, large = np.empty((4, 24, 24, 3), np.uint8), np.empty((9, 24, 24, 3), np.uint8)
+    said: list[str] = []
+    more: list[str] = []
+    first.fill(small, said)
+    again.fill(large[:7], more)
+    again.fill(large[7:], more, first=7)
+    np.testing.assert_array_equal(small, large[:4])
+    assert said == more[:4]
+    assert more == list(first.captions(9))
+    np.testing.assert_array_equal(large[8], first.draw(first.plan(8), 24))
+    assert list(Scenes(pictures.shapes(), 4, "train").captions(4)) != said
+    assert list(Scenes(pictures.shapes(), 3, "test").captions(4)) != said
+
+
+def centre(scene: NDArray[np.uint8], colour: str) -> tuple[float, float, int]:
+    """Mean place (across, down) and number of a colour's pixels."""
+    same = (np.abs(scene.astype(int) - np.array(COLOURS[colour])) <= 1).all(2)
+    down, across = np.nonzero(same)
+    return float(across.mean()), float(down.mean()), len(across)
+
+
+def test_a_caption_says_where_its_pictures_are() -> None:
+    """By the pixels: of each square's own colour, after the caption alone."""
+    made, seen, sized = Scenes(few(), 0, "train"), set(), 0
+    for number in range(150):
+        plan = made.plan(number)
+        scene, where, on = made.draw(plan, 48), *plan.caption.rsplit(" on ", 1)
+        assert on == plan.background
+        words = where.replace("a large ", "a ").replace("a small ", "a ").replace("an ", "a ")
+        colours = [word for word in words.split() if word in COLOURS]
+        places = [centre(scene, colour) for colour in colours]
+        for size, (_, _, pixels) in zip(where.split("square")[:-1], places, strict=True):
+            if len(colours) == 2 and "small" in size:
+                assert pixels < 0.8**2 * 24**2 * 0.45
+            if len(colours) == 2 and "large" in size:
+                assert pixels > 0.8**2 * 24**2 * 0.75
+                sized += 1
+        (x, y), rest = zip(*(place[:2] for place in places), strict=True), where
+        for relation in ("left of", "right of", "above", "below", "between"):
+            if relation in rest:
+                seen.add((relation, len(colours)))
+                first = rest.split(relation)[0].count("square")
+                if relation == "left of":
+                    assert x[0] < x[1]
+                elif relation == "right of":
+                    assert x[0] > x[1]
+                elif relation == "above":
+                    assert max(y[:first]) < min(y[first:])
+                elif relation == "below":
+                    assert min(y[:first]) > max(y[first:])
+                else:
+                    assert x[1] < x[0] < x[2]
+    assert sized > 10
+    assert seen == {
+        ("left of", 2), ("right of", 2), ("above", 2), ("below", 2),
+        ("above", 3), ("below", 3), ("between", 3), ("above", 4),
+    }  # fmt: skip
+    assert {len(layout.cells) for layout in LAYOUTS} == {2, 3, 4}
+
+
+def scene_config(root: Path, **options: object) -> DataConfig:
+    given = {"train": 30, "test": 10, "public": 50, "size": 16, "vocabulary": 200, **options}
+    return DataConfig(name="scenes", root=str(root), options=given)
+
+
+def test_the_source_draws_once_and_its_sides_share_no_picture(tmp_path: Path) -> None:
+    found = datasets.load(scene_config(tmp_path))
+    files = sorted((tmp_path / "cache").glob("*.npy"))
+    assert len(files) == 2
+    stamps = [file.stat().st_mtime_ns for file in files]
+    datasets._load.cache_clear()
+    again = datasets.load(scene_config(tmp_path))
+    np.testing.assert_array_equal(found.train.inputs, again.train.inputs)
+    np.testing.assert_array_equal(found.train.targets, again.train.targets)
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    public, private = scenes.sides(pictures.shapes(), 0.3)
+    assert not set(public.names) & set(private.names)
+    assert 0.2 < len(public) / len(pictures.shapes()) < 0.4
+    named = found.train.declared.names
+    for side, held in (("private", private), ("public", public)):
+        split = datasets.load(scene_config(tmp_path, side=side)).train
+        assert split.declared.names == named, "the vocabulary is that of public captions"
+        for row in split.targets:
+            caption = byte_pairs.words(row.tolist(), named)
+            assert any(name in caption for name in held.names)
+    caption = byte_pairs.words(found.train.targets[0].tolist(), named)
+    assert caption == next(Scenes(private, 0, "train").captions(1))
+
+
+def test_the_vocabulary_of_scenes_does_not_depend_on_private_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = datasets.load(scene_config(tmp_path)).train.declared
+    held = pictures.shapes()
+    public, _ = scenes.sides(held, 0.3)
+    renamed = Pictures(
+        held.pixels,
+        tuple(name if name in public.names else f"{name} zebra" for name in held.names),
+        held.categories,
+    )
+    datasets._load.cache_clear()
+    monkeypatch.setattr(scenes, "sides", lambda pictures, share: (public, renamed))
+    assert datasets.load(scene_config(tmp_path)).train.declared == before
+
+
+def test_pictures_are_read_from_files_and_chosen_by_category(tmp_path: Path) -> None:
+    held = pictures.shapes()
+    folder = tmp_path / "some"
+    folder.mkdir()
+    np.save(folder / pictures.PIXELS, held.pixels)
+    with open(folder / pictures.NAMES, "w", newline="") as handle:
+        table = csv.writer(handle)
+        table.writerows([("name", "category"), *zip(held.names, held.categories, strict=True)])
+    assert pictures.read(folder).digest() == held.digest()
+    found = datasets.load(scene_config(tmp_path, pictures="some", categories=["ring", "moon"]))
+    named = found.train.declared.names
+    for row in found.train.targets:
+        caption = byte_pairs.words(row.tolist(), named)
+        assert "ring" in caption or "moon" in caption
+        assert "square" not in caption
+    with pytest.raises(InputError, match="square"):
+        datasets.load(scene_config(tmp_path, categories=["squares"]))
+    with pytest.raises(InputError, match="at least 4"):
+        datasets.load(scene_config(tmp_path, categories=["moon"], public_share=0.01))
+    np.save(folder / pictures.PIXELS, held.pixels[1:])
+    with pytest.raises(InputError, match="a picture for every row"):
+        pictures.read(folder)
+
+
+def test_a_damaged_cache_is_refused_by_name(tmp_path: Path) -> None:
+    datasets.load(scene_config(tmp_path))
+    for file in (tmp_path / "cache").glob("*-captions.txt"):
+        file.write_text("a dog")
+    datasets._load.cache_clear()
+    with pytest.raises(InputError, match="is damaged"):
+        datasets.load(scene_config(tmp_path))
