@@ -20,6 +20,7 @@ from fedsim import models, seeds, validate
 from fedsim.data.examples import ArrayDataset, normalise
 from fedsim.data.sources.image_files import fitted
 from fedsim.models.captioner import Captioner
+from fedsim.report.significance import half_width
 from fedsim.run import Run
 from fedsim.tasks.captioning import Captioning
 from fedsim.validate import InputError
@@ -240,14 +241,15 @@ def told_apart(
 
 
 def rows_of(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[tuple[str, ...]]:
-    """Return the probes as lines of a table: whose features, then mean and deviation in percent."""
+    """Return the probes as lines of a table: whose features, then mean ± half its 95 % interval in percent."""
     heads = list(next(iter(found.values())))
     lines: list[tuple[str, ...]] = [("features", *heads)]
     for name, scores in found.items():
         cells = []
         for head in heads:
             values = [100 * value for value in scores[head]]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            half = half_width(values)
+            spread = "" if half is None else f" ± {half:.1f}"
             cells.append(f"{statistics.mean(values):.1f}{spread} %")
         lines.append((name, *cells))
     return lines
