@@ -21,7 +21,7 @@ def ablation(name: str) -> str:
     """What taking out one technique does to accuracy, against the first variant."""
     held = load(f"{name}.json")
     if held is None:
-        return missing(f"fedsim compare compare/{name}", f"{name}.json")
+        return missing(f"python -m benchmarks.compared {name}", f"{name}.json")
     whole, *others = found = accuracy(held)
     tests = differences([(found[variant], found[whole]) for variant in others])
     rows = [[whole, with_interval(found[whole].values()), "", ""]]
@@ -35,7 +35,7 @@ def holders_law() -> str:
     """Local noise of H holders against central noise times the root of H, at the same settings."""
     measured, expected = load("holders.json"), load("holders_law.json")
     if measured is None or expected is None:
-        return missing("fedsim compare compare/holders_law", "holders_law.json")
+        return missing("python -m benchmarks.compared holders holders_law", "holders_law.json")
     own, law = accuracy(measured), accuracy(expected)
     tests = differences([(own[variant], law[variant]) for variant in law])
     rows = [
