@@ -158,7 +158,8 @@ def predict(run: Run | str | Path, inputs: Any) -> Predictions:
     found: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, len(data), BATCH):
-            found.append(model(normalise(data.inputs[start : start + BATCH], data, dtype)).float())
+            some, _ = data.read(slice(start, start + BATCH))
+            found.append(model(normalise(some, data, dtype)).float())
     return _said(card, run.task, torch.cat(found))
 
 

@@ -37,7 +37,7 @@ SIZES: dict[str, Size] = {
 }
 
 
-SQUARED = ("cifar10", "cifar100", "image_folder", "image_table")
+SQUARED = ("cifar10", "cifar100", "image_folder", "image_shards", "image_table")
 """Sources that bring images to a square of data.options.size."""
 
 

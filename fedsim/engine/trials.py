@@ -87,9 +87,9 @@ def clip_rule(rule: ClipRule, groups: tuple[int, ...] | None, name: str) -> None
 
 def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
     """Refuse a task or metrics that fail on made-up outputs and blank targets, or give another shape."""
-    dtype, two, name = get_flat(model).dtype, np.zeros(2, np.int64), type(task).__name__
-    blank = examples.normalise(np.zeros_like(train.inputs[two]), train, dtype)
-    targets = examples.wanted(np.zeros_like(train.targets[two]), dtype)
+    dtype, name = get_flat(model).dtype, type(task).__name__
+    blank = examples.normalise(train.blank(2), train, dtype)
+    targets = examples.wanted(train.blank_targets(2), dtype)
     with torch.no_grad():
         said = copy.deepcopy(model)(blank)
     outputs = torch.randn(said.shape, generator=seeds.torch_stream(0, "trial of a task"), dtype=said.dtype)
