@@ -71,6 +71,7 @@ class RandomResizedCrop(Part):
         ratio = wide / high
         along = np.where(ratio < self.ratio[0], np.rint(wide / self.ratio[0]).astype(np.int64), high)
         across = np.where(ratio > self.ratio[1], np.rint(high * self.ratio[1]).astype(np.int64), wide)
+        along, across = np.maximum(along, 1), np.maximum(across, 1)  # torchvision fails where one is 0
         return np.stack([(high - along) // 2, (wide - across) // 2, along, across], axis=-1)
 
     def views(self, images: Images, words: Words) -> Images:

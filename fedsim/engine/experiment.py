@@ -15,6 +15,7 @@ from torch import nn
 from fedsim import given, models, provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
+from fedsim.data.pictures.pictures import Pictures
 from fedsim.engine import device, trials
 from fedsim.grads.flat import get_flat, spec
 from fedsim.learners import optimizer
@@ -60,6 +61,7 @@ def prepare(config: Config) -> Experiment:
     device.check(config)
     splits = datasets.load(config.data, bool(config.monitor.public_only))
     task = task_of(config, splits)
+    _tell_of_pictures(config, splits)
     augment.check(config.train.augmentations, splits.train.blank(1)[0])
     holders = partition_of(config, splits.train, task, config.seed)
     model = build_model(config, splits.train, task, config.seed)
@@ -72,6 +74,20 @@ def prepare(config: Config) -> Experiment:
     method.at.query.check_model(model, splits.train.example_shape, outputs)
     method.learner.start(config, method.at.query, spec(model), facts.examples)  # refuses what it cannot learn
     return Experiment(config, splits, holders, model, planned(method, facts), task)
+
+
+def _tell_of_pictures(config: Config, splits: examples.Splits) -> None:
+    """Say how many pictures are known to be none, of private ones only where that may be said."""
+    told = {"test": splits.test} if config.monitor.public_only else vars(splits)
+    for split, data in told.items():
+        count, how = data.inputs.frames.known if isinstance(data.inputs, Pictures) else (0, "")
+        if count:
+            _log.warning(
+                "%d pictures of the %s files are known %s to be none: their examples contribute nothing.",
+                count,
+                split,
+                how,
+            )
 
 
 def planned(method: Method, facts: DataFacts) -> Mechanism:

@@ -109,7 +109,9 @@ class Encoded:
         if scale not in self._decoded:
             with _opened(self._content) as image:
                 if scale > 1:
-                    image.draft(image.mode, (-(-image.size[0] // scale), -(-image.size[1] // scale)))
+                    whole = image.size
+                    image.draft(image.mode, (whole[0] // scale, whole[1] // scale))
+                    assert image.size == tuple(-(-side // scale) for side in whole), (whole, image.size)
                 self._decoded[scale] = as_rgb(image)
         return self._decoded[scale]
 

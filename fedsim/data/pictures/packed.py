@@ -80,6 +80,11 @@ class Packed:
         """See `Frames.how`."""
         return f"{self.files.how}, packed with {self.table.meta['short']} along the shorter side"
 
+    @property
+    def known(self) -> tuple[int, str]:
+        """See `Frames.known`."""
+        return int(self.table.meta["refused"]), "when they were packed"
+
 
 def packed(files: InFiles, short: int) -> Packed:
     """Return pictures with `short` pixels along the shorter side, packed now where they are not.

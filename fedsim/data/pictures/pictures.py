@@ -26,6 +26,10 @@ Read = tuple[NDArray[np.uint8], NDArray[np.bool_]]
 Cut = Callable[[Picture], NDArray[np.uint8]]
 Result = TypeVar("Result")
 
+NEARLY = 0.9
+"""Share of the pictures from which on those that are left out are remembered, and not those that are
+there."""
+
 TOLD = 100
 """Reasons that are kept why pictures cannot be decoded."""
 
@@ -56,6 +60,11 @@ class Frames(Protocol):
     @property
     def how(self) -> str:
         """What pixels follow from beside the files, in words."""
+        ...
+
+    @property
+    def known(self) -> tuple[int, str]:
+        """How many are known to be undecodable before any is drawn, and how that is known."""
         ...
 
 
@@ -90,6 +99,11 @@ class InFiles:
         """See `Frames.how`."""
         return f"files of at most {self.most_pixels} pixels"
 
+    @property
+    def known(self) -> tuple[int, str]:
+        """See `Frames.known`."""
+        return int(self.store.index.meta["refused"]), "by their first bytes"
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -120,6 +134,8 @@ class Pictures:
         rule: how they become images of one size where no augmentation takes a part of them.
         rows: the place of each row; None: all of them, in order. Of the smallest dtype that holds them.
         first, count: instead, so many from a place on.
+        passed: of these, places that are left out, each less those left out before it, ascending: so a row is
+            found among millions by the few that are held out.
         refused: reasons why pictures were not decoded so far, by row, of the first TOLD that were met.
     """
 
@@ -128,6 +144,7 @@ class Pictures:
     rows: NDArray[Any] | None = None
     first: int = 0
     count: int = -1
+    passed: NDArray[np.int64] | None = None
     refused: dict[int, str] = field(default_factory=dict)
 
     dtype = np.dtype(np.uint8)
@@ -147,15 +164,26 @@ class Pictures:
         """Return where rows are among the frames."""
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
-        return (self.first + rows) if self.rows is None else self.rows[rows].astype(np.int64)
+        if self.rows is not None:
+            return self.rows[rows].astype(np.int64)
+        if self.passed is not None:
+            rows = rows + np.searchsorted(self.passed, rows, side="right")
+        return self.first + rows
 
     def take(self, rows: Rows) -> Pictures:
-        """Return these rows; consecutive ones cost no memory, others four bytes each up to four thousand
-        million pictures."""
+        """Return these rows. Consecutive ones cost no memory, nor do nearly all of them in order; others four
+        bytes each up to four thousand million pictures."""
         if isinstance(rows, slice) and rows.indices(len(self))[2] == 1 and self.rows is None:
             start, stop, _ = rows.indices(len(self))
-            return Pictures(self.frames, self.rule, None, self.first + start, max(0, stop - start))
+            if self.passed is None:
+                return Pictures(self.frames, self.rule, None, self.first + start, max(0, stop - start))
         places = self.places(rows)
+        if len(places) > NEARLY * len(self.frames) and bool((places[1:] > places[:-1]).all()):
+            there = np.zeros(len(self.frames), np.bool_)
+            there[places] = True
+            passed = np.flatnonzero(~there)
+            passed -= np.arange(len(passed))
+            return Pictures(self.frames, self.rule, None, 0, len(places), passed)
         return Pictures(self.frames, self.rule, places.astype(narrow(len(self.frames))))
 
     @property

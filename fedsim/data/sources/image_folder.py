@@ -32,10 +32,19 @@ class ImageFolder(ImageFiles):
     Attributes:
         classes: number of classes, to be checked; None: the folders in train.
         owners: what ROOT/train/CLASS/OWNER/FILE means: True: the folder below a class is the natural owner.
+        train_folder, test_folder: names of the two, where they are others than train and test, such as val.
     """
 
     classes: int | None = None
     owners: bool = False
+    train_folder: str = "train"
+    test_folder: str = "test"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, given in (("train_folder", self.train_folder), ("test_folder", self.test_folder)):
+            if not given or Path(given).is_absolute() or ".." in Path(given).parts:
+                raise InputError(f"data.options.{name} must be a folder below data.root, got {given!r}.")
 
     def load(self, root: Path) -> Splits:
         """See `Source.load`: the order is that of class and path.
@@ -45,19 +54,20 @@ class ImageFolder(ImageFiles):
                 of another size than the first where no size is set, or without a plain 8-bit meaning; names
                 the file.
         """
-        names = _classes(root / "train")
+        train_root, test_root = root / self.train_folder, root / self.test_folder
+        names = _classes(train_root)
         if self.classes not in (None, len(names)):
             raise InputError(
-                f"data.options.classes must be {len(names)}, the class folders in {root / 'train'}, or null, "
+                f"data.options.classes must be {len(names)}, the class folders in {train_root}, or null, "
                 f"got {self.classes}. A class without training images is an empty folder there."
             )
-        if unknown := sorted(set(_classes(root / "test")) - set(names)):
+        if unknown := sorted(set(_classes(test_root)) - set(names)):
             raise InputError(
-                f"image_folder: {root}/test must have class folders of {root}/train only, got "
+                f"image_folder: {test_root} must have class folders of {train_root} only, got "
                 f"{', '.join(unknown)} more. Remove them, or add them to train (empty folders will do)."
             )
-        train = self._split(root / "train", names, None)
-        return Splits(train, self._split(root / "test", names, train.inputs.shape[1:]))
+        train = self._split(train_root, names, None)
+        return Splits(train, self._split(test_root, names, train.inputs.shape[1:]))
 
     def _split(self, folder: Path, names: Sequence[str], shape: tuple[int, ...] | None) -> ArrayDataset:
         """Return the examples of a split; images that are decoded at once have `shape`, by default that of
