@@ -145,7 +145,7 @@ def test_only_what_is_read_is_opened_and_few_files_stay_open(
         for place in range(40):
             frames.store.read(place)
     here = Path(f"/proc/{os.getpid()}/fd")
-    held = [p for p in here.iterdir() if p.is_symlink() and str(tmp_path) in os.readlink(p)]
+    held = [p for p in here.iterdir() if p.is_symlink() and os.readlink(p).endswith(".tar")]
     assert len(held) == 3
 
 
@@ -227,7 +227,7 @@ def test_samples_that_are_not_in_the_form_are_refused(
     with pytest.raises(PrivateInputError, match=why) as refused:
         loaded("image_shards", tmp_path, classes=3)
     assert "train-0.tar, a" in str(refused.value)
-    assert "7" not in refused.value.public
+    assert "got" not in refused.value.public
 
 
 def test_classes_and_owners_come_from_any_member(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_classes_and_owners_come_from_any_member(tmp_path: Path) -> None:
 
 
 def test_what_is_decoded_on_demand_is_what_is_decoded_at_once(tmp_path: Path) -> None:
-    """One rule for all: folder at once, on demand, tar files, and packed where nothing is made smaller."""
+    """One rule for all: folder at once, on demand, tar files, and packed to the rule's own shorter side."""
     both(tmp_path)
     for rule in ({}, {"short_side": 20}, {"fit": "squeeze"}):
         once = loaded("image_folder", tmp_path, decode="at_once", **rule).train
@@ -263,10 +263,7 @@ def test_what_is_decoded_on_demand_is_what_is_decoded_at_once(tmp_path: Path) ->
         for name, options in (
             ("image_folder", rule),
             ("image_shards", {"classes": 3, **rule}),
-            ("image_folder", {**rule, "decode": "packed", "short_side": 1000}),
         ):
-            if options.get("decode") == "packed" and rule != {"fit": "squeeze"}:
-                continue  # the rule's own short side is that of packing: below
             found, whole = loaded(name, tmp_path, **options).train.read(slice(None))
             assert whole is None
             assert np.array_equal(found, once.inputs), (name, rule)

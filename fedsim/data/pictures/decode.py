@@ -178,12 +178,14 @@ def fitted(
     return image.crop((left, top, left + wide, top + high))
 
 
-def shrunk_to(image: Any, short: int) -> Any:
-    """Return a Pillow image whose shorter side is `short`, or that is left alone where it is no longer."""
-    wide, high = image.size
+def shrunk_to(image: Any, short: int, whole: tuple[int, int]) -> Any:
+    """Return a Pillow image whose shorter side is `short`, as `fitted` has it before the middle is cut out;
+    or the image itself where it is no longer. `whole`: height and width it had before it was decoded
+    smaller."""
+    high, wide = whole
     if min(wide, high) <= short:
         return image
-    scale = short / min(wide, high)
+    scale = max(short / wide, short / high)
     return _shrunk(image, (max(short, round(wide * scale)), max(short, round(high * scale))))
 
 

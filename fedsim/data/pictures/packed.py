@@ -121,7 +121,7 @@ def _pack(handle: BinaryIO, files: InFiles, short: int, room: int) -> None:
         try:
             picture = files.open(place)
             assert isinstance(picture, Encoded)
-            found = np.asarray(shrunk_to(picture.image(picture.scale_for(short)), short))
+            found = np.asarray(shrunk_to(picture.image(picture.scale_for(short)), short, picture.size))
         except Undecodable:
             return None
         return found if max(found.shape) < 2**16 else None
