@@ -287,7 +287,8 @@ def test_features_of_pictures_are_computed_once_and_none_of_a_damaged_one_counts
         extra = [
             "train.steps=1",
             "train.expected_batch_size=48",
-            "optimizer={name: sgd, options: {}, learning_rate: 1.0}",
+            "optimizer.name=sgd",
+            "optimizer.learning_rate=1.0",
         ]
         made_of = config(root, preset, *heads, *extra, size=28)
         out = tmp_path / preset.partition("=")[2]
