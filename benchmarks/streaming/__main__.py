@@ -35,8 +35,9 @@ def main() -> None:
         data = Path(temporary if arguments.data is None else arguments.data).absolute()
         rows = _rows(data, arguments.small)
     if arguments.json is not None:
+        small = " --small" if arguments.small else ""
         result = {
-            "command": "python -m benchmarks.streaming " + " ".join(sys.argv[1:]),
+            "command": f"python -m benchmarks.streaming --json {arguments.json}" + small,
             "commit": provenance.commit(),
             "hardware": provenance.hardware(),
             **rows,
