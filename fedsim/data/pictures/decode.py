@@ -109,10 +109,11 @@ class Encoded:
         if scale not in self._decoded:
             with _opened(self._content) as image:
                 if scale > 1:
-                    whole = image.size
-                    image.draft(image.mode, (whole[0] // scale, whole[1] // scale))
-                    assert image.size == tuple(-(-side // scale) for side in whole), (whole, image.size)
+                    image.draft(image.mode, (image.size[0] // scale, image.size[1] // scale))
                 self._decoded[scale] = as_rgb(image)
+            wanted = tuple(-(-side // scale) for side in reversed(self.size))
+            if self._decoded[scale].size != wanted:  # places in it would be others
+                raise RuntimeError(f"a picture must decode to {wanted}, got {self._decoded[scale].size}")
         return self._decoded[scale]
 
     def scale_for(self, short: int) -> int:
