@@ -94,9 +94,9 @@ def streaming(name: str) -> str:
         return missing("python -m benchmarks.streaming --json results/streaming.json", name)
     about = held["folder"]
     lines = [
-        f"A folder of {about['pictures'][1]:,} JPEGs of many sizes, {about['bytes_a_file'] / 1e3:.0f} kB each "
-        f"on average, and {about['pictures'][0]:,} of them; 64 x 64 pixels; one view an example. The ImageNet "
-        "configurations with steps, batch and size lowered on the command line:\n"
+        f"A folder of {about['pictures'][1]:,} JPEGs of many sizes, {about['bytes_a_file'] / 1e3:.0f} kB "
+        f"each on average, and {about['pictures'][0]:,} of them; 64 x 64 pixels; one view an example. The "
+        "ImageNet configurations with steps, batch and size lowered on the command line:\n"
     ]
     rows = [
         [

@@ -19,7 +19,7 @@ def folder(root: Path, count: int, seed: int = 0) -> Path:
     """Write ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE once, of `count` and TEST pictures.
 
     Sides and bytes are like ImageNet's (there 500 x 375 most often, 110 kB on average): sides 200 to 640, the
-    quality of JPEG 85 to 97. A picture is a part of one of BASES textures, brighter or darker by its class.
+    quality of JPEG 90 to 97. A picture is a part of one of BASES textures, brighter or darker by its class.
     """
     if (root / "done").is_file() and (root / "done").read_text() == str(count):
         return root
@@ -35,7 +35,7 @@ def folder(root: Path, count: int, seed: int = 0) -> Path:
             part = bases[(label + number // CLASSES) % BASES][top : top + high, left : left + wide]
             pixels = part + np.uint8(label // 7)
             path = root / split / f"n{label:08d}" / f"n{label:08d}_{number}.JPEG"
-            Image.fromarray(pixels).save(path, "JPEG", quality=int(rng.integers(85, 97)))
+            Image.fromarray(pixels).save(path, "JPEG", quality=int(rng.integers(90, 98)))
     (root / "done").write_text(str(count))
     return root
 
@@ -50,7 +50,7 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
             for c in range(3)
         ]
         total += np.stack(planes, axis=-1)
-    total += rng.normal(0, 5, (1000, 1000, 1)).astype(np.float32)
+    total += rng.normal(0, 7, (1000, 1000, 1)).astype(np.float32)
     return np.clip(total + 110, 0, 240).astype(np.uint8)
 
 

@@ -80,7 +80,7 @@ def training(recipe: str, root: Path, out: Path, steps: int, batch: int, threads
         f"train.expected_batch_size={batch}",
         "data.test_examples=32",
         f"engine.threads={threads}",
-        "engine.physical_batch_size=32",
+        "engine.physical_batch_size=8",
     )
     before = memory()
     began = time.perf_counter()

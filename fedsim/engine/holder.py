@@ -62,6 +62,7 @@ class Node:
         self.partition = partition_of(config, self.train, self.task, seed)
         nodes = config.federation.nodes
         self.holders = self.partition.holders_of_node(index, nodes)
+        self._examples = sum(len(some) for some in self.partition.blocks_of_node(index, nodes))
         self.outputs = self.task.outputs(splits.train.declared)
         self.device = pick_device(config.engine.device, index)
         make_deterministic(self.device, config.engine.deterministic)
@@ -245,7 +246,7 @@ class Node:
 
         A GPU computes physical batches of one size, whoever is in them.
         """
-        expected = task.sampling_rate * len(self.ids)
+        expected = task.sampling_rate * self._examples
         likely = math.ceil(expected + 6.0 * math.sqrt(expected)) + 1
         return max(1, min(self.physical_batch_size // self.config.train.augment_multiplicity, likely))
 
