@@ -290,7 +290,7 @@ def test_features_of_pictures_are_computed_once_and_none_of_a_damaged_one_counts
             "optimizer.name=sgd",
             "optimizer.learning_rate=1.0",
         ]
-        made_of = config(root, preset, *heads, *extra, size=28)
+        made_of = config(root, preset, *heads, *extra, size=8)
         out = tmp_path / preset.partition("=")[2]
         train(made_of, out)
         numbers = numbers_of(read_steps(out / "metrics.jsonl")[-1])
