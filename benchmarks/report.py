@@ -145,6 +145,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "head-costs": heads_table.costs,
         "compare-heads": lambda: comparison("heads_trust", COSTS),
     },
+    "docs/pictures.md": {"streaming": lambda: tables.streaming("streaming.json")},
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
     "docs/tuning.md": {"tuning-cost": tuning.page},
 }

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedsim import loading, provenance
 from fedsim.config import Config
-from fedsim.engine import holder
+from fedsim.engine import contributions
 from fedsim.engine.experiment import Experiment
 from fedsim.engine.server import Server
 from fedsim.flower import wire
@@ -78,7 +78,7 @@ class TrivialClient:
         reply = HolderReply(
             task.step, task.wave, node, holders, provenance.code_hash(),
             {"sum": trivial(parameters, len(holders))}, len(holders), _statistics(len(holders)),
-            {"compute": 0.0, "transfer": 0.0},
+            {"compute": 0.0, "transfer": 0.0, "data": 0.0},
         )  # fmt: skip
         from flwr.app import Message
 
@@ -89,7 +89,7 @@ class TrivialClient:
 def _statistics(count: int) -> dict[str, float | list[float]]:
     """What a reply says of so many contributions; made once, for it is no part of the work to time."""
     nothing = torch.zeros(count, dtype=torch.float64)
-    return holder.statistics(ClippedSum(torch.zeros(0), count, 1.0, nothing, nothing))
+    return contributions.statistics(ClippedSum(torch.zeros(0), count, 1.0, nothing, nothing))
 
 
 @functools.cache

@@ -103,6 +103,61 @@ def captioner(name: str) -> str:
     return table(heads, rows) + provenance(held)
 
 
+def streaming(name: str) -> str:
+    """Pictures in files, from benchmarks.streaming: training, decoding, a million samples."""
+    held = load(name)
+    if held is None:
+        return missing("python -m benchmarks.streaming --json results/streaming.json", name)
+    about = held["folder"]
+    lines = [
+        f"A folder of {about['pictures'][1]:,} JPEGs of many sizes, {about['bytes_a_file'] / 1e3:.0f} kB "
+        f"each on average, and {about['pictures'][0]:,} of them; 64 x 64 pixels; one view an example. The "
+        "ImageNet configurations with steps, batch and size lowered on the command line:\n"
+    ]
+    rows = [
+        [
+            f"`{row['recipe']}`, {row['model']}",
+            f"{row['pictures']:,}",
+            str(row["threads"]),
+            f"{row['seconds_to_open']:.1f}",
+            f"{row['megabytes']['opened']['own']:.0f}",
+            f"{row['megabytes']['after']['peak']:.0f}",
+            f"{row['views_a_step'] / row['seconds_a_step']:.1f}",
+            f"{100 * row['share_waiting_for_data']:.1f} %",
+        ]
+        for row in held["training"]
+    ]
+    head = ["recipe, model", "pictures", "torch threads", "s to open", "MB opened", "MB peak"]
+    lines.append(table([*head, "views a second", "waits for data"], rows))
+    lines.append("\nViews that one core decodes a second, files in memory, crop and flip included:\n")
+    rows = [
+        [str(row["edge"]), row["decode"], *(f"{n:,.0f}" for n in row["a_second_and_core"].values())]
+        for row in held["decoding"]
+    ]
+    lines.append(table(["edge", "decode", "K = 1", "K = 4", "evaluation"], rows))
+    lines.append("\nSmall samples in tar files, over holders, two nodes in one process:\n")
+    rows = [
+        [
+            f"{row['samples']:,}",
+            f"{row['holders']:,}",
+            f"{row['first']:.1f}",
+            f"{row['seconds_to_open']:.2f}",
+            f"{1e3 * row['seconds_a_draw']:.1f}",
+            f"{row['bytes_a_sample_by_arrays']['together']:.0f}",
+        ]
+        for row in held["many"]
+    ]
+    head = ["samples", "holders", "s to open first", "s to open", "ms a draw", "bytes a sample held"]
+    lines.append(table(head, rows))
+    per = held["many"][-1]["bytes_a_sample"]
+    lines.append(
+        "\nBetween the two, a sample costs "
+        + ", ".join(f"{max(0.0, per[key]):.1f} bytes ({key})" for key in per)
+        + ": memory of the process's own, mapped pages of the index, and the largest it ever had.\n"
+    )
+    return "\n".join(lines) + provenance(held)
+
+
 def rounds(name: str) -> str:
     """Federation overhead, from benchmarks.rounds."""
     held = load(name)

@@ -141,6 +141,8 @@ class EngineConfig:
             and the trust model `shares` refuses to run. The CPU always repeats its bits.
         threads: torch threads of a process; None for one if the model has less than 100 000 parameters, and
             for all cores otherwise.
+        decode_threads: threads of a process that decode pictures which are read on demand, one physical batch
+            ahead of the one in use; None: one a core.
         cpus_per_node, gpus_per_node: what Flower's simulation reserves for a node.
 
     Per-holder sums (under `shares`) are taken by the vmap engine in any case, and local training by ordinary
@@ -160,6 +162,7 @@ class EngineConfig:
     device: str = "auto"
     deterministic: bool = True
     threads: int | None = None
+    decode_threads: int | None = None
     cpus_per_node: int = 1
     gpus_per_node: float = 0.0
 

@@ -15,6 +15,7 @@ knows of the data.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -331,17 +332,20 @@ class Mechanism:
         """Return name -> (shape, dtype) of the arrays that a reply must hold."""
         return self.method.trust.reply_arrays(self.method.at, release, reply)
 
-    def counted_at_most(self, task: StepTask, holders: NDArray[np.int64], ids: NDArray[np.int64]) -> int:
+    def counted_at_most(
+        self, task: StepTask, holders: NDArray[np.int64], ids: Iterable[NDArray[np.int64]]
+    ) -> int:
         """Return the largest count that an honest reply of a node can have.
 
         Args:
             task: what the reply answers.
             holders: (H,) the node's.
-            ids: (n,) of their examples.
+            ids: of their examples, in parts.
         """
-        by_holder = self.unit == "holder"
-        units = Units(holders, self.facts.holders) if by_holder else Units(ids, self.facts.examples)
-        return self.method.trust.counted_at_most(self.method.at, task, units)
+        of_holders = (Units(holders, self.facts.holders),)
+        of_examples = (Units(some, self.facts.examples) for some in ids)
+        parts = of_holders if self.unit == "holder" else of_examples
+        return sum(self.method.trust.counted_at_most(self.method.at, task, units) for units in parts)
 
     def norm_bounds(self, release: Release, reply: HolderReply) -> dict[str, float]:
         """Return the largest L2 norms that an honest reply's arrays can have, by name."""

@@ -156,6 +156,7 @@ def check(c: Config) -> None:
     for count, name in (
         (t.steps, "train.steps"),
         (e.threads, "engine.threads"),
+        (e.decode_threads, "engine.decode_threads"),
         (e.cpus_per_node, "engine.cpus_per_node"),
     ):
         if count is not None:

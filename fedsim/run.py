@@ -159,7 +159,8 @@ def predict(run: Run | str | Path, inputs: Any) -> Predictions:
     with torch.no_grad():
         for start in range(0, len(data), BATCH):
             own = slice(start, start + BATCH)
-            inputs, blank = normalise(data.inputs[own], data, dtype), wanted(data.targets[own], dtype)
+            some, _ = data.read(own)
+            inputs, blank = normalise(some, data, dtype), wanted(data.wanted_of(own), dtype)
             found.append(run.task.answered(model, inputs, blank).float())
     return _said(card, run.task, torch.cat(found))
 

@@ -28,6 +28,8 @@ class ClippedSum:
         losses: (count,) float64 per-example losses, mean over views; sensitive.
         clipped: (count,) bool, whether some part of the example's gradient was above its own bound, for a
             clip rule with bounds on parts; None: where the norm is above `sensitivity`. Sensitive.
+        undecodable: examples whose picture cannot be decoded; they are among `count`, with a norm of NaN and
+            a contribution of zero, or were left out of a holder's training. Sensitive.
     """
 
     sum: Tensor
@@ -36,6 +38,7 @@ class ClippedSum:
     norms: Tensor
     losses: Tensor
     clipped: Tensor | None = None
+    undecodable: int = 0
 
 
 @dataclass(frozen=True)

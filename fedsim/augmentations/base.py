@@ -35,6 +35,28 @@ class Augmentation(ABC):
 
 
 @dataclass(frozen=True)
+class Part(Augmentation):
+    """One that scales a part of each picture to the size of the images, and says which part.
+
+    Only as the first of the list: of pictures that lie in files it takes the part from the picture as it is
+    there, of any size, before anything else is done to it.
+    """
+
+    @abstractmethod
+    def boxes(self, sizes: NDArray[np.int64], words: Words) -> NDArray[np.int64]:
+        """Return the part that becomes each view.
+
+        Args:
+            sizes: (B, 2) height and width of each picture.
+            words: (B, K) as of `views`.
+
+        Returns:
+            (B, K, 4): top, left, height and width in whole pixels, within the picture; each a function of its
+            picture's size and its word alone.
+        """
+
+
+@dataclass(frozen=True)
 class Function(Augmentation):
     """A function from outside in place of an augmentation: (images, words, **options) -> images."""
 

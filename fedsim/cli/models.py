@@ -99,9 +99,10 @@ def _inputs(path: Path, card: Card) -> tuple[list[str], Any]:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} must hold images, and is empty.")
-    fit = "crop" if card.source is None else str(card.source.options.get("fit", "crop"))
+    options = {} if card.source is None else card.source.options
+    fit, short = str(options.get("fit", "crop")), options.get("short_side")
     names = [p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files]
-    return names, np.stack([pixels(p, card.example_shape, fit) for p in files])
+    return names, np.stack([pixels(p, card.example_shape, fit, short) for p in files])
 
 
 def _export(options: argparse.Namespace) -> dict[str, str]:

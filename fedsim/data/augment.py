@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from fedsim import seeds, validate
 from fedsim.augmentations import AUGMENTATIONS, Augmentation
+from fedsim.augmentations.base import Part
+from fedsim.data.pictures.pictures import Pictures
 from fedsim.registry import check_choice
 from fedsim.validate import InputError
 
@@ -46,6 +48,11 @@ def check(names: Sequence[Any], example: NDArray[Any]) -> list[Augmentation]:
             "train.augmentations must be empty for data that is not uint8 images of shape (H, W, C), got "
             f"{list(names)} for {example.dtype} of shape {example.shape}. Set train.augmentations=[]."
         )
+    if late := [name for name, one in zip(names[1:], made[1:], strict=True) if isinstance(one, Part)]:
+        raise InputError(
+            f"train.augmentations must start with {late[0]}, which takes a part of the picture as it is in "
+            f"its file, got {list(names)}. Put it first, and once."
+        )
     for augmentation in made:
         augmentation.check(example.shape)
     return made
@@ -75,26 +82,71 @@ def views(
     Raises:
         InputError: unknown augmentation, inputs it does not fit, or shapes that do not go together.
     """
-    validate.in_range(int(multiplicity), 1, MAX_VIEWS, "train.augment_multiplicity")
-    if ids.shape != inputs.shape[:1] or (ids.size and ids.min() < 0):
-        raise InputError(
-            f"ids must be {len(inputs)} example ids of 0 or above, got shape {ids.shape}"
-            f"{f' with minimum {ids.min()}' if ids.size else ''}."
-        )
+    if ids.shape != inputs.shape[:1]:
+        raise InputError(f"ids must be {len(inputs)} example ids, got shape {ids.shape}.")
+    words = _words(ids, multiplicity, key, len(names))
     made = check(names, np.empty(inputs.shape[1:], inputs.dtype))
-    out = inputs[:, None]
-    if names and len(ids):
-        words = _words(ids, multiplicity, key)
-        for place, augmentation in enumerate(made):
-            out = augmentation.views(out, words[:, :, place])
-    if out.shape[1] != multiplicity:
-        out = np.repeat(out, multiplicity, axis=1)
+    return _changed(inputs[:, None], made, words, 0)
+
+
+def views_of(
+    pictures: Pictures,
+    ids: NDArray[np.int64],
+    multiplicity: int,
+    key: bytes,
+    names: Sequence[Any],
+    workers: int | None = None,
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    """Return K views of each of these pictures, as `views` does of an array of images.
+
+    A `Part` takes its part of the picture as it lies in the file; without one, the picture is first made to
+    fit.
+
+    Args:
+        pictures: of a data set.
+        ids: (B,) int64 global example ids: their rows.
+        multiplicity, key, names: as of `views`.
+        workers: threads that decode; None: one a core.
+
+    Returns:
+        (B, K, H, W, 3), and (B,) which pictures could be decoded; None: all. The others are zero.
+
+    Raises:
+        InputError: as `views`.
+        RunError: a file cannot be read, or is another than it was.
+    """
+    words = _words(ids, multiplicity, key, len(names))
+    made = check(names, np.empty(pictures.shape[1:], pictures.dtype))
+    if made and isinstance(made[0], Part):
+        out, whole = pictures.views(ids, made[0], words[:, :, 0], workers)
+        out = _changed(out, made, words, 1)
+    else:
+        out, whole = pictures.read(ids, workers)
+        out = _changed(out[:, None], made, words, 0)
+    return out, None if whole.all() else whole
+
+
+def _changed(out: NDArray[Any], made: Sequence[Augmentation], words: Words, begun: int) -> NDArray[Any]:
+    """Return images (B, 1 or K, ...) after all augmentations from the one at `begun` on, (B, K, ...)."""
+    if len(out):
+        for place in range(begun, len(made)):
+            out = made[place].views(out, words[:, :, place])
+    if out.shape[1] != words.shape[1]:
+        out = np.repeat(out, words.shape[1], axis=1)
     return out
 
 
-def _words(ids: NDArray[np.int64], multiplicity: int, key: bytes) -> Words:
-    """(B, K, MAX_AUGMENTATIONS) key-stream words; one AES call per example, about 15 us each."""
+def _words(ids: NDArray[np.int64], multiplicity: int, key: bytes, used: int) -> Words:
+    """(B, K, MAX_AUGMENTATIONS) key-stream words; one AES call per example, about 15 us each.
+
+    None are made where no augmentation uses any.
+    """
+    validate.in_range(int(multiplicity), 1, MAX_VIEWS, "train.augment_multiplicity")
+    if ids.size and ids.min() < 0:
+        raise InputError(f"ids must be example ids of 0 or above, got minimum {ids.min()}.")
     per_example = multiplicity * MAX_AUGMENTATIONS
+    if not used:
+        return np.zeros((len(ids), multiplicity, 0), dtype=np.uint64)
     out = np.empty((len(ids), per_example), dtype=np.uint64)
     for row, example in enumerate(ids.tolist()):
         out[row] = seeds.words(key, example * MAX_VIEWS * MAX_AUGMENTATIONS, per_example)

@@ -1,4 +1,8 @@
-"""Examples with targets as plain arrays, the splits of a data set, and what a model sees of them."""
+"""Examples with targets, the splits of a data set, and what a model sees of them.
+
+Inputs are an array, or pictures that stay in their files (`fedsim.data.pictures`). Whoever wants examples
+asks `ArrayDataset.read`, which serves both; nobody else indexes inputs.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim import validate
+from fedsim.data.pictures.pictures import Fingerprints, Pictures
 from fedsim.data.targets import Targets
 from fedsim.validate import InputError, PrivateInputError
+
+Inputs = NDArray[Any] | Pictures
+Rows = NDArray[np.int64] | slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +31,13 @@ class ArrayDataset:
 
     Attributes:
         name: the data set's name in the registry.
-        inputs: (N, H, W, C) uint8 images; (N, ...) float16, float32 or float64 features; or, where there is a
-            `vocabulary`, (N, places) integer tokens; read-only.
-        targets: (N, ...) as `declared` has them; read-only.
-        groups: (N,) int64 natural owner of each example, or None where the data set has no owners.
+        inputs: (N, H, W, C) uint8 images, or pictures that are decoded when they are read; (N, ...) float16,
+            float32 or float64 features; or, where there is a `vocabulary`, (N, places) integer tokens;
+            read-only.
+        targets: (N, ...) as `declared` has them; classes beside pictures in the dtype that they come in,
+            which may be smaller than int64; read-only. `wanted_of` gives what a loss takes.
+        groups: (N,) integer natural owner of each example, int64 or, beside pictures, as they come; or None
+            where the data set has no owners.
         declared: form of the targets: declared, since the examples are private and the model's shape is not.
         mean, std: C numbers each, applied to pixels on the [0, 1] scale: published constants for the standard
             sets, 0.5 and 0.5 for other images (statistics of private images would leak), empty for others.
@@ -38,9 +49,9 @@ class ArrayDataset:
     """
 
     name: str
-    inputs: NDArray[Any]
+    inputs: Inputs
     targets: NDArray[Any]
-    groups: NDArray[np.int64] | None
+    groups: NDArray[Any] | None
     declared: Targets
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -49,10 +60,14 @@ class ArrayDataset:
     def __post_init__(self) -> None:
         _check_inputs(self.name, self.inputs, self.vocabulary)
         n = len(self.inputs)
-        object.__setattr__(self, "inputs", _read_only(self.inputs))
-        object.__setattr__(self, "targets", self.declared.checked(self.targets, n, self.name))
+        lazy = isinstance(self.inputs, Pictures)
+        if isinstance(self.inputs, np.ndarray):
+            object.__setattr__(self, "inputs", _read_only(self.inputs))
+        checked = self.declared.checked(self.targets, n, self.name, as_they_are=lazy)
+        object.__setattr__(self, "targets", checked)
         if self.groups is not None:
-            object.__setattr__(self, "groups", _read_only(_integers(self.name, "groups", self.groups, n)))
+            owners = _integers(self.name, "groups", self.groups, n, as_they_are=lazy)
+            object.__setattr__(self, "groups", _read_only(owners))
         channels = self.inputs.shape[-1] if self.is_image else 0
         if (len(self.mean), len(self.std)) != (channels, channels) or not all(s > 0 for s in self.std):
             raise InputError(
@@ -66,11 +81,46 @@ class ArrayDataset:
     def digest(self) -> str:
         """Return a digest of inputs and targets, as hexadecimal digits; of private examples it is private."""
         found = hashlib.blake2b(digest_size=16)
-        for values in (self.inputs, self.targets):
+        for values in (self.identity, self.targets):
             found.update(f"{values.dtype.str} {values.shape}".encode())
             for start in range(0, len(values), 4096):  # they may be mapped from a file
                 found.update(np.ascontiguousarray(values[start : start + 4096]).data)
         return found.hexdigest()
+
+    @property
+    def identity(self) -> NDArray[Any] | Fingerprints:
+        """What tells the inputs from others, (N, ...): themselves, or digests of the files of pictures."""
+        return self.inputs.fingerprints if isinstance(self.inputs, Pictures) else self.inputs
+
+    def read(self, rows: Rows, workers: int | None = None) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """Return inputs of these rows, (n, ...), and which are there, (n,); None: all of them.
+
+        Args:
+            rows: which; ids are rows.
+            workers: threads that decode pictures; None: one a core.
+
+        Returns:
+            Also zeros, for pictures that cannot be decoded.
+        """
+        if isinstance(self.inputs, Pictures):
+            found, whole = self.inputs.read(rows, workers)
+            return found, None if whole.all() else whole
+        return self.inputs[rows], None
+
+    def blank(self, count: int) -> NDArray[Any]:
+        """Return (count, ...) zeros in the form of the inputs; no example is read."""
+        return np.zeros((count, *self.inputs.shape[1:]), self.inputs.dtype)
+
+    def blank_targets(self, count: int) -> NDArray[Any]:
+        """Return (count, ...) zeros in the form that `wanted_of` starts from."""
+        return np.zeros_like(self._wide(self.targets[:1]), shape=(count, *self.targets.shape[1:]))
+
+    def wanted_of(self, rows: Rows) -> NDArray[Any]:
+        """Return targets of these rows, (n, ...), classes as int64."""
+        return self._wide(self.targets[rows])
+
+    def _wide(self, targets: NDArray[Any]) -> NDArray[Any]:
+        return targets.astype(np.int64, copy=False) if self.declared.kind == "class" else targets
 
     @property
     def is_image(self) -> bool:
@@ -83,10 +133,12 @@ class ArrayDataset:
         shape = self.inputs.shape[1:]
         return (shape[2], shape[0], shape[1]) if self.is_image else shape
 
-    def take(self, rows: NDArray[np.int64] | slice) -> ArrayDataset:
-        """Return the given rows as a data set; a slice shares memory, an index array copies."""
+    def take(self, rows: Rows) -> ArrayDataset:
+        """Return the given rows as a data set; a slice shares memory, an index array copies, but no
+        picture."""
         groups = None if self.groups is None else self.groups[rows]
-        return dataclasses.replace(self, inputs=self.inputs[rows], targets=self.targets[rows], groups=groups)
+        inputs = self.inputs.take(rows) if isinstance(self.inputs, Pictures) else self.inputs[rows]
+        return dataclasses.replace(self, inputs=inputs, targets=self.targets[rows], groups=groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +213,10 @@ def wanted(
     return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
 
 
-def _check_inputs(name: str, inputs: NDArray[Any], vocabulary: int | None) -> None:
+def _check_inputs(name: str, inputs: Inputs, vocabulary: int | None) -> None:
+    if isinstance(inputs, Pictures):
+        assert vocabulary is None, f"{name}: pictures are no tokens"
+        return
     if vocabulary is not None:
         validate.positive(vocabulary, f"{name}: vocabulary")
         if inputs.dtype.kind not in "iu" or inputs.ndim != 2 or 0 in inputs.shape[1:]:
@@ -186,7 +241,7 @@ def _check_inputs(name: str, inputs: NDArray[Any], vocabulary: int | None) -> No
         )
 
 
-def _integers(name: str, what: str, values: NDArray[Any], n: int) -> NDArray[np.int64]:
+def _integers(name: str, what: str, values: NDArray[Any], n: int, as_they_are: bool = False) -> NDArray[Any]:
     values = np.asarray(values)
     whole = np.issubdtype(values.dtype, np.integer)
     if values.shape != (n,) or not whole or (n and int(values.max()) > np.iinfo(np.int64).max):
@@ -194,7 +249,7 @@ def _integers(name: str, what: str, values: NDArray[Any], n: int) -> NDArray[np.
             f"{name}: {what} must be {n} integers below 2**63, one per example, "
             f"got {values.dtype} of shape {values.shape}."
         )
-    return values.astype(np.int64, copy=False)
+    return values if as_they_are else values.astype(np.int64, copy=False)
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:

@@ -31,6 +31,7 @@ from fedsim import provenance, references
 from fedsim.data import cache, feature_file
 from fedsim.data.feature_file import DTYPE, Digests, FeatureFile, Ids
 from fedsim.data.feature_maps import FEATURES, FeatureMap
+from fedsim.data.pictures.pictures import Pictures
 from fedsim.merging import Choice
 from fedsim.validate import InputError
 
@@ -38,6 +39,7 @@ BLOCK = 1024  # images that are computed, written and kept together
 LEAST = 32  # a shorter block is filled up to a multiple: kernels for fewer images round differently
 
 Rows = NDArray[np.int64] | slice
+Images = NDArray[np.uint8] | Pictures
 
 _log = logging.getLogger(__name__)
 
@@ -94,10 +96,12 @@ def of_images(
     return file_of(choice, images, rows, name).array()
 
 
-def file_of(
-    choice: Choice, images: NDArray[np.uint8], rows: Rows = slice(None), name: str | None = None
-) -> FeatureFile:
-    """Return the file that `of_images` maps, with the rows in it."""
+def file_of(choice: Choice, images: Images, rows: Rows = slice(None), name: str | None = None) -> FeatureFile:
+    """Return the file that `of_images` maps, with the rows in it.
+
+    Pictures in files (then with a name) are decoded a block at a time; one that cannot be has NaN as
+    features.
+    """
     feature_map = FEATURES.make(choice)
     if images.dtype != np.uint8 or images.ndim != 4:
         raise InputError(
@@ -127,12 +131,14 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def _digest(feature_map: FeatureMap, source: str, images: NDArray[np.uint8], name: str | None) -> str:
+def _digest(feature_map: FeatureMap, source: str, images: Images, name: str | None) -> str:
     blocks = f"blocks of {BLOCK} and {LEAST}"
+    if isinstance(images, Pictures):
+        blocks += f" {images.how}"
     digest = hashlib.sha256(
         f"{feature_map.version()}{source} {feature_map} {DTYPE.str} {blocks} {images.shape} {name}".encode()
     )
-    if name is None:
+    if name is None and not isinstance(images, Pictures):
         digest.update(np.ascontiguousarray(images).data)
     return digest.hexdigest()[:32]
 
@@ -141,7 +147,7 @@ def _filled(
     path: Path,
     shape: tuple[int, ...],
     feature_map: FeatureMap,
-    images: NDArray[np.uint8],
+    images: Images,
     ids: Ids,
     wanted: Digests,
 ) -> FeatureFile | None:
@@ -171,7 +177,7 @@ def _filled(
         with file.writing() as writing:
             for start in range(0, len(left), BLOCK):
                 places = left[start : start + BLOCK]
-                writing.add(ids[places], wanted[places], _block(feature_map, images[ids[places]]))
+                writing.add(ids[places], wanted[places], _features(feature_map, images, ids[places]))
                 watcher(Progress(path, len(ids), found, min(start + BLOCK, len(left))))
     return file
 
@@ -181,6 +187,16 @@ def _missing(file: FeatureFile, ids: Ids, wanted: Digests) -> NDArray[np.bool_] 
     held = file.held()[ids]
     missing = (held == 0).all(1)
     return None if (held != wanted).any(1)[~missing].any() else missing
+
+
+def _features(feature_map: FeatureMap, images: Images, ids: Ids) -> NDArray[np.float16]:
+    """Return the features of these rows as they are stored, NaN for pictures that cannot be decoded."""
+    if not isinstance(images, Pictures):
+        return _block(feature_map, images[ids])
+    pixels, whole = images.read(ids)
+    found = _block(feature_map, pixels)
+    found[~whole] = np.nan
+    return found
 
 
 def _block(feature_map: FeatureMap, images: NDArray[np.uint8]) -> NDArray[np.float16]:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from fedsim import digest
 from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.pictures.decode import rgb
 from fedsim.data.sources.arrays import check_channels_last, finite
 from fedsim.data.sources.base import declared_one
-from fedsim.data.sources.image_files import rgb
 from fedsim.data.targets import Targets
 from fedsim.partitions.base import as_numbers
 from fedsim.validate import InputError
@@ -149,8 +149,15 @@ def _array(value: Any) -> NDArray[Any]:
     if hasattr(
         value, "getbands"
     ):  # an image of Pillow: grey stays grey, all others as image folders have them
-        return np.asarray(value)[..., None] if value.mode == "L" else rgb(value, "an image")
+        return np.asarray(value)[..., None] if value.mode == "L" else _rgb(value)
     return np.asarray(value)
+
+
+def _rgb(image: Any) -> NDArray[np.uint8]:
+    try:
+        return rgb(image)
+    except InputError as error:
+        raise InputError(f"an image {error}") from error
 
 
 def _channels_last(array: NDArray[Any], of_torch: bool, axes: int) -> NDArray[Any]:

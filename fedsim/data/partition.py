@@ -11,13 +11,16 @@ chosen by a key of the run: the others keep their ids and owner and take no part
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import seeds, validate
 from fedsim.config import FederationConfig
+from fedsim.data.pictures.index import narrow
 from fedsim.partitions import PARTITIONS
 from fedsim.partitions.base import Material
 from fedsim.validate import InputError
@@ -25,12 +28,18 @@ from fedsim.validate import InputError
 Ints = NDArray[np.int64]
 
 
+BLOCK = 2**20
+"""Examples that are looked at together: what is computed of all of them costs no more memory than this
+many."""
+
+
 @dataclass(frozen=True, eq=False)
 class Partition:
     """The holder of every example.
 
     Attributes:
-        holder_of: (N,) int64, holder_of[i] in 0 .. num_holders - 1 owns example i; read-only.
+        holder_of: (N,) holder_of[i] in 0 .. num_holders - 1 owns example i; read-only, of the smallest
+            unsigned dtype that has the holders: of millions of examples every byte counts.
         num_holders: number of holders; each owns and uses at least one example.
         used: (N,) bool, whether the owner of example i uses it; read-only; None: all are used.
     """
@@ -40,37 +49,35 @@ class Partition:
     used: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        holder_of = np.asarray(self.holder_of, dtype=np.int64).view()
-        holder_of.flags.writeable = False
-        object.__setattr__(self, "holder_of", holder_of)
-        if holder_of.ndim != 1 or (holder_of.size and not 0 <= holder_of.min() <= holder_of.max()):
+        given = np.asarray(self.holder_of)
+        counts = np.zeros(0, np.int64)
+        if given.ndim == 1 and given.dtype.kind in "iu" and _inside(given, 0, np.iinfo(np.int64).max):
+            counts = _counted(given, self.num_holders)
+        if given.ndim != 1 or (given.size and not counts.size):
             raise InputError("holder_of must be one non-negative holder per example, shape (N,).")
-        counts = np.bincount(holder_of, minlength=self.num_holders)
         if len(counts) > self.num_holders or not counts.all():
             raise InputError(
                 f"holder_of must name each of {self.num_holders} holders at least once and no other, got "
                 f"{np.count_nonzero(counts)} distinct holders up to {len(counts) - 1}."
             )
-
-        used = (
-            np.ones(holder_of.shape, np.bool_)
-            if self.used is None
-            else np.asarray(self.used, np.bool_).view()
-        )
+        holder_of = given.astype(narrow(self.num_holders - 1), copy=False).view()
+        holder_of.flags.writeable = False
+        object.__setattr__(self, "holder_of", holder_of)
+        if self.used is None:
+            return
+        used = np.asarray(self.used, np.bool_).view()
         used.flags.writeable = False
         object.__setattr__(self, "used", used)
         if used.shape != holder_of.shape or not self.sizes().all():
             raise InputError("used must mark at least one example of every holder, shape (N,).")
 
-    @property
-    def _used(self) -> NDArray[np.bool_]:
-        assert self.used is not None  # set by __post_init__
-        return self.used
+    def __len__(self) -> int:
+        return len(self.holder_of)
 
     @property
     def examples(self) -> int:
         """Return the number of examples all holders use together."""
-        return int(self._used.sum())
+        return len(self) if self.used is None else int(self.used.sum())
 
     def capped(self, at_most: int, key: bytes) -> Partition:
         """Return the partition in which no holder uses more than `at_most` examples.
@@ -93,26 +100,52 @@ class Partition:
 
     def ids_of_node(self, node: int, nodes: int) -> Ints:
         """Return the sorted global ids of all used examples whose holder lives on `node`."""
+        return np.concatenate([*self.blocks_of_node(node, nodes), np.zeros(0, np.int64)])
+
+    def blocks_of_node(self, node: int, nodes: int) -> Iterator[Ints]:
+        """Yield `ids_of_node` in parts, of BLOCK consecutive ids of all holders each: none costs much
+        memory."""
         self._check_node(node, nodes)
-        return np.flatnonzero((self.holder_of % nodes == node) & self._used).astype(np.int64, copy=False)
+        for block in self._blocks():
+            here = self.holder_of[block] % nodes == node
+            if self.used is not None:
+                here &= self.used[block]
+            yield np.flatnonzero(here).astype(np.int64, copy=False) + block.start
+
+    def ids_of_holder(self, holder: int) -> Ints:
+        """Return the sorted global ids of the examples that a holder uses."""
+        found = [np.flatnonzero(self.holder_of[block] == holder) + block.start for block in self._blocks()]
+        ids = np.concatenate([*found, np.zeros(0, np.int64)]).astype(np.int64, copy=False)
+        return ids if self.used is None else ids[self.used[ids]]
 
     def digest(self) -> str:
         """Return a digest of who has which example and uses it."""
-        digest = hashlib.sha256(self.holder_of.astype("<i8").tobytes())
-        digest.update(self._used.tobytes())
+        digest = hashlib.sha256()
+        for block in self._blocks():
+            digest.update(self.holder_of[block].astype("<i8").tobytes())
+        for block in self._blocks():
+            count = len(self.holder_of[block])
+            digest.update(bytes([1]) * count if self.used is None else self.used[block].tobytes())
         return digest.hexdigest()
 
     def sizes(self) -> Ints:
         """Return the number of examples each holder uses, (num_holders,) int64."""
-        used = self.holder_of[self._used]
-        return np.bincount(used, minlength=self.num_holders).astype(np.int64, copy=False)
+        return _counted(self.holder_of, self.num_holders, self.used)
 
-    def label_counts(self, labels: Ints, num_classes: int) -> Ints:
+    def label_counts(self, labels: NDArray[Any], num_classes: int) -> Ints:
         """Return how many examples of each label each holder uses, (num_holders, num_classes) int64."""
         self._check_labels(labels, num_classes)
-        places = (self.holder_of * num_classes + labels)[self._used]
-        cells = np.bincount(places, minlength=self.num_holders * num_classes)
-        return cells.reshape(self.num_holders, num_classes).astype(np.int64, copy=False)
+        counts = np.zeros(self.num_holders * num_classes, np.int64)
+        for block in self._blocks():
+            places = self.holder_of[block].astype(np.int64) * num_classes + labels[block].astype(np.int64)
+            if self.used is not None:
+                places = places[self.used[block]]
+            cells, found = np.unique(places, return_counts=True)
+            counts[cells] += found
+        return counts.reshape(self.num_holders, num_classes)
+
+    def _blocks(self) -> Iterator[slice]:
+        return _blocks_of(len(self))
 
     def summary(self, labels: Ints) -> dict[str, float]:
         """Describe the partition: sizes in examples, label entropy in bits, effective number of classes.
@@ -138,7 +171,7 @@ class Partition:
         validate.in_range(int(nodes), 1, self.num_holders, "nodes", "Every node hosts at least one holder.")
         validate.in_range(int(node), 0, int(nodes) - 1, "node")
 
-    def _check_labels(self, labels: Ints, num_classes: int) -> None:
+    def _check_labels(self, labels: NDArray[Any], num_classes: int) -> None:
         if labels.shape != self.holder_of.shape:
             raise InputError(
                 f"labels must have one entry for each of {len(self.holder_of)} examples, "
@@ -192,6 +225,23 @@ def planned(examples: int, config: FederationConfig) -> Planned | None:
         return None
     at_most = config.examples_per_holder_at_most
     return Planned(each if at_most is None else np.minimum(each, at_most))
+
+
+def _blocks_of(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
+
+
+def _inside(values: NDArray[Any], low: int, high: int) -> bool:
+    return not values.size or (int(values.min()) >= low and int(values.max()) <= high)
+
+
+def _counted(holder_of: NDArray[Any], holders: int, used: NDArray[np.bool_] | None = None) -> Ints:
+    """Return the examples of each holder, (holders,) or more where one is beyond; a block at a time."""
+    counts = np.zeros(max(holders, int(holder_of.max(initial=0)) + 1 if holder_of.size else 0), np.int64)
+    for block in _blocks_of(len(holder_of)):
+        some = holder_of[block] if used is None else holder_of[block][used[block]]
+        counts += np.bincount(some, minlength=len(counts))
+    return counts
 
 
 def partition(material: Material, config: FederationConfig, seed: seeds.Root) -> Partition:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import seeds
-from fedsim.data.pictures import Pictures
+from fedsim.data.named_pictures import NamedPictures
 
 VERSION = 1
 BACKGROUNDS = {
@@ -90,7 +90,7 @@ class Plan:
 class Scenes:
     """A corpus of scenes of some pictures; `purpose` keeps its draws apart from those of other corpora."""
 
-    pictures: Pictures
+    pictures: NamedPictures
     seed: int
     purpose: str
     _sizes: dict[tuple[int, int], NDArray[np.uint32]] = field(default_factory=dict)
@@ -171,7 +171,7 @@ def with_article(thing: str) -> str:
     return f"{'an' if thing[:1] in 'aeiou' else 'a'} {thing}"
 
 
-def sides(pictures: Pictures, public_share: float) -> tuple[Pictures, Pictures]:
+def sides(pictures: NamedPictures, public_share: float) -> tuple[NamedPictures, NamedPictures]:
     """Return public and private pictures: each by a hash of its own name, so that no other one moves it."""
     cut = np.array([_place(name) < public_share for name in pictures.names])
     return pictures.among(cut), pictures.among(~cut)

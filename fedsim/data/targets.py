@@ -41,13 +41,16 @@ class Targets:
         if self.names and len(self.names) != self.size:
             raise InputError(f"names of targets must be {self.size}, got {len(self.names)}: {self.names}.")
 
-    def checked(self, values: NDArray[Any], examples: int, where: str) -> NDArray[Any]:
+    def checked(
+        self, values: NDArray[Any], examples: int, where: str, as_they_are: bool = False
+    ) -> NDArray[Any]:
         """Return targets in this form, as a read-only view or copy.
 
         Args:
             values: one target an example; integers of any width, booleans, floats, as the kind has it.
             examples: number of examples.
             where: name of the data set, for messages.
+            as_they_are: classes keep the dtype they have, which may be small and mapped from a file.
 
         Raises:
             InputError: a wrong shape or dtype, or values that are not declared.
@@ -73,9 +76,9 @@ class Targets:
             )
         if values.dtype.kind == "u" and values.size and int(values.max()) > np.iinfo(np.int64).max:
             raise InputError(f"{where}: targets must be integers below 2**63, got {values.dtype} above.")
-        return _read_only(self._declared(values, where))
+        return _read_only(self._declared(values, where, as_they_are and self.kind == "class"))
 
-    def _declared(self, values: NDArray[Any], where: str) -> NDArray[Any]:
+    def _declared(self, values: NDArray[Any], where: str, as_they_are: bool) -> NDArray[Any]:
         if self.kind == "values":
             if not np.isfinite(values.astype(np.float32)).all():
                 expected = f"{where}: targets must be finite in float32"
@@ -92,6 +95,8 @@ class Targets:
             raise PrivateInputError(
                 f"{expected}, got {present.min()} .. {present.max()}. {remedy}", f"{expected}. {remedy}"
             )
+        if as_they_are:
+            return values
         return values.astype(np.uint8 if self.kind == "labels" else np.int64, copy=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(prepare: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def ahead(prepare: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
     """Yield `prepare(item)` of each item in order, made in another thread, one ahead of what is asked for.
 
     What `prepare` raises comes when its item is asked for. Nothing is still being made once the iterator is

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 import time
@@ -37,8 +36,6 @@ class Collector:
         self._experiment = experiment
         self._transport = transport
         self._out = out
-        nodes = experiment.config.federation.nodes
-        self._ids_of = functools.cache(lambda node: experiment.partition.ids_of_node(node, nodes))
         self._step = 0
         self._parameters: NDArray[Any] = np.zeros(0)
         self._keys: dict[str, bytes] = {}
@@ -48,7 +45,7 @@ class Collector:
     def begin(self, step: int, keys: dict[str, bytes], parameters: NDArray[Any], release: Release) -> None:
         """Start a step: its keys, the parameters nodes work at (P,), its release, and the clock at zero."""
         self._step, self._keys, self._parameters, self._release = step, keys, parameters, release
-        self.timing = {"ask": 0.0, "wait": 0.0, "transfer": 0.0, "compute": 0.0}
+        self.timing = {"ask": 0.0, "wait": 0.0, "transfer": 0.0, "compute": 0.0, "data": 0.0}
 
     def ask(self, stage: str, arrays: Mapping[str, NDArray[Any]]) -> list[HolderReply]:
         """Ask every node once, in as many waves as it takes; return the replies sorted by node.
@@ -97,7 +94,9 @@ class Collector:
             holders_of_node=lambda node: experiment.partition.holders_of_node(node, nodes),
             arrays=lambda reply: mechanism.reply_arrays(release, reply),
             counted_at_most=lambda task, node: mechanism.counted_at_most(
-                task, experiment.partition.holders_of_node(node, nodes), self._ids_of(node)
+                task,
+                experiment.partition.holders_of_node(node, nodes),
+                experiment.partition.blocks_of_node(node, nodes),
             ),
             norm_bounds=lambda reply: mechanism.norm_bounds(release, reply),
             problem_with=lambda reply: method.trust.problem_with(method.at, reply),
@@ -108,6 +107,7 @@ class Collector:
         along = max if self._transport.parallel else sum
         compute = along([0.0, *(r.seconds.get("compute", 0.0) for r in replies)])
         transfer = along([0.0, *(r.seconds.get("transfer", 0.0) for r in replies)])
+        self.timing["data"] += along([0.0, *(r.seconds.get("data", 0.0) for r in replies)])
         transfer += self._transport.packing_seconds
         self.timing["ask"] += spent
         self.timing["compute"] += compute

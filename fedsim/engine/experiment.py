@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from fedsim import given, models, provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
+from fedsim.data.pictures.pictures import Pictures
 from fedsim.engine import device, trials
 from fedsim.grads.batch import call
 from fedsim.grads.flat import get_flat, spec
 from fedsim.learners import optimizer
 from fedsim.mechanism import Mechanism, selection_of
 from fedsim.method import Method
-from fedsim.partitions import Material
+from fedsim.partitions import PARTITIONS, Material
 from fedsim.privacy import accountant
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.privacy.ledger_view import LedgerHeader, LedgerRecord, LedgerView
@@ -66,7 +68,8 @@ def prepare(config: Config) -> Experiment:
     device.check(config)
     splits = datasets.load(config.data, bool(config.monitor.public_only))
     task = task_of(config, splits)
-    augment.check(config.train.augmentations, splits.train.inputs[0])
+    _tell_of_pictures(config, splits)
+    augment.check(config.train.augmentations, splits.train.blank(1)[0])
     holders = partition_of(config, splits.train, task, config.seed)
     model = build_model(config, splits.train, task, config.seed)
     if references.is_reference(config.model.name):
@@ -82,6 +85,20 @@ def prepare(config: Config) -> Experiment:
         odd = ", ".join(f"{count} {name}" for name, count in made.noticed.value.items())
         _log.warning("%s has %s among its %d training examples", config.data.name, odd, facts.examples)
     return made
+
+
+def _tell_of_pictures(config: Config, splits: examples.Splits) -> None:
+    """Say how many pictures are known to be none, of private ones only where that may be said."""
+    told = {"test": splits.test} if config.monitor.public_only else vars(splits)
+    for split, data in told.items():
+        count, how = data.inputs.frames.known if isinstance(data.inputs, Pictures) else (0, "")
+        if count:
+            _log.warning(
+                "%d pictures of the %s files are known %s to be none: their examples contribute nothing.",
+                count,
+                split,
+                how,
+            )
 
 
 def planned(method: Method, facts: DataFacts) -> Mechanism:
@@ -128,9 +145,25 @@ def task_of(config: Config, splits: examples.Splits) -> Task:
 def partition_of(
     config: Config, train: examples.ArrayDataset, task: Task, seed: seeds.Root
 ) -> partition.Partition:
-    """Return which holder has which example of the training split; see `fedsim.data.partition.partition`."""
-    material = Material(len(train), task.strata(train.targets), train.groups)
-    return partition.partition(material, config.federation, seed)
+    """Return which holder has which example of the training split; see `fedsim.data.partition.partition`.
+
+    Server and nodes of one process have it once in memory, where its scheme is not from outside.
+    """
+    chosen = config.federation
+    said = (chosen.partition, chosen.holders, chosen.examples_per_holder_at_most, config.task)
+    key = seeds.derive(seed, "partition"), repr(said)
+    of, held = _partitions.get(key, (None, None))
+    found = None if of is None or of() is not train or held is None else held()
+    if found is None:
+        material = Material(len(train), task.strata(train.targets), train.groups)
+        found = partition.partition(material, config.federation, seed)
+        if config.federation.partition.name in PARTITIONS.own():
+            _partitions.clear()
+            _partitions[key] = weakref.ref(train), weakref.ref(found)
+    return found
+
+
+_partitions: dict[tuple[bytes, str], tuple[Any, Any]] = {}
 
 
 def build_model(config: Config, train: examples.ArrayDataset, task: Task, seed: seeds.Root) -> nn.Module:
@@ -143,8 +176,8 @@ def build_model(config: Config, train: examples.ArrayDataset, task: Task, seed: 
 def _check_fits(model: nn.Module, train: examples.ArrayDataset, task: Task) -> None:
     """Refuse a model from outside that does not take the data, or gives another number of outputs."""
     dtype = get_flat(model).dtype
-    blank = examples.normalise(np.zeros_like(train.inputs[:1]), train, dtype)
-    targets = examples.wanted(np.zeros_like(train.targets[:1]), dtype)
+    blank = examples.normalise(train.blank(1), train, dtype)
+    targets = examples.wanted(train.blank_targets(1), dtype)
     shape, width = tuple(blank.shape), task.outputs(train.declared)
     try:
         with torch.no_grad():

@@ -7,11 +7,11 @@ decides only whether there is an answer (fedsim.engine.asked), and its last bits
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,8 +23,10 @@ from fedsim import provenance, seeds
 from fedsim.clipping.base import ClipRule
 from fedsim.config import Config
 from fedsim.data import batches, datasets
+from fedsim.data.pictures.pictures import Pictures
 from fedsim.engine.ahead import ahead
 from fedsim.engine.asked import Asked
+from fedsim.engine.contributions import Found, statistics
 from fedsim.engine.device import make_deterministic, options_of, pick_device, set_threads, threads_of
 from fedsim.engine.experiment import build_model, partition_of, task_of
 from fedsim.grads import batch
@@ -42,19 +44,8 @@ from fedsim.validate import InputError
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-NORM_EDGES = tuple(
-    float(x) for x in np.logspace(-3, 4, 57)
-)  # histogram of per-example norms, 8 bins a decade
-STATISTICS = {
-    "loss_sum": 0,
-    "clipped": 0,
-    "non_finite": 0,
-    "norm_sum": 0,
-    "norm_histogram": len(NORM_EDGES) - 1,
-}
-"""Names of a reply's statistics, with the length of those that are lists, 0 for numbers."""
-SECONDS = ("compute", "transfer")
-"""Names of a reply's times."""
+SECONDS = ("compute", "transfer", "data")
+"""Names of a reply's times; "data" is the part of "compute" that waited for examples."""
 
 
 class Node:
@@ -72,7 +63,7 @@ class Node:
         self.partition = partition_of(config, self.train, self.task, seed)
         nodes = config.federation.nodes
         self.holders = self.partition.holders_of_node(index, nodes)
-        self.ids = self.partition.ids_of_node(index, nodes)
+        self._examples = sum(len(some) for some in self.partition.blocks_of_node(index, nodes))
         self.outputs = self.task.outputs(splits.train.declared)
         self.device = pick_device(config.engine.device, index)
         make_deterministic(self.device, config.engine.deterministic)
@@ -82,17 +73,26 @@ class Node:
                 "Start the run by fedsim.flower.server_app.train, which chooses it, or give a number."
             )
         self.physical_batch_size = config.engine.physical_batch_size
-        self._halved = False
+        self._halved, self._said = False, False
+        self.waited, self.undecodable = 0.0, 0  # of one answer: seconds, and pictures left out of training
         self._kept: dict[str, tuple[bytes, Any]] = {}
         self.options = options_of(config.engine)
         self.model = build_model(config, self.train, self.task, seed).to(self.device)
         set_threads(threads_of(config.engine, self.model))
         self.dtype = get_flat(self.model).dtype
 
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The global ids of the node's examples, ascending. Made when asked for: millions take their
+        place."""
+        return self.partition.ids_of_node(self.index, self.config.federation.nodes)
+
     def drawn(self, task: StepTask) -> NDArray[np.int64]:
         """Return the ids in this step's virtual batch, ascending: drawn, and of a holder that is online."""
-        ids = self.ids[self.method.selected(task, self.ids, self.partition.examples)]
-        owners = self.partition.holder_of[ids]
+        parts = self.partition.blocks_of_node(self.index, self.config.federation.nodes)
+        drawn = [some[self.method.selected(task, some, self.partition.examples)] for some in parts]
+        ids = np.concatenate([*drawn, np.zeros(0, np.int64)])
+        owners = self.owners(ids)
         return ids[np.isin(owners, self.online(self.holders, task))] if self._sometimes_offline else ids
 
     def drawn_holders(self, task: StepTask) -> NDArray[np.int64]:
@@ -148,9 +148,15 @@ class Node:
 
         The order of the examples is keyed by (step, holder); the model is left at the task's parameters.
         """
-        ids = self.ids[self.partition.holder_of[self.ids] == holder]
-        inputs, targets = self.plain(ids)
-        start = get_flat(self.model)
+        ids, start = self.partition.ids_of_holder(holder), get_flat(self.model)
+        began = time.perf_counter()
+        inputs, targets, lost = batches.whole(self.train, ids, self.dtype, self.device)
+        self.waited += time.perf_counter() - began
+        if lost:
+            self._tell(ids)
+        self.undecodable += lost
+        if not len(targets):
+            return torch.zeros_like(start), math.nan
         order = stream(task.keys["augment"], "order", holder)
         update = local_update(
             self.model, self.task.shown(inputs, targets), targets, how, order, self.task.loss
@@ -167,7 +173,7 @@ class Node:
 
     def owners(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the holder of each of these examples."""
-        return self.partition.holder_of[ids]
+        return self.partition.holder_of[ids].astype(np.int64)
 
     def clipped_sum(self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule) -> ClippedSum:
         """Return the clipped gradient sum of these examples, one physical batch in memory at a time."""
@@ -195,29 +201,22 @@ class Node:
         return compute()
 
     def _clipped_sum(self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule) -> ClippedSum:
-        parts: list[ClippedSum] = []
+        found = Found(clip.sensitivity)
         total: torch.Tensor | None = None
-        for _, inputs, targets in self._pieces(ids, task):
+        for piece, parts, whole in self._pieces(ids, task):
             part = clipped_gradient_sum(
                 self.model,
-                inputs,
-                targets,
+                *parts,
                 clip,
                 loss=self.task.loss,
                 engine=self.config.engine.gradients,
                 physical_batch_size=self._chunk(task) * self.config.train.augment_multiplicity,
                 options=self.options,
             )
-            total = part.sum if total is None else total.add_(part.sum)
-            parts.append(dataclasses.replace(part, sum=total))  # one sum is kept, not one a physical batch
-        return ClippedSum(
-            parts[0].sum,
-            len(ids),
-            clip.sensitivity,
-            torch.cat([p.norms for p in parts]),
-            torch.cat([p.losses for p in parts]),
-            _joined([p.clipped for p in parts]),
-        )
+            total = part.sum if total is None else total.add_(part.sum)  # one sum is kept, not one a batch
+            found.add(part.norms, part.losses, part.clipped, self._told(ids[piece], whole))
+        assert total is not None
+        return found.together(total, len(ids))
 
     def clipped_sums(
         self, ids: NDArray[np.int64], task: StepTask, clip: ClipRule
@@ -235,57 +234,73 @@ class Node:
         totals = torch.zeros(
             (len(self.holders), self.zero_sum().numel()), dtype=self.dtype, device=self.device
         )
-        norms, losses, clipped = [], [], []
-        for piece, inputs, targets in self._pieces(ids, task):
-            owners = torch.from_numpy(rows[piece])
+        found = Found(clip.sensitivity)
+        for piece, parts, whole in self._pieces(ids, task):
+            owners = torch.from_numpy(rows[piece] if whole is None else rows[piece][whole])
             fill = self._chunk(task) if self.device.type == "cuda" else 2
             answer = clipped_gradient_sums(
-                self.model, inputs, targets, clip, owners, totals, loss=self.task.loss, fill=fill
+                self.model, *parts, clip, owners, totals, loss=self.task.loss, fill=fill
             )
-            norms.append(answer[0])
-            losses.append(answer[1])
-            clipped.append(answer[2])
-        together = ClippedSum(
-            totals.new_zeros(0),
-            len(ids),
-            clip.sensitivity,
-            torch.cat(norms),
-            torch.cat(losses),
-            _joined(clipped),
-        )
-        return totals, together
+            found.add(*answer, self._told(ids[piece], whole))
+        return totals, found.together(totals.new_zeros(0), len(ids))
 
     def _chunk(self, task: StepTask) -> int:
         """Examples of a physical batch: no more than a draw has in all likelihood.
 
         A GPU computes physical batches of one size, whoever is in them.
         """
-        expected = task.sampling_rate * len(self.ids)
+        expected = task.sampling_rate * self._examples
         likely = math.ceil(expected + 6.0 * math.sqrt(expected)) + 1
         return max(1, min(self.physical_batch_size // self.config.train.augment_multiplicity, likely))
 
     def _pieces(
         self, ids: NDArray[np.int64], task: StepTask
-    ) -> Iterator[tuple[slice, batches.Batch, batches.Batch]]:
-        """Yield (place in ids, inputs, targets) of one physical batch after the other; one at least."""
+    ) -> Iterator[tuple[slice, tuple[batches.Batch, batches.Batch], NDArray[np.bool_] | None]]:
+        """Yield (place in ids, (inputs, targets), which of the ids they are) of one physical batch after the
+        other; one at least. All ids are there where nothing is said."""
         train, key = self.config.train, task.keys["augment"]
         chunk = self._chunk(task)
         pieces = [slice(start, start + chunk) for start in range(0, max(1, len(ids)), chunk)]
         on_gpu = self.device.type == "cuda"
 
-        def prepare(piece: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            return batches.prepared(self.train, ids[piece], train, key, pinned=on_gpu)
+        def prepare(piece: slice) -> batches.Prepared:
+            return batches.prepared(self.train, ids[piece], train, key, on_gpu, self._decoders)
 
-        # On a CPU, the core that prepares the next piece would be taken from this one.
-        ready = ahead(prepare, pieces) if on_gpu else map(prepare, pieces)
-        for piece, parts in zip(pieces, ready, strict=True):
-            inputs, targets = batches.placed(parts, self.train, self.dtype, self.device)
-            yield piece, batch.shown(self.task.shown, inputs, targets), targets
+        # Of arrays on a CPU, the core that prepares the next piece would be taken from this one. Pictures
+        # take longer, and their first piece is what a step waits for.
+        ahead_of_use = on_gpu or isinstance(self.train.inputs, Pictures)
+        with contextlib.closing(ahead(prepare, pieces) if ahead_of_use else _each(prepare, pieces)) as ready:
+            for piece in pieces:
+                began = time.perf_counter()
+                parts = next(ready)
+                self.waited += time.perf_counter() - began
+                inputs, targets = batches.placed(parts, self.train, self.dtype, self.device)
+                yield piece, (batch.shown(self.task.shown, inputs, targets), targets), parts.whole
+
+    @property
+    def _decoders(self) -> int | None:
+        return self.config.engine.decode_threads
+
+    def _told(self, ids: NDArray[np.int64], whole: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """Say once which picture it was that could not be decoded, where that may be said; return `whole`."""
+        if whole is not None:
+            self._tell(ids[~whole])
+        return whole
+
+    def _tell(self, ids: NDArray[np.int64]) -> None:
+        pictures = self.train.inputs
+        if self._said or self.config.monitor.public_only or not isinstance(pictures, Pictures):
+            return
+        lost = next((int(i) for i in ids if int(i) in pictures.refused), None)
+        if lost is not None:
+            self._said = True
+            _log.warning(
+                "%s: its example contributes nothing. Others are counted as undecodable.", pictures.said(lost)
+            )
 
 
-def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+def _each(prepare: Callable[[slice], Result], pieces: Sequence[slice]) -> Generator[Result]:
+    yield from map(prepare, pieces)
 
 
 def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -> HolderReply:
@@ -303,6 +318,7 @@ def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -
     began = time.perf_counter()
     asked.admit(task, parameters, node.config.digest(), node.method.trust.stages)
     set_flat(node.model, torch.tensor(parameters))
+    node.waited, node.undecodable = 0.0, 0
     arrays, result = node.method.answer(node, task)
     asked.keep(task, arrays)
     return HolderReply(
@@ -313,24 +329,7 @@ def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -
         code_hash=provenance.code_hash(*node.config.references()),
         arrays=arrays,
         count=result.count,
-        statistics=statistics(result),
-        seconds={"compute": time.perf_counter() - began},
+        statistics=statistics(result, node.undecodable),
+        seconds={"compute": time.perf_counter() - began, "data": node.waited},
         stage=task.stage,
     )
-
-
-def statistics(result: ClippedSum) -> dict[str, float | list[float]]:
-    """Return sensitive statistics that add up over nodes: loss sum, clipped count, norm histogram."""
-    norms = result.norms.cpu().numpy()
-    whole = np.isfinite(norms)
-    finite = norms[whole]
-    clipped = finite > result.sensitivity if result.clipped is None else result.clipped.cpu().numpy()[whole]
-    losses = result.losses.cpu().numpy()
-    counts, _ = np.histogram(np.clip(finite, NORM_EDGES[0], NORM_EDGES[-1]), bins=np.asarray(NORM_EDGES))
-    return {
-        "loss_sum": float(losses[np.isfinite(losses)].sum()),
-        "clipped": float(clipped.sum()),
-        "non_finite": float(len(norms) - len(finite)),
-        "norm_sum": float(finite.sum()),
-        "norm_histogram": [float(c) for c in counts],
-    }

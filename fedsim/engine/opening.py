@@ -156,7 +156,7 @@ def _remove_abandoned(folder: RunFolder) -> None:
 def _header(experiment: Experiment, root: seeds.Root, run: str, secure: bool) -> LedgerHeader:
     train, held = experiment.splits.train, experiment.partition
     data = binding.holder_digests(
-        root, held.holder_of, held.num_holders, {"inputs": train.inputs, "targets": train.targets}
+        root, held.holder_of, held.num_holders, {"inputs": train.identity, "targets": train.targets}
     )
     committed = secret.commitment(root) if secure and isinstance(root, bytes) else ""
     return header_of(experiment.mechanism, experiment.config, run, committed, data)

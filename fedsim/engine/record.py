@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.engine.contributions import NORM_EDGES
 from fedsim.engine.experiment import Experiment
-from fedsim.engine.holder import NORM_EDGES
 from fedsim.strategies.base import Release
 from fedsim.types import HolderReply, StepRecord
 from fedsim.visibility import Numbers, Public, Sensitive
@@ -53,5 +53,7 @@ def step_record(
         numbers["clip_fraction"] = Sensitive(float(sums["clipped"]) / realised)
         numbers["mean_gradient_norm"] = Sensitive(float(sums["norm_sum"]) / realised)
         numbers["non_finite_gradients"] = Sensitive(float(sums["non_finite"]))
+    if sums["undecodable"]:
+        numbers["undecodable"] = Sensitive(float(sums["undecodable"]))
     histogram = (NORM_EDGES, [float(c) for c in sums["norm_histogram"]])
     return StepRecord(step + 1, numbers, {"gradient_norm": Sensitive(histogram)})

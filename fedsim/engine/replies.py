@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.engine.holder import SECONDS, STATISTICS
+from fedsim.engine.contributions import STATISTICS
+from fedsim.engine.holder import SECONDS
 from fedsim.types import HolderReply, NodeFailure, StepTask
 
 BLOCK = 1 << 13  # entries; more would make BLAS wake other threads
@@ -127,7 +128,8 @@ def _problem_with_numbers(reply: HolderReply, most: int) -> str:
             if name != "loss_sum" and min(values) < 0:
                 return f"{kind} '{name}' is negative"
     counted = {
-        name: np.asarray(reply.statistics[name]) for name in ("clipped", "non_finite", "norm_histogram")
+        name: np.asarray(reply.statistics[name])
+        for name in ("clipped", "non_finite", "norm_histogram", "undecodable")
     }
     finite = reply.count - counted["non_finite"]
     if not all(np.all(values == np.floor(values)) for values in counted.values()):

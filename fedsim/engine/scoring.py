@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim.data import examples
+from fedsim.data import batches, examples
 from fedsim.data.partition import Partition
+from fedsim.data.pictures.pictures import Pictures
 from fedsim.engine import evaluate
+from fedsim.engine.ahead import ahead
 from fedsim.tasks import Task
 from fedsim.visibility import Numbers, Public, Sensitive
 
@@ -21,9 +23,14 @@ def scores_of(
     model: nn.Module, task: Task, splits: examples.Splits, dtype: torch.dtype, *, held_out: bool
 ) -> Numbers:
     """Return the task's metrics and "loss" of the model on the evaluation split: public on test data,
-    sensitive where the split was `held_out` of the training examples."""
-    measured = evaluate.evaluate(model, _batches(splits.test, dtype, model), task)
+    sensitive where the split was `held_out` of the training examples.
+
+    Pictures that cannot be decoded are no examples; "undecodable_test" counts them where there are any."""
+    lost: list[int] = []
+    measured = evaluate.evaluate(model, _batches(splits.test, dtype, model, lost), task)
     kind = Sensitive if held_out else Public
+    if any(lost):
+        measured["undecodable_test"] = float(sum(lost))
     return {name: kind(value) for name, value in measured.items()}
 
 
@@ -50,11 +57,17 @@ def holder_scores(
 
 
 def _batches(
-    data: examples.ArrayDataset, dtype: torch.dtype, model: nn.Module
+    data: examples.ArrayDataset, dtype: torch.dtype, model: nn.Module, lost: list[int] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets on the model's device."""
+    """Inputs and targets on the model's device, pictures decoded ahead; `lost` gets how many could not be."""
     device = next(model.parameters()).device
-    for start in range(0, len(data), EVALUATION_BATCH):
-        rows = slice(start, start + EVALUATION_BATCH)
-        inputs = examples.normalise(data.inputs[rows], data, dtype, device)
-        yield inputs, examples.wanted(data.targets[rows], dtype, device)
+
+    def read(start: int) -> tuple[Tensor, Tensor, int]:
+        return batches.whole(data, slice(start, start + EVALUATION_BATCH), dtype, device)
+
+    starts = range(0, len(data), EVALUATION_BATCH)
+    lazy = isinstance(data.inputs, Pictures)
+    for inputs, targets, missing in ahead(read, starts) if lazy else map(read, starts):
+        if lost is not None:
+            lost.append(missing)
+        yield inputs, targets

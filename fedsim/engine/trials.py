@@ -92,9 +92,9 @@ def _blank(
     task: Task, model: nn.Module, train: ArrayDataset, count: int
 ) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
     """What a model is called with for so many examples without content, and their targets."""
-    dtype, rows = get_flat(model).dtype, np.zeros(count, np.int64)
-    inputs = examples.normalise(np.zeros_like(train.inputs[rows]), train, dtype)
-    targets = examples.wanted(np.zeros_like(train.targets[rows]), dtype)
+    dtype = get_flat(model).dtype
+    inputs = examples.normalise(train.blank(count), train, dtype)
+    targets = examples.wanted(train.blank_targets(count), dtype)
     return task.shown(inputs, targets), targets
 
 

@@ -18,7 +18,7 @@ from fedsim import seeds
 
 
 def holder_digests(
-    root: seeds.Root, holder_of: NDArray[np.int64], holders: int, arrays: Mapping[str, NDArray[Any]]
+    root: seeds.Root, holder_of: NDArray[Any], holders: int, arrays: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Return one digest a holder, 32 hexadecimal digits, over its example ids and their values.
 
@@ -26,13 +26,14 @@ def holder_digests(
         root: of the run; the digests are keyed by it.
         holder_of: (N,) the holder of every example.
         holders: number of holders.
-        arrays: name -> (N, ...) values of every example: inputs, targets. Names, dtypes and shapes count.
+        arrays: name -> (N, ...) values of every example: targets, and inputs or what stands for them
+            (`fedsim.data.pictures`: digests of files). Names, dtypes and shapes count.
     """
     key = seeds.derive(root, "data")
     order = np.argsort(holder_of, kind="stable")
     ends = np.cumsum(np.bincount(holder_of, minlength=holders))
     out = []
-    for holder, ids in enumerate(np.split(order.astype("<i8"), ends[:-1])):
+    for holder, ids in enumerate(np.split(order.astype("<i8", copy=False), ends[:-1])):
         digest = hashlib.blake2b(key=key, digest_size=16, person=b"fedsim-holder-1")
         digest.update(f"{holder} {len(ids)}\n".encode() + ids.tobytes())
         for name in sorted(arrays):

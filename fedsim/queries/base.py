@@ -29,8 +29,12 @@ class NodeView(Protocol):
     """What a query and a trust model see of the node they run on, at the task's parameters."""
 
     holders: NDArray[np.int64]
-    ids: NDArray[np.int64]
     outputs: int
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The global ids of the node's examples, ascending."""
+        ...
 
     def parameters(self) -> Tensor:
         """Return the task's parameters (P,), on the model's device."""

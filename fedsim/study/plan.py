@@ -20,6 +20,8 @@ from torch import nn
 from fedsim import models, provenance, seeds, validate
 from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
+from fedsim.data.examples import ArrayDataset
+from fedsim.data.pictures.pictures import Pictures
 from fedsim.data.sources import SOURCES
 from fedsim.data.targets import Targets
 from fedsim.engine.experiment import Experiment, epsilons, facts_of, planned, prepare
@@ -70,6 +72,7 @@ class _Known:
     task: Task
     view: tuple[Batch, Batch]
     source: str
+    undecodable: Tagged[dict[str, Any]] = Public(dict[str, Any]())  # noqa: RUF009
 
 
 def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict[str, Any]:
@@ -100,6 +103,7 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         "data": known.source,
         "own_code": {name: provenance.reference_hash(name) or "this process" for name in config.references()},
         "examples": facts.examples,
+        "undecodable": shown({"": known.undecodable}, public_only=public_only).get("", {}),
         "holders": shown({"": known.holders}, public_only=public_only).get("", {}),
         "steps": mechanism.steps,
         "stopped_by_budget": mechanism.stopped_by_budget,
@@ -176,7 +180,16 @@ def _from_data(experiment: Experiment) -> _Known:
         task=task,
         view=(batch.each(lambda array: array[0], views), target),
         source=f"{train.name}, read",
+        undecodable=_undecodable(train),
     )
+
+
+def _undecodable(train: ArrayDataset) -> Tagged[dict[str, Any]]:
+    """Return how many pictures of the split's files are known to be none; empty where none are in files."""
+    if not isinstance(train.inputs, Pictures):
+        return Public({})
+    count, how = train.inputs.frames.known
+    return Sensitive({"pictures": count, "known": how})
 
 
 def _from_sizes(config: Config, size: sizes.Size) -> _Known:

@@ -241,7 +241,7 @@ def told_apart(
 
 
 def rows_of(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[tuple[str, ...]]:
-    """Return the probes as lines of a table: whose features, then mean ± half its 95 % interval in percent."""
+    """Return the probes as lines of a table: whose features, then means ± half intervals, percent."""
     heads = list(next(iter(found.values())))
     lines: list[tuple[str, ...]] = [("features", *heads)]
     for name, scores in found.items():

@@ -80,8 +80,9 @@ def test_views_prepared_for_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.Monke
     found = list(node._pieces(ids, task))
     assert len(found) == len(expected) == 4
     assert len(pinned) == 8
-    for (piece, *arrays), (own_piece, *own_arrays) in zip(found, expected, strict=True):
+    for (piece, arrays, whole), (own_piece, own_arrays, own_whole) in zip(found, expected, strict=True):
         assert piece == own_piece
+        assert whole is own_whole is None
         for array, own in zip(arrays, own_arrays, strict=True):
             assert isinstance(array, torch.Tensor)
             assert torch.equal(array, own)  # type: ignore[arg-type]

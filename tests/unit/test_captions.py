@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedsim.config import DataConfig
-from fedsim.data import byte_pairs, cache, datasets, pictures, scenes
-from fedsim.data.pictures import COLOURS, Pictures
+from fedsim.data import byte_pairs, cache, datasets, named_pictures, scenes
+from fedsim.data.named_pictures import COLOURS, NamedPictures
 from fedsim.data.scenes import LAYOUTS, Scenes
 from fedsim.data.targets import BEGIN, END, IGNORED, PADDING
 from fedsim.validate import InputError
@@ -229,12 +229,12 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], said: s
 def few(count: int = 8) -> Pictures:
     """One picture a colour: solid squares, so that each can be found in a scene by its colour."""
     chosen = [f"{colour} square" for colour in list(COLOURS)[:count]]
-    held = pictures.shapes()
+    held = named_pictures.shapes()
     return held.among(np.array([name in chosen for name in held.names]))
 
 
 def test_scenes_are_the_same_again_and_a_larger_corpus_begins_with_the_smaller() -> None:
-    first, again = (Scenes(pictures.shapes(), 3, "train") for _ in range(2))
+    first, again = (Scenes(named_pictures.shapes(), 3, "train") for _ in range(2))
     small, large = np.empty((4, 24, 24, 3), np.uint8), np.empty((9, 24, 24, 3), np.uint8)
     said: list[str] = []
     more: list[str] = []
@@ -245,8 +245,8 @@ def test_scenes_are_the_same_again_and_a_larger_corpus_begins_with_the_smaller()
     assert said == more[:4]
     assert more == list(first.captions(9))
     np.testing.assert_array_equal(large[8], first.draw(first.plan(8), 24))
-    assert list(Scenes(pictures.shapes(), 4, "train").captions(4)) != said
-    assert list(Scenes(pictures.shapes(), 3, "test").captions(4)) != said
+    assert list(Scenes(named_pictures.shapes(), 4, "train").captions(4)) != said
+    assert list(Scenes(named_pictures.shapes(), 3, "test").captions(4)) != said
 
 
 def centre(scene: NDArray[np.uint8], colour: str) -> tuple[float, float, int]:
@@ -310,9 +310,9 @@ def test_the_source_draws_once_and_its_sides_share_no_picture(tmp_path: Path) ->
     np.testing.assert_array_equal(found.train.inputs, again.train.inputs)
     np.testing.assert_array_equal(found.train.targets, again.train.targets)
     assert [file.stat().st_mtime_ns for file in files] == stamps
-    public, private = scenes.sides(pictures.shapes(), 0.3)
+    public, private = scenes.sides(named_pictures.shapes(), 0.3)
     assert not set(public.names) & set(private.names)
-    assert 0.2 < len(public) / len(pictures.shapes()) < 0.4
+    assert 0.2 < len(public) / len(named_pictures.shapes()) < 0.4
     named = found.train.declared.names
     for side, held in (("private", private), ("public", public)):
         split = datasets.load(scene_config(tmp_path, side=side)).train
@@ -328,9 +328,9 @@ def test_the_vocabulary_of_scenes_does_not_depend_on_private_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = datasets.load(scene_config(tmp_path)).train.declared
-    held = pictures.shapes()
+    held = named_pictures.shapes()
     public, _ = scenes.sides(held, 0.3)
-    renamed = Pictures(
+    renamed = NamedPictures(
         held.pixels,
         tuple(name if name in public.names else f"{name} zebra" for name in held.names),
         held.categories,
@@ -341,14 +341,14 @@ def test_the_vocabulary_of_scenes_does_not_depend_on_private_pictures(
 
 
 def test_pictures_are_read_from_files_and_chosen_by_category(tmp_path: Path) -> None:
-    held = pictures.shapes()
+    held = named_pictures.shapes()
     folder = tmp_path / "some"
     folder.mkdir()
-    np.save(folder / pictures.PIXELS, held.pixels)
-    with open(folder / pictures.NAMES, "w", newline="") as handle:
+    np.save(folder / named_pictures.PIXELS, held.pixels)
+    with open(folder / named_pictures.NAMES, "w", newline="") as handle:
         table = csv.writer(handle)
         table.writerows([("name", "category"), *zip(held.names, held.categories, strict=True)])
-    assert pictures.read(folder).digest() == held.digest()
+    assert named_pictures.read(folder).digest() == held.digest()
     found = datasets.load(scene_config(tmp_path, pictures="some", categories=["ring", "moon"]))
     named = found.train.declared.names
     for row in found.train.targets:
@@ -359,9 +359,9 @@ def test_pictures_are_read_from_files_and_chosen_by_category(tmp_path: Path) -> 
         datasets.load(scene_config(tmp_path, categories=["squares"]))
     with pytest.raises(InputError, match="at least 4"):
         datasets.load(scene_config(tmp_path, categories=["moon"], public_share=0.01))
-    np.save(folder / pictures.PIXELS, held.pixels[1:])
+    np.save(folder / named_pictures.PIXELS, held.pixels[1:])
     with pytest.raises(InputError, match="a picture for every row"):
-        pictures.read(folder)
+        named_pictures.read(folder)
 
 
 def test_a_damaged_cache_is_refused_by_name(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from fedsim.clipping.grouped import ClipGroup, GroupedClip
 from fedsim.clipping.normalised import NormalisedClip
 from fedsim.clipping.per_layer import PerLayerClip
 from fedsim.config import Config, ModelConfig
+from fedsim.engine.contributions import statistics
 from fedsim.engine.experiment import prepare
-from fedsim.engine.holder import Node, statistics
+from fedsim.engine.holder import Node
 from fedsim.grads.bookkeeping.tape import Tape
 from fedsim.grads.clip import clip_and_sum
 from fedsim.merging import Choice

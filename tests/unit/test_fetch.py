@@ -22,7 +22,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedsim.data import fetch, fetching, pictures
+from fedsim.data import fetch, fetching, named_pictures
 from fedsim.data.fetching import emoji, fashion_mnist, mlmrev, spam_assassin, ways
 from tests.unit.test_datasets import from_root, idx_folder
 
@@ -210,7 +210,7 @@ def test_emoji_are_converted_to_pictures_with_names(
     (tmp_path / "made").mkdir()
     made = emoji.by_npm(tmp_path, tmp_path / "made")
     assert calls == [["npm", "pack", emoji.PACKAGE, "--ignore-scripts"]]
-    held = pictures.read(made)
+    held = named_pictures.read(made)
     np.testing.assert_array_equal(held.pixels, np.stack(pixels))
     assert (held.names, held.categories) == (("red 0", "red 1", "red 2"), ("Food",) * 3)
     replace(monkeypatch, "emoji", digests=digests_of(made))

@@ -60,7 +60,7 @@ def test_every_scheme_covers_every_example_and_every_holder(
     material = Material(len(labels), labels)
     parts = partition(material, config, seed)
     assert parts.holder_of.shape == labels.shape
-    assert parts.holder_of.dtype == np.int64
+    assert parts.holder_of.dtype == np.min_scalar_type(config.holders - 1)
     sizes = parts.sizes()
     assert sizes.shape == (config.holders,)
     assert sizes.min() >= 1

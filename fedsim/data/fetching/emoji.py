@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.data.fetching.ways import DataSet, FetchFailed, already_there, npm_package
-from fedsim.data.pictures import EDGE, NAMES, PIXELS
+from fedsim.data.named_pictures import EDGE, NAMES, PIXELS
 
 PACKAGE = "emoji-datasource-google@16.0.0"
 # sha256 of the converted files.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedsim import validate
 from fedsim.data import byte_pairs
-from fedsim.data.sources.image_files import ImageFiles
+from fedsim.data.sources.image_files import AT_ONCE, ImageFiles
 from fedsim.data.targets import Targets
 from fedsim.rules import read_with
 
@@ -38,6 +38,11 @@ class Captioned(ImageFiles):
     def __post_init__(self) -> None:
         super().__post_init__()
         validate.in_range(self.places, 2, 2**16, "data.options.places")
+        if self.decode != AT_ONCE:
+            validate.conflicts(
+                f"pictures with captions are decoded at the start, got data.options.decode={self.decode}.",
+                f"Use {AT_ONCE}.",
+            )
 
     def tokens(self, root: Path, public: Iterable[str]) -> Any:
         """Return the tokenizer.

@@ -6,7 +6,6 @@ an empty caption: it adds nothing to any sum, no other example's number moves, a
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 
 from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.pictures.decode import Encoded
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.captioned import LEARNED, Captioned
-from fedsim.data.sources.image_files import decoded, empty, fitted, rgb
+from fedsim.data.sources.image_files import empty
 from fedsim.rules import read_with
 from fedsim.validate import InputError
 
@@ -101,20 +101,9 @@ class Captions(Captioned):
 
     def _pixels(self, picture: Path | bytes) -> NDArray[np.uint8]:
         """Return a picture (size, size, 3)."""
-        from PIL import Image
-
-        assert self.size is not None
         if isinstance(picture, Path):
-            found = decoded(picture)
-        else:
-            try:
-                with Image.open(io.BytesIO(picture)) as image:
-                    found = rgb(image, "a picture")
-            except InputError:
-                raise
-            except Exception as error:  # a decoder of damaged bytes may raise anything
-                raise InputError(f"a picture must be readable: {error}.") from error
-        return np.asarray(fitted(Image.fromarray(found), (self.size, self.size), self.fit))
+            return self.read(picture)
+        return self.rule.of(Encoded(picture, self.most_pixels))
 
     def _folder(self, path: Path) -> tuple[list[Path | bytes], list[str], None]:
         """Every file that is no text, in the order of the paths, and the text beside it; "" where there is

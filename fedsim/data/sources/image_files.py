@@ -1,28 +1,31 @@
-"""Files of images as arrays of bytes, for every source that reads some.
+"""Files of images for every source that reads some: as an array of bytes, or decoded where they are needed.
 
-Whatever lies in a file becomes 8-bit RGB with the values it shows, or is refused by name: no value is cut
-off, no transparency or second frame dropped.
+What lies in a file becomes 8-bit RGB by `fedsim.data.pictures.decode`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
+from fedsim.data.examples import Inputs
+from fedsim.data.pictures import building
+from fedsim.data.pictures.decode import MOST_PIXELS, Encoded, Undecodable, check_pixels, fitted
+from fedsim.data.pictures.packed import packed
+from fedsim.data.pictures.pictures import Fit, InFiles, Pictures
+from fedsim.data.pictures.stores import Files, Store
 from fedsim.data.sources.base import Source
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
-EIGHT_BIT = {"1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "RGBX"}
-SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
-WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 HALF = (0.5, 0.5, 0.5)
+AT_ONCE, ON_DEMAND, PACKED = DECODE = ("at_once", "on_demand", "packed")
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,49 @@ class ImageFiles(Source):
     """A source whose examples are files of images, brought to one size by a rule.
 
     Attributes:
-        size: edge of the square that every image becomes: its shorter edge is scaled to `size`, bilinearly
-            with antialiasing, and the middle is cut out (as ImageNet is evaluated). None: all images must
-            have the size of the first.
+        size: edge of the square that every image becomes: its shorter edge is scaled to `short_side`,
+            bilinearly with antialiasing, and the middle is cut out (as ImageNet is evaluated). None: all
+            images must have the size of the first.
         fit: with size: "crop" as said; "squeeze": both edges are scaled to `size`, nothing is cut.
+        short_side: with size and crop, what the shorter edge is scaled to before the middle is cut out; None:
+            `size`. With packed, what it is scaled to once for all.
         mean, std: three numbers each, taken off and divided by on the [0, 1] scale, red first: those the
             public weights were trained with that a model starts from. Empty: 0.5.
+        decode: "at_once": all when a run starts, into memory; a file that is no image is refused.
+            "on_demand": each when it is drawn, so that memory does not grow with their number, and
+            random_resized_crop takes parts of the image as it is. "packed": likewise, of images whose shorter
+            edge was scaled to `short_side` once and that are kept as pixels on disk. With both, what is no
+            image contributes nothing, and is counted.
+        most_pixels: files of more are no images: a small one may say that it has thousands of millions.
     """
 
     size: int | None = None
     fit: str = field(default="crop", metadata=read_with(size=SET))
+    short_side: int | None = field(default=None, metadata=read_with(size=SET))
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
+    decode: str = AT_ONCE
+    most_pixels: int = MOST_PIXELS
 
     def __post_init__(self) -> None:
         validate.one_of(self.fit, ("crop", "squeeze"), "data.options.fit")
+        validate.one_of(self.decode, DECODE, "data.options.decode")
+        check_pixels(self.most_pixels)
         if self.size is not None:
             validate.positive(self.size, "data.options.size")
+        elif self.decode != AT_ONCE:
+            raise InputError(
+                f"data.options.size must say what images become with decode={self.decode}, which looks at "
+                "none of them to find out. Set it, to 224 for example."
+            )
+        if self.short_side is not None:
+            least = self.size or 1
+            validate.in_range(self.short_side, least, 2**15, "data.options.short_side", "At least size.")
+            if self.fit == "squeeze" and self.decode != PACKED:
+                validate.conflicts(
+                    "data.options.fit=squeeze scales both edges to size, but short_side is set.",
+                    "Leave it out.",
+                )
         for name in ("mean", "std"):
             given = getattr(self, name)
             if len(given) not in (0, 3) or any(not 0.0 <= x <= 1.0 for x in given):
@@ -59,18 +88,51 @@ class ImageFiles(Source):
         """Mean and standard deviation of each channel, as `ArrayDataset` takes them."""
         return tuple(self.mean) or HALF, tuple(self.std) or HALF
 
+    @property
+    def rule(self) -> Fit:
+        """How a whole image becomes one of `size`."""
+        assert self.size is not None
+        return Fit(self.size, self.fit, self.short_side or self.size)
+
     def read(self, path: Path) -> NDArray[np.uint8]:
         """Return one image (H, W, 3), of `size` where one is set.
 
         Raises:
-            InputError: see `decoded`.
+            InputError: the file is no image with a plain 8-bit meaning, or has too many pixels.
         """
-        found = decoded(path)
-        if self.size is None:
-            return found
-        from PIL import Image
+        picture = _picture(path, self.most_pixels)
+        with _named(path):
+            return np.asarray(picture.image()) if self.size is None else self.rule.of(picture)
 
-        return np.asarray(fitted(Image.fromarray(found), (self.size, self.size), self.fit))
+    def stored(self, store: Store) -> Pictures:
+        """Return the images of a store, decoded on demand or packed, as the options say."""
+        files = InFiles(store, self.most_pixels)
+        if self.decode == PACKED:
+            return Pictures(packed(files, self.rule.short), self.rule)
+        return Pictures(files, self.rule)
+
+    def images(
+        self,
+        root: Path,
+        groups: Sequence[Callable[[], Sequence[Path]]],
+        shape: tuple[int, ...] | None,
+        placed: Callable[[int, InputError], InputError],
+        whole: str,
+    ) -> tuple[Inputs, list[int]]:
+        """Return the images of files below `root` in their order, as `decode` says, and how many each group
+        has.
+
+        Args:
+            root: where their names start.
+            groups: functions that list them, such as those of one class; called more than once.
+            shape, placed, whole: as of `stack`.
+        """
+        if self.decode == AT_ONCE:
+            files = [group() for group in groups]
+            stacked = self.stack([path for some in files for path in some], shape, placed, whole)
+            return stacked, [len(some) for some in files]
+        found = building.of_files(root, groups)
+        return self.stored(Files(root, found)), found.meta["groups"]
 
     def stack(
         self,
@@ -130,28 +192,9 @@ def empty(count: int, shape: tuple[int, ...], whole: str) -> NDArray[np.uint8]:
         ) from error
 
 
-def fitted(image: Any, size: tuple[int, int], fit: str = "crop") -> Any:
-    """Return a Pillow image of 8 bits as (height, width) `size`, scaled bilinearly with antialiasing.
-
-    Args:
-        image: the image.
-        size: wanted height and width.
-        fit: "crop": scaled so that it covers the size, the middle cut out; "squeeze": nothing is cut.
-    """
-    from PIL import Image
-
-    high, wide = size
-    scale = max(wide / image.size[0], high / image.size[1])
-    shape = (wide, high)
-    if fit == "crop":
-        shape = (max(wide, round(image.size[0] * scale)), max(high, round(image.size[1] * scale)))
-    if image.size != shape:
-        image = image.resize(shape, Image.Resampling.BILINEAR)  # antialiases where it shrinks
-    left, top = (shape[0] - wide) // 2, (shape[1] - high) // 2
-    return image.crop((left, top, left + wide, top + high))
-
-
-def pixels(path: Path, shape: tuple[int, ...], fit: str = "crop") -> NDArray[np.uint8]:
+def pixels(
+    path: Path, shape: tuple[int, ...], fit: str = "crop", short: int | None = None
+) -> NDArray[np.uint8]:
     """Return one image (H, W, C) in the shape (C, H, W) that a model was trained on, C of 1 or 3; `fitted`.
 
     Raises:
@@ -160,50 +203,26 @@ def pixels(path: Path, shape: tuple[int, ...], fit: str = "crop") -> NDArray[np.
     from PIL import Image
 
     channels, high, wide = shape
-    image = fitted(Image.fromarray(decoded(path)), (high, wide), fit)
+    picture = _picture(path, MOST_PIXELS)
+    with _named(path):
+        if high == wide:
+            image = Image.fromarray(picture.fitted(high, fit, max(high, short or 0)))
+        else:
+            image = fitted(picture.image(), (high, wide), fit)
     return np.asarray(image.convert("L"))[..., None] if channels == 1 else np.asarray(image)
 
 
-def decoded(path: Path) -> NDArray[np.uint8]:
-    """Return an image as (H, W, 3) uint8, of the size it has.
+def _picture(path: Path, most_pixels: int) -> Encoded:
+    with _named(path):
+        return Encoded(path.read_bytes(), most_pixels)
 
-    Raises:
-        InputError: the file is no image with a plain 8-bit meaning.
-    """
-    from PIL import Image
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be read or is no image."""
     try:
-        with Image.open(path) as image:
-            return rgb(image, path)
-    except InputError:
-        raise
-    except Exception as error:  # a decoder of a damaged file may raise anything
-        raise InputError(
-            f"{path} must be a readable image. {str(error) or type(error).__name__}. Mend or remove it."
-        ) from error
-
-
-def rgb(image: Any, path: Path | str) -> NDArray[np.uint8]:
-    """Return a Pillow image as (H, W, 3) uint8, with the values it shows.
-
-    Raises:
-        InputError: it has several frames, transparency, or no plain 8-bit meaning.
-    """
-    if getattr(image, "n_frames", 1) != 1:
-        raise InputError(f"{path} must be one image, got {image.n_frames} frames. Save them apart.")
-    if image.mode in SIXTEEN_BIT:
-        grey = np.asarray(image).astype(np.uint32)
-        return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode in WITH_ALPHA or "transparency" in image.info:
-        if np.asarray(image.convert("RGBA"))[..., 3].min(initial=255) < 255:
-            raise InputError(
-                f"{path} must not be transparent: what lies behind is not said. Put it on a "
-                "background beforehand."
-            )
-        return np.asarray(image.convert("RGBA"))[..., :3].copy()
-    if image.mode not in EIGHT_BIT:
-        raise InputError(
-            f"{path} must have 8 or 16 whole bits a channel, got Pillow's mode {image.mode}, "
-            "whose range is not said. Convert it beforehand."
-        )
-    return np.asarray(image.convert("RGB"))
+        yield
+    except Undecodable as error:
+        raise InputError(f"{path} {str(error).removesuffix('.')}. Mend or remove it.") from error
+    except OSError as error:
+        raise InputError(f"{path} must be a readable image. {error}. Mend or remove it.") from error

@@ -136,7 +136,7 @@ class ImageTable(ImageFiles):
         return found if len(set(found)) == len(found) else ()
 
     def load(self, root: Path) -> Splits:
-        """See `Source.load`: decodes every image once, in the order of the rows.
+        """See `Source.load`: the order is that of the rows.
 
         Raises:
             InputError: tables or columns that are missing, and too many images for the memory.
@@ -147,8 +147,8 @@ class ImageTable(ImageFiles):
         seen: dict[str, str] = {}
         train_files = train.files(root, self.train_folder, seen)
         test_files = test.files(root, self.test_folder, seen)
-        first = train.dataset(train_files, None)
-        return Splits(first, test.dataset(test_files, first.inputs.shape[1:]))
+        first = train.dataset(root, train_files, None)
+        return Splits(first, test.dataset(root, test_files, first.inputs.shape[1:]))
 
 
 class _Rows:
@@ -245,11 +245,12 @@ class _Rows:
             )
         return rest + source.suffix
 
-    def dataset(self, files: Sequence[Path], shape: tuple[int, ...] | None) -> ArrayDataset:
-        """Return the examples; their images have `shape` (H, W, 3), by default that of the first."""
+    def dataset(self, root: Path, files: Sequence[Path], shape: tuple[int, ...] | None) -> ArrayDataset:
+        """Return the examples; images that are decoded at once have `shape` (H, W, 3), by default that of the
+        first."""
         targets, declared = self._targets()
         groups = self._owners() if self._own else None
-        inputs = self._source.stack(files, shape, self._unreadable, str(self._path))
+        inputs, _ = self._source.images(root, [lambda: files], shape, self._unreadable, str(self._path))
         return ArrayDataset("image_table", inputs, targets, groups, declared, *self._source.constants)
 
     def _targets(self) -> tuple[NDArray[Any], Targets]:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
-from fedsim.data import cache, pictures, scenes
+from fedsim.data import cache, named_pictures, scenes
 from fedsim.data.examples import ArrayDataset, Splits
-from fedsim.data.pictures import Pictures
+from fedsim.data.named_pictures import NamedPictures
 from fedsim.data.scenes import Scenes
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.captioned import Captioned
@@ -72,7 +72,9 @@ class ComposedScenes(Captioned):
         Raises:
             InputError: pictures that are missing, too few of a side, or a cache that cannot be written.
         """
-        held = pictures.shapes() if self.pictures == SHAPES else pictures.read(root / self.pictures)
+        held = (
+            named_pictures.shapes() if self.pictures == SHAPES else named_pictures.read(root / self.pictures)
+        )
         if self.categories:
             for name in self.categories:
                 validate.one_of(name, sorted(set(held.categories)), "every one of data.options.categories")
@@ -88,7 +90,7 @@ class ComposedScenes(Captioned):
         tokenizer = self.tokens(root, Scenes(public, self.scenes_seed, "public").captions(self.public))
         return Splits(*(self._split(own, split, tokenizer) for split in ("train", "test")))
 
-    def _split(self, own: Pictures, split: str, tokenizer: object) -> ArrayDataset:
+    def _split(self, own: NamedPictures, split: str, tokenizer: object) -> ArrayDataset:
         count = self.train if split == "train" else self.test
         inputs, captions = self._drawn(Scenes(own, self.scenes_seed, split), count)
         targets, declared = self.targets(tokenizer, captions)

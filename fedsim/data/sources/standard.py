@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from fedsim import validate
 from fedsim.data import glyphs
 from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.pictures.decode import fitted
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.base import Source
-from fedsim.data.sources.image_files import empty, fitted
+from fedsim.data.sources.image_files import empty
 from fedsim.data.targets import Targets
 from fedsim.validate import InputError
 

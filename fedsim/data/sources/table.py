@@ -88,12 +88,12 @@ class Table(Source):
 
     def _warn(self, test: ArrayDataset, path: Path) -> None:
         """Say which columns tell nothing in the test split, which is public: wrongly declared, it seems."""
-        place = len(self.numbers)
+        place, (inputs, _) = len(self.numbers), test.read(slice(None))
         for index, name in enumerate(self.numbers):
-            if len(test) > 1 and np.ptp(test.inputs[:, index]) == 0:
+            if len(test) > 1 and np.ptp(inputs[:, index]) == 0:
                 _log.warning("%s: column %s is one value by data.options.numbers in every row.", path, name)
         for name, words in self.words.items():
-            if not test.inputs[:, place : place + len(words)].any():
+            if not inputs[:, place : place + len(words)].any():
                 _log.warning("%s: column %s has none of the words of data.options.words.", path, name)
             place += len(words)
 

@@ -31,8 +31,8 @@ _FINE = 4  # points of a pixel's edge that are looked at, for smooth edges
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
-    """Pictures with names.
+class NamedPictures:
+    """NamedPictures with names.
 
     Attributes:
         pixels: (n, EDGE, EDGE, 4) uint8, red, green, blue and how much of what lies behind is covered.
@@ -47,11 +47,11 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.names)
 
-    def among(self, chosen: NDArray[np.bool_]) -> Pictures:
+    def among(self, chosen: NDArray[np.bool_]) -> NamedPictures:
         """Return those that are chosen, (n,)."""
         rows = np.flatnonzero(chosen)
         pick = tuple(rows.tolist())
-        return Pictures(
+        return NamedPictures(
             self.pixels[rows],
             tuple(self.names[row] for row in pick),
             tuple(self.categories[row] for row in pick),
@@ -64,7 +64,7 @@ class Pictures:
         return found.hexdigest()
 
 
-def read(folder: Path) -> Pictures:
+def read(folder: Path) -> NamedPictures:
     """Return the pictures in a folder: pictures.npy, and pictures.csv with the columns name and category.
 
     Raises:
@@ -84,11 +84,11 @@ def read(folder: Path) -> Pictures:
             f"{folder / PIXELS} must be uint8 of shape ({len(rows)}, {EDGE}, {EDGE}, 4), a picture for every "
             f"row of {NAMES}, got {pixels.dtype} of shape {pixels.shape}."
         )
-    return Pictures(pixels, tuple(name.lower() for name, _ in rows), tuple(kind for _, kind in rows))
+    return NamedPictures(pixels, tuple(name.lower() for name, _ in rows), tuple(kind for _, kind in rows))
 
 
 @functools.cache
-def shapes() -> Pictures:
+def shapes() -> NamedPictures:
     """Return every shape in every colour, such as "red circle"; its category is the shape."""
     fine = EDGE * _FINE
     axis = (np.arange(fine) + 0.5) / fine * 2.0 - 1.0
@@ -103,7 +103,7 @@ def shapes() -> Pictures:
             pixels.append(picture)
             names.append(f"{colour} {shape}")
             kinds.append(shape)
-    return Pictures(np.stack(pixels), tuple(names), tuple(kinds))
+    return NamedPictures(np.stack(pixels), tuple(names), tuple(kinds))
 
 
 def _inside(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, NDArray[np.bool_]]:

@@ -1,0 +1,1 @@
+"""Pictures that stay in their files: memory against their number, decoding, and what a step waits for."""

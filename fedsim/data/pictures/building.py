@@ -1,0 +1,250 @@
+"""Making the index of a folder of pictures or of tar files: once, by reading every file once; nothing is
+decoded.
+
+Of each picture it keeps where it is, 16 bytes that stand for its content, its class and its owner. Headers of
+pictures are looked at, so that a file that is none is counted (`meta["refused"]`); one that is damaged
+further in is found when it is decoded. Either keeps its place.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.data.pictures import index, tar
+from fedsim.data.pictures import workers as threads
+from fedsim.data.pictures.decode import Encoded, Undecodable
+from fedsim.data.pictures.index import Columns, Index, narrow
+from fedsim.data.pictures.pictures import SIZE, fingerprint
+from fedsim.data.pictures.stores import short_stamp
+from fedsim.validate import InputError, PrivateInputError
+
+NAMED = 5  # of the refused files, in meta
+READ_AT_ONCE = 256
+
+
+@dataclass
+class _Seen:
+    """What is kept of pictures whose bytes were read, in order."""
+
+    sums: bytearray = field(default_factory=bytearray)
+    refused: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def add(self, name: str, found: tuple[bytes, bool]) -> None:
+        self.sums += found[0]
+        if not found[1]:
+            self.refused += 1
+            if len(self.named) < NAMED:
+                self.named.append(name)
+
+    def column(self) -> NDArray[np.uint8]:
+        return np.frombuffer(bytes(self.sums), np.uint8).reshape(-1, SIZE)
+
+    def meta(self) -> dict[str, Any]:
+        return {"refused": self.refused, "refused_named": self.named}
+
+
+def _looked_at(content: bytes) -> tuple[bytes, bool]:
+    """Return a picture's fingerprint, and whether its header is that of a picture."""
+    try:
+        if content:
+            Encoded(content, None)
+        there = bool(content)
+    except Undecodable:
+        there = False
+    return fingerprint(content), there
+
+
+def of_files(root: Path, groups: Sequence[Callable[[], Sequence[Path]]]) -> Index:
+    """Return the index of files of their own, for `fedsim.data.pictures.stores.Files`.
+
+    Args:
+        root: where names start.
+        groups: functions that list files below `root`, such as those of one class, in their order; called
+            twice where the index is to be made, so that the names of one group at a time are in memory.
+
+    Raises:
+        InputError: a file that cannot be read; names it.
+    """
+
+    def stamped() -> Iterable[str | index.Stamp]:
+        yield str(root)
+        for group in groups:
+            for path in group():
+                yield os.path.relpath(path, root)
+                yield index.stamp_of(_status(path))
+
+    return index.opened(f"files-{index.key_of(stamped())}.index", lambda: _files(root, groups))
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path} must be a file that can be read: {error}. Mend or remove it.") from error
+
+
+def _files(root: Path, groups: Sequence[Callable[[], Sequence[Path]]]) -> tuple[Columns, dict[str, Any]]:
+    names, ends, stamps, seen = bytearray(), array.array("Q"), array.array("I"), _Seen()
+    counts: list[int] = []
+
+    def read(path: Path) -> tuple[int, tuple[bytes, bool]]:
+        try:
+            with open(path, "rb") as handle:
+                status, content = os.fstat(handle.fileno()), handle.read()
+        except OSError as error:
+            raise InputError(
+                f"{path} must be a file that can be read: {error}. Mend or remove it."
+            ) from error
+        return short_stamp(status), _looked_at(content)
+
+    for group in groups:
+        paths = group()
+        counts.append(len(paths))
+        for start in range(0, len(paths), READ_AT_ONCE):
+            some = paths[start : start + READ_AT_ONCE]
+            for path, (stamp, found) in zip(some, threads.each(read, some), strict=True):
+                name = os.path.relpath(path, root)
+                names += os.fsencode(name)
+                ends.append(len(names))
+                stamps.append(stamp)
+                seen.add(name, found)
+    columns = {
+        "name_end": np.array(ends, narrow(len(names))),
+        "names": np.frombuffer(bytes(names), np.uint8),
+        "stamp": np.array(stamps, np.uint32),
+        "sum": seen.column(),
+    }
+    return columns, {"groups": counts, **seen.meta()}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Files of one key in a tar file, by their endings: bytes of the small ones, and where the picture is."""
+
+    key: str
+    picture: tar.Member | None
+    texts: dict[str, bytes]
+
+
+def of_shards(
+    root: Path,
+    shards: Sequence[Path],
+    endings: Sequence[str],
+    texts: Sequence[str],
+    labels: Callable[[str, Sample], dict[str, int]],
+    told: str,
+) -> Index:
+    """Return the index of tar files, for `fedsim.data.pictures.stores.Shards`.
+
+    Args:
+        root: where names of the tar files start.
+        shards: in their order.
+        endings: of pictures, in lower case; a sample has one at most.
+        texts: endings of other members whose bytes `labels` sees.
+        labels: given the tar file's name and a sample, what its columns hold: name -> number of 0 or above.
+        told: what `labels` follows from.
+
+    Raises:
+        InputError: a tar file that cannot be read or is none.
+        PrivateInputError: samples that are not in the form; names tar file and key.
+    """
+
+    def stamped() -> Iterable[str | index.Stamp]:
+        yield from (str(root), told, repr(tuple(endings)), repr(tuple(texts)))
+        for path in shards:
+            yield os.path.relpath(path, root)
+            yield index.stamp_of(_status(path))
+
+    def make() -> tuple[Columns, dict[str, Any]]:
+        return _shards(root, shards, endings, texts, labels)
+
+    return index.opened(f"shards-{index.key_of(stamped())}.index", make)
+
+
+def _shards(
+    root: Path,
+    shards: Sequence[Path],
+    endings: Sequence[str],
+    texts: Sequence[str],
+    labels: Callable[[str, Sample], dict[str, int]],
+) -> tuple[Columns, dict[str, Any]]:
+    starts, sizes, seen = array.array("Q"), array.array("Q"), _Seen()
+    columns: dict[str, array.array[int]] = {}
+    table: list[tuple[str, int, int, int]] = []
+    for path in shards:
+        name = os.path.relpath(path, root)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(f"{path} must be a tar file that can be read: {error}.") from error
+        try:
+            status = os.fstat(descriptor)
+            table.append((name, status.st_size, status.st_mtime_ns, len(starts)))
+            for sample in _samples(descriptor, path, endings, texts):
+                picture = sample.picture
+                starts.append(0 if picture is None else picture.start // tar.BLOCK)
+                sizes.append(0 if picture is None else picture.size)
+                content = b"" if picture is None else os.pread(descriptor, picture.size, picture.start)
+                seen.add(f"{name}: {sample.key}", _looked_at(content))
+                for column, value in labels(name, sample).items():
+                    columns.setdefault(column, array.array("Q")).append(value)
+        except OSError as error:
+            raise InputError(f"{path} must be a tar file that can be read: {error}.") from error
+        finally:
+            os.close(descriptor)
+    found = {
+        "start": _narrowed(starts),
+        "size": _narrowed(sizes),
+        "sum": seen.column(),
+        **{column: _narrowed(values) for column, values in columns.items()},
+    }
+    return found, {"shards": table, **seen.meta()}
+
+
+def _narrowed(values: array.array[int]) -> NDArray[Any]:
+    wide = np.frombuffer(values, np.uint64) if len(values) else np.zeros(0, np.uint64)
+    return wide.astype(narrow(int(wide.max(initial=0))))
+
+
+def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequence[str]) -> Iterable[Sample]:
+    """Yield the samples of one tar file: members of one key, which stand together."""
+    done: set[str] = set()
+    key: str | None = None
+    picture: tar.Member | None = None
+    held: dict[str, bytes] = {}
+    for member in tar.members(descriptor, path):
+        folder, base = os.path.split(member.name)
+        if base.startswith("."):
+            continue
+        stem, _, ending = base.partition(".")
+        ending, own = ending.lower(), os.path.join(folder, stem)
+        if own != key:
+            if key is not None:
+                yield Sample(key, picture, held)
+                done.add(key)
+            if own in done:
+                raise _wrong(path, own, "members of one key must stand together, each key once in a tar file")
+            key, picture, held = own, None, {}
+        if ending in endings:
+            if picture is not None:
+                raise _wrong(path, own, "a sample must have one picture (data.options.picture: its ending)")
+            picture = member
+        elif ending in texts:
+            if ending in held:
+                raise _wrong(path, own, "a sample must have one member of an ending")
+            held[ending] = os.pread(descriptor, member.size, member.start)
+    if key is not None:
+        yield Sample(key, picture, held)
+
+
+def _wrong(path: Path, key: str, expected: str) -> PrivateInputError:
+    return PrivateInputError(f"{path}, {key}: {expected}. Pack it anew.", f"{path}: {expected}.")
