@@ -353,6 +353,19 @@ def test_a_cap_on_pixels_is_asked_before_anything_is_decoded() -> None:
         loaded("image_folder", Path("nowhere"), most_pixels=2**40)
 
 
+def test_a_lack_of_memory_says_nothing_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever repeats the step would have another sum: it is no property of the bytes."""
+    both(tmp_path)
+    pictures = in_files(loaded("image_folder", tmp_path))
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fedsim.data.pictures.decode.as_rgb", full)
+    with pytest.raises(MemoryError):
+        pictures.read(np.array([0]))
+
+
 def test_packed_pictures_are_made_once_and_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = both(tmp_path)
     packed = in_files(loaded("image_folder", tmp_path, decode="packed", short_side=20))

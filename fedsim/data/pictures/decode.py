@@ -203,6 +203,8 @@ def _opened(content: bytes) -> Any:
 
     try:
         return _Failing(Image.open(io.BytesIO(content), formats=FORMATS))
+    except MemoryError:  # says nothing of the bytes
+        raise
     except Exception as error:
         raise Undecodable(_reason(error)) from error
 
@@ -217,7 +219,7 @@ class _Failing:
         return self._image
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, InputError):
+        if isinstance(error, Exception) and not isinstance(error, InputError | MemoryError):
             raise Undecodable(_reason(error)) from error
 
 
