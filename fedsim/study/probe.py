@@ -111,12 +111,13 @@ def probes(
         "pixels": [pixels],
     }
     classes = train.declared.size
-    labels = torch.from_numpy(np.array(train.targets)), torch.from_numpy(np.array(test.targets))
+    (train_images, train_labels), (test_images, test_labels) = _whole(train), _whole(test)
+    labels = train_labels, test_labels
     found: dict[str, dict[str, Any]] = {}
     for name, several in ways.items():
         scores: dict[str, list[float]] = {}
         for way in several:
-            own = standardised(way(train.inputs), way(test.inputs))
+            own = standardised(way(train_images), way(test_images))
             scores.setdefault("linear", []).append(linear(*own, *labels, classes))
             for few in shots:
                 count = draws if len(several) == 1 else 1
@@ -126,6 +127,15 @@ def probes(
                 )
         found[name] = scores
     return found
+
+
+def _whole(data: ArrayDataset) -> tuple[NDArray[np.uint8], Tensor]:
+    """Return all pictures that can be decoded, and their classes."""
+    every = slice(0, len(data.targets))
+    (images, there), labels = data.read(every), data.wanted_of(every)
+    if there is not None:
+        images, labels = images[there], labels[there]
+    return images, torch.from_numpy(np.array(labels))
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +244,7 @@ def told_apart(
             strangers = others[(targets[others] != targets[row]).any(1)]
             chosen = np.concatenate([[row], random.choice(strangers, among - 1, replace=False)])
             wanted = torch.from_numpy(targets[chosen])
-            image = normalise(data.inputs[row : row + 1], data, dtype).expand(among, -1, -1, -1)
+            image = normalise(data.read(slice(row, row + 1))[0], data, dtype).expand(among, -1, -1, -1)
             losses = task.loss(model(**task.shown(image, wanted)), wanted)
             right += bool((losses[0] < losses[1:]).all())
     return {"right": right / len(seen), "chance": 1.0 / among, "pictures": float(len(seen))}

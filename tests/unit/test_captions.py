@@ -226,7 +226,7 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], said: s
 # --- scenes ----------------------------------------------------------------------------------------------
 
 
-def few(count: int = 8) -> Pictures:
+def few(count: int = 8) -> NamedPictures:
     """One picture a colour: solid squares, so that each can be found in a scene by its colour."""
     chosen = [f"{colour} square" for colour in list(COLOURS)[:count]]
     held = named_pictures.shapes()

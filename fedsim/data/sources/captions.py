@@ -29,9 +29,10 @@ TEXT = ".txt"
 @SOURCES.register("captions")
 @dataclass(frozen=True)
 class Captions(Captioned):
-    """Pictures with captions: a folder, in which beside FILE.png (or .jpg, ...) stands FILE.txt; or a .csv,
-    .jsonl or .parquet table with a column of pictures, paths below the table's folder or the files' own
-    bytes, and one of captions.
+    """Pictures with captions, in a folder or a table.
+
+    In a folder, beside FILE.png (or .jpg, ...) stands FILE.txt. A .csv, .jsonl or .parquet table has a column
+    of pictures, paths below the table's folder or the files' own bytes, and one of captions.
 
     Attributes:
         train, test: folder or table below data.root.
