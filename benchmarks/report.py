@@ -119,7 +119,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "local-steps": lambda: comparison("local_steps", [HOLDERS]),
         "fashion-records": lambda: comparison("fashion_records"),
         "ablation": lambda: by_seed.ablation("ablation"),
-        "end-to-end": lambda: by_seed.ablation("end_to_end"),
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
     "docs/layers.md": {

@@ -129,13 +129,13 @@ def streaming(name: str) -> str:
     ]
     head = ["recipe, model", "pictures", "torch threads", "s to open", "MB opened", "MB peak"]
     lines.append(table([*head, "views a second", "waits for data"], rows))
-    lines.append("\nViews that one core decodes a second, files in memory, crop and flip included:\n")
+    lines.append("Views that one core decodes a second, files in memory, crop and flip included:\n")
     rows = [
         [str(row["edge"]), row["decode"], *(f"{n:,.0f}" for n in row["a_second_and_core"].values())]
         for row in held["decoding"]
     ]
     lines.append(table(["edge", "decode", "K = 1", "K = 4", "evaluation"], rows))
-    lines.append("\nSmall samples in tar files, over holders, two nodes in one process:\n")
+    lines.append("Small samples in tar files, over holders, two nodes in one process:\n")
     rows = [
         [
             f"{row['samples']:,}",
@@ -151,7 +151,7 @@ def streaming(name: str) -> str:
     lines.append(table(head, rows))
     per = held["many"][-1]["bytes_a_sample"]
     lines.append(
-        "\nBetween the two, a sample costs "
+        "Between the two, a sample costs "
         + ", ".join(f"{max(0.0, per[key]):.1f} bytes ({key})" for key in per)
         + ": memory of the process's own, mapped pages of the index, and the largest it ever had.\n"
     )
