@@ -100,6 +100,15 @@ class Targets:
         return values.astype(np.uint8 if self.kind == "labels" else np.int64, copy=False)
 
 
+def class_words(classes: object) -> tuple[str, ...]:
+    """Return the words of declared classes: those of a list, or 0 .. n - 1 of a number n; none where the
+    declaration is neither, or repeats a word."""
+    if isinstance(classes, int) and not isinstance(classes, bool):
+        return tuple(map(str, range(classes)))
+    found = tuple(map(str, classes)) if isinstance(classes, list) else ()
+    return found if len(set(found)) == len(found) else ()
+
+
 def _shown(shape: tuple[int | None, ...]) -> str:
     return (
         f"({', '.join('places' if size is None else str(size) for size in shape)}{',' * (len(shape) == 1)})"

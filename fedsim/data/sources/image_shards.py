@@ -20,7 +20,7 @@ from fedsim.data.pictures.building import Sample
 from fedsim.data.pictures.stores import Shards
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.image_files import AT_ONCE, ON_DEMAND, ImageFiles
-from fedsim.data.targets import Targets
+from fedsim.data.targets import Targets, class_words
 from fedsim.validate import InputError, PrivateInputError
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -72,10 +72,7 @@ class ImageShards(ImageFiles):
     @property
     def words(self) -> tuple[str, ...]:
         """The declared classes; none where the declaration is no such thing."""
-        if isinstance(self.classes, int) and not isinstance(self.classes, bool):
-            return tuple(map(str, range(self.classes)))
-        found = tuple(map(str, self.classes)) if isinstance(self.classes, list) else ()
-        return found if len(set(found)) == len(found) else ()
+        return class_words(self.classes)
 
     def load(self, root: Path) -> Splits:
         """See `Source.load`; reads every tar file once where there is no index of it.

@@ -21,7 +21,7 @@ from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.image_files import ImageFiles
-from fedsim.data.targets import Targets
+from fedsim.data.targets import Targets, class_words
 from fedsim.partitions.base import as_numbers
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError, PrivateInputError
@@ -130,10 +130,7 @@ class ImageTable(ImageFiles):
     @property
     def words(self) -> tuple[str, ...]:
         """The declared classes as cells have them; none where the declaration is no such thing."""
-        if isinstance(self.classes, int) and not isinstance(self.classes, bool):
-            return tuple(map(str, range(self.classes)))
-        found = tuple(map(str, self.classes)) if isinstance(self.classes, list) else ()
-        return found if len(set(found)) == len(found) else ()
+        return class_words(self.classes)
 
     def load(self, root: Path) -> Splits:
         """See `Source.load`: the order is that of the rows.
