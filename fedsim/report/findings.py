@@ -66,19 +66,20 @@ def _at(rivals: Sequence[Group]) -> str:
     """Say at which epsilon these stand, each unit's own where they have no common budget."""
     if rivals[0].epsilon is not None:
         return f"At epsilon {rivals[0].epsilon:g}, "
-    own = sorted({_spent(group) for group in rivals} - {math.inf})
+    spent = [_spent(group) for group in rivals]
+    own = sorted(set(spent) - {math.inf})
     if len(rivals) == 1 or not own:
         return ""
-    return (
-        f"At epsilon {own[0]:.3g}, " if len(own) == 1 else f"At epsilons from {own[0]:.3g} to {own[-1]:.3g}, "
-    )
+    some = f"epsilon {own[0]:.3g}" if len(own) == 1 else f"epsilons from {own[0]:.3g} to {own[-1]:.3g}"
+    none = f" ({spent.count(math.inf)} of {len(spent)} claim none)" if math.inf in spent else ""
+    return f"At {some}{none}, "
 
 
 def _spent(group: Group) -> float:
-    """The epsilon of the unit that a group protects, infinite where there is none."""
-    trust, spent = group.result["trust"], group.result["epsilon"]
-    value = spent.get(trust["unit"], {}).get("value")
-    return math.inf if value is None else float(value)
+    """The epsilon of the unit that a group protects, infinite where none is claimable."""
+    spent = group.result["epsilon"].get(group.result["trust"]["unit"], {})
+    value = spent.get("value")
+    return math.inf if claim.number(value) == claim.NONE else float(value)
 
 
 def _rank(group: Group) -> float:

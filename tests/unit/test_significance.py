@@ -121,6 +121,10 @@ def test_what_is_told_apart_is_said_with_its_size_and_the_rest_is_not() -> None:
     for cell, value in zip(own, (277, 277, 4.24, 4.24), strict=True):
         cell.result["epsilon"]["example"]["value"] = value
     assert findings(own)[0].startswith("At epsilons from 4.24 to 277, no difference can be told")
+    for value in (None, 5000.0):
+        for cell in own[:2]:
+            cell.result["epsilon"]["example"]["value"] = value
+        assert findings(own)[0].startswith("At epsilon 4.24 (1 of 2 claim none), "), "a budget is not theirs"
     rmse = {"name": "rmse", "unit": "marks", "higher_is_better": False}
     (said,) = findings(_cells(scores, headline=rmse))
     assert said.startswith("At epsilon 1, c has the best test rmse")
