@@ -173,7 +173,8 @@ def test_heads_start_at_zero_and_everybody_is_in_every_step(path: Path) -> None:
 
 
 ANCHORS = {
-    # (source, epsilon) -> accuracy on Fashion-MNIST without public data, as their own pages state it
+    # (source, epsilon) -> accuracy on Fashion-MNIST without public data, as their own pages state it: the best
+    # by any means
     ("DPSUR", 1): 88.38,
     ("DPSUR", 2): 89.34,
     ("DPSUR", 3): 89.71,
@@ -181,6 +182,8 @@ ANCHORS = {
     ("Tramer and Boneh 2021", 2.7): 89.5,
     ("Tramer and Boneh 2021", 3): 89.7,
 }
+# beside a recipe that has the same restriction as its paper: a network trained end to end
+END_TO_END = {("Papernot et al. 2021", 2.7): 86.1}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -192,9 +195,11 @@ def test_anchors_are_what_their_sources_say_and_name_their_accountant(path: Path
     for claim in claims:
         assert claim["accountant"] in ACCOUNTANTS.own()
         assert {claim["status"], claim.get("accountant_status", claim["status"])} <= STATUSES
-        assert claim["accuracy"] == ANCHORS[claim["source"], claim["epsilon"]]
         assert config.data.name == "fashion_mnist"
-    assert len(claims) in (0, len(ANCHORS)), "all of them or none: the best at a budget is found among them"
+    given = {(claim["source"], claim["epsilon"]): claim["accuracy"] for claim in claims}
+    expected = END_TO_END if path.parent.name == "papernot2021" else ANCHORS
+    assert given in ({}, expected), "all of them or none: the best at a budget is found among them"
+    assert len(given) == len(claims)
 
 
 def test_every_row_of_the_tables_has_a_recipe() -> None:
