@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
         metavar="RATE",
         help="what one machine sustains, for its hours (default 5e13, a third of an A100's TF32 peak)",
     )
+    check.add_argument("--all", action="store_true", help="show the whole configuration and every number")
 
 
 def _check(options: argparse.Namespace) -> dict[str, Any]:
@@ -41,12 +42,44 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         from fedsim import loading
 
         console = Console()
-        console.print(loading.to_yaml(config), markup=False, highlight=False)
-        table = show.table("plan", "")
-        for name, value in _rows(plan):
+        if options.all:
+            console.print(loading.to_yaml(config), markup=False, highlight=False)
+        table = show.table(config.title or "plan", "")
+        for name, value in _rows(plan) if options.all else _leading(plan):
             table.add_row(name, value)
         console.print(table)
+        if not options.all:
+            print("Every number and the whole configuration: --all")
     return {"config": dataclasses.asdict(config), "plan": plan}
+
+
+def _leading(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run is judged by before it starts: its epsilons, its noise, its steps, and what it costs; beside
+    them what the paper says, and what is unusual."""
+    spent = {kind: value for kind, value in plan["epsilon"].items() if not kind.endswith(("_check", "_rdp"))}
+    rows = [(f"epsilon per {kind}", show.spent(value)) for kind, value in spent.items()]
+    sigma, spread = plan["noise_multiplier"], plan["noise_std_of_mean"]
+    if sigma is not None:
+        noise = f"{show.number(sigma)} times the bound on one {plan['unit']}'s contribution"
+        noise += "" if spread is None else f"; {show.number(spread)} on every entry of the mean"
+        rows.append(("noise", noise))
+    steps = (
+        f"{plan['steps']:,} of about {plan['expected_batch_size']:,.0f} examples of {plan['examples']:,} "
+        f"({plan['epochs']:.3g} epochs)"
+    )
+    rows.append(("steps", steps + (", stopped by the budget" if plan["stopped_by_budget"] else "")))
+    memory = plan["memory_bytes_without_data_and_libraries"]["node"]
+    rows.append(
+        (
+            "cost",
+            f"{plan['flops']['run']:.3g} operations, {plan['gpu_hours']:.3g} hours at "
+            f"{plan['flops_per_second']:.0e} a second; {memory / 1e6:,.3g} MB a node beside data and "
+            f"libraries; {plan['bytes_from_largest_node_per_step']:,} bytes from the largest node a step",
+        )
+    )
+    rows += _published(plan["published"]) if plan["published"] is not None else []
+    unusual = ("own_code", "undecodable")
+    return rows + [row for name in unusual if plan[name] for row in _rows({name: plan[name]})]
 
 
 def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:

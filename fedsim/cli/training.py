@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim import validate
-from fedsim.cli import extraction, show
+from fedsim.cli import extraction, hints, show
 from fedsim.cli.arguments import command, config_arguments, importing, load
 from fedsim.headline import Metric
 from fedsim.report.claim import number
@@ -29,7 +30,7 @@ def add(commands: Any) -> None:
     for parser in (run, verify):
         config_arguments(parser)
         backend_argument(parser)
-        parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TITLE-HASH)")
+        parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TITLE-OVERRIDES-HASH)")
         parser.add_argument("--resume", action="store_true", help="continue the run that --out holds")
 
 
@@ -45,11 +46,23 @@ def backend_argument(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     config = load(options)
-    folder = _folder(options.out, config)
+    folder = _folder(options.out, config, options.overrides)
+    before = _before(folder)
     result = _train(config, folder, options.backend, options)
     if not options.json:
-        _print_result(result, folder)
+        _print_result(result, folder, before)
     return result
+
+
+def _before(folder: RunFolder) -> str:
+    """Say what a folder held before this command: nothing, a part of the run, or the whole."""
+    from fedsim.privacy import ledger
+
+    if folder.result.exists():
+        return "trained nothing: the run was finished before"
+    if not folder.ledger.exists():
+        return ""
+    return f"went on after step {ledger.read(folder.ledger).steps}"
 
 
 def _train(config: Config, folder: RunFolder, backend: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -61,10 +74,10 @@ def _train(config: Config, folder: RunFolder, backend: str, options: argparse.Na
         return api.run(config, folder, backend, options.resume, progress=False if options.json else None)
 
 
-def _folder(out: Path | None, config: Config) -> RunFolder:
+def _folder(out: Path | None, config: Config, overrides: Sequence[str] = ()) -> RunFolder:
     from fedsim.engine.run_folder import RunFolder, default_name
 
-    return RunFolder(out or Path("runs") / default_name(config))
+    return RunFolder(out or Path("runs") / default_name(config, overrides))
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +101,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
         title=f"{config.title}-centralized",
         federation=dataclasses.replace(config.federation, holders=1, nodes=1, partition=Choice("iid")),
     )
-    base = options.out or Path("runs") / default_name(config)
+    base = options.out or Path("runs") / default_name(config, options.overrides)
     rows: dict[str, tuple[dict[str, Any], RunFolder]] = {}
     for name, which, backend in (("federated", config, options.backend), ("centralized", central, "local")):
         folder = _folder(base / name, which)
@@ -128,7 +141,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
                         f"{name}, per {unit}: {show.spent(result['epsilon'][unit])}", highlight=False
                     )
         console.print(f"Largest difference between any two parameters: {difference:.2e}", highlight=False)
-        print(f"TensorBoard: .venv/bin/tensorboard --logdir {base}")
+        print(hints.tensorboard(base.absolute()))
         print(f"Results:     {rows['federated'][1].result}")
         print(f"Try next:\n{_next_runs(options.config, config)}")
     return answer
@@ -141,10 +154,11 @@ def _next_runs(name: str, config: Config) -> str:
     if budget is not None:
         smaller = 1.0 if budget > 1 else budget / 2
         changes = {f"privacy.target_epsilon={smaller:g}": "what stronger privacy costs"} | changes
-    return "\n".join(f"  .venv/bin/fedsim run {name} {new:33}  # {why}" for new, why in changes.items())
+    fedsim = hints.program("fedsim")
+    return "\n".join(f"  {fedsim} run {name} {new:33}  # {why}" for new, why in changes.items())
 
 
-def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
+def _print_result(result: dict[str, Any], folder: RunFolder, before: str) -> None:
     from rich.console import Console
 
     table = show.table(result["title"] or "run", "")
@@ -160,7 +174,9 @@ def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
         table.add_row("seconds", f"{result['seconds']:.1f}")
     if result["tuning"]:
         table.add_row("tuning", result["tuning"])
-    table.add_row("folder", str(folder.root))
+    if before:
+        table.add_row("this command", before)
+    table.add_row("folder", hints.short(folder.root))
     Console().print(table)
     if result["noise_source"] == "seeded" and result["noise_multiplier"]:
         print(
@@ -168,4 +184,4 @@ def _print_result(result: dict[str, Any], folder: RunFolder) -> None:
             "privacy.noise_source=secure."
         )
     if folder.tensorboard.exists():
-        print(f"TensorBoard: .venv/bin/tensorboard --logdir {folder.root}")
+        print(hints.tensorboard(folder.root))

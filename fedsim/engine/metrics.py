@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines, TensorBoard, the console.
+"""Where a run's numbers go: JSON lines, the console, writers from outside (TensorBoard: `engine.board`).
 
 They come tagged public or sensitive (fedsim.visibility). Sensitive ones (training loss, gradient norms,
 times) are useful in simulation and never to be published: `public_only` drops them before a writer sees them.
@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,9 +24,6 @@ from fedsim.report.plain import as_json
 from fedsim.types import StepRecord
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, shown
-
-Image = np.ndarray[Any, Any]
-_PREFIX: dict[type[Any], str] = {Public: "public", Sensitive: "sensitive"}
 
 
 class Writer(Protocol):
@@ -53,8 +49,8 @@ class JsonLines:
     def write(self, record: StepRecord) -> None:
         line = {
             "step": record.step,
-            "public": _of(Public, record.numbers),
-            "sensitive": _of(Sensitive, record.numbers),
+            "public": of_kind(Public, record.numbers),
+            "sensitive": of_kind(Sensitive, record.numbers),
             "histograms": shown(record.histograms, public_only=False),
         }
         self._handle.write(as_json(line) + "\n")
@@ -62,66 +58,6 @@ class JsonLines:
 
     def close(self) -> None:
         self._handle.close()
-
-
-class TensorBoard:
-    """Event files under `folder`; tags start with "public/" or "sensitive/".
-
-    `timeless` files say that step s was s seconds after the epoch: real times follow the realised batches.
-    """
-
-    def __init__(self, folder: Path, completed: int, *, timeless: bool = False) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # imports TensorBoard: seconds
-
-        self._writer = SummaryWriter(str(folder), purge_step=completed + 1)
-        self._timeless = timeless
-        self._step = completed
-
-    @property
-    def _walltime(self) -> float | None:
-        return float(self._step) if self._timeless else None
-
-    def write(self, record: StepRecord) -> None:
-        self._step = record.step
-        for kind in (Public, Sensitive):
-            for name, value in _of(kind, record.numbers).items():
-                if value is not None:
-                    self._writer.add_scalar(f"{_PREFIX[kind]}/{name}", value, self._step, self._walltime)
-        for name, histogram in record.histograms.items():
-            self._histogram(f"{_PREFIX[type(histogram)]}/{name}", *histogram.value)
-
-    def _histogram(self, tag: str, edges: Sequence[float], counts: Sequence[float]) -> None:
-        total = float(sum(counts))
-        if total == 0:
-            return
-        middles = np.sqrt(np.asarray(edges[:-1]) * np.asarray(edges[1:]))
-        weights = np.asarray(counts)
-        self._writer.add_histogram_raw(
-            tag,
-            min=float(edges[0]),
-            max=float(edges[-1]),
-            num=int(total),
-            sum=float((middles * weights).sum()),
-            sum_squares=float((middles**2 * weights).sum()),
-            bucket_limits=list(edges[1:]),
-            bucket_counts=list(counts),
-            global_step=self._step,
-            walltime=self._walltime,
-        )
-
-    def image(self, name: str, image: Public[Image] | Sensitive[Image]) -> None:
-        """Add one uint8 image of shape (3, H, W)."""
-        self._writer.add_image(f"{_PREFIX[type(image)]}/{name}", image.value, 0, self._walltime)
-
-    def hparams(self, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
-        """Add the run to the HParams tab with its final metrics; not if timeless: it says when it ended."""
-        if self._timeless:
-            return
-        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-        self._writer.add_hparams(plain, {f"final/{k}": float(v) for k, v in final.items()}, run_name=".")
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def own_writers(listed: Sequence[Any], folder: Path, completed: int) -> list[Writer]:
@@ -253,7 +189,7 @@ class Metrics:
             writer.close()
 
 
-def _of(kind: type[Public[Any] | Sensitive[Any]], numbers: Mapping[str, Any]) -> dict[str, Any]:
+def of_kind(kind: type[Public[Any] | Sensitive[Any]], numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of one kind, without the tag."""
     return {name: tagged.value for name, tagged in numbers.items() if isinstance(tagged, kind)}
 

@@ -121,9 +121,13 @@ def _trust(experiment: Experiment) -> dict[str, Any]:
 
 
 def hparams(experiment: Experiment) -> dict[str, Any]:
-    """Return the settings that TensorBoard compares runs by."""
+    """Return the settings that TensorBoard compares runs by.
+
+    It sorts columns by name: the budget comes first, then the scores in the group "headline", then the rest.
+    """
     c = experiment.config
-    return {
+    budget = "none" if c.privacy.target_epsilon is None else c.privacy.target_epsilon
+    settings = {
         "method": c.method(),
         "model": c.model.name,
         "holders": c.federation.holders,
@@ -138,11 +142,4 @@ def hparams(experiment: Experiment) -> dict[str, Any]:
         "ema_decay": c.train.ema_decay,
         "seed": c.seed,
     }
-
-
-def final_numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return the final metrics that TensorBoard shows beside the settings, if written and finite."""
-    spent = result["epsilon"].get(result["trust"]["unit"], {})
-    names = (result["headline"]["name"], "loss")
-    numbers = {**{name: result.get(name) for name in names}, "epsilon": spent.get("value")}
-    return {name: value for name, value in numbers.items() if value is not None}
+    return {"epsilon (target)": budget} | {f"settings/{name}": value for name, value in settings.items()}

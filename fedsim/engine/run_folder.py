@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ from fedsim.report.plain import as_json
 from fedsim.validate import InputError, RunError
 
 
-def default_name(config: Config) -> str:
-    """Return the name of a folder for a run that was told none: its title as a file name, and its hash."""
-    return f"{file_name(config.title, 'run')}-{config.digest()[:8]}"
+def default_name(config: Config, overrides: Sequence[str] = ()) -> str:
+    """Return the name of a folder for a run that was told none: its title, what was set on top of it
+    ("key=value" strings, without their sections), and its hash."""
+    title = file_name(config.title, "run")
+    differs = "-".join(
+        item.partition("=")[0].rpartition(".")[2] + item[item.find("=") :] for item in overrides
+    )
+    return f"{title}{file_name(f'-{differs}', '')[:60] if differs else ''}-{config.digest()[:8]}"
 
 
 def file_name(title: str, otherwise: str) -> str:
     """Return a title as one part of a path; `otherwise` where it is empty."""
-    return re.sub(r"[^\w.-]+", "_", title).lstrip(".")[:100] or otherwise
+    return re.sub(r"[^\w.=-]+", "_", title).lstrip(".")[:100] or otherwise
 
 
 class RunFolder:

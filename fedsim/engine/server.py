@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from fedsim.engine import checkpoint, evaluate, model_card, outcome, scoring
+from fedsim.engine.board import TensorBoard
 from fedsim.engine.collect import Collector
 from fedsim.engine.device import evaluation_device
 from fedsim.engine.experiment import Experiment, spent
-from fedsim.engine.metrics import JsonLines, Metrics, TensorBoard, Watcher, Writer, own_writers
+from fedsim.engine.metrics import JsonLines, Metrics, Watcher, Writer, own_writers
 from fedsim.engine.opening import open_run
 from fedsim.engine.record import step_record
 from fedsim.engine.run_folder import RunFolder
@@ -71,7 +72,8 @@ class Server:
         board = None
         public_only = bool(self.config.monitor.public_only)
         if self.config.monitor.tensorboard:
-            board = TensorBoard(self.folder.tensorboard, completed, timeless=public_only)
+            headline = self.experiment.task.chosen
+            board = TensorBoard(self.folder.tensorboard, completed, headline, timeless=public_only)
             self._draw_partition(board)
             writers.append(board)
         writers += watchers
@@ -82,7 +84,7 @@ class Server:
             final = self._loop(metrics)
             result = self._finish(final, time.perf_counter() - began)
             if board is not None:
-                board.hparams(outcome.hparams(self.experiment), outcome.final_numbers(result))
+                board.hparams(outcome.hparams(self.experiment))
         return result
 
     def _loop(self, metrics: Metrics) -> Numbers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
-from fedsim.engine.metrics import Watcher
+from fedsim.engine.metrics import ConsoleProgress, Watcher
 from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.engine.server import Server
 from fedsim.engine.setup import setup_of
@@ -33,14 +34,22 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run `config` with `overrides` into `out` (keys of [tool.flwr.app.config])."""
     wanted = context.run_config
-    config = loading.load(str(wanted["config"]), _words(str(wanted["overrides"])), folder=None)
-    out = Path(str(wanted["out"]) or default_out(config))
+    overrides = _words(str(wanted["overrides"]))
+    config = loading.load(str(wanted["config"]), overrides, folder=None)
+    out = Path(str(wanted["out"]) or default_out(config, overrides))
     if not out.is_absolute():
         raise InputError(f"out must be an absolute path (the runtime changes folders), got {str(out)!r}.")
     config = deployment.settled(config, deployment.backend_of(grid))
     folder, resume = RunFolder(out), bool(wanted["resume"])
     folder.check(config, resume)
-    result = train(grid, prepare(config), folder, resume)
+    experiment = prepare(config)
+    with contextlib.ExitStack() as stack:
+        watching = []
+        if config.monitor.progress:  # what `flwr run --stream` shows
+            shown = ConsoleProgress(experiment.mechanism.steps, experiment.task.chosen, config.title)
+            stack.callback(shown.close)
+            watching.append(shown)
+        result = train(grid, experiment, folder, resume, watching)
     headline = Metric.of(result)
     score = f"{headline.name} {headline.shown(result[headline.name])}, " if headline.name in result else ""
     print(f"fedsim: {score}results in {out}", flush=True)
@@ -53,9 +62,9 @@ def _words(overrides: str) -> list[str]:
         raise InputError(f"overrides must be words as for a shell, got {overrides!r}: {error}.") from error
 
 
-def default_out(config: Config) -> Path:
-    """Return where a run goes that names no folder: ~/fedsim-runs/TITLE-HASH."""
-    return Path.home() / "fedsim-runs" / default_name(config)
+def default_out(config: Config, overrides: Sequence[str] = ()) -> Path:
+    """Return where a run goes that names no folder: ~/fedsim-runs/TITLE-OVERRIDES-HASH."""
+    return Path.home() / "fedsim-runs" / default_name(config, overrides)
 
 
 def train(

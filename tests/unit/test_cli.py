@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from fedsim.cli import hints
+from fedsim.engine.server import Server
 from tests.conftest import SMALL, command, small, train
 
 
@@ -20,7 +22,7 @@ def test_run_writes_everything_and_says_where(tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "run"
     assert command(["run", "base", *SMALL, "monitor.tensorboard=true", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert str(out) in shown.replace("\n", "")
+    assert str(out) in shown.replace("\n", "").replace("│", "").replace(" ", "")
     for name in ("config.yaml", "ledger.jsonl", "metrics.jsonl", "result.json", "final.safetensors"):
         assert (out / name).is_file()
     assert any((out / "checkpoints").iterdir())
@@ -36,6 +38,55 @@ def test_run_writes_everything_and_says_where(tmp_path: Path, capsys: pytest.Cap
     assert len(result["parameters_sha256"]) == 64
     assert result["commit"]
     assert result["seconds"] > 0
+
+
+def test_a_run_says_what_the_command_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["run", "base", *SMALL, "--out", str(tmp_path / "run")]
+
+    def killed(self: Server, final: Any, seconds: float) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "_finish", killed)
+        assert command(given) != 0
+    capsys.readouterr()
+    said = []
+    for _ in range(2):
+        assert command([*given, "--resume"]) == 0
+        said += [line for line in capsys.readouterr().out.splitlines() if "this command" in line]
+    assert "went on after step 6" in said[0]
+    assert "trained nothing: the run was finished before" in said[1]
+
+
+def test_a_run_without_a_folder_is_named_by_what_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(["run", "quickstart", "train.steps=1", "data.options={}", "--json"]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("quickstart-steps=1-options=_-")
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_programs_are_named_as_they_can_be_called_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other = tmp_path / "my env" / "bin", tmp_path / "other"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / "tensorboard").write_text("#!/bin/sh\n")
+        (folder / "tensorboard").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(own / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(own))
+    assert hints.program("tensorboard") == "tensorboard"
+    monkeypatch.setenv("PATH", str(other))  # another environment's would be started
+    assert hints.program("tensorboard") == "'my env/bin/tensorboard'"
+    monkeypatch.chdir(other)
+    monkeypatch.setenv("PATH", "")
+    assert hints.program("tensorboard") == f"'{own}/tensorboard'"
 
 
 @pytest.mark.parametrize("strategy", ["central_dpsgd", "dp_mf"])
@@ -87,7 +138,7 @@ def test_check_trains_nothing_and_shows_the_plan(tmp_path: Path, capsys: pytest.
     assert plan["bytes_to_largest_node_per_step"] == 4 * plan["parameters"]
     assert plan["memory_bytes_without_data_and_libraries"]["node"] > 0
     assert command(["check", "quickstart"]) == 0
-    assert "noise multiplier" in capsys.readouterr().out
+    assert "epsilon per example" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from fedsim.engine.board import TensorBoard
 from fedsim.engine.metrics import ConsoleProgress, JsonLines, Metrics
 from fedsim.headline import Metric
 from fedsim.types import StepRecord
@@ -60,23 +63,59 @@ def test_tensorboard_holds_scalars_histogram_picture_and_hparams(tmp_path: Path)
     result = train(small("monitor.tensorboard=true", "train.eval_every=2"), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "histograms": 0}).Reload()
     tags = events.Tags()
-    expected = {"accuracy", "loss", "epsilon", "learning_rate", "noise_std_of_mean"}
-    assert {f"public/{name}" for name in expected} <= set(tags["scalars"])
-    sensitive = {
-        "realised_batch_size",
-        "train_loss",
-        "clip_fraction",
-        "noise_to_signal",
-        "mean_gradient_norm",
-    }
-    sensitive |= {f"seconds/{part}" for part in ("wait", "transfer", "compute", "noise", "update", "total")}
-    assert {f"sensitive/{name}" for name in sensitive} <= set(tags["scalars"])
-    assert "sensitive/gradient_norm" in tags["histograms"]
+    first = {"headline/accuracy (%)", "headline/epsilon", "headline/loss"}
+    asked = {"headline, sensitive/noise to signal", "headline, sensitive/training loss"}
+    assert {tag for tag in tags["scalars"] if tag.startswith("headline")} == first | asked
+    assert {"public/learning rate", "public/noise of the mean (standard deviation)"} <= set(tags["scalars"])
+    timings = {"sensitive seconds of a step/" + part for part in ("wait", "compute", "noise", "total")}
+    assert {"sensitive/clipped (%)", "sensitive/examples drawn"} | timings <= set(tags["scalars"])
+    assert "sensitive/lengths of gradients" in tags["histograms"]
     assert "sensitive/labels_by_holder" in tags["images"]
-    assert "final/accuracy" in tags["scalars"]
-    last = events.Scalars("public/accuracy")[-1]
+    last = events.Scalars("headline/accuracy (%)")[-1]
     assert last.step == 6
-    assert np.isclose(last.value, result["accuracy"])
+    assert np.isclose(last.value, 100 * result["accuracy"])
+
+
+def test_every_number_of_a_run_says_in_tensorboard_what_it_is(tmp_path: Path) -> None:
+    train(small("monitor.tensorboard=true", "train.steps=1", "train.eval_every=1"), tmp_path)
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    about = {
+        value.tag: value.metadata.summary_description
+        for event in EventFileLoader(str(events)).Load()
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "scalars"
+    }
+    assert len(about) > 10
+    assert [tag for tag, said in about.items() if not said] == [tag for tag in about if "seconds of" in tag]
+
+
+def test_settings_stand_in_tensorboard_beside_the_last_epsilon_and_score(tmp_path: Path) -> None:
+    train(small("monitor.tensorboard=true"), tmp_path)
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    (found,) = [
+        HParamsPluginData.FromString(value.metadata.plugin_data.content).experiment
+        for event in EventFileLoader(str(events)).Load()
+        for value in event.summary.value
+        if value.tag == "_hparams_/experiment"
+    ]
+    scores = {metric.name.tag for metric in found.metric_infos}
+    assert scores == {"headline/epsilon", "headline/accuracy (%)", "headline/loss"}
+    columns = sorted({info.name for info in found.hparam_infos} | scores)
+    assert columns[0] == "epsilon (target)"
+    assert set(columns[1:4]) == scores
+
+
+def test_histograms_end_where_nothing_is_left(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, 0, Metric("accuracy", "%"))
+    edges, counts = (0.1, 1.0, 10.0, 100.0, 1000.0), (0.0, 3.0, 4.0, 0.0)
+    board.write(StepRecord(1, {}, {"gradient_norm": Sensitive((edges, counts))}))
+    board.write(StepRecord(2, {}, {"gradient_norm": Sensitive((edges, (0.0,) * 4))}))
+    board.close()
+    events = EventAccumulator(str(tmp_path), {"histograms": 0}).Reload()
+    (kept,) = events.Histograms("sensitive/lengths of gradients")
+    held = kept.histogram_value
+    assert (held.min, held.max, held.num) == (1.0, 100.0, 7)
+    assert (held.bucket_limit, held.bucket) == ([10.0, 100.0], [3.0, 4.0])
 
 
 def test_console_shows_epsilon_and_accuracy() -> None:

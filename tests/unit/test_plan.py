@@ -135,8 +135,28 @@ def test_check_of_a_paper_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["learning_rate"] == 2.0 * 65_536 / 256
     assert command(["check", name]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("no claimable epsilon", "published epsilon", "6.7e+04 at delta 1e-06", "gpu hours"):
+    for part in ("no claimable epsilon", "published epsilon", "6.7e+04 at delta 1e-06", "steps"):
         assert part in text, part
+    assert "gpu hours" not in text
+    assert command(["check", name, "--all"]) == 0
+    everything = " ".join(capsys.readouterr().out.split())
+    for part in ("gpu hours", "holders: median_size", "learning_rate: "):
+        assert part in everything, part
+
+
+_STOPPED = ["privacy.target_epsilon=null", "privacy.noise_multiplier=3", "privacy.stop_at_epsilon=1"]
+
+
+@pytest.mark.usefixtures("_wide")
+def test_check_leads_with_epsilon_noise_steps_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["check", "quickstart", *_STOPPED]) == 0
+    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line[:1] == "│"]
+    leading = {name.strip(): said.strip() for name, said in lines}
+    assert list(leading) == ["epsilon per example", "epsilon per holder", "noise", "steps", "cost"]
+    assert leading["epsilon per example"].startswith(("1 (", "0.9"))
+    assert leading["noise"].startswith("3 times the bound on one example's contribution")
+    assert "of about 2,000 examples of 10,000" in leading["steps"]
+    assert leading["steps"].endswith("stopped by the budget")
 
 
 @pytest.mark.usefixtures("_wide")

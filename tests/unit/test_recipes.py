@@ -173,8 +173,7 @@ def test_heads_start_at_zero_and_everybody_is_in_every_step(path: Path) -> None:
 
 
 ANCHORS = {
-    # (source, epsilon) -> accuracy on Fashion-MNIST without public data, as their own pages state it: the best
-    # by any means
+    # (source, epsilon) -> accuracy on Fashion-MNIST without public data, by any means, as its page states it
     ("DPSUR", 1): 88.38,
     ("DPSUR", 2): 89.34,
     ("DPSUR", 3): 89.71,

@@ -1,0 +1,30 @@
+"""What the console proposes to type, as it works where the user stands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def program(name: str) -> str:
+    """Return how a program of this environment is called from here: by its name where the shell finds this
+    environment's, else by its path, relative where it is below the working folder."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if found is not None and (not own.exists() or os.path.samefile(found, own)):
+        return name
+    return short(own)
+
+
+def short(path: Path) -> str:
+    """Return a path relative to the working folder where it is below it, quoted if it has blanks."""
+    here = Path.cwd()
+    shown = str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return f"'{shown}'" if " " in shown else shown
+
+
+def tensorboard(folder: Path) -> str:
+    """Return the line that says how to look at the curves of a folder of runs."""
+    return f"TensorBoard: {program('tensorboard')} --logdir {short(folder)}"
