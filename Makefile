@@ -11,7 +11,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: run test lint gpu data tables clean
+.PHONY: run test lint gpu data tables docs clean
 
 run: $(READY)  ## the main job: federated DP-SGD by Flower's simulation, then the same recipe centralized
 	@rm -rf runs/quickstart
@@ -34,11 +34,15 @@ data: $(READY)  ## fetch the full Fashion-MNIST into data/
 tables: $(READY)  ## run all comparisons of configs/compare/ and bring their tables up to date
 	$(BIN)/python -m benchmarks.compared
 
+docs: $(READY)  ## write the site to build/site: all pages, search, the API from the docstrings
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -62,6 +62,15 @@ def accuracy(held: Mapping[str, Any]) -> BySeed:
     return found
 
 
+def of(held: Mapping[str, Any], variant: str, budget: float | None) -> list[float]:
+    """Return the accuracy in percent of a variant at a budget, one number a seed."""
+    return [
+        100 * cell["accuracy"]
+        for cell in held["cells"]
+        if (cell["variant"], cell["epsilon"]) == (variant, budget)
+    ]
+
+
 def differences(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]]) -> list[Difference]:
     """Return what the first of each pair is above the second, p adjusted for all of them.
 

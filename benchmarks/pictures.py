@@ -80,6 +80,39 @@ def holders(measured: dict[str, Any], law: dict[str, Any]) -> Figure:
     return figure
 
 
+def budgets(held: dict[str, Any]) -> Figure:
+    """Accuracy against epsilon, a line a variant, and without a budget as a dotted line:
+    results/trust_models.json."""
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for number, variant in enumerate(dict.fromkeys(cell["variant"] for cell in held["cells"])):
+        epsilons = sorted(
+            {cell["epsilon"] for cell in held["cells"] if cell["variant"] == variant and cell["epsilon"]}
+        )
+        if not epsilons:
+            level = statistics.mean(by_seed.of(held, variant, None))
+            axes.axhline(level, linestyle=":", color="gray", label=f"{variant} (no privacy)")
+            continue
+        scores = [by_seed.of(held, variant, epsilon) for epsilon in epsilons]
+        axes.errorbar(
+            [epsilon * 1.02**number for epsilon in epsilons],  # beside one another where they are equal
+            [statistics.mean(values) for values in scores],
+            yerr=[half_width(values) or 0.0 for values in scores],
+            marker="os^vDP"[number % 6],
+            capsize=3,
+            label=variant,
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(ticks := sorted({c["epsilon"] for c in held["cells"] if c["epsilon"]}))
+    axes.set_xticklabels([f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("epsilon")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize="small")
+    return figure
+
+
 def _holders(variant: str) -> int:
     return int(variant.split()[-2])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -72,6 +73,52 @@ def comparison(name: str, more: Sequence[str] = ()) -> str:
     return f"{said}\n\n{table(columns, rows)}\n{held['note']}\n{_search(held)}{provenance(held)}"
 
 
+def matrix(name: str) -> str:
+    """The scores of a comparison, a row a variant and a column a budget."""
+    held = load(f"{name}.json")
+    if held is None:
+        return missing(f"python -m benchmarks.compared {name}", f"{name}.json")
+    budgets = sorted({cell["epsilon"] for cell in held["cells"] if cell["epsilon"] is not None})
+    rows = [
+        [
+            variant,
+            *(
+                by_seed.with_interval(scores) if scores else ""
+                for budget in budgets
+                for scores in [by_seed.of(held, variant, budget)]
+            ),
+        ]
+        for variant in dict.fromkeys(cell["variant"] for cell in held["cells"])
+        if by_seed.of(held, variant, budgets[0])
+    ]
+    free = [
+        f"{variant} {by_seed.with_interval(scores)}"
+        for variant in dict.fromkeys(cell["variant"] for cell in held["cells"])
+        if (scores := by_seed.of(held, variant, None))
+    ]
+    note = (
+        f"\nTest accuracy (%), mean over {len(held['seeds'])} seeds ± half its 95 % interval. No budget: "
+        f"{', '.join(free)}.\n"
+    )
+    return table(["variant", *(f"epsilon {budget:g}" for budget in budgets)], rows) + note
+
+
+def odds() -> str:
+    """What the best attack knows at an epsilon, without delta (Wasserman, Zhou 2010; Kairouz et al. 2015)."""
+    rows = []
+    for epsilon in (0.1, 0.5, 1.0, 2.0, 3.0, 8.0):
+        factor = math.exp(epsilon)
+        sure = factor / (1 + factor)
+        found = min(factor * 0.01, 1 - 0.99 / factor)
+        rows.append([f"{epsilon:g}", f"{100 * sure:.4g} %", f"{100 * found:.3g} of 100"])
+    titles = [
+        "epsilon",
+        "he thought even odds: then he is at most so sure that you were in",
+        "he may accuse 1 of 100 wrongly: then he finds at most so many who were in",
+    ]
+    return table(titles, rows)
+
+
 def _search(held: dict[str, Any]) -> str:
     """What the search for a comparison's settings cost; nothing where there was none."""
     search = held.get("search")
@@ -103,11 +150,13 @@ def minutes() -> str:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
+    "README.md": {"trust-matrix": lambda: matrix("trust_models")},
+    "docs/trust_models.md": {
         "trust-models": trust_models,
         "methods": methods,
         "trust-comparison": lambda: comparison("trust_models"),
     },
+    "docs/data_owners.md": {"odds": lambda: odds()},
     "docs/comparisons.md": {
         "minutes": minutes,
         "holders": lambda: comparison("holders", [HOLDERS]),
@@ -175,6 +224,7 @@ def _first_sentence(path: Path) -> str:
 
 # Not compared by --check: their bytes depend on the version of matplotlib.
 PICTURES = {
+    "docs/trust_models.svg": (["trust_models.json"], pictures.budgets),
     "docs/holders.svg": (["holders.json", "holders_law.json"], pictures.holders),
     "docs/kurakin_law.svg": (["kurakin_law.json"], pictures.batch_law),
     "docs/heads.svg": (["heads.json"], heads_table.picture),

@@ -134,8 +134,7 @@ class Release:
     Attributes:
         statistic: the parts of the sum.
         noise_stds: by part, standard deviation of the noise that the mechanism adds once, in units of the
-        sum;
-            empty where nothing is private.
+            sum; empty where nothing is private.
         facts: about the data.
         agreed: what `Trust.agree` returned for the step's phase.
         told_bytes: of what nodes are told of the query's state.

@@ -111,7 +111,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
                 if name == "federated"
                 else "one holder"
             )
-            print(f"{name}: {how}, backend {backend}, in {folder.root}", file=sys.stderr)
+            print(f"{name}: {how}, backend {backend}, in {hints.short(folder.root)}", file=sys.stderr)
         rows[name] = (_train(which, folder, backend, options), folder)
     first, second = (load_file(rows[name][1].final) for name in ("federated", "centralized"))
     difference = max(float(torch.max(torch.abs(first[k] - second[k]))) for k in first)
@@ -142,7 +142,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
                     )
         console.print(f"Largest difference between any two parameters: {difference:.2e}", highlight=False)
         print(hints.tensorboard(base.absolute()))
-        print(f"Results:     {rows['federated'][1].result}")
+        print(f"Results:     {hints.short(rows['federated'][1].result)}")
         print(f"Try next:\n{_next_runs(options.config, config)}")
     return answer
 

@@ -123,14 +123,18 @@ def _trust(experiment: Experiment) -> dict[str, Any]:
 def hparams(experiment: Experiment) -> dict[str, Any]:
     """Return the settings that TensorBoard compares runs by.
 
-    It sorts columns by name: the budget comes first, then the scores in the group "headline", then the rest.
+    It sorts them by name and shows the first five beside the scores: those that people ask for have names of
+    their own, all others stand in a group.
     """
     c = experiment.config
-    budget = "none" if c.privacy.target_epsilon is None else c.privacy.target_epsilon
-    settings = {
+    first = {
+        "epsilon (target)": "none" if c.privacy.target_epsilon is None else c.privacy.target_epsilon,
+        "holders": c.federation.holders,
+        "learning_rate": c.optimizer.learning_rate,
         "method": c.method(),
         "model": c.model.name,
-        "holders": c.federation.holders,
+    }
+    others = {
         "partition": c.federation.partition.name,
         "expected_batch_size": c.train.expected_batch_size,
         "steps": experiment.mechanism.steps,
@@ -138,8 +142,7 @@ def hparams(experiment: Experiment) -> dict[str, Any]:
         "noise_multiplier": experiment.mechanism.noise_multiplier,
         "augment_multiplicity": c.train.augment_multiplicity,
         "optimizer": c.optimizer.name,
-        "learning_rate": c.optimizer.learning_rate,
         "ema_decay": c.train.ema_decay,
         "seed": c.seed,
     }
-    return {"epsilon (target)": budget} | {f"settings/{name}": value for name, value in settings.items()}
+    return first | {f"other/{name}": value for name, value in others.items()}

@@ -89,7 +89,7 @@ def test_a_script_is_short_and_says_what_it_does(name: str) -> None:
     assert ast.get_docstring(tree)
     after = text.splitlines()[tree.body[0].end_lineno :]
     assert sum(bool(line.strip()) for line in after) <= LINES
-    assert f"examples/{name}.py" in (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert f"examples/{name}.py" in (EXAMPLES.parent / "docs/use.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
