@@ -32,7 +32,7 @@ from fedsim.report.table import note, table
 from fedsim.study import compare, tune
 from fedsim.study.compare import Comparison
 from fedsim.study.tuned import Tuned
-from fedsim.validate import FedsimError, InputError
+from fedsim.validate import FedsimError, InputError, RunError
 
 
 def names() -> list[str]:
@@ -125,6 +125,8 @@ def make(name: str, overrides: Sequence[str], out: Path, *, search: bool, result
     command = " ".join(["fedsim compare", source, *overrides])
     folder = out / "compare" / file_name(wanted.title, "comparison")
     cells = compare.run(wanted, list(overrides), folder, runner_of("local"), sys.stderr, command)
+    if len(cells) != (runs := len(compare.cells(wanted, list(overrides)))):
+        raise RunError(f"{runs - len(cells)} of {runs} runs diverged: see {folder / 'report.html'}.")
     held = collect(cells, command, kept or known_search(wanted, path))
     results.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")

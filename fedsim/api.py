@@ -127,7 +127,12 @@ def run(
         experiment = prepare(config)
         watching = list(watchers)
         if config.monitor.progress if progress is None else progress:
-            bar = ConsoleProgress(experiment.mechanism.steps, experiment.task.chosen, config.title)
+            bar = ConsoleProgress(
+                experiment.mechanism.steps,
+                experiment.task.chosen,
+                config.title,
+                judged_by=config.data.judged_by,
+            )
             stack.callback(bar.close)
             watching.append(bar)
         if backend == "simulation":

@@ -47,6 +47,11 @@ class DataConfig:
     holdout_examples: int = 0
     features: Choice | None = None
 
+    @property
+    def judged_by(self) -> str:
+        """What released models are judged by: "test" data, or "held-out" training examples."""
+        return "held-out" if self.holdout_examples else "test"
+
 
 @dataclass(frozen=True)
 class ModelConfig:

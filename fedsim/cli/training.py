@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     before = _before(folder)
     result = _train(config, folder, options.backend, options)
     if not options.json:
-        _print_result(result, folder, before)
+        _print_result(result, config.data.judged_by, folder, before)
     return result
 
 
@@ -120,9 +120,8 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     }
     if not options.json:
         headline = Metric.of(rows["federated"][0])
-        table = show.table(
-            "", f"test {headline.name}", "epsilon per example", "epsilon per holder", "steps", "seconds"
-        )
+        score = f"{config.data.judged_by} {headline.name}"
+        table = show.table("", score, "epsilon per example", "epsilon per holder", "steps", "seconds")
         for name, (result, _) in rows.items():
             spent = result["epsilon"]
             table.add_row(
@@ -158,13 +157,13 @@ def _next_runs(name: str, config: Config) -> str:
     return "\n".join(f"  {fedsim} run {name} {new:33}  # {why}" for new, why in changes.items())
 
 
-def _print_result(result: dict[str, Any], folder: RunFolder, before: str) -> None:
+def _print_result(result: dict[str, Any], judged_by: str, folder: RunFolder, before: str) -> None:
     from rich.console import Console
 
     table = show.table(result["title"] or "run", "")
     headline = Metric.of(result)
     if headline.name in result:
-        table.add_row(f"test {headline.name}", headline.shown(result[headline.name]))
+        table.add_row(f"{judged_by} {headline.name}", headline.shown(result[headline.name]))
     for name, spent in result["epsilon"].items():
         table.add_row(f"epsilon ({name})", show.spent(spent))
     table.add_row(

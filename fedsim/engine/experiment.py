@@ -219,9 +219,14 @@ def _check_kept(model: nn.Module, other: nn.Module, name: str) -> None:
 
 
 def header_of(
-    mechanism: Mechanism, config: Config, run: str = "", secret: str = "", data: tuple[str, ...] = ()
+    mechanism: Mechanism,
+    config: Config,
+    run: str = "",
+    secret: str = "",
+    data: tuple[str, ...] = (),
+    evaluation: str = "",
 ) -> LedgerHeader:
-    """Return the header of the ledger of a run; `run`, `secret` and `data` as in `LedgerHeader`."""
+    """Return the header of the ledger of a run; the last four arguments as in `LedgerHeader`."""
     privacy, facts = config.privacy, mechanism.facts
     return LedgerHeader(
         config_hash=config.digest(),
@@ -242,6 +247,7 @@ def header_of(
         secret=secret,
         code=provenance.reference_hash(*config.references()),
         data=data,
+        evaluation=evaluation,
     )
 
 

@@ -112,8 +112,17 @@ class Callbacks:
 class ConsoleProgress:
     """A progress bar with step, epsilon so far and the headline; plain lines where there is no terminal."""
 
-    def __init__(self, total: int, headline: Metric, title: str = "", console: Console | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        headline: Metric,
+        title: str = "",
+        console: Console | None = None,
+        *,
+        judged_by: str = "test",
+    ) -> None:
         self._console = console or Console(stderr=True)
+        self._what = f"{judged_by} {headline.name}"
         self._total = total
         self._headline = headline
         self._score: float | None = None
@@ -125,7 +134,7 @@ class ConsoleProgress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn(f"epsilon {{task.fields[epsilon]}}  test {headline.name} {{task.fields[score]}}"),
+                TextColumn(f"epsilon {{task.fields[epsilon]}}  {self._what} {{task.fields[score]}}"),
                 console=self._console,
             )
             self._task = self._bar.add_task("run", total=total, epsilon="-", score="-")
@@ -153,7 +162,7 @@ class ConsoleProgress:
         elif fresh:
             self._console.print(
                 f"step {completed}/{self._total}  epsilon {epsilon}  "
-                f"test {self._headline.name} {self._headline.shown(self._score)}"
+                f"{self._what} {self._headline.shown(self._score)}"
             )
 
     def close(self) -> None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedsim import provenance, seeds
 from fedsim.engine.experiment import Experiment, header_of
 from fedsim.engine.run_folder import FolderLock, RunFolder
@@ -119,15 +121,21 @@ def check_unchanged(experiment: Experiment, folder: RunFolder) -> None:
     held = ledger.read_header(folder.ledger)
     if held is None or not folder.result.exists():
         return
-    now = held
-    if not held.run:
-        now = _header(experiment, seeds.derive(experiment.config.seed, "run"), "", secure=False)
-    code = provenance.reference_hash(*experiment.config.references())
-    if (held.data, held.code) != (now.data, code):
-        what = "training examples" if held.data != now.data else "own code (package.module:Object)"
+    keyed = not held.run
+    root = seeds.derive(experiment.config.seed, "run")
+    now = _header(experiment, root, "", secure=False) if keyed else held
+    changed = []
+    if held.data != now.data:
+        changed.append("training examples")
+    if held.code != provenance.reference_hash(*experiment.config.references()):
+        changed.append("own code (package.module:Object)")
+    known = keyed or not experiment.config.data.holdout_examples
+    if known and held.evaluation != _evaluation(experiment, root):
+        changed.append("examples to judge it by")
+    if changed:
         raise InputError(
-            f"{folder.root} is a finished run of other {what} than there are now, and would stand beside "
-            "runs of these. Delete it to run it again, or choose another --out."
+            f"{folder.root} is a finished run of other {' and '.join(changed)} than there are now, and would "
+            "stand beside runs of these. Delete it to run it again, or choose another --out."
         )
 
 
@@ -159,7 +167,18 @@ def _header(experiment: Experiment, root: seeds.Root, run: str, secure: bool) ->
         root, held.holder_of, held.num_holders, {"inputs": train.identity, "targets": train.targets}
     )
     committed = secret.commitment(root) if secure and isinstance(root, bytes) else ""
-    return header_of(experiment.mechanism, experiment.config, run, committed, data)
+    judged_by = _evaluation(experiment, root)
+    return header_of(experiment.mechanism, experiment.config, run, committed, data, judged_by)
+
+
+def _evaluation(experiment: Experiment, root: seeds.Root) -> str:
+    """Return the digest of the evaluation split. Test data are public, so anybody may compare; held-out
+    examples are private, and their digest is keyed by the run's root."""
+    test = experiment.splits.test
+    key = root if experiment.config.data.holdout_examples else 0
+    arrays = {"inputs": test.identity, "targets": test.targets}
+    (found,) = binding.holder_digests(key, np.zeros(len(test), np.int64), 1, arrays)
+    return found
 
 
 def _held(folder: RunFolder, header: LedgerHeader, last: bool) -> secret.Held | None:
@@ -201,6 +220,12 @@ def _check_header(folder: RunFolder, held: LedgerHeader, now: LedgerHeader) -> N
         raise InputError(
             f"{folder.root}: the source of what the configuration names (package.module:Object) is not what "
             "the run was started with. Restore it, or start a new run in another --out."
+        )
+    if held.evaluation != now.evaluation:
+        raise InputError(
+            f"{folder.root}: the examples that models are judged by are not those the run was started with, "
+            "so that its scores before and after could not be compared. Restore them, or start a new run in "
+            "another --out."
         )
     if held != now:
         different = [name for name in vars(now) if getattr(held, name) != getattr(now, name)]

@@ -46,7 +46,12 @@ def main(grid: Grid, context: Context) -> None:
     with contextlib.ExitStack() as stack:
         watching = []
         if config.monitor.progress:  # what `flwr run --stream` shows
-            shown = ConsoleProgress(experiment.mechanism.steps, experiment.task.chosen, config.title)
+            shown = ConsoleProgress(
+                experiment.mechanism.steps,
+                experiment.task.chosen,
+                config.title,
+                judged_by=config.data.judged_by,
+            )
             stack.callback(shown.close)
             watching.append(shown)
         result = train(grid, experiment, folder, resume, watching)

@@ -51,6 +51,7 @@ class LedgerHeader:
         code: digest of the source of what the configuration names from outside (package.module:Object), or
             empty.
         data: keyed digest of each holder's examples (`fedsim.privacy.binding`), in holder order.
+        evaluation: digest of the examples that models are judged by, keyed where these are held-out ones.
         version: format of the file.
     """
 
@@ -72,6 +73,7 @@ class LedgerHeader:
     secret: str = ""
     code: str = ""
     data: tuple[str, ...] = ()
+    evaluation: str = ""
     version: int = VERSION
 
     def __post_init__(self) -> None:

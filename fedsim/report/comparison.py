@@ -10,7 +10,7 @@ from pathlib import Path
 from fedsim.report import markers
 from fedsim.report.cells import Cell
 from fedsim.report.findings import findings
-from fedsim.report.page import About, page
+from fedsim.report.page import About, missing, page
 from fedsim.report.plain import as_json
 from fedsim.report.table import COLUMNS, COSTS, RESULTS, costs, note, table
 
@@ -19,15 +19,15 @@ def write(cells: Sequence[Cell], about: About, out: Path) -> None:
     """Write table.md, table.csv, cells.json and report.html into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     rows = table(cells)
-    (out / "table.md").write_text(_markdown(cells, rows), encoding="utf-8")
+    (out / "table.md").write_text(_markdown(cells, rows, about), encoding="utf-8")
     (out / "table.csv").write_text(_csv(rows), encoding="utf-8")
     (out / "cells.json").write_text(as_json(list(cells), indent=1) + "\n", encoding="utf-8")
     (out / "report.html").write_text(page(cells, about), encoding="utf-8")
 
 
-def _markdown(cells: Sequence[Cell], rows: Sequence[dict[str, str]]) -> str:
+def _markdown(cells: Sequence[Cell], rows: Sequence[dict[str, str]], about: About) -> str:
     parts = [
-        "\n".join(findings(cells)) + "\n",
+        "\n".join([*missing(cells, about), *findings(cells)]) + "\n",
         markers.table(RESULTS, [[row[c] for c in RESULTS] for row in rows]),
         note(cells) + "\n",
         markers.table(COSTS, [list(row.values()) for row in costs(cells)]),

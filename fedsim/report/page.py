@@ -21,7 +21,8 @@ figure { margin: 0; break-inside: avoid; } figure svg { width: 100%; height: aut
 figure svg text { fill: currentColor; } figcaption, .quiet { color: var(--quiet); font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3em .6em; text-align: left; vertical-align: top; }
-dt { font-weight: 600; margin-top: .6em; } dd { margin-left: 0; } code { overflow-wrap: anywhere; }
+dt { font-weight: 600; margin-top: .6em; } dd { margin-left: 0; }
+body { overflow-wrap: break-word; } code { overflow-wrap: anywhere; }
 """
 
 
@@ -35,6 +36,7 @@ class About:
         overrides: "key=value" strings for all cells.
         command: what makes the page again.
         runs: how many there are to be; None: those that are there.
+        diverged: names of runs that diverged, and are left out.
     """
 
     title: str
@@ -42,6 +44,7 @@ class About:
     overrides: Sequence[str] = field(default_factory=tuple)
     command: str = ""
     runs: int | None = None
+    diverged: Sequence[str] = field(default_factory=tuple)
 
 
 def page(cells: Sequence[Cell], about: About) -> str:
@@ -57,7 +60,7 @@ def page(cells: Sequence[Cell], about: About) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f'<body><h1>{title}</h1>{_unfinished(cells, about)}<p class="lead">{_text(first)}</p>'
+        f'<body><h1>{title}</h1>{_warned(cells, about)}<p class="lead">{_text(first)}</p>'
         + ("<ul>" + "".join(f"<li>{_text(o)}</li>" for o in others) + "</ul>" if others else "")
         + f'<section class="plots">{plots}</section>'
         + f"<h2>What each row promises</h2><dl>{promises}</dl>"
@@ -67,10 +70,18 @@ def page(cells: Sequence[Cell], about: About) -> str:
     )
 
 
-def _unfinished(cells: Sequence[Cell], about: About) -> str:
-    if about.runs in (None, len(cells)):
-        return ""
-    return f"<p><strong>Unfinished: {len(cells)} of {about.runs} runs are there.</strong></p>"
+def _warned(cells: Sequence[Cell], about: About) -> str:
+    return "".join(f"<p><strong>{_text(line)}</strong></p>" for line in missing(cells, about))
+
+
+def missing(cells: Sequence[Cell], about: About) -> list[str]:
+    """Return a sentence for runs that are not there yet, and one for those that diverged."""
+    lines = []
+    if about.runs not in (None, len(cells) + len(about.diverged)):
+        lines.append(f"Unfinished: {len(cells)} of {about.runs} runs are there.")
+    if about.diverged:
+        lines.append(f"Diverged, and left out: {'; '.join(about.diverged)}.")
+    return lines
 
 
 def _made(cells: Sequence[Cell], about: About) -> str:

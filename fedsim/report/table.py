@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fedsim.report import claim
 from fedsim.report.cells import Cell, Group, between, groups, pairwise
@@ -27,7 +27,21 @@ def note(cells: Iterable[Cell]) -> str:
     on = "private training examples that were held out" if held[0].held_out else "public test data"
     tuned = dict.fromkeys(cell.result["tuning"] for cell in held if cell.result["tuning"])
     chosen = "".join(f" Tuned: {how}." for how in tuned)
-    return f"{seeds} seed{'s' if seeds > 1 else ''}, judged by {on}. {NOTE}{chosen}"
+    return f"{seeds} seed{'s' if seeds > 1 else ''}, judged by {on}. {NOTE}{chosen}{_versions(held)}"
+
+
+def _versions(cells: Sequence[Cell]) -> str:
+    """Say which rows were made by which version of the code, where there are several: their difference may be
+    one of versions."""
+    rows: dict[str, dict[str, None]] = {}
+    commits: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        rows.setdefault(cell.result["code_hash"], {})[cell.variant] = None
+        commits.setdefault(cell.result["code_hash"], {})[cell.result["commit"]] = None
+    if len(rows) == 1:
+        return ""
+    told = "; ".join(f"{' and '.join(commits[code])}: {', '.join(held)}" for code, held in rows.items())
+    return f" Runs of {len(rows)} versions of the code stand side by side ({told})."
 
 
 def table(cells: Iterable[Cell]) -> list[dict[str, str]]:

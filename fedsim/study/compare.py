@@ -27,7 +27,7 @@ from fedsim.report import comparison
 from fedsim.report.cells import Cell
 from fedsim.report.page import About
 from fedsim.study.tuned import Tuned
-from fedsim.validate import InputError, RunError
+from fedsim.validate import Diverged, InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class Planned:
     seed: int
     config: Config
     settings: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What people call the run."""
+        budget = "" if self.epsilon is None else f" at epsilon {self.epsilon:g}"
+        return f"{self.variant}{budget}, seed {self.seed}"
 
     @property
     def folder(self) -> str:
@@ -114,7 +120,7 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
 
     Raises:
         InputError: a cell's configuration is wrong, has another seed or budget than its place in the table,
-            or is judged by something else than the others; names the variant.
+            is judged by something else than the others or has another delta; names the variant.
     """
     out: list[Planned] = []
     tuned = None if comparison_.tuned is None else Tuned.read(Path(comparison_.tuned))
@@ -150,12 +156,12 @@ def _check_place(config: Config, variant: str, epsilon: float | None, seed: int)
 
 
 def _check_comparable(first: Planned, variant: str, config: Config) -> None:
-    """Refuse scores of different metrics or examples."""
+    """Refuse scores of different metrics or examples, and budgets that are not the same promise."""
     for name, judged in _JUDGED.items():
         own, other = judged(config), judged(first.config)
         if own != other:
             raise InputError(
-                f"variant '{variant}': {name} must be the same in all variants, whose scores are compared; "
+                f"variant '{variant}': {name} must be the same in all variants, which are compared; "
                 f"got {own}, and {other} in '{first.variant}'. Set it under overrides."
             )
 
@@ -165,6 +171,7 @@ _JUDGED: dict[str, Callable[[Config], Any]] = {
     "data.name": lambda config: config.data.name,
     "data.holdout_examples": lambda config: config.data.holdout_examples,
     "data.test_examples": lambda config: config.data.test_examples,
+    "privacy.delta": lambda config: config.privacy.delta,
 }
 
 
@@ -184,7 +191,8 @@ def run(
     log: TextIO,
     command: str = "",
 ) -> list[Cell]:
-    """Check all cells, run those that are not finished, and write the report into `out`.
+    """Check all cells, run those that are not finished, and write the report into `out`. Runs that diverge
+    are left out, and named on it.
 
     Args:
         comparison_: what to compare.
@@ -193,17 +201,47 @@ def run(
         runner: trains one configuration into a folder and returns its result.
         log: where progress goes, a line a cell.
         command: what the page names as the way to make it again.
+
+    Raises:
+        InputError: a cell's configuration or folder is wrong, before the first run starts.
+        RunError: the report could not be written, or all runs diverged.
     """
     done: list[Cell] = []
     planned = cells(comparison_, overrides)
     given = [*comparison_.overrides, *overrides]
     about = About(comparison_.title, Path(comparison_.recipe).stem, given, command, len(planned))
-    for cell, folder, result in finish(planned, out, runner, log):
+    for cell, folder, result in finish(planned, out, forgiving(runner), log):
+        if _diverged(result):
+            about = dataclasses.replace(about, diverged=[*about.diverged, cell.name])
+            print(f"{cell.folder} diverged and is left out", file=log, flush=True)
+            continue
         curve, held_out = _curve(folder, Metric.of(result)), bool(cell.config.data.holdout_examples)
         done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, curve, cell.settings, held_out))
         with validate.failures_as(RunError, f"the report in {out} was not written", "Repeat the command."):
             comparison.write(done, about, out)
+    if not done:
+        raise RunError(f"all {len(planned)} runs in {out} diverged. Lower the learning rates.")
+    if about.diverged:
+        comparison.write(done, about, out)
     return done
+
+
+def forgiving(runner: Runner) -> Runner:
+    """Return a runner for which a run that diverges is a result: {"diverged": why}."""
+
+    def run_one(config: Config, folder: RunFolder) -> dict[str, Any]:
+        try:
+            return runner(config, folder)
+        except Diverged as error:
+            return {"diverged": str(error)}
+
+    return run_one
+
+
+def _diverged(result: dict[str, Any]) -> bool:
+    """Return whether a run ended without parameters, or its model's loss is no number: its score, if it has
+    one, is that of guesses."""
+    return "diverged" in result or result["loss"] is None
 
 
 def finish(

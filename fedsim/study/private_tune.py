@@ -47,8 +47,8 @@ from fedsim.headline import Metric
 from fedsim.privacy import accountant, events
 from fedsim.report.plain import as_json
 from fedsim.study import compare, space
-from fedsim.study.compare import Planned, Runner
-from fedsim.study.tune import Tuning, evaluated_on, forgiving, runs_of, space_of
+from fedsim.study.compare import Planned, Runner, forgiving
+from fedsim.study.tune import Tuning, evaluated_on, runs_of, space_of
 from fedsim.validate import InputError, RunError
 
 WINNER = "winner"

@@ -27,9 +27,8 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from fedsim import loading, provenance, validate
-from fedsim.config import Config
 from fedsim.engine.checkpoint import write_atomic
-from fedsim.engine.run_folder import RunFolder, file_name
+from fedsim.engine.run_folder import file_name
 from fedsim.headline import Metric
 from fedsim.merging import parse_options, read
 from fedsim.report.plain import as_json
@@ -37,7 +36,7 @@ from fedsim.study import compare, space
 from fedsim.study.compare import Comparison, Planned, Runner
 from fedsim.study.space import Space
 from fedsim.study.tuned import Chosen, Tuned
-from fedsim.validate import Diverged, InputError, RunError
+from fedsim.validate import InputError, RunError
 
 _WITHOUT_SEED = re.compile(r"-seed\d+-[0-9a-f]{8}$")
 
@@ -225,7 +224,9 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
     """
     planned = trials(tuning, overrides)
     done: list[Judged] = []
-    finished = compare.finish([cell for trial in planned for cell in trial.runs], out, forgiving(runner), log)
+    finished = compare.finish(
+        [cell for trial in planned for cell in trial.runs], out, compare.forgiving(runner), log
+    )
     for trial in planned:
         results = [next(finished)[2] for _ in trial.runs]
         done.append(judged(trial, results))
@@ -253,18 +254,6 @@ def earlier(planned: Sequence[Trial], out: Path) -> dict[tuple[str, float | None
         ]
         counts[trial.variant, trial.epsilon] = math.ceil(len(mine) / len(trial.runs))
     return counts
-
-
-def forgiving(runner: Runner) -> Runner:
-    """Return a runner for which a run that diverges is a result: {"diverged": why}."""
-
-    def run_one(config: Config, folder: RunFolder) -> dict[str, Any]:
-        try:
-            return runner(config, folder)
-        except Diverged as error:
-            return {"diverged": str(error)}
-
-    return run_one
 
 
 def judged(trial: Trial, results: Sequence[dict[str, Any]]) -> Judged:

@@ -60,6 +60,17 @@ def test_a_run_says_what_the_command_did(
     assert "trained nothing: the run was finished before" in said[1]
 
 
+def test_held_out_scores_are_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["base", *SMALL, "train.steps=2", "train.eval_every=2", "monitor.progress=true"]
+    for name, more in (("test", []), ("held-out", ["data.holdout_examples=50", "data.test_examples=null"])):
+        assert command(["run", *given, *more, "--out", str(tmp_path / name)]) == 0
+        said = capsys.readouterr()
+        other = "held-out" if name == "test" else "test"
+        for text in (said.out, said.err):
+            assert f"{name} accuracy" in text
+            assert f"{other} accuracy" not in text
+
+
 def test_a_run_without_a_folder_is_named_by_what_was_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

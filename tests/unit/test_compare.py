@@ -22,7 +22,7 @@ from fedsim.engine.experiment import prepare
 from fedsim.report import figures, markers
 from fedsim.report.cells import Cell
 from fedsim.report.page import About, page
-from fedsim.report.table import COSTS, RESULTS, table
+from fedsim.report.table import COSTS, RESULTS, note, table
 from fedsim.study import compare
 from fedsim.study.tuned import Chosen, Tuned
 from fedsim.validate import InputError
@@ -109,6 +109,7 @@ def test_a_wrong_variant_is_found_before_anything_runs(
         ([], "  other: [task.options.headline=loss]", "task must be the same"),
         ([], "  other: [data.holdout_examples=100]", "data.holdout_examples must be the same"),
         ([], "  other: [data.test_examples=50]", "data.test_examples must be the same"),
+        ([], "  other: [privacy.delta=1e-3]", "privacy.delta must be the same"),
         ([], "  'a | b': []", "none of"),
         ([], '  "a\\nb": []', "no line break"),
         ([], "  '[/x]': []", "none of"),
@@ -133,6 +134,39 @@ def test_a_comparison_that_is_not_finished_says_so(finished: Path) -> None:
     assert "Unfinished: 5 of 6 runs are there." in page(cells[:5], About("t", runs=6))
     assert "Unfinished" not in page(cells, About("t", runs=6))
     assert "Unfinished" not in (finished / "report.html").read_text()
+
+
+def test_runs_that_diverge_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With and without parameters that are finite: scores of guesses are no results."""
+    given = ["train.steps=2", "train.eval_every=2"]
+    base = [s for s in SMALL if not s.startswith(("privacy.target", "privacy.noise"))]
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"title: t\nrecipe: base\nseeds: [0]\nepsilons: [2]\noverrides: [{', '.join([*base, *given])}]\n"
+        "variants:\n  well: []\n  nan outputs: [optimizer.learning_rate=1e30]\n"
+        "  no parameters: [optimizer.learning_rate=1e39]\n  after them: [optimizer.learning_rate=0.01]\n"
+    )
+    assert command(["compare", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "diverged and is left out" in capsys.readouterr().err
+    said = "Diverged, and left out: nan outputs at epsilon 2, seed 0; no parameters at epsilon 2, seed 0."
+    for name in ("table.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert said in text
+        assert "Unfinished" not in text
+    cells = json.loads((tmp_path / "out" / "cells.json").read_text())
+    assert [cell["variant"] for cell in cells] == ["well", "after them"]
+    path.write_text(path.read_text().replace("  well: []\n", "").replace("=0.01", "=1e39"))
+    assert command(["compare", str(path), "--out", str(tmp_path / "dead")]) == 3
+    assert "all 3 runs" in capsys.readouterr().err
+
+
+def test_rows_of_several_versions_of_the_code_are_told(finished: Path) -> None:
+    cells = [Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
+    assert "versions of the code" not in note(cells)
+    cells[-1].result.update(code_hash="other", commit="c2")
+    first = cells[0].result["commit"]
+    told = f"({first}: central, nonprivate; c2: {cells[-1].variant})."
+    assert f"Runs of 2 versions of the code stand side by side {told}" in note(cells)
 
 
 def test_unknown_key_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 
 from fedsim import loading, seeds
 from fedsim.config import Config
+from fedsim.data import datasets
 from fedsim.engine import checkpoint
+from fedsim.engine.experiment import prepare
+from fedsim.engine.opening import _evaluation
 from fedsim.engine.run_folder import RunFolder
 from fedsim.mechanism import Mechanism
 from fedsim.privacy import ledger, secret
@@ -103,6 +107,30 @@ def test_changed_examples_are_refused_at_resume(change: str, source: str, tmp_pa
     assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
     same = arrays(tmp_path / "elsewhere")
     assert train(on_arrays(same, noise), tmp_path / "run", resume=True)["steps"] == 6, "the path is free"
+
+
+@pytest.mark.parametrize("source", ["secure", "seeded"])
+@pytest.mark.parametrize("judged_by", ["test data", "held-out examples"])
+def test_other_examples_to_judge_by_are_refused_at_resume(
+    judged_by: str, source: str, tmp_path: Path
+) -> None:
+    held_out = 50 if judged_by == "held-out examples" else 0
+    given = [f"privacy.noise_source={source}", f"data.holdout_examples={held_out}"]
+    config = on_arrays(arrays(tmp_path / "data"), *given)
+    interrupted(config, tmp_path / "run")
+    written = header(tmp_path / "run")
+    splits = prepare(config).splits
+    changed = splits.test.targets.copy()
+    changed[7] = (changed[7] + 1) % 3
+    other = dataclasses.replace(splits, test=dataclasses.replace(splits.test, targets=changed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", lambda *_: other)
+        with pytest.raises(InputError, match="examples that models are judged by"):
+            train(config, tmp_path / "run", resume=True)
+    public = _evaluation(prepare(config), 5) == _evaluation(prepare(config), 6)
+    assert public == (judged_by == "test data"), "no root, no guess of private examples"
+    assert train(config, tmp_path / "run", resume=True)["steps"] == 6
+    assert len(written.evaluation) == 32
 
 
 def test_only_the_holder_whose_example_changed_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +289,15 @@ def test_weights_that_are_no_numbers_are_refused_before_the_start(write: Write) 
         prepare(small("model.name=own:Net"))
 
 
-def _data(seed: int) -> None:
+def _data(seed: int, splits: Sequence[str] = ("train", "test")) -> None:
     rng = np.random.default_rng(seed)
-    for split, n in (("train", 400), ("test", 100)):
+    sizes = {"train": 400, "test": 100}
+    for split, n in ((split, sizes[split]) for split in splits):
         np.save(f"data/{split}_inputs.npy", np.random.default_rng(0).normal(size=(n, 6)).astype(np.float32))
         np.save(f"data/{split}_targets.npy", rng.integers(0, 2, n))
 
 
-@pytest.mark.parametrize("changed", ["data", "code"])
+@pytest.mark.parametrize("changed", ["data", "test data", "code"])
 @pytest.mark.parametrize("kind", ["compare", "repeat"])
 def test_a_study_takes_no_finished_run_of_other_data_or_code(
     write: Write, kind: str, changed: str, capsys: pytest.CaptureFixture[str]
@@ -315,8 +316,8 @@ def test_a_study_takes_no_finished_run_of_other_data_or_code(
         arguments = ["repeat", "base", *given, "--seeds", "0", "--out", "out"]
     assert command(arguments) == 0
     assert command(arguments) == 0, "nothing changed: it is taken up"
-    if changed == "data":
-        _data(2)
+    if changed in ("data", "test data"):
+        _data(2, ("test",) if changed == "test data" else ("train",))
         from fedsim.data import datasets
 
         datasets._load.cache_clear()
@@ -324,8 +325,8 @@ def test_a_study_takes_no_finished_run_of_other_data_or_code(
         write(helper=ACT.format(how=".relu()"))
     capsys.readouterr()
     assert command(arguments) == 2
-    wanted = "other training examples" if changed == "data" else "other own code"
-    assert wanted in capsys.readouterr().err
+    wanted = {"data": "training examples", "test data": "examples to judge it by", "code": "own code"}
+    assert f"a finished run of other {wanted[changed]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [{"misspelled": 84}, {"sum": 1}])
