@@ -244,7 +244,7 @@ class Server:
         if self.config.monitor.public_only or self.state.completed:
             return
         train = self.experiment.splits.train
-        strata = self.experiment.task.strata(train.targets)
+        strata = self.experiment.task.strata_of(train)
         if strata is None:
             return
         counts = self.experiment.partition.label_counts(strata, int(strata.max()) + 1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim import references, validate
+from fedsim.data.examples import ArrayDataset
 from fedsim.data.targets import Targets
 from fedsim.headline import RESERVED, Metric
 from fedsim.validate import InputError
@@ -171,6 +172,11 @@ class Task(ABC):
     def strata(self, targets: NDArray[Any]) -> NDArray[np.int64] | None:
         """Return a label (N,) an example, by which partitions skew holders; None where there is none."""
         return None
+
+    def strata_of(self, data: ArrayDataset) -> NDArray[np.int64] | None:
+        """Return `strata` of all targets (N, ...) of a data set."""
+        found = [part for part in data.of_targets(self.strata) if part is not None]
+        return np.concatenate(found) if len(found) > 1 else next(iter(found), None)
 
     def predicted(self, outputs: Tensor) -> Tensor:
         """Return what the outputs (n, ...) say in the targets' own unit, for values."""
