@@ -197,6 +197,44 @@ def test_tables_of_pictures_and_captions(kind: str, tmp_path: Path) -> None:
     assert found.test.groups is None
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_without_a_picture_or_a_caption_stay_in_their_place(kind: str, tmp_path: Path) -> None:
+    """Nothing, empty bytes, no picture, a file that is not there, no caption; pictures by bytes or path."""
+    Image.fromarray(np.full((9, 9, 3), 120, np.uint8)).save(tmp_path / "a.png")
+    good: dict[str, object] = {"bytes": None, "path": "a.png"}
+    held: list[tuple[object, str | None]] = [
+        (good, "a dog"),
+        (None, "a dog"),
+        ({"bytes": None, "path": None}, "a dog"),
+        ({"bytes": None, "path": "b.png"}, "a dog"),
+        (good, None),
+        (good, ""),
+        (good, "a cat on sand"),
+    ]
+    if kind == "parquet":
+        held += [({"bytes": content, "path": "a.png"}, "a dog") for content in (b"", b"no picture")]
+        held.append(({"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, "two dogs"))
+    said = ["a dog", "", "", "", "", "", "a cat on sand", *["", "", "two dogs"][: len(held) - 7]]
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}.{kind}"
+        if kind == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            from pyarrow import parquet
+
+            columns = {"image": [image for image, _ in held], "caption": [text for _, text in held]}
+            columns["other"] = [{"deep": [row]} for row in range(len(held))]
+            parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+        else:
+            path.write_text("\n".join(json.dumps({"image": image, "caption": text}) for image, text in held))
+    train = datasets.load(config(tmp_path, train=f"train.{kind}", test=f"test.{kind}")).train
+    expected = byte_pairs.targets(byte_pairs.learned(PUBLIC, 60), said, 12)
+    np.testing.assert_array_equal(train.wanted_of(slice(None)), expected)
+    shades = train.inputs[:].reshape(len(held), -1).mean(1)
+    bad = [1, 2, 3, *([7, 8] if kind == "parquet" else [])]
+    assert np.flatnonzero(shades == 0).tolist() == bad
+    assert bool((np.abs(np.delete(shades, bad) - 120) <= 2).all())
+
+
 def test_the_vocabulary_does_not_depend_on_private_captions(tmp_path: Path) -> None:
     write_pairs(tmp_path / "train")
     write_pairs(tmp_path / "test")
