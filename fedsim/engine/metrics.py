@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from fedsim.engine.checkpoint import write_atomic
 from fedsim.headline import Metric
 from fedsim.registry import check_choice
 from fedsim.report.plain import as_json
-from fedsim.types import StepRecord
+from fedsim.types import Sample, StepRecord
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, shown
 
@@ -89,6 +90,17 @@ class TensorBoard:
                     self._writer.add_scalar(f"{_PREFIX[kind]}/{name}", value, self._step, self._walltime)
         for name, histogram in record.histograms.items():
             self._histogram(f"{_PREFIX[type(histogram)]}/{name}", *histogram.value)
+        if record.samples is not None:
+            self._samples(f"{_PREFIX[type(record.samples)]}/samples", record.samples.value)
+
+    def _samples(self, tag: str, samples: Sequence[Sample]) -> None:
+        """Add the pictures, and one table of what is said of each."""
+        for number, sample in enumerate(samples):
+            image = sample.image.transpose(2, 0, 1)
+            self._writer.add_image(f"{tag}/{number}", image, self._step, self._walltime)
+        lines = [f"| {n} | {_cell(sample.said)} | {_cell(sample.own)} |" for n, sample in enumerate(samples)]
+        table = "\n".join(["| picture | said | caption it has |", "|---|---|---|", *lines])
+        self._writer.add_text(tag, table, self._step, self._walltime)
 
     def _histogram(self, tag: str, edges: Sequence[float], counts: Sequence[float]) -> None:
         total = float(sum(counts))
@@ -239,6 +251,7 @@ class Metrics:
                 record.step,
                 {name: value for name, value in record.numbers.items() if isinstance(value, Public)},
                 {name: value for name, value in record.histograms.items() if isinstance(value, Public)},
+                record.samples if isinstance(record.samples, Public) else None,
             )
         for writer in self._writers:
             writer.write(record)
@@ -251,6 +264,11 @@ class Metrics:
     ) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def _cell(words: str) -> str:
+    """Return words as they stand in a cell of a Markdown table, whatever is in them."""
+    return re.sub(r"([^\w\s])", r"\\\1", " ".join(words.split())) or "-"
 
 
 def _of(kind: type[Public[Any] | Sensitive[Any]], numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,12 @@ from fedsim.engine.metrics import JsonLines, Metrics, TensorBoard, Watcher, Writ
 from fedsim.engine.opening import open_run
 from fedsim.engine.record import step_record
 from fedsim.engine.run_folder import RunFolder
+from fedsim.engine.samples import samples_of
 from fedsim.grads.flat import set_flat
 from fedsim.merging import Choice
-from fedsim.types import StepRecord, Transport
+from fedsim.types import Sample, StepRecord, Transport
 from fedsim.validate import Diverged, RunError
-from fedsim.visibility import Numbers, Public, Sensitive
+from fedsim.visibility import Numbers, Public, Sensitive, Tagged
 
 _log = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class Server:
         state.parameters, state.query, state.completed = parameters, query, step + 1
         due = state.completed % self.config.train.eval_every == 0 or state.completed == self.mechanism.steps
         evaluated = self._evaluate() if due else {}
+        samples = self._samples() if due else None
         timing |= {
             "combine": combined - began - timing.pop("ask"),
             "noise": noised - combined,
@@ -158,7 +160,8 @@ class Server:
             self._seconds[name] = self._seconds.get(name, 0.0) + value
         rate = state.learning.learning_rate(step)
         known = {**({} if rate is None else {"learning_rate": Public(rate)}), **evaluated}
-        return step_record(self.experiment, step, release, got.replies, signal, known, timing), evaluated
+        record = step_record(self.experiment, step, release, got.replies, signal, known, timing)
+        return dataclasses.replace(record, samples=samples), evaluated
 
     def _record(self, step: int, parameters: Tensor, facts: Mapping[str, Public[Any]]) -> None:
         """Put the step into the ledger, before anybody sees what it releases.
@@ -223,6 +226,17 @@ class Server:
             return scores
         epsilon = self.run.ledger.view().until(self.state.completed).epsilon()
         return {**scores, "epsilon": Public(epsilon.value), "n_delta": Public(epsilon.n_delta)}
+
+    def _samples(self) -> Tagged[tuple[Sample, ...]] | None:
+        """Return what the model that was evaluated last says, where somebody shows it."""
+        if not self.config.monitor.tensorboard and not self.config.monitor.writers:
+            return None
+        splits, dtype = self.experiment.splits, self.state.parameters.dtype
+        held_out = bool(self.config.data.holdout_examples)
+        with self._on_its_device():
+            return samples_of(
+                self.experiment.model, self.experiment.task, splits.test, dtype, held_out=held_out
+            )
 
     def _on_its_device(self) -> contextlib.AbstractContextManager[None]:
         """Have the model where it is evaluated: the rest of the server's work is on the CPU."""

@@ -221,7 +221,7 @@ def told_apart(
         data: pictures with captions; empty ones are left out.
         among: captions a picture is shown with, its own one of them; the others are other pictures', with
             other words.
-        examples: pictures that are looked at, the first ones.
+        examples: pictures that are looked at, the first ones; those that cannot be decoded are left out.
         seed: of the choice of the others.
 
     Returns:
@@ -229,7 +229,7 @@ def told_apart(
         among; "pictures": how many were looked at.
 
     Raises:
-        InputError: fewer different captions than `among`.
+        InputError: fewer different captions than `among`, or no picture that can be decoded.
     """
     task, random = Captioning(), seeds.stream(seed, "captions told apart")
     targets = data.wanted_of(slice(None))
@@ -237,17 +237,23 @@ def told_apart(
     different = np.unique(targets[rows], axis=0, return_index=True)[1]
     if len(different) < among or among < 2:
         raise InputError(f"among must be 2 .. {len(different)}, the different captions, got {among}.")
-    others, right, seen = rows[different], 0, rows[:examples]
+    others, right, seen = rows[different], 0, 0
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        for row in seen:
+        for row in rows[:examples]:
+            picture, there = data.read(slice(row, row + 1))
+            if there is not None:
+                continue
             strangers = others[(targets[others] != targets[row]).any(1)]
             chosen = np.concatenate([[row], random.choice(strangers, among - 1, replace=False)])
             wanted = torch.from_numpy(targets[chosen])
-            image = normalise(data.read(slice(row, row + 1))[0], data, dtype).expand(among, -1, -1, -1)
+            image = normalise(picture, data, dtype).expand(among, -1, -1, -1)
             losses = task.loss(model(**task.shown(image, wanted)), wanted)
             right += bool((losses[0] < losses[1:]).all())
-    return {"right": right / len(seen), "chance": 1.0 / among, "pictures": float(len(seen))}
+            seen += 1
+    if not seen:
+        raise InputError("captions are told apart by their pictures, and none of these can be decoded.")
+    return {"right": right / seen, "chance": 1.0 / among, "pictures": float(seen)}
 
 
 def rows_of(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[tuple[str, ...]]:

@@ -182,6 +182,17 @@ class Task(ABC):
         """Return what the outputs (n, ...) say in the targets' own unit, for values."""
         return outputs
 
+    speaks: ClassVar[bool] = False
+    """Whether `in_words` and `targets_in_words` say something."""
+
+    def in_words(self, answered: Tensor, declared: Targets) -> list[str]:
+        """Return in words what outputs (n, ...) say of each example, as `answered` gives them."""
+        raise NotImplementedError
+
+    def targets_in_words(self, targets: NDArray[Any], declared: Targets) -> list[str]:
+        """Return in words what targets (n, ...) say."""
+        raise NotImplementedError
+
     def check_targets(self, targets: NDArray[Any]) -> None:  # noqa: B027 - most tasks ask nothing more
         """Refuse targets (N, ...) that break what the task's options declare of them.
 
