@@ -155,6 +155,8 @@ def streaming(name: str) -> str:
         + ", ".join(f"{max(0.0, per[key]):.1f} bytes ({key})" for key in per)
         + ": memory of the process's own, mapped pages of the index, and the largest it ever had.\n"
     )
+    if "many_by" in held:
+        lines.append("The last table: `{command}`, commit {commit}; the others:\n".format(**held["many_by"]))
     return "\n".join(lines) + provenance(held)
 
 

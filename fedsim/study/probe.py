@@ -20,6 +20,7 @@ from fedsim import models, seeds, validate
 from fedsim.data.examples import ArrayDataset, normalise
 from fedsim.data.sources.image_files import fitted
 from fedsim.models.captioner import Captioner
+from fedsim.models.masked_autoencoder import MaskedAutoencoder
 from fedsim.report.significance import half_width
 from fedsim.run import Run
 from fedsim.tasks.captioning import Captioning
@@ -32,10 +33,25 @@ FEW_DECAY = 1e-2
 HELD_OUT = 5
 STEPS = 200  # of L-BFGS at most
 
+Encoder = Captioner | MaskedAutoencoder
 Features = Callable[[NDArray[np.uint8]], Tensor]
 
 
-def encoder_of(run: Run) -> Captioner:
+def encoder_of(run: Run) -> Encoder:
+    """Return a run's model, which has an encoder.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not isinstance(run.model, Encoder):
+        raise InputError(
+            f"{run.folder} must hold a captioner or a masked_autoencoder, whose features can be probed, got "
+            f"{run.card.model.name}."
+        )
+    return run.model
+
+
+def captioner_of(run: Run) -> Captioner:
     """Return a run's captioner.
 
     Raises:
@@ -43,12 +59,12 @@ def encoder_of(run: Run) -> Captioner:
     """
     if not isinstance(run.model, Captioner):
         raise InputError(
-            f"{run.folder} must hold a captioner, whose features can be probed, got {run.card.model.name}."
+            f"{run.folder} must hold a captioner, which says captions, got {run.card.model.name}."
         )
     return run.model
 
 
-def features_of(run: Run, model: Captioner) -> Features:
+def features_of(run: Run, model: Encoder) -> Features:
     """Return a function from pictures (n, H, W, C) uint8 of any size, grey or in colour, to features (n, d),
     float64; `model` sees them as it saw those of the run."""
     _, high, wide = run.card.example_shape
@@ -87,7 +103,7 @@ def probes(
     same architecture as drawn from other seeds, and on pixels.
 
     Args:
-        run: of a captioner.
+        run: of a model with an encoder.
         train, test: pictures with classes.
         shots: examples a class of the few-shot probes.
         draws: of the few examples, and of the encoder as drawn: seeds 0, 1, ...
@@ -97,7 +113,7 @@ def probes(
         and of pixels one linear probe, and `draws` of everything else.
 
     Raises:
-        InputError: no captioner, or data that are no pictures with classes.
+        InputError: no encoder, or data that are no pictures with classes.
     """
     validate.positive(draws, "draws")
     for data in (train, test):
@@ -107,7 +123,7 @@ def probes(
     drawn = [models.build(card.model, shape, card.outputs, seed, card.vocabulary) for seed in range(draws)]
     ways: dict[str, list[Features]] = {
         "encoder": [features_of(run, encoder_of(run))],
-        "drawn": [features_of(run, model.eval()) for model in drawn if isinstance(model, Captioner)],
+        "drawn": [features_of(run, model.eval()) for model in drawn if isinstance(model, Encoder)],
         "pixels": [pixels],
     }
     classes = train.declared.size
