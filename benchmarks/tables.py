@@ -147,7 +147,10 @@ def streaming(name: str) -> str:
         ]
         for row in held["many"]
     ]
-    head = ["samples", "holders", "s to open first", "s to open", "ms a draw", "bytes a sample held"]
+    times = ["s to open first", "s to open", "ms a draw"]
+    if "many_by" in held:
+        times = [f"CPU {name}" for name in times]
+    head = ["samples", "holders", *times, "bytes a sample held"]
     lines.append(table(head, rows))
     per = held["many"][-1]["bytes_a_sample"]
     lines.append(

@@ -136,6 +136,26 @@ class TensorBoard:
         self._writer.close()
 
 
+class SamplesPage:
+    """samples.html of a run: the newest samples, where a task says something in words."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, record: StepRecord) -> None:
+        """See `Writer`."""
+        if record.samples is None:
+            return
+        from fedsim.report import samples  # imports matplotlib
+
+        public = isinstance(record.samples, Public)
+        made = samples.page(record.step, record.samples.value, public=public)
+        write_atomic(self._path, made.encode())
+
+    def close(self) -> None:
+        """See `Writer`."""
+
+
 def own_writers(listed: Sequence[Any], folder: Path, completed: int) -> list[Writer]:
     """Return writers from outside, in their order.
 

@@ -23,7 +23,7 @@ from fedsim.engine import checkpoint, evaluate, model_card, outcome, scoring
 from fedsim.engine.collect import Collector
 from fedsim.engine.device import evaluation_device
 from fedsim.engine.experiment import Experiment, spent
-from fedsim.engine.metrics import JsonLines, Metrics, TensorBoard, Watcher, Writer, own_writers
+from fedsim.engine.metrics import JsonLines, Metrics, SamplesPage, TensorBoard, Watcher, Writer, own_writers
 from fedsim.engine.opening import open_run
 from fedsim.engine.record import step_record
 from fedsim.engine.run_folder import RunFolder
@@ -68,7 +68,10 @@ class Server:
         self.transport.connect()
         self._keep_config()
         completed = self.state.completed
-        writers: list[Writer] = [JsonLines(self.folder.metrics, completed)]
+        writers: list[Writer] = [
+            JsonLines(self.folder.metrics, completed),
+            SamplesPage(self.folder.samples),
+        ]
         board = None
         public_only = bool(self.config.monitor.public_only)
         if self.config.monitor.tensorboard:
@@ -228,9 +231,7 @@ class Server:
         return {**scores, "epsilon": Public(epsilon.value), "n_delta": Public(epsilon.n_delta)}
 
     def _samples(self) -> Tagged[tuple[Sample, ...]] | None:
-        """Return what the model that was evaluated last says, where somebody shows it."""
-        if not self.config.monitor.tensorboard and not self.config.monitor.writers:
-            return None
+        """Return what the model that was evaluated last says, where its task says something in words."""
         splits, dtype = self.experiment.splits, self.state.parameters.dtype
         held_out = bool(self.config.data.holdout_examples)
         with self._on_its_device():

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedsim.data.examples import ArrayDataset
 from fedsim.data.targets import END, IGNORED, Targets
 from fedsim.engine.metrics import _cell
 from fedsim.engine.samples import FEW, samples_of
+from fedsim.report.samples import page
 from fedsim.run import Run
 from fedsim.study import probe
 from fedsim.tasks.captioning import Captioning
 from fedsim.tasks.classification import Classification
+from fedsim.types import Sample
 from fedsim.visibility import Public, Sensitive
 from tests.conftest import train
 from tests.unit.test_task_runs import CAPTIONER, config
@@ -109,6 +115,36 @@ def test_samples_are_written_as_the_scores_are(held_out: bool, public_only: bool
         own = Captioning().targets_in_words(targets, run.card.targets)
         lines = [f"| {n} | {a or '-'} | {b or '-'} |" for n, (a, b) in enumerate(zip(said, own, strict=True))]
         assert table.splitlines()[2:] == lines
+
+
+@pytest.mark.usefixtures("epsilon_takes_no_time")
+@pytest.mark.parametrize(("held_out", "public_only"), [(False, True), (True, False), (True, True)])
+def test_the_page_of_a_run_shows_its_last_samples(held_out: bool, public_only: bool, tmp_path: Path) -> None:
+    """Of test data; of held-out training examples only where private numbers may be, and then it says so."""
+    given = [f"monitor.public_only={public_only}", *(["data.holdout_examples=20"] if held_out else [])]
+    train(config("captioning", tmp_path / "data", *given), tmp_path / "run")
+    path = tmp_path / "run" / "samples.html"
+    assert path.exists() is not (held_out and public_only)
+    if not path.exists():
+        return
+    content = path.read_text()
+    assert "Samples after 4 steps" in content
+    assert ("not to be published" in content) is held_out
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", content)
+    assert len(pictures) == FEW
+    if not held_out:
+        expected = np.load(tmp_path / "data" / "test_inputs.npy")
+        for picture, image in zip(pictures, expected, strict=False):
+            found = Image.open(io.BytesIO(base64.b64decode(picture)))
+            np.testing.assert_array_equal(np.asarray(found), image)
+
+
+def test_a_page_shows_words_as_they_are() -> None:
+    sample = Sample(np.zeros((4, 2, 1), np.uint8), "<b>a dog", "a & b")
+    content = page(3, [sample, Sample(sample.image, "", "x")], public=True)
+    assert "<td>&lt;b&gt;a dog</td><td>a &amp; b</td>" in content
+    assert "<td>-</td><td>x</td>" in content
+    assert 'width="80" height="160"' in content
 
 
 def test_words_do_not_leave_their_cell() -> None:
