@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import weakref
@@ -51,7 +52,7 @@ class Experiment:
         """Return what the mechanism knows about the data."""
         return self.mechanism.facts
 
-    @property
+    @functools.cached_property
     def noticed(self) -> Sensitive[dict[str, int]] | None:
         """Return how many training examples have odd targets (`Task.noticed`); None where none has."""
         found: Counter[str] = Counter()
