@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedsim import loading
 from fedsim.config import Config, DataConfig
 from fedsim.data import byte_pairs, datasets, token_rows
 from fedsim.data.chosen import Chosen
@@ -298,6 +299,35 @@ def test_a_run_on_tar_files_is_that_on_a_folder_whatever_nodes(tmp_path: Path) -
         found.append((train(made_of, out)["perplexity"], final(out)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("epsilon_takes_no_time")
+@pytest.mark.parametrize("recipe", ["laion_base_eps8", "vip_base_eps8"])
+def test_published_recipes_read_tar_files(recipe: str, tmp_path: Path) -> None:
+    """With their views, small on the command line: captions, and pictures alone."""
+    for split in ("train", "test"):
+        shards(tmp_path, split, pairs())
+    byte_pairs.learned(PUBLIC, 60).save(str(tmp_path / "tokenizer.json"))
+    given = [
+        f"data.root={tmp_path}",
+        "data.options.size=16",
+        "model.options.size=pico",
+        "model.options.patch=8",
+        "model.options.decoder_depth=1",
+        "federation.holders=2",
+        "federation.nodes=1",
+        "train.steps=1",
+        f"train.expected_batch_size={len(SAID)}",
+        "privacy.delta=1.0e-3",
+        "monitor.tensorboard=false",
+        "monitor.progress=false",
+        *(["optimizer.warmup_steps=0"] if recipe.startswith("laion") else []),
+    ]
+    made_of = loading.load(f"dpcap2024/{recipe}", given)
+    assert made_of.train.augmentations[0]["options"] == {"scale": [0.2, 1.0]}
+    result = train(made_of, tmp_path / "run")
+    assert result["examples"] == len(SAID)
+    assert (tmp_path / "run" / "samples.html").exists() is recipe.startswith("laion")
 
 
 def test_a_run_is_bound_to_its_captions(tmp_path: Path) -> None:
