@@ -147,7 +147,10 @@ def streaming(name: str) -> str:
         ]
         for row in held["many"]
     ]
-    head = ["samples", "holders", "s to open first", "s to open", "ms a draw", "bytes a sample held"]
+    times = ["s to open first", "s to open", "ms a draw"]
+    if "many_by" in held:
+        times = [f"CPU {name}" for name in times]
+    head = ["samples", "holders", *times, "bytes a sample held"]
     lines.append(table(head, rows))
     per = held["many"][-1]["bytes_a_sample"]
     lines.append(
@@ -155,6 +158,8 @@ def streaming(name: str) -> str:
         + ", ".join(f"{max(0.0, per[key]):.1f} bytes ({key})" for key in per)
         + ": memory of the process's own, mapped pages of the index, and the largest it ever had.\n"
     )
+    if "many_by" in held:
+        lines.append("The last table: `{command}`, commit {commit}; the others:\n".format(**held["many_by"]))
     return "\n".join(lines) + provenance(held)
 
 

@@ -108,6 +108,21 @@ class NodeFailure:
     kind: str = "its reply was refused"
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture to look at.
+
+    Attributes:
+        image: (H, W, C) uint8, C of 1 or 3.
+        said: what the model says of it.
+        own: what its target says.
+    """
+
+    image: NDArray[np.uint8]
+    said: str
+    own: str
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What is known after `step` completed updates, each number tagged where it was made.
@@ -116,6 +131,7 @@ class StepRecord:
         step: completed updates.
         numbers: scalars; None, NaN or infinite where one is not defined, which files write as null.
         histograms: (edges, counts).
+        samples: pictures and what the model says of them, where it was evaluated and says something.
 
     Raises:
         TypeError: a number is not tagged.
@@ -124,10 +140,12 @@ class StepRecord:
     step: int
     numbers: Numbers
     histograms: Mapping[str, Tagged[Histogram]] = field(default_factory=dict)
+    samples: Tagged[tuple[Sample, ...]] | None = None
 
     def __post_init__(self) -> None:
-        for numbers in (self.numbers, self.histograms):
-            shown(numbers, public_only=True)
+        samples = {} if self.samples is None else {"samples": self.samples}
+        for tagged in (self.numbers, self.histograms, samples):
+            shown(tagged, public_only=True)
 
 
 class Transport(Protocol):

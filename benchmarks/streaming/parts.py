@@ -133,7 +133,7 @@ def decoding(root: Path, edge: int, decode: str, count: int) -> dict[str, Any]:
 
 def many(root: Path, holders: int, draws: int) -> dict[str, Any]:
     """Open samples in tar files spread over holders; return seconds and bytes a sample, and seconds a
-    draw."""
+    draw: of the processor, which who else is at work on the machine does not change."""
     config = _many(root, holders)
     experiment, opened, before, after = _opened(config)
     node = setup.node_for(setup.setup_of(config), 0)
@@ -142,13 +142,13 @@ def many(root: Path, holders: int, draws: int) -> dict[str, Any]:
     seconds, drawn = [], 0
     for step in range(draws):
         task = _task(experiment, step)
-        began = time.perf_counter()
+        began = time.process_time()
         drawn += len(node.drawn(task)) + len(other.drawn(task))
-        seconds.append(time.perf_counter() - began)
-    read = time.perf_counter()
+        seconds.append(time.process_time() - began)
+    read = time.process_time()
     ids = node.drawn(_task(experiment, draws))
     node.train.read(ids, 1)
-    read = time.perf_counter() - read - statistics.median(seconds) / 2
+    read = time.process_time() - read - statistics.median(seconds) / 2
     examples = len(experiment.splits.train)
     done = memory()
     return {
@@ -184,9 +184,9 @@ def _many(root: Path, holders: int) -> Config:
 def _opened(config: Config) -> tuple[Experiment, float, dict[str, float], dict[str, float]]:
     torch.set_num_threads(1)
     before = memory()
-    began = time.perf_counter()
+    began = time.process_time()
     experiment = prepare(config)
-    return experiment, time.perf_counter() - began, before, memory()
+    return experiment, time.process_time() - began, before, memory()
 
 
 def _arrays(experiment: Experiment) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`probe`: what the encoder of a captioning run has learned."""
+"""`probe`: what the encoder of a run has learned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         commands,
         "probe",
         _probe,
-        "what the encoder of a captioning run has learned: linear and few-shot probes on frozen features",
+        "what the encoder of a run has learned: linear and few-shot probes on frozen features",
         "Beside it, the same architecture as it was drawn, and pixels. Data are pictures with classes, by "
         "default the embedded ones; data with captions, such as the run's own, are told apart by caption.",
     )
@@ -45,7 +45,7 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     run = Run(options.run)
     if options.captions:
         splits = datasets.load(loading.loaded(run.config, {}).data)
-        said = probe.told_apart(probe.encoder_of(run), splits.test, options.among)
+        said = probe.told_apart(probe.captioner_of(run), splits.test, options.among)
         if not options.json:
             print(
                 f"the own caption is the likeliest of {options.among} for {100 * said['right']:.1f} % of "

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedsim import validate
+from fedsim.data.chosen import Rows
 from fedsim.data.pictures.pictures import Fingerprints, Pictures
 from fedsim.data.targets import Targets
+from fedsim.data.token_rows import TokenRows
 from fedsim.validate import InputError, PrivateInputError
 
 Inputs = NDArray[Any] | Pictures
-Rows = NDArray[np.int64] | slice
+Wanted = NDArray[Any] | TokenRows
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +38,9 @@ class ArrayDataset:
         inputs: (N, H, W, C) uint8 images, or pictures that are decoded when they are read; (N, ...) float16,
             float32 or float64 features; or, where there is a `vocabulary`, (N, places) integer tokens;
             read-only.
-        targets: (N, ...) as `declared` has them; classes beside pictures in the dtype that they come in,
-            which may be smaller than int64; read-only. `wanted_of` gives what a loss takes.
+        targets: (N, ...) as `declared` has them, read-only; classes beside pictures in the dtype that they
+            come in, which may be smaller than int64; or tokens in a file, of which rows can be read.
+            `wanted_of` gives what a loss takes.
         groups: (N,) integer natural owner of each example, int64 or, beside pictures, as they come; or None
             where the data set has no owners.
         declared: form of the targets: declared, since the examples are private and the model's shape is not.
@@ -50,7 +55,7 @@ class ArrayDataset:
 
     name: str
     inputs: Inputs
-    targets: NDArray[Any]
+    targets: Wanted
     groups: NDArray[Any] | None
     declared: Targets
     mean: tuple[float, ...] = ()
@@ -63,8 +68,11 @@ class ArrayDataset:
         lazy = isinstance(self.inputs, Pictures)
         if isinstance(self.inputs, np.ndarray):
             object.__setattr__(self, "inputs", _read_only(self.inputs))
-        checked = self.declared.checked(self.targets, n, self.name, as_they_are=lazy)
-        object.__setattr__(self, "targets", checked)
+        if isinstance(self.targets, TokenRows):  # what its tokens are was decided when it was made
+            assert (len(self.targets), self.targets.vocabulary) == (n, self.declared.size), self.name
+        else:
+            checked = self.declared.checked(self.targets, n, self.name, as_they_are=lazy)
+            object.__setattr__(self, "targets", checked)
         if self.groups is not None:
             owners = _integers(self.name, "groups", self.groups, n, as_they_are=lazy)
             object.__setattr__(self, "groups", _read_only(owners))
@@ -119,6 +127,13 @@ class ArrayDataset:
         """Return targets of these rows, (n, ...), classes as int64."""
         return self._wide(self.targets[rows])
 
+    def of_targets(self, function: Callable[[NDArray[Any]], Result]) -> list[Result]:
+        """Return what a function gives for targets (n, ...) in their order, a part of them at a time: all at
+        once, or, of tokens in a file, as many as may be in memory."""
+        if isinstance(self.targets, TokenRows):
+            return [function(block) for block in self.targets.blocks()]
+        return [function(self.targets)]
+
     def _wide(self, targets: NDArray[Any]) -> NDArray[Any]:
         return targets.astype(np.int64, copy=False) if self.declared.kind == "class" else targets
 
@@ -138,7 +153,8 @@ class ArrayDataset:
         picture."""
         groups = None if self.groups is None else self.groups[rows]
         inputs = self.inputs.take(rows) if isinstance(self.inputs, Pictures) else self.inputs[rows]
-        return dataclasses.replace(self, inputs=inputs, targets=self.targets[rows], groups=groups)
+        targets = self.targets.take(rows) if isinstance(self.targets, TokenRows) else self.targets[rows]
+        return dataclasses.replace(self, inputs=inputs, targets=targets, groups=groups)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from fedsim.validate import InputError
 Ints = NDArray[np.int64]
 
 
-BLOCK = 2**20
+BLOCK = 2**17
 """Examples that are looked at together: what is computed of all of them costs no more memory than this
 many."""
 

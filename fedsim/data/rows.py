@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,21 @@ def read(path: Path, wanted: Sequence[str]) -> Columns:
     """
     validate.one_of(path.suffix, SUFFIXES, f"the ending of {path.name}")
     try:
-        found = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix](path)
+        if path.suffix == ".parquet":
+            return _parquet(path, wanted)
+        found = _csv(path) if path.suffix == ".csv" else _jsonl(path)
     except InputError:
         raise
     except Exception as error:  # every format has its own errors
         raise InputError(f"{path} must be a readable {path.suffix} file: {error}.") from error
-    for name in wanted:
-        if name not in found:
-            raise InputError(f"{path} has no column {name!r}. {validate.did_you_mean(name, found)}".rstrip())
+    _check_names(path, wanted, found)
     return {name: found[name] for name in wanted}
+
+
+def _check_names(path: Path, wanted: Sequence[str], there: Collection[str]) -> None:
+    for name in wanted:
+        if name not in there:
+            raise InputError(f"{path} has no column {name!r}. {validate.did_you_mean(name, there)}".rstrip())
 
 
 def _csv(path: Path) -> Columns:
@@ -65,14 +71,18 @@ def _jsonl(path: Path) -> Columns:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _parquet(path: Path) -> Columns:
+def _parquet(path: Path, wanted: Sequence[str]) -> Columns:
+    """Read the wanted columns alone: a file may have others, of any size."""
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise InputError(
-            f"{path} needs the package pyarrow: {error}. Run pip install 'fedsim[table]'."
+            f"{path} needs the package pyarrow: {error}. Run pip install 'fedsim[parquet]'."
         ) from error
-    return dict(parquet.read_table(path).to_pydict())
+    with parquet.ParquetFile(path) as file:
+        _check_names(path, wanted, file.schema_arrow.names)
+        found = file.read(columns=list(wanted))
+    return {name: found.column(name).to_pylist() for name in wanted}
 
 
 def number(cell: Any, where: str) -> float:

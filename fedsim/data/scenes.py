@@ -88,11 +88,23 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Scenes:
-    """A corpus of scenes of some pictures; `purpose` keeps its draws apart from those of other corpora."""
+    """A corpus of scenes of some pictures.
+
+    Attributes:
+        pictures: that scenes can have.
+        seed: of all draws.
+        purpose: keeps its draws apart from those of other corpora.
+        owners: natural owners of the scenes, each with an album of its own; 0: there are none, and every
+            scene can have any picture.
+        album: pictures of an owner.
+    """
 
     pictures: NamedPictures
     seed: int
     purpose: str
+    owners: int = 0
+    album: int = 0
+    _albums: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     _sizes: dict[tuple[int, int], NDArray[np.uint32]] = field(default_factory=dict)
 
     def plan(self, number: int) -> Plan:
@@ -101,13 +113,15 @@ class Scenes:
         draw = seeds.generator(key)
         layout = LAYOUTS[_kind(draw)]
         count = len(layout.cells)
-        chosen = tuple(draw.choice(len(self.pictures), count, replace=False).tolist())
+        own = self._album_of(number)
+        some = draw.choice(len(self.pictures) if own is None else len(own), count, replace=False)
+        chosen = tuple((some if own is None else own[some]).tolist())
         sizes = tuple(list(SIZES)[place] for place in draw.integers(0, len(SIZES), count))
         boxes = []
         for (left, top, edge), size in zip(layout.cells, sizes, strict=True):
-            own = edge * float(draw.uniform(*SIZES[size]))
-            spare = edge - own
-            boxes.append((left + spare * float(draw.random()), top + spare * float(draw.random()), own))
+            high = edge * float(draw.uniform(*SIZES[size]))
+            spare = edge - high
+            boxes.append((left + spare * float(draw.random()), top + spare * float(draw.random()), high))
         background = list(BACKGROUNDS)[int(draw.integers(len(BACKGROUNDS)))]
         things = [
             with_article(f"{size}{self.pictures.names[picture]}")
@@ -116,6 +130,24 @@ class Scenes:
         said = layout.said[int(draw.integers(len(layout.said)))].format(*things)
         caption = f"{said} on {background}"
         return Plan(background, layout, chosen, sizes, tuple(boxes), caption, key)
+
+    def owners_of(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the owners (count,) of scenes from `first` on: one of the first scenes each, others drawn
+        evenly."""
+        places = np.arange(first, first + count)
+        words = seeds.words(seeds.derive(self.seed, f"scenes {self.purpose}: owners"), first, count)
+        drawn = (words % np.uint64(self.owners)).astype(np.int64)
+        return np.where(places < self.owners, places, drawn)
+
+    def _album_of(self, number: int) -> NDArray[np.int64] | None:
+        """Return the pictures of the owner of a scene; None where there are no owners."""
+        if not self.owners:
+            return None
+        owner = int(self.owners_of(number, 1)[0])
+        if owner not in self._albums:
+            draw = seeds.stream(self.seed, f"scenes {self.purpose}: album", owner)
+            self._albums[owner] = np.sort(draw.choice(len(self.pictures), self.album, replace=False))
+        return self._albums[owner]
 
     def captions(self, count: int) -> Iterator[str]:
         """Yield the captions of scenes 0 .. count - 1."""
@@ -158,6 +190,7 @@ class Scenes:
         import PIL
 
         held = f"{VERSION} {PIL.__version__} {self.seed} {self.purpose} {self.pictures.digest()}"
+        held += f" {self.owners} albums of {self.album}" if self.owners else ""
         return hashlib.sha256(held.encode()).hexdigest()
 
 

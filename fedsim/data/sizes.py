@@ -40,7 +40,16 @@ SIZES: dict[str, Size] = {
 }
 
 
-SQUARED = ("captions", "cifar10", "cifar100", "image_folder", "image_shards", "image_table", "scenes")
+SQUARED = (
+    "caption_shards",
+    "captions",
+    "cifar10",
+    "cifar100",
+    "image_folder",
+    "image_shards",
+    "image_table",
+    "scenes",
+)
 """Sources that bring images to a square of data.options.size."""
 
 

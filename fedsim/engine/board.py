@@ -6,6 +6,7 @@ sensitive.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from fedsim.engine.metrics import of_kind
 from fedsim.headline import Metric
-from fedsim.types import StepRecord
+from fedsim.types import Sample, StepRecord
 from fedsim.visibility import Public, Sensitive
 
 Image = np.ndarray[Any, Any]
@@ -105,6 +106,17 @@ class TensorBoard:
                     self._scalar(name, value, kind)
         for name, histogram in record.histograms.items():
             self._histogram(self._card(name).tag(type(histogram)), *histogram.value)
+        if record.samples is not None:
+            self._samples(f"{_GROUPS[type(record.samples)]}/samples", record.samples.value)
+
+    def _samples(self, tag: str, samples: Sequence[Sample]) -> None:
+        """Add the pictures, and one table of what is said of each."""
+        for number, sample in enumerate(samples):
+            image = sample.image.transpose(2, 0, 1)
+            self._writer.add_image(f"{tag}/{number}", image, self._step, self._walltime)
+        lines = [f"| {n} | {_cell(sample.said)} | {_cell(sample.own)} |" for n, sample in enumerate(samples)]
+        table = "\n".join(["| picture | said | caption it has |", "|---|---|---|", *lines])
+        self._writer.add_text(tag, table, self._step, self._walltime)
 
     def _card(self, name: str) -> Card:
         if name == self._headline.name:
@@ -172,3 +184,8 @@ class TensorBoard:
     def close(self) -> None:
         """See `fedsim.engine.metrics.Writer`."""
         self._writer.close()
+
+
+def _cell(words: str) -> str:
+    """Return words as they stand in a cell of a Markdown table, whatever is in them."""
+    return re.sub(r"([^\w\s])", r"\\\1", " ".join(words.split())) or "-"

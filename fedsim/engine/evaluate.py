@@ -28,7 +28,7 @@ def on(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block, eval mode and no gradients; every module is back in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -48,7 +48,7 @@ def by_class(
     without examples, and for all where the headline is no mean over examples; eval mode."""
     name = task.chosen.name
     sums = torch.zeros(2, classes, dtype=torch.float64)
-    with _evaluating(model):
+    with evaluating(model):
         for inputs, targets in batches:
             measured = task.all_measures(call(model, task.shown(inputs, targets)), targets)
             if name not in measured:
@@ -81,7 +81,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], task: T
     def placed(tensor: Tensor) -> Tensor:
         return tensor.to(first.device, first.dtype if tensor.is_floating_point() else None)
 
-    with _evaluating(model):
+    with evaluating(model):
         for inputs, targets in batches:
             if len(targets):
                 examples += len(targets)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +52,13 @@ class Experiment:
         """Return what the mechanism knows about the data."""
         return self.mechanism.facts
 
-    @property
+    @functools.cached_property
     def noticed(self) -> Sensitive[dict[str, int]] | None:
         """Return how many training examples have odd targets (`Task.noticed`); None where none has."""
-        found = {name: n for name, n in self.task.noticed(self.splits.train.targets).items() if n}
-        return Sensitive(found) if found else None
+        found: Counter[str] = Counter()
+        for counts in self.splits.train.of_targets(self.task.noticed):
+            found.update(counts)
+        return Sensitive({name: n for name, n in found.items() if n}) if any(found.values()) else None
 
 
 def prepare(config: Config) -> Experiment:
@@ -138,7 +142,7 @@ def task_of(config: Config, splits: examples.Splits) -> Task:
     task = TASKS.make(config.task)
     task.check(splits.train.declared)
     for split in (splits.train, splits.test):
-        task.check_targets(split.targets)
+        split.of_targets(task.check_targets)
     return task
 
 
@@ -155,7 +159,7 @@ def partition_of(
     of, held = _partitions.get(key, (None, None))
     found = None if of is None or of() is not train or held is None else held()
     if found is None:
-        material = Material(len(train), task.strata(train.targets), train.groups)
+        material = Material(len(train), task.strata_of(train), train.groups)
         found = partition.partition(material, config.federation, seed)
         if config.federation.partition.name in PARTITIONS.own():
             _partitions.clear()

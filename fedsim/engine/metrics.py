@@ -60,6 +60,26 @@ class JsonLines:
         self._handle.close()
 
 
+class SamplesPage:
+    """samples.html of a run: the newest samples, where a task says something in words."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, record: StepRecord) -> None:
+        """See `Writer`."""
+        if record.samples is None:
+            return
+        from fedsim.report import samples  # imports matplotlib
+
+        public = isinstance(record.samples, Public)
+        made = samples.page(record.step, record.samples.value, public=public)
+        write_atomic(self._path, made.encode())
+
+    def close(self) -> None:
+        """See `Writer`."""
+
+
 def own_writers(listed: Sequence[Any], folder: Path, completed: int) -> list[Writer]:
     """Return writers from outside, in their order.
 
@@ -184,6 +204,7 @@ class Metrics:
                 record.step,
                 {name: value for name, value in record.numbers.items() if isinstance(value, Public)},
                 {name: value for name, value in record.histograms.items() if isinstance(value, Public)},
+                record.samples if isinstance(record.samples, Public) else None,
             )
         for writer in self._writers:
             writer.write(record)

@@ -50,6 +50,7 @@ class RunFolder:
         self.card = self.root / "model.json"
         self.checkpoints = self.root / "checkpoints"
         self.tensorboard = self.root / "tensorboard"
+        self.samples = self.root / "samples.html"
         self.flower_log = self.root / "flower.log"
         self.lock = self.root / "lock"
 

@@ -48,7 +48,9 @@ def holder_scores(
         return Sensitive({})
     by_class = evaluate.by_class(model, _batches(splits.test, dtype, model), task, declared.size)
     known = ~np.isnan(by_class)
-    counts = partition.label_counts(splits.train.targets, declared.size)[:, known]
+    classes = splits.train.targets
+    assert isinstance(classes, np.ndarray)  # only tokens may be no array
+    counts = partition.label_counts(classes, declared.size)[:, known]
     counts = counts[counts.any(axis=1)]
     if not len(counts):
         return Sensitive({})

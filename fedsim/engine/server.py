@@ -24,15 +24,16 @@ from fedsim.engine.board import TensorBoard
 from fedsim.engine.collect import Collector
 from fedsim.engine.device import evaluation_device
 from fedsim.engine.experiment import Experiment, spent
-from fedsim.engine.metrics import JsonLines, Metrics, Watcher, Writer, own_writers
+from fedsim.engine.metrics import JsonLines, Metrics, SamplesPage, Watcher, Writer, own_writers
 from fedsim.engine.opening import open_run
 from fedsim.engine.record import step_record
 from fedsim.engine.run_folder import RunFolder
+from fedsim.engine.samples import samples_of
 from fedsim.grads.flat import set_flat
 from fedsim.merging import Choice
-from fedsim.types import StepRecord, Transport
+from fedsim.types import Sample, StepRecord, Transport
 from fedsim.validate import Diverged, RunError
-from fedsim.visibility import Numbers, Public, Sensitive
+from fedsim.visibility import Numbers, Public, Sensitive, Tagged
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,10 @@ class Server:
         self.transport.connect()
         self._keep_config()
         completed = self.state.completed
-        writers: list[Writer] = [JsonLines(self.folder.metrics, completed)]
+        writers: list[Writer] = [
+            JsonLines(self.folder.metrics, completed),
+            SamplesPage(self.folder.samples),
+        ]
         board = None
         public_only = bool(self.config.monitor.public_only)
         if self.config.monitor.tensorboard:
@@ -148,6 +152,7 @@ class Server:
         state.parameters, state.query, state.completed = parameters, query, step + 1
         due = state.completed % self.config.train.eval_every == 0 or state.completed == self.mechanism.steps
         evaluated = self._evaluate() if due else {}
+        samples = self._samples() if due else None
         timing |= {
             "combine": combined - began - timing.pop("ask"),
             "noise": noised - combined,
@@ -160,7 +165,8 @@ class Server:
             self._seconds[name] = self._seconds.get(name, 0.0) + value
         rate = state.learning.learning_rate(step)
         known = {**({} if rate is None else {"learning_rate": Public(rate)}), **evaluated}
-        return step_record(self.experiment, step, release, got.replies, signal, known, timing), evaluated
+        record = step_record(self.experiment, step, release, got.replies, signal, known, timing)
+        return dataclasses.replace(record, samples=samples), evaluated
 
     def _record(self, step: int, parameters: Tensor, facts: Mapping[str, Public[Any]]) -> None:
         """Put the step into the ledger, before anybody sees what it releases.
@@ -226,6 +232,15 @@ class Server:
         epsilon = self.run.ledger.view().until(self.state.completed).epsilon()
         return {**scores, "epsilon": Public(epsilon.value), "n_delta": Public(epsilon.n_delta)}
 
+    def _samples(self) -> Tagged[tuple[Sample, ...]] | None:
+        """Return what the model that was evaluated last says, where its task says something in words."""
+        splits, dtype = self.experiment.splits, self.state.parameters.dtype
+        held_out = bool(self.config.data.holdout_examples)
+        with self._on_its_device():
+            return samples_of(
+                self.experiment.model, self.experiment.task, splits.test, dtype, held_out=held_out
+            )
+
     def _on_its_device(self) -> contextlib.AbstractContextManager[None]:
         """Have the model where it is evaluated: the rest of the server's work is on the CPU."""
         return evaluate.on(self.experiment.model, evaluation_device(self.config.engine))
@@ -246,7 +261,7 @@ class Server:
         if self.config.monitor.public_only or self.state.completed:
             return
         train = self.experiment.splits.train
-        strata = self.experiment.task.strata(train.targets)
+        strata = self.experiment.task.strata_of(train)
         if strata is None:
             return
         counts = self.experiment.partition.label_counts(strata, int(strata.max()) + 1)

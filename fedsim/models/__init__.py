@@ -22,6 +22,7 @@ from fedsim.models.cnn import CifarCnn, CifarCnnOptions, SmallCnn, SmallCnnOptio
 from fedsim.models.fix import fix, fixed
 from fedsim.models.initialise import initialise
 from fedsim.models.linear import Linear, LinearOptions, Mlp, MlpOptions
+from fedsim.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderOptions
 from fedsim.models.nf_resnet import NfResNet50, NfResNet50Options
 from fedsim.models.resnet_v2 import ResNet18V2, ResNet18V2Options
 from fedsim.models.scatter import ScatterCnn, ScatterCnnOptions, ScatterLinear, ScatterLinearOptions
@@ -69,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     "small_cnn": Family(SmallCnnOptions, SmallCnn),
     "cifar_cnn": Family(CifarCnnOptions, CifarCnn),
     "linear": Family(LinearOptions, Linear),
+    "masked_autoencoder": Family(MaskedAutoencoderOptions, MaskedAutoencoder),
     "mlp": Family(MlpOptions, Mlp),
     "nf_resnet_50": Family(NfResNet50Options, NfResNet50),
     "resnet_18_v2": Family(ResNet18V2Options, ResNet18V2),

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedsim import validate
 from fedsim.partitions import PARTITIONS
-from fedsim.partitions.base import Ints, Material, Scheme, deal, even_sizes
+from fedsim.partitions.base import Ints, Material, Scheme, deal, even_sizes, in_random_order
 
 
 @PARTITIONS.register("iid")
@@ -18,7 +18,7 @@ class Iid(Scheme):
 
     def spread(self, material: Material, holders: int, rng: np.random.Generator) -> Ints:
         """See `Scheme.spread`."""
-        return deal(rng.permutation(material.examples), even_sizes(material.examples, holders))
+        return deal(in_random_order(material.examples, rng), even_sizes(material.examples, holders))
 
     def sizes(self, examples: int, holders: int) -> Ints:
         """See `Scheme.sizes`."""
@@ -52,4 +52,4 @@ class PowerLaw(Scheme):
         sizes = np.floor(exact).astype(np.int64)
         short = n - int(sizes.sum())
         sizes[np.argsort(sizes - exact, kind="stable")[:short]] += 1  # largest remainders first
-        return deal(rng.permutation(n), sizes)
+        return deal(in_random_order(n, rng), sizes)

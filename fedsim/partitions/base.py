@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fedsim.validate import InputError
 
-Ints = NDArray[np.int64]
+Ints = NDArray[Any]
+"""Integers of any width."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,14 @@ def as_numbers(owners: Any) -> Ints:
     held = np.asarray(owners)
     if held.dtype.kind == "f" and not np.isfinite(held).all():
         raise InputError("every example must have a holder, and some have NaN or infinity. Name theirs.")
+    whole = held.ndim == 1 and held.size and held.dtype.kind in "iu"
+    if whole and 0 <= held.min() <= held.max() < TABLE_UP_TO:
+        there = np.zeros(int(held.max()) + 1, np.bool_)
+        for start in range(0, len(held), BLOCK):
+            there[held[start : start + BLOCK]] = True
+        numbers = np.cumsum(there) - 1
+        numbers = numbers.astype(np.min_scalar_type(numbers[-1]))
+        return np.concatenate([numbers[held[start : start + BLOCK]] for start in range(0, len(held), BLOCK)])
     return np.unique(held, return_inverse=True)[1].astype(np.int64, copy=False)
 
 
@@ -112,10 +121,29 @@ def even_sizes(n: int, parts: int) -> Ints:
     return np.diff(np.arange(parts + 1, dtype=np.int64) * n // parts)
 
 
+BLOCK = 2**17
+"""Examples that are looked at together: of all of them it would cost memory."""
+
+TABLE_UP_TO = 2**24
+"""Owners that are numbers below this are counted in a table, and not sorted."""
+
+
+def in_random_order(n: int, rng: np.random.Generator) -> Ints:
+    """Return 0 .. n - 1 in the order of `rng.permutation(n)`, in the smallest unsigned dtype: of millions of
+    examples it is what the making of a partition costs most."""
+    order = np.arange(n, dtype=np.min_scalar_type(max(0, n - 1)))
+    rng.shuffle(order)
+    return order
+
+
 def deal(order: Ints, sizes: Ints) -> Ints:
-    """Give the first sizes[0] ids of `order` to holder 0, the next to holder 1, and so on."""
-    holder_of = np.empty(len(order), dtype=np.int64)
-    holder_of[order] = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
+    """Give the first sizes[0] ids of `order` to holder 0, the next to holder 1, and so on; a block at a time,
+    in the smallest unsigned dtype that has the holders."""
+    holder_of = np.empty(len(order), np.min_scalar_type(max(0, len(sizes) - 1)))
+    ends = np.cumsum(sizes)
+    for start in range(0, len(order), BLOCK):
+        ids = order[start : start + BLOCK]
+        holder_of[ids] = np.searchsorted(ends, np.arange(start, start + len(ids)), side="right")
     return holder_of
 
 

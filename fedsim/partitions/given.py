@@ -149,7 +149,7 @@ def numbered(owners: Any, holders: int, scheme: str, what: str) -> Ints:
         InputError: there are more or fewer than `holders`.
     """
     holder_of = as_numbers(owners)
-    found = int(holder_of.max(initial=-1)) + 1
+    found = int(holder_of.max()) + 1 if holder_of.size else 0
     if found != holders:
         raise InputError(
             f"federation.holders must be {found}, {what}, with federation.partition = {scheme}, got "

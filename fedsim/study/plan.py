@@ -164,7 +164,7 @@ def published(config: Config, spent: dict[str, EpsilonResult]) -> dict[str, Any]
 
 def _from_data(experiment: Experiment) -> _Known:
     train, task, model = experiment.splits.train, experiment.task, experiment.model
-    strata, cpu = task.strata(train.targets), torch.device("cpu")
+    strata, cpu = task.strata_of(train), torch.device("cpu")
     placeholder, target = batches.placeholder(train, 1, seeds.stream(0, "view"), torch.float32, cpu)
     views = batch.shown(task.shown, placeholder, target)
     if sum(p.numel() for p in model.parameters()) * math.prod(train.example_shape) > COMPUTED_UP_TO:

@@ -20,6 +20,7 @@ from fedsim import models, seeds, validate
 from fedsim.data.examples import ArrayDataset, normalise
 from fedsim.data.sources.image_files import fitted
 from fedsim.models.captioner import Captioner
+from fedsim.models.masked_autoencoder import MaskedAutoencoder
 from fedsim.report.significance import half_width
 from fedsim.run import Run
 from fedsim.tasks.captioning import Captioning
@@ -32,10 +33,25 @@ FEW_DECAY = 1e-2
 HELD_OUT = 5
 STEPS = 200  # of L-BFGS at most
 
+Encoder = Captioner | MaskedAutoencoder
 Features = Callable[[NDArray[np.uint8]], Tensor]
 
 
-def encoder_of(run: Run) -> Captioner:
+def encoder_of(run: Run) -> Encoder:
+    """Return a run's model, which has an encoder.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not isinstance(run.model, Encoder):
+        raise InputError(
+            f"{run.folder} must hold a captioner or a masked_autoencoder, whose features can be probed, got "
+            f"{run.card.model.name}."
+        )
+    return run.model
+
+
+def captioner_of(run: Run) -> Captioner:
     """Return a run's captioner.
 
     Raises:
@@ -43,12 +59,12 @@ def encoder_of(run: Run) -> Captioner:
     """
     if not isinstance(run.model, Captioner):
         raise InputError(
-            f"{run.folder} must hold a captioner, whose features can be probed, got {run.card.model.name}."
+            f"{run.folder} must hold a captioner, which says captions, got {run.card.model.name}."
         )
     return run.model
 
 
-def features_of(run: Run, model: Captioner) -> Features:
+def features_of(run: Run, model: Encoder) -> Features:
     """Return a function from pictures (n, H, W, C) uint8 of any size, grey or in colour, to features (n, d),
     float64; `model` sees them as it saw those of the run."""
     _, high, wide = run.card.example_shape
@@ -87,7 +103,7 @@ def probes(
     same architecture as drawn from other seeds, and on pixels.
 
     Args:
-        run: of a captioner.
+        run: of a model with an encoder.
         train, test: pictures with classes.
         shots: examples a class of the few-shot probes.
         draws: of the few examples, and of the encoder as drawn: seeds 0, 1, ...
@@ -97,7 +113,7 @@ def probes(
         and of pixels one linear probe, and `draws` of everything else.
 
     Raises:
-        InputError: no captioner, or data that are no pictures with classes.
+        InputError: no encoder, or data that are no pictures with classes.
     """
     validate.positive(draws, "draws")
     for data in (train, test):
@@ -107,7 +123,7 @@ def probes(
     drawn = [models.build(card.model, shape, card.outputs, seed, card.vocabulary) for seed in range(draws)]
     ways: dict[str, list[Features]] = {
         "encoder": [features_of(run, encoder_of(run))],
-        "drawn": [features_of(run, model.eval()) for model in drawn if isinstance(model, Captioner)],
+        "drawn": [features_of(run, model.eval()) for model in drawn if isinstance(model, Encoder)],
         "pixels": [pixels],
     }
     classes = train.declared.size
@@ -221,7 +237,7 @@ def told_apart(
         data: pictures with captions; empty ones are left out.
         among: captions a picture is shown with, its own one of them; the others are other pictures', with
             other words.
-        examples: pictures that are looked at, the first ones.
+        examples: pictures that are looked at, the first ones; those that cannot be decoded are left out.
         seed: of the choice of the others.
 
     Returns:
@@ -229,25 +245,31 @@ def told_apart(
         among; "pictures": how many were looked at.
 
     Raises:
-        InputError: fewer different captions than `among`.
+        InputError: fewer different captions than `among`, or no picture that can be decoded.
     """
     task, random = Captioning(), seeds.stream(seed, "captions told apart")
-    targets = np.array(data.targets)
+    targets = data.wanted_of(slice(None))
     rows = np.flatnonzero((targets != -100).any(1))
     different = np.unique(targets[rows], axis=0, return_index=True)[1]
     if len(different) < among or among < 2:
         raise InputError(f"among must be 2 .. {len(different)}, the different captions, got {among}.")
-    others, right, seen = rows[different], 0, rows[:examples]
+    others, right, seen = rows[different], 0, 0
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        for row in seen:
+        for row in rows[:examples]:
+            picture, there = data.read(slice(row, row + 1))
+            if there is not None:
+                continue
             strangers = others[(targets[others] != targets[row]).any(1)]
             chosen = np.concatenate([[row], random.choice(strangers, among - 1, replace=False)])
             wanted = torch.from_numpy(targets[chosen])
-            image = normalise(data.read(slice(row, row + 1))[0], data, dtype).expand(among, -1, -1, -1)
+            image = normalise(picture, data, dtype).expand(among, -1, -1, -1)
             losses = task.loss(model(**task.shown(image, wanted)), wanted)
             right += bool((losses[0] < losses[1:]).all())
-    return {"right": right / len(seen), "chance": 1.0 / among, "pictures": float(len(seen))}
+            seen += 1
+    if not seen:
+        raise InputError("captions are told apart by their pictures, and none of these can be decoded.")
+    return {"right": right / seen, "chance": 1.0 / among, "pictures": float(seen)}
 
 
 def rows_of(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[tuple[str, ...]]:

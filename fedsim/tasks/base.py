@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim import references, validate
+from fedsim.data.examples import ArrayDataset
 from fedsim.data.targets import Targets
 from fedsim.headline import RESERVED, Metric
 from fedsim.validate import InputError
@@ -172,9 +173,25 @@ class Task(ABC):
         """Return a label (N,) an example, by which partitions skew holders; None where there is none."""
         return None
 
+    def strata_of(self, data: ArrayDataset) -> NDArray[np.int64] | None:
+        """Return `strata` of all targets (N, ...) of a data set."""
+        found = [part for part in data.of_targets(self.strata) if part is not None]
+        return np.concatenate(found) if len(found) > 1 else next(iter(found), None)
+
     def predicted(self, outputs: Tensor) -> Tensor:
         """Return what the outputs (n, ...) say in the targets' own unit, for values."""
         return outputs
+
+    speaks: ClassVar[bool] = False
+    """Whether `in_words` and `targets_in_words` say something."""
+
+    def in_words(self, answered: Tensor, declared: Targets) -> list[str]:
+        """Return in words what outputs (n, ...) say of each example, as `answered` gives them."""
+        raise NotImplementedError
+
+    def targets_in_words(self, targets: NDArray[Any], declared: Targets) -> list[str]:
+        """Return in words what targets (n, ...) say."""
+        raise NotImplementedError
 
     def check_targets(self, targets: NDArray[Any]) -> None:  # noqa: B027 - most tasks ask nothing more
         """Refuse targets (N, ...) that break what the task's options declare of them.

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim.data.targets import BEGIN, END, IGNORED, PADDING
+from fedsim.data import byte_pairs
+from fedsim.data.targets import BEGIN, END, IGNORED, PADDING, Targets
 from fedsim.headline import Metric
 from fedsim.models.captioner import Captioner
 from fedsim.tasks import TASKS
@@ -64,6 +65,17 @@ class Captioning(LanguageModelling):
             said[:, place] = logits[-1].argmax(1)
             done |= said[:, place] == END
         return torch.stack(logits, 1)
+
+    speaks: ClassVar[bool] = True
+
+    def in_words(self, answered: Tensor, declared: Targets) -> list[str]:
+        """See `Task.in_words`: captions; tokens without names are numbers."""
+        return self.targets_in_words(answered.argmax(2).numpy(), declared)
+
+    def targets_in_words(self, targets: NDArray[Any], declared: Targets) -> list[str]:
+        """See `Task.targets_in_words`."""
+        named = declared.names or tuple(map(str, range(declared.size)))
+        return [byte_pairs.words(row, named) for row in targets.tolist()]
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """Nothing: its metrics are over tokens, of which captions have different numbers."""

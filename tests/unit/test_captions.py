@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedsim.config import DataConfig
+from fedsim.config import DataConfig, FederationConfig
 from fedsim.data import byte_pairs, cache, datasets, named_pictures, scenes
 from fedsim.data.named_pictures import COLOURS, NamedPictures
+from fedsim.data.partition import partition
 from fedsim.data.scenes import LAYOUTS, Scenes
 from fedsim.data.targets import BEGIN, END, IGNORED, PADDING
+from fedsim.merging import Choice
+from fedsim.partitions import Material
 from fedsim.validate import InputError
 
 PUBLIC = ["a red apple left of a small dog on grass", "Two  DOGS and an apple", "a dog on sand below a cat"]
@@ -197,6 +200,44 @@ def test_tables_of_pictures_and_captions(kind: str, tmp_path: Path) -> None:
     assert found.test.groups is None
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_without_a_picture_or_a_caption_stay_in_their_place(kind: str, tmp_path: Path) -> None:
+    """Nothing, empty bytes, no picture, a file that is not there, no caption; pictures by bytes or path."""
+    Image.fromarray(np.full((9, 9, 3), 120, np.uint8)).save(tmp_path / "a.png")
+    good: dict[str, object] = {"bytes": None, "path": "a.png"}
+    held: list[tuple[object, str | None]] = [
+        (good, "a dog"),
+        (None, "a dog"),
+        ({"bytes": None, "path": None}, "a dog"),
+        ({"bytes": None, "path": "b.png"}, "a dog"),
+        (good, None),
+        (good, ""),
+        (good, "a cat on sand"),
+    ]
+    if kind == "parquet":
+        held += [({"bytes": content, "path": "a.png"}, "a dog") for content in (b"", b"no picture")]
+        held.append(({"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, "two dogs"))
+    said = ["a dog", "", "", "", "", "", "a cat on sand", *["", "", "two dogs"][: len(held) - 7]]
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}.{kind}"
+        if kind == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            from pyarrow import parquet
+
+            columns = {"image": [image for image, _ in held], "caption": [text for _, text in held]}
+            columns["other"] = [{"deep": [row]} for row in range(len(held))]
+            parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+        else:
+            path.write_text("\n".join(json.dumps({"image": image, "caption": text}) for image, text in held))
+    train = datasets.load(config(tmp_path, train=f"train.{kind}", test=f"test.{kind}")).train
+    expected = byte_pairs.targets(byte_pairs.learned(PUBLIC, 60), said, 12)
+    np.testing.assert_array_equal(train.wanted_of(slice(None)), expected)
+    shades = train.inputs[:].reshape(len(held), -1).mean(1)
+    bad = [1, 2, 3, *([7, 8] if kind == "parquet" else [])]
+    assert np.flatnonzero(shades == 0).tolist() == bad
+    assert bool((np.abs(np.delete(shades, bad) - 120) <= 2).all())
+
+
 def test_the_vocabulary_does_not_depend_on_private_captions(tmp_path: Path) -> None:
     write_pairs(tmp_path / "train")
     write_pairs(tmp_path / "test")
@@ -247,6 +288,45 @@ def test_scenes_are_the_same_again_and_a_larger_corpus_begins_with_the_smaller()
     np.testing.assert_array_equal(large[8], first.draw(first.plan(8), 24))
     assert list(Scenes(named_pictures.shapes(), 4, "train").captions(4)) != said
     assert list(Scenes(named_pictures.shapes(), 3, "test").captions(4)) != said
+
+
+def test_owners_have_albums_of_their_own_and_each_a_scene() -> None:
+    """A scene has pictures of its owner's album alone."""
+    held, owners, album, count = named_pictures.shapes(), 7, 9, 400
+    made = Scenes(held, 3, "train", owners, album)
+    whose = made.owners_of(0, count)
+    assert whose[:owners].tolist() == list(range(owners))
+    assert np.array_equal(made.owners_of(5, 40), whose[5:45]), "each scene can be asked for alone"
+    used: dict[int, set[int]] = {owner: set() for owner in range(owners)}
+    for number, owner in enumerate(whose.tolist()):
+        used[owner] |= set(made.plan(number).pictures)
+    assert all(len(pictures) == album for pictures in used.values()), "all of it is used, and nothing else"
+    assert len({frozenset(pictures) for pictures in used.values()}) == owners
+    again = Scenes(held, 3, "train", owners, album)
+    assert again.plan(123).caption == made.plan(123).caption
+    assert np.bincount(whose).min() > count / owners / 2
+    plain = Scenes(held, 3, "train")
+    assert made.digest() != plain.digest() != Scenes(held, 3, "train", owners, 10).digest()
+    assert plain.digest() == Scenes(held, 3, "train", 0, 0).digest()
+
+
+def test_natural_holders_of_scenes_are_their_owners(tmp_path: Path) -> None:
+    options = {"size": 16, "places": 16, "vocabulary": 96, "train": 60, "test": 10, "public": 50, "owners": 6}
+    splits = datasets.load(DataConfig("scenes", options, str(tmp_path)))
+    groups = splits.train.groups
+    assert groups is not None
+    assert splits.test.groups is None
+    chosen = FederationConfig(holders=6, partition=Choice("natural"))
+    found = partition(Material(60, None, groups), chosen, 0)
+    assert np.array_equal(found.holder_of, groups)
+    for wrong, said in (
+        ({"owners": 61}, "data.options.owners"),
+        ({"album": 3}, "data.options.album"),
+        ({"album": 10_000}, "must be at most the"),
+        ({"owners": 0, "album": 8}, "data.options.album"),
+    ):
+        with pytest.raises(InputError, match=said):
+            datasets.load(DataConfig("scenes", options | wrong, str(tmp_path)))
 
 
 def centre(scene: NDArray[np.uint8], colour: str) -> tuple[float, float, int]:

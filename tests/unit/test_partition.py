@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedsim.data import datasets
 from fedsim.data.partition import Partition, partition
 from fedsim.merging import Choice
 from fedsim.partitions import PARTITIONS, Material
+from fedsim.partitions.base import as_numbers, deal, in_random_order
 from fedsim.report import partition_picture
 from fedsim.validate import InputError
 
@@ -131,6 +133,51 @@ def test_dirichlet_has_the_concentration_it_states(alpha: float) -> None:
 
     assert abs(measured / expected(alpha) - 1) < 0.06
     assert abs(measured / expected(10 * alpha) - 1) > 0.06
+
+
+@given(st.integers(1, 700), st.integers(1, 300), st.integers(0, 9), st.sampled_from([1, 300]))
+@settings(max_examples=60, deadline=None)
+def test_examples_are_dealt_in_the_order_of_a_permutation(
+    n: int, holders: int, seed: int, scale: int
+) -> None:
+    """What is dealt a block at a time in few bytes is what is dealt plainly; also past 2^16 examples."""
+    n, holders = n * scale, min(holders, n * scale)
+    sizes = np.diff(np.sort(np.r_[0, np.random.default_rng(seed + 1).integers(0, n + 1, holders - 1), n]))
+    order = np.random.default_rng(seed).permutation(n)
+    plain = np.empty(n, np.int64)
+    plain[order] = np.repeat(np.arange(holders), sizes)
+    found = deal(in_random_order(n, np.random.default_rng(seed)), sizes)
+    assert np.array_equal(found, plain)
+    assert found.itemsize <= (1 if holders <= 256 else 2)
+
+
+@given(owners=st.lists(st.integers(0, 10**6), min_size=1, max_size=50), wide=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_owners_are_numbered_in_their_order(owners: list[int], wide: bool) -> None:
+    """Small numbers by a table, others by sorting: the same."""
+    held = np.array(owners, np.uint32 if wide else np.int64)
+    expected = np.unique(held, return_inverse=True)[1]
+    assert np.array_equal(as_numbers(held), expected)
+    assert np.array_equal(as_numbers(held.astype(np.int64) - 5), expected)
+    assert np.array_equal(as_numbers(held.astype(np.int64) + 2**40), expected)
+    assert np.array_equal(as_numbers([f"{owner:07d}" for owner in owners]), expected)
+
+
+@pytest.mark.parametrize("scheme", ["iid", "power_law", "natural"])
+def test_a_partition_of_a_million_is_made_in_few_bytes_an_example(scheme: str) -> None:
+    """The largest that is held while it is made, not what stays: the order, the holders, and blocks."""
+    n, holders = 1_000_000, 1000
+    owners = np.arange(n, dtype=np.uint32) % holders
+    material = Material(n, None, owners if scheme == "natural" else None)
+    chosen = FederationConfig(holders=holders, partition=Choice(scheme))
+    tracemalloc.start()
+    try:
+        found = partition(material, chosen, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.holder_of.nbytes == 2 * n
+    assert peak < 7 * n + 4 * 2**20, peak / n
 
 
 def test_dirichlet_extremes() -> None:

@@ -63,6 +63,7 @@ def test_names_are_fedsims_own() -> None:
         "captioning",
         "classification",
         "multi_label",
+        "reconstruction",
         "regression",
         "language_modelling",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,42 @@ def test_a_long_text_in_a_csv_is_read(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     assert rows.read(file, ["text"]) == {"text": [text]}
     assert csv.field_size_limit() == before
+
+
+def test_parquet_is_read_by_the_columns_that_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column that nobody asked for is not read, and one that is not there is named."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path, asked = tmp_path / "pairs.parquet", []
+    columns = {"caption": ["a dog", None], "size": [3, 4], "image": [{"bytes": b"x"}, {"bytes": None}]}
+    parquet.write_table(pyarrow.table({**columns, "large": ["x" * 1000] * 2}), path)
+    real = parquet.ParquetFile.read
+
+    def read(self: object, columns: list[str]) -> object:
+        asked.append(columns)
+        return real(self, columns=columns)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read", read)
+    assert rows.read(path, ["image", "caption"]) == {name: columns[name] for name in ("image", "caption")}
+    assert asked == [["image", "caption"]]
+    with pytest.raises(InputError, match=r"has no column 'captions'. Did you mean 'caption'"):
+        rows.read(path, ["captions"])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"must be a readable \.parquet file"):
+        rows.read(path, ["caption"])
+
+
+def test_parquet_without_its_package_is_refused_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "pairs.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"pip install 'fedsim\[parquet\]'"):
+        rows.read(tmp_path / "pairs.parquet", ["caption"])
 
 
 def test_a_table_is_chosen_by_configuration(tmp_path: Path) -> None:

@@ -88,6 +88,18 @@ def captioning(count: int) -> tuple[Any, Any]:
     return images.reshape(count, 4, 4, 3), targets
 
 
+def striped(count: int) -> tuple[Any, Any]:
+    """Pictures of one brightness, so that what is seen says what is hidden; classes that nobody looks at."""
+    rng = np.random.default_rng(count)
+    shade = rng.integers(0, 256, (count, 1, 1, 1))
+    images = np.broadcast_to(shade, (count, 4, 4, 3)).astype(np.uint8)
+    return np.ascontiguousarray(images), rng.integers(0, 2, count)
+
+
+MASKED = (
+    "model={name: masked_autoencoder, options: {size: pico, patch: 2, decoder_width: 16, decoder_depth: 1, "
+    "decoder_heads: 2, own_scale: false}}"
+)
 TASKS: dict[str, tuple[Any, list[str], str, list[str]]] = {
     "multi_label": (
         multi_label,
@@ -113,8 +125,14 @@ TASKS: dict[str, tuple[Any, list[str], str, list[str]]] = {
         "perplexity",
         ["token_accuracy"],
     ),
+    "reconstruction": (
+        striped,
+        ["data.options={classes: 2}", MASKED],
+        "squared_error",
+        [],
+    ),
 }
-FALLING = ("regression", "captioning")
+FALLING = ("regression", "captioning", "reconstruction")
 CAPTIONER = "model={name: captioner, options: {size: pico, patch: 2, decoder_depth: 1, places: 5}}"
 
 
@@ -144,12 +162,13 @@ def test_a_federation_equals_one_holder_of_everything(name: str, tmp_path: Path)
     held = json.loads((tmp_path / "many" / "result.json").read_text())
     assert held["task"] == name
     assert held["headline"]["name"] == headline
+    units = dict.fromkeys(("captioning", "reconstruction"), "")
     assert held["headline"]["higher_is_better"] is (name not in FALLING)
-    assert held["headline"]["unit"] == {"regression": "years", "captioning": ""}.get(name, "%")
+    assert held["headline"]["unit"] == {"regression": "years", **units}.get(name, "%")
     for score in (headline, *others, "loss"):
         assert many[score] == held[score] == pytest.approx(one[score], rel=1e-9)
         assert score not in held["sensitive"]
-    assert held["holder_scores"] == {}
+    assert bool(held["holder_scores"]) is (name == "reconstruction"), "whose data have classes"
     lines = [json.loads(line) for line in (tmp_path / "many" / "metrics.jsonl").read_text().splitlines()]
     assert [headline in line["public"] for line in lines] == [False, True, False, True]
 
@@ -160,12 +179,13 @@ def test_a_run_learns_its_task(name: str, tmp_path: Path) -> None:
     """Also where holders are skewed by what the task says; texts have nothing to skew by."""
     _, _, headline, _ = TASKS[name]
     learning = ["privacy.clip_norm=10", "privacy.noise_multiplier=0.01", "optimizer.learning_rate=0.2"]
-    scheme = "iid" if name in ("language_modelling", "captioning") else "dirichlet"
+    without = ("language_modelling", "captioning", "reconstruction")
+    scheme = "iid" if name in without else "dirichlet"
     steps = ["train.steps=40", "train.eval_every=40", f"federation.partition={scheme}"]
     result = train(config(name, tmp_path / "data", *learning, *steps), tmp_path / "run")
     score = result[headline]
-    limit = {"regression": 4, "captioning": 2}.get(name, 0.8)
-    assert score < limit if name in FALLING else score > limit, "chance: 14, 0.5, 1 / 7 and 8"
+    limit = {"regression": 4, "captioning": 2, "reconstruction": 0.1}.get(name, 0.8)
+    assert score < limit if name in FALLING else score > limit, "chance: 14, 0.5, 1 / 7, 8 and 1 / 3"
 
 
 # --- captions --------------------------------------------------------------------------------------------

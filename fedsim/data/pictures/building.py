@@ -8,20 +8,16 @@ further in is found when it is decoded. Either keeps its place.
 
 from __future__ import annotations
 
-import array
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, BinaryIO
 
 from fedsim.data.pictures import index, tar
 from fedsim.data.pictures import workers as threads
 from fedsim.data.pictures.decode import Encoded, Undecodable
-from fedsim.data.pictures.index import Columns, Index, narrow
+from fedsim.data.pictures.index import Columns, Growing, Index
 from fedsim.data.pictures.pictures import SIZE, fingerprint
 from fedsim.data.pictures.stores import short_stamp
 from fedsim.validate import InputError, PrivateInputError
@@ -34,19 +30,16 @@ READ_AT_ONCE = 256
 class _Seen:
     """What is kept of pictures whose bytes were read, in order."""
 
-    sums: bytearray = field(default_factory=bytearray)
+    sums: Growing = field(default_factory=lambda: Growing(SIZE))
     refused: int = 0
     named: list[str] = field(default_factory=list)
 
     def add(self, name: str, found: tuple[bytes, bool]) -> None:
-        self.sums += found[0]
+        self.sums.put(found[0])
         if not found[1]:
             self.refused += 1
             if len(self.named) < NAMED:
                 self.named.append(name)
-
-    def column(self) -> NDArray[np.uint8]:
-        return np.frombuffer(bytes(self.sums), np.uint8).reshape(-1, SIZE)
 
     def meta(self) -> dict[str, Any]:
         return {"refused": self.refused, "refused_named": self.named}
@@ -82,7 +75,10 @@ def of_files(root: Path, groups: Sequence[Callable[[], Sequence[Path]]]) -> Inde
                 yield os.path.relpath(path, root)
                 yield index.stamp_of(_status(path))
 
-    return index.opened(f"files-{index.key_of(stamped())}.index", lambda: _files(root, groups))
+    def make(handle: BinaryIO) -> None:
+        index.write(handle, *_files(root, groups))
+
+    return index.opened(f"files-{index.key_of(stamped())}.index", make)
 
 
 def _status(path: Path) -> os.stat_result:
@@ -93,7 +89,7 @@ def _status(path: Path) -> os.stat_result:
 
 
 def _files(root: Path, groups: Sequence[Callable[[], Sequence[Path]]]) -> tuple[Columns, dict[str, Any]]:
-    names, ends, stamps, seen = bytearray(), array.array("Q"), array.array("I"), _Seen()
+    names, ends, stamps, seen = Growing(1), Growing(), Growing(), _Seen()
     counts: list[int] = []
 
     def read(path: Path) -> tuple[int, tuple[bytes, bool]]:
@@ -113,26 +109,22 @@ def _files(root: Path, groups: Sequence[Callable[[], Sequence[Path]]]) -> tuple[
             some = paths[start : start + READ_AT_ONCE]
             for path, (stamp, found) in zip(some, threads.each(read, some), strict=True):
                 name = os.path.relpath(path, root)
-                names += os.fsencode(name)
-                ends.append(len(names))
-                stamps.append(stamp)
+                names.put(os.fsencode(name))
+                ends.add(len(names))
+                stamps.add(stamp)
                 seen.add(name, found)
-    columns = {
-        "name_end": np.array(ends, narrow(len(names))),
-        "names": np.frombuffer(bytes(names), np.uint8),
-        "stamp": np.array(stamps, np.uint32),
-        "sum": seen.column(),
-    }
+    columns = {"name_end": ends, "names": names, "stamp": stamps, "sum": seen.sums}
     return columns, {"groups": counts, **seen.meta()}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Files of one key in a tar file, by their endings: bytes of the small ones, and where the picture is."""
+    """Files of one key in a tar file: the picture, and by their endings the small ones and their bytes."""
 
     key: str
     picture: tar.Member | None
     texts: dict[str, bytes]
+    members: dict[str, tar.Member]
 
 
 def of_shards(
@@ -149,7 +141,7 @@ def of_shards(
         root: where names of the tar files start.
         shards: in their order.
         endings: of pictures, in lower case; a sample has one at most.
-        texts: endings of other members whose bytes `labels` sees.
+        texts: endings of other members that `labels` sees, their places and their bytes.
         labels: given the tar file's name and a sample, what its columns hold: name -> number of 0 or above.
         told: what `labels` follows from.
 
@@ -164,8 +156,8 @@ def of_shards(
             yield os.path.relpath(path, root)
             yield index.stamp_of(_status(path))
 
-    def make() -> tuple[Columns, dict[str, Any]]:
-        return _shards(root, shards, endings, texts, labels)
+    def make(handle: BinaryIO) -> None:
+        index.write(handle, *_shards(root, shards, endings, texts, labels))
 
     return index.opened(f"shards-{index.key_of(stamped())}.index", make)
 
@@ -177,8 +169,8 @@ def _shards(
     texts: Sequence[str],
     labels: Callable[[str, Sample], dict[str, int]],
 ) -> tuple[Columns, dict[str, Any]]:
-    starts, sizes, seen = array.array("Q"), array.array("Q"), _Seen()
-    columns: dict[str, array.array[int]] = {}
+    starts, sizes, seen = Growing(), Growing(), _Seen()
+    columns: dict[str, Growing] = {}
     table: list[tuple[str, int, int, int]] = []
     for path in shards:
         name = os.path.relpath(path, root)
@@ -191,28 +183,20 @@ def _shards(
             table.append((name, status.st_size, status.st_mtime_ns, len(starts)))
             for sample in _samples(descriptor, path, endings, texts):
                 picture = sample.picture
-                starts.append(0 if picture is None else picture.start // tar.BLOCK)
-                sizes.append(0 if picture is None else picture.size)
+                starts.add(0 if picture is None else picture.start // tar.BLOCK)
+                sizes.add(0 if picture is None else picture.size)
                 content = b"" if picture is None else os.pread(descriptor, picture.size, picture.start)
                 seen.add(f"{name}: {sample.key}", _looked_at(content))
                 for column, value in labels(name, sample).items():
-                    columns.setdefault(column, array.array("Q")).append(value)
+                    if column not in columns:
+                        columns[column] = Growing()
+                    columns[column].add(value)
         except OSError as error:
             raise InputError(f"{path} must be a tar file that can be read: {error}.") from error
         finally:
             os.close(descriptor)
-    found = {
-        "start": _narrowed(starts),
-        "size": _narrowed(sizes),
-        "sum": seen.column(),
-        **{column: _narrowed(values) for column, values in columns.items()},
-    }
+    found = {"start": starts, "size": sizes, "sum": seen.sums, **columns}
     return found, {"shards": table, **seen.meta()}
-
-
-def _narrowed(values: array.array[int]) -> NDArray[Any]:
-    wide = np.frombuffer(values, np.uint64) if len(values) else np.zeros(0, np.uint64)
-    return wide.astype(narrow(int(wide.max(initial=0))))
 
 
 def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequence[str]) -> Iterable[Sample]:
@@ -221,6 +205,7 @@ def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequenc
     key: str | None = None
     picture: tar.Member | None = None
     held: dict[str, bytes] = {}
+    where: dict[str, tar.Member] = {}
     for member in tar.members(descriptor, path):
         folder, base = os.path.split(member.name)
         if base.startswith("."):
@@ -229,11 +214,11 @@ def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequenc
         ending, own = ending.lower(), os.path.join(folder, stem)
         if own != key:
             if key is not None:
-                yield Sample(key, picture, held)
+                yield Sample(key, picture, held, where)
                 done.add(key)
             if own in done:
                 raise _wrong(path, own, "members of one key must stand together, each key once in a tar file")
-            key, picture, held = own, None, {}
+            key, picture, held, where = own, None, {}, {}
         if ending in endings:
             if picture is not None:
                 raise _wrong(path, own, "a sample must have one picture (data.options.picture: its ending)")
@@ -241,9 +226,9 @@ def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequenc
         elif ending in texts:
             if ending in held:
                 raise _wrong(path, own, "a sample must have one member of an ending")
-            held[ending] = os.pread(descriptor, member.size, member.start)
+            held[ending], where[ending] = os.pread(descriptor, member.size, member.start), member
     if key is not None:
-        yield Sample(key, picture, held)
+        yield Sample(key, picture, held, where)
 
 
 def _wrong(path: Path, key: str, expected: str) -> PrivateInputError:

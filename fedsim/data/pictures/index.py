@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +28,9 @@ _MARK = b"fedsimix"
 _FOOT = struct.Struct("<8sQ")
 _ALIGNED = 64
 
-Columns = Mapping[str, NDArray[Any]]
+BLOCK = 2**16
+"""Numbers of a column that are in memory at once while it is made."""
+
 Stamp = tuple[int, int, int]
 
 
@@ -75,12 +79,78 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def opened(name: str, make: Callable[[], tuple[Columns, dict[str, Any]]]) -> Index:
+class Growing:
+    """A column that is made number by number: what is there lies in a file without a name, so that memory
+    does not grow with it, and its dtype is known at the end.
+
+    Args:
+        width: bytes of a row; 0: a row is a number of 0 or above, kept in the smallest unsigned dtype.
+    """
+
+    def __init__(self, width: int = 0) -> None:
+        self._file = tempfile.TemporaryFile(dir=cache.folder())  # noqa: SIM115 - gone with the object
+        self._numbers, self._bytes = array("Q"), bytearray()
+        self._width, self._largest, self._count = width, 0, 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, value: int) -> None:
+        """Add a row that is a number."""
+        self._numbers.append(value)
+        self._largest = max(self._largest, value)
+        self._count += 1
+        if len(self._numbers) == BLOCK:
+            self._spill()
+
+    def put(self, content: bytes) -> None:
+        """Add as many rows of bytes as there are in `content`."""
+        self._bytes += content
+        self._count += len(content) // self._width
+        if len(self._bytes) >= 8 * BLOCK:
+            self._spill()
+
+    def _spill(self) -> None:
+        try:
+            self._file.write(self._bytes if self._width else self._numbers.tobytes())
+        except OSError as error:
+            raise InputError(_no_room(cache.folder(), error)) from error
+        self._numbers, self._bytes = array("Q"), bytearray()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the column."""
+        return np.dtype(np.uint8) if self._width else narrow(self._largest)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N,), or (N, width) for rows of several bytes."""
+        return (self._count, self._width) if self._width > 1 else (self._count,)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the column."""
+        return self._count * (self._width or self.dtype.itemsize)
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """Yield the column in parts; nothing can be added after."""
+        self._spill()
+        self._file.seek(0)
+        kind = np.dtype(np.uint8 if self._width else np.uint64)
+        while content := self._file.read(8 * BLOCK):
+            yield np.frombuffer(content, kind).astype(self.dtype, copy=False)
+
+
+Columns = Mapping[str, NDArray[Any] | Growing]
+
+
+def opened(name: str, make: Callable[[BinaryIO], None], remedy: str = "") -> Index:
     """Return the index of this name, made where it is not there or damaged.
 
     Args:
         name: of the file, with a key (`key_of`) in it.
-        make: returns columns and meta, where they are needed.
+        make: writes it (`write`) into an open file, where it is needed.
+        remedy: what else helps where the cache has no room.
 
     Raises:
         InputError: the cache cannot be written.
@@ -91,16 +161,19 @@ def opened(name: str, make: Callable[[], tuple[Columns, dict[str, Any]]]) -> Ind
     try:
         with cache.locked(path):
             if (found := whole(path)) is None:  # another process may have been at it
-                columns, meta = make()
                 with cache.written(path) as handle:
-                    write(handle, columns, meta)
+                    make(handle)
                 found = Index(path)
             return found
     except OSError as error:
-        raise InputError(
-            f"{path}: the index of the pictures must be writable: {error}. Set {cache.FOLDER_VARIABLE} to a "
-            "folder with room."
-        ) from error
+        raise InputError(_no_room(path, error, remedy)) from error
+
+
+def _no_room(path: Path, error: OSError, remedy: str = "") -> str:
+    return (
+        f"{path}: what is kept of pictures and captions must be writable: {error}. Set "
+        f"{cache.FOLDER_VARIABLE} to a folder with room{remedy}."
+    )
 
 
 def write(
@@ -124,7 +197,8 @@ def write(
         at = -(-at // _ALIGNED) * _ALIGNED
         places[name] = (values.dtype.str, list(values.shape), at)
         handle.seek(at)
-        handle.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        for block in values.blocks() if isinstance(values, Growing) else (values,):
+            handle.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
         at += values.nbytes
     described = json.dumps({"columns": places, "meta": meta}).encode()
     handle.seek(at)

@@ -22,7 +22,6 @@ from fedsim.data.pictures import workers as threads
 from fedsim.data.pictures.decode import Encoded, Picture, Pixels, Undecodable, shrunk_to
 from fedsim.data.pictures.index import Index, narrow
 from fedsim.data.pictures.pictures import InFiles
-from fedsim.validate import InputError
 
 UNIT = 64
 """Pictures start at multiples of so many bytes."""
@@ -95,25 +94,19 @@ def packed(files: InFiles, short: int) -> Packed:
     """
     source = files.store.index.path.stem
     key = index.key_of((source, f"short {short} of at most {files.most_pixels}"))
-    path = cache.folder() / index.FOLDER / f"packed-{key}.pixels"
-    if (found := index.whole(path)) is None:
-        try:
-            with cache.locked(path):
-                if (found := index.whole(path)) is None:
-                    with cache.written(path) as handle:
-                        _pack(handle, files, short, shutil.disk_usage(path.parent).free)
-                    found = Index(path)
-        except OSError as error:
-            raise InputError(
-                f"{path}: the packed pictures must be writable: {error}. Set {cache.FOLDER_VARIABLE} to a "
-                "folder with room, or data.options.decode=on_demand."
-            ) from error
-    return Packed.of(files, found)
+    return Packed.of(
+        files,
+        index.opened(
+            f"packed-{key}.pixels",
+            lambda handle: _pack(handle, files, short),
+            ", or data.options.decode=on_demand",
+        ),
+    )
 
 
-def _pack(handle: BinaryIO, files: InFiles, short: int, room: int) -> None:
+def _pack(handle: BinaryIO, files: InFiles, short: int) -> None:
     """Write pixels, then the columns that say where they are."""
-    count = len(files)
+    count, room = len(files), shutil.disk_usage(cache.folder()).free
     at, sides = np.zeros(count, np.uint64), np.zeros((count, 2), np.uint16)
     end, refused = 0, 0
 

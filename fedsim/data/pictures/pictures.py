@@ -16,19 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.augmentations.base import Part, Words
+from fedsim.data.chosen import Chosen, Rows
 from fedsim.data.pictures import workers as threads
 from fedsim.data.pictures.decode import Encoded, Picture, Undecodable
-from fedsim.data.pictures.index import narrow
 from fedsim.data.pictures.stores import Store
 
-Rows = NDArray[np.int64] | slice
 Read = tuple[NDArray[np.uint8], NDArray[np.bool_]]
 Cut = Callable[[Picture], NDArray[np.uint8]]
 Result = TypeVar("Result")
-
-NEARLY = 0.9
-"""Share of the pictures from which on those that are left out are remembered, and not those that are
-there."""
 
 TOLD = 100
 """Reasons that are kept why pictures cannot be decoded."""
@@ -132,28 +127,24 @@ class Pictures:
     Attributes:
         frames: where they are.
         rule: how they become images of one size where no augmentation takes a part of them.
-        rows: the place of each row; None: all of them, in order. Of the smallest dtype that holds them.
-        first, count: instead, so many from a place on.
-        passed: of these, places that are left out, each less those left out before it, ascending: so a row is
-            found among millions by the few that are held out.
+        chosen: which of them; None: all, in order.
         refused: reasons why pictures were not decoded so far, by row, of the first TOLD that were met.
     """
 
     frames: Frames
     rule: Fit
-    rows: NDArray[Any] | None = None
-    first: int = 0
-    count: int = -1
-    passed: NDArray[np.int64] | None = None
+    chosen: Chosen | None = None
     refused: dict[int, str] = field(default_factory=dict)
 
     dtype = np.dtype(np.uint8)
     ndim = 4
 
     def __len__(self) -> int:
-        if self.rows is not None:
-            return len(self.rows)
-        return len(self.frames) - self.first if self.count < 0 else self.count
+        return len(self._chosen)
+
+    @property
+    def _chosen(self) -> Chosen:
+        return Chosen(len(self.frames)) if self.chosen is None else self.chosen
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -162,29 +153,11 @@ class Pictures:
 
     def places(self, rows: Rows) -> NDArray[np.int64]:
         """Return where rows are among the frames."""
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)))
-        if self.rows is not None:
-            return self.rows[rows].astype(np.int64)
-        if self.passed is not None:
-            rows = rows + np.searchsorted(self.passed, rows, side="right")
-        return self.first + rows
+        return self._chosen.places(rows)
 
     def take(self, rows: Rows) -> Pictures:
-        """Return these rows. Consecutive ones cost no memory, nor do nearly all of them in order; others four
-        bytes each up to four thousand million pictures."""
-        if isinstance(rows, slice) and rows.indices(len(self))[2] == 1 and self.rows is None:
-            start, stop, _ = rows.indices(len(self))
-            if self.passed is None:
-                return Pictures(self.frames, self.rule, None, self.first + start, max(0, stop - start))
-        places = self.places(rows)
-        if len(places) > NEARLY * len(self.frames) and bool((places[1:] > places[:-1]).all()):
-            there = np.zeros(len(self.frames), np.bool_)
-            there[places] = True
-            passed = np.flatnonzero(~there)
-            passed -= np.arange(len(passed))
-            return Pictures(self.frames, self.rule, None, 0, len(places), passed)
-        return Pictures(self.frames, self.rule, places.astype(narrow(len(self.frames))))
+        """Return these rows, of the same pictures (`Chosen.take`)."""
+        return Pictures(self.frames, self.rule, self._chosen.take(rows))
 
     @property
     def how(self) -> str:

@@ -102,13 +102,14 @@ class Shards:
 
     Args:
         root: where the names of the tar files start.
-        index: with columns `start` (N,), in blocks of 512 bytes from the start of the tar file, `size` (N,)
-            and `sum` (N, 16); meta has `shards`: [name, bytes, time of the last change, first place].
+        index: with the columns `start` (N,), in blocks of 512 bytes from the start of the tar file, `size`
+            (N,) and `sum` (N, 16); meta has `shards`: [name, bytes, time of the last change, first place].
+        start, size: instead, columns of other members, such as the texts beside pictures.
     """
 
-    def __init__(self, root: Path, index: Index) -> None:
+    def __init__(self, root: Path, index: Index, start: str = "start", size: str = "size") -> None:
         self.root, self.index = root, index
-        self._start, self._size = index.column("start"), index.column("size")
+        self._start, self._size = index.column(start), index.column(size)
         self._shards: list[tuple[str, int, int, int]] = [tuple(row) for row in index.meta["shards"]]
         self._first = np.array([first for *_, first in self._shards], np.int64)
         self._open = _Open(OPEN)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from fedsim.data import byte_pairs
 from fedsim.data.sources.image_files import AT_ONCE, ImageFiles
 from fedsim.data.targets import Targets
 from fedsim.rules import read_with
+from fedsim.validate import InputError
 
 LEARNED = "learned"
 
@@ -35,13 +36,17 @@ class Captioned(ImageFiles):
     vocabulary: int = field(default=4096, metadata=read_with(tokenizer=(LEARNED,)))
     places: int = 40
 
+    in_files: ClassVar[bool] = False
+    """Whether pictures stay in their files."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         validate.in_range(self.places, 2, 2**16, "data.options.places")
-        if self.decode != AT_ONCE:
+        if self.decode != AT_ONCE and not self.in_files:
             validate.conflicts(
-                f"pictures with captions are decoded at the start, got data.options.decode={self.decode}.",
-                f"Use {AT_ONCE}.",
+                "pictures with captions of a folder or table, and scenes, are decoded at the start, got "
+                f"data.options.decode={self.decode}.",
+                f"Use {AT_ONCE}, or data.name=caption_shards: tar files, decoded on demand.",
             )
 
     def tokens(self, root: Path, public: Iterable[str]) -> Any:
@@ -62,3 +67,48 @@ class Captioned(ImageFiles):
         """Return the target tokens (N, places) of captions, and their declaration, which names the tokens."""
         named = byte_pairs.names(tokenizer)
         return byte_pairs.targets(tokenizer, captions, self.places), Targets("tokens", len(named), named)
+
+
+@dataclass(frozen=True)
+class WithPublicTexts(Captioned):
+    """A source of pictures with captions that others wrote; public ones are in files apart.
+
+    Attributes:
+        train, test: where the examples are, below data.root.
+        public: text files below data.root, a public caption a line, which the tokenizer is learned from.
+    """
+
+    train: str = "train"
+    test: str = "test"
+    public: list[str] = field(default_factory=list, metadata=read_with(tokenizer=(LEARNED,)))
+    size: int | None = 224
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is None:
+            raise InputError(
+                "data.options.size must be the edge in pixels that every picture is brought to, got null."
+            )
+        if self.tokenizer == LEARNED and not self.public:
+            raise InputError(
+                "data.options.public must list files of public captions to learn the vocabulary from, got "
+                "none: one learned from private captions would tell what they hold. Or set "
+                "data.options.tokenizer to a tokenizer.json made from public texts."
+            )
+        if same := {self.train} & set(self.public):
+            raise InputError(
+                f"data.options.public must not name the training examples, which are private, got {same}."
+            )
+
+    def public_captions(self, root: Path) -> Iterator[str]:
+        """Yield the public captions, a line each.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        for name in self.public:
+            try:
+                with open(root / name, encoding="utf-8", errors="replace") as handle:
+                    yield from handle
+            except OSError as error:
+                raise InputError(f"{root / name} must be a file of public captions: {error}.") from error

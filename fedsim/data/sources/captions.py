@@ -7,7 +7,7 @@ an empty caption: it adds nothing to any sum, no other example's number moves, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.pictures.decode import Encoded
 from fedsim.data.sources import SOURCES
-from fedsim.data.sources.captioned import LEARNED, Captioned
+from fedsim.data.sources.captioned import WithPublicTexts
 from fedsim.data.sources.image_files import empty
-from fedsim.rules import read_with
 from fedsim.validate import InputError
 
 TEXT = ".txt"
@@ -28,7 +27,7 @@ TEXT = ".txt"
 
 @SOURCES.register("captions")
 @dataclass(frozen=True)
-class Captions(Captioned):
+class Captions(WithPublicTexts):
     """Pictures with captions, in a folder or a table.
 
     In a folder, beside FILE.png (or .jpg, ...) stands FILE.txt. A .csv, .jsonl or .parquet table has a column
@@ -36,35 +35,13 @@ class Captions(Captioned):
 
     Attributes:
         train, test: folder or table below data.root.
-        public: text files below data.root, a public caption a line, which the tokenizer is learned from.
         image, caption: columns of a table; of `image`, also a mapping with "bytes" or "path".
         holder: column of the natural owner of a row, for federation.partition=natural.
     """
 
-    train: str = "train"
-    test: str = "test"
-    public: list[str] = field(default_factory=list, metadata=read_with(tokenizer=(LEARNED,)))
     image: str = "image"
     caption: str = "caption"
     holder: str | None = None
-    size: int | None = 224
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size is None:
-            raise InputError(
-                "data.options.size must be the edge in pixels that every picture is brought to, got null."
-            )
-        if self.tokenizer == LEARNED and not self.public:
-            raise InputError(
-                "data.options.public must list files of public captions to learn the vocabulary from, got "
-                "none: one learned from private captions would tell what they hold. Or set "
-                "data.options.tokenizer to a tokenizer.json made from public texts."
-            )
-        if same := {self.train} & set(self.public):
-            raise InputError(
-                f"data.options.public must not name the training examples, which are private, got {same}."
-            )
 
     def load(self, root: Path) -> Splits:
         """See `Source.load`.
@@ -73,17 +50,8 @@ class Captions(Captioned):
             InputError: files, folders or columns that are missing, public captions without a word, or too
                 many pictures for the memory.
         """
-        tokenizer = self.tokens(root, self._public(root))
+        tokenizer = self.tokens(root, self.public_captions(root))
         return Splits(*(self._split(root / name, tokenizer) for name in (self.train, self.test)))
-
-    def _public(self, root: Path) -> list[str]:
-        lines: list[str] = []
-        for name in self.public:
-            try:
-                lines += (root / name).read_text(encoding="utf-8", errors="replace").splitlines()
-            except OSError as error:
-                raise InputError(f"{root / name} must be a file of public captions: {error}.") from error
-        return lines
 
     def _split(self, path: Path, tokenizer: Any) -> ArrayDataset:
         pictures, captions, owners = self._folder(path) if path.is_dir() else self._table(path)

@@ -17,6 +17,7 @@ from fedsim.data.named_pictures import NamedPictures
 from fedsim.data.scenes import Scenes
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.captioned import Captioned
+from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
 SHAPES = "shapes"
@@ -43,6 +44,9 @@ class ComposedScenes(Captioned):
         public: captions that the tokenizer is learned from.
         size: edge of a scene in pixels.
         scenes_seed: of the scenes; another one gives other scenes of the same pictures.
+        owners: natural owners of the training scenes, for federation.partition=natural: each has an album of
+            pictures, and scenes of these alone; 0: there are none, and every scene can have any picture.
+        album: pictures of an owner.
     """
 
     pictures: str = SHAPES
@@ -54,9 +58,13 @@ class ComposedScenes(Captioned):
     public: int = 5_000
     size: int | None = 32
     scenes_seed: int = 0
+    owners: int = 0
+    album: int = field(default=12, metadata=read_with(owners=SET))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        validate.in_range(self.owners, 0, self.train, "data.options.owners", "Each has a scene at least.")
+        validate.in_range(self.album, FEWEST, 2**20, "data.options.album")
         validate.one_of(self.side, ("private", "public"), "data.options.side")
         validate.in_range(self.public_share, 1e-6, 1.0 - 1e-6, "data.options.public_share")
         for name in ("train", "test", "public"):
@@ -87,14 +95,20 @@ class ComposedScenes(Captioned):
                     f"scenes need at least {FEWEST} {name} pictures, got {len(side)} of {len(held)}. Change "
                     "data.options.public_share, or use more categories."
                 )
+        if self.owners and self.album > len(own):
+            raise InputError(
+                f"data.options.album must be at most the {len(own)} {self.side} pictures, got {self.album}."
+            )
         tokenizer = self.tokens(root, Scenes(public, self.scenes_seed, "public").captions(self.public))
         return Splits(*(self._split(own, split, tokenizer) for split in ("train", "test")))
 
     def _split(self, own: NamedPictures, split: str, tokenizer: object) -> ArrayDataset:
-        count = self.train if split == "train" else self.test
-        inputs, captions = self._drawn(Scenes(own, self.scenes_seed, split), count)
+        count, owners = (self.train, self.owners) if split == "train" else (self.test, 0)
+        made = Scenes(own, self.scenes_seed, split, owners, self.album if owners else 0)
+        inputs, captions = self._drawn(made, count)
         targets, declared = self.targets(tokenizer, captions)
-        return ArrayDataset("scenes", inputs, targets, None, declared, *self.constants)
+        groups = made.owners_of(0, count) if owners else None
+        return ArrayDataset("scenes", inputs, targets, groups, declared, *self.constants)
 
     def _drawn(self, made: Scenes, count: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Return scenes (count, size, size, 3), mapped from a file, and their captions."""
