@@ -122,6 +122,11 @@ def odds() -> str:
 def _search(held: dict[str, Any]) -> str:
     """What the search for a comparison's settings cost; nothing where there was none."""
     search = held.get("search")
+    if search is None and "Tuned:" not in held["note"]:
+        return (
+            "\nSettings: those of the recipe and of each row's line in the file, not searched for each row: "
+            "what a difference owes to settings is not known.\n"
+        )
     if search is None:
         return ""
     rows = len({(trial["variant"], trial["epsilon"]) for trial in search["trials"]})
@@ -167,6 +172,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "offline-holders": lambda: comparison("offline_holders", [HOLDERS]),
         "local-steps": lambda: comparison("local_steps", [HOLDERS]),
         "fashion-records": lambda: comparison("fashion_records"),
+        "end-to-end": lambda: by_seed.ablation("end_to_end"),
         "ablation": lambda: by_seed.ablation("ablation"),
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
