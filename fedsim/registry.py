@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fedsim import references
+from fedsim import given, references
 from fedsim.validate import InputError
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ class Registry(Generic[T]):
             raise InputError(f"{self.options} must leave out {said[0]}, which a setting of its own says.")
         if isinstance(found, type) and dataclasses.is_dataclass(found):
             where, fields = f"{self.options} of {choice.name}", options_of(found)
-            given = {name: known[name] for name in self.given if name in fields}
-            made = parse_options(choice.options, found, where, self.options, given)
+            told = {name: known[name] for name in self.given if name in fields}
+            made = parse_options(choice.options, found, where, self.options, told)
         elif isinstance(found, self.base):  # an instance in a module: its options are set
             made = found
             if choice.options:
@@ -144,6 +144,12 @@ class Registry(Generic[T]):
         elif self._function is not None and _lacks_more(found, choice.options):  # a variant itself
             made = functools.partial(found, **choice.options)
         else:
+            if self._adapt is None and self._function is None and _is_other(found, self.base):
+                raise InputError(
+                    f"{self.setting} must name a {self.base.__module__}.{self.base.__name__} or what makes "
+                    f"one, but {_called(choice.name)} is the class {found.__module__}.{found.__name__}. "
+                    "Derive it from that one (docs/extend.md), or choose by name: `fedsim list`."
+                )
             made = references.called(found, choice.options, known, self.options)
         if not isinstance(made, self.base) and self._adapt is not None:
             made = self._adapt(made) or made
@@ -152,7 +158,8 @@ class Registry(Generic[T]):
         if not isinstance(made, self.base):
             raise InputError(
                 f"{self.setting} must name a {self.base.__module__}.{self.base.__name__} or what makes one, "
-                f"but {choice.name} gives {type(made).__name__}."
+                f"but {_called(choice.name)} gives {type(made).__name__}. Derive its class from that one "
+                "(docs/extend.md), or choose by name: `fedsim list`."
             )
         return made
 
@@ -190,6 +197,16 @@ def first_line(thing: Any) -> str:
     """Return the first line of what documents an object: its own docstring, else its module's."""
     said = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
     return inspect.cleandoc(said or sys.modules[thing.__module__].__doc__ or "").partition("\n")[0]
+
+
+def _is_other(found: Any, base: type[Any]) -> bool:
+    """Whether something is a class whose instances are none of `base`."""
+    return isinstance(found, type) and not issubclass(found, base) and "__new__" not in vars(found)
+
+
+def _called(name: str) -> str:
+    """What a message calls an object: by its name, which of one handed in from Python is a digest."""
+    return "the object handed in" if given.is_given(name) else name
 
 
 def _lacks_more(function: Any, options: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,15 @@ def read(path: Path, wanted: Sequence[str]) -> Columns:
         raise InputError(f"{path} must be a readable {path.suffix} file: {error}.") from error
     for name in wanted:
         if name not in found:
-            raise InputError(f"{path} has no column {name!r}. {validate.did_you_mean(name, found)}".rstrip())
+            raise InputError(f"{path} has no column {name!r}. {_columns(name, found, path)}")
     return {name: found[name] for name in wanted}
+
+
+def _columns(name: str, found: Columns, path: Path) -> str:
+    """The column that was meant, or those there are; one name with blanks in it says how cells are parted."""
+    if len(found) == 1 and path.suffix == ".csv" and (parted := re.search(r"[;\t|]", next(iter(found)))):
+        return f"Its first line is {next(iter(found))!r}: part cells by commas, not by {parted[0]!r}."
+    return validate.did_you_mean(name, found) or f"It has {', '.join(map(repr, list(found)[:12]))}."
 
 
 def _csv(path: Path) -> Columns:
@@ -113,13 +121,21 @@ def classes(cells: Sequence[Any], words: Sequence[str], where: str) -> tuple[NDA
     Raises:
         PrivateInputError: a cell is no declared class.
     """
+    if any(isinstance(word, bool) for word in words):
+        raise InputError(
+            f"{where}: classes must be words, got {list(words)}: YAML reads yes, no, true and false as truth "
+            "values. Put them in quotes."
+        )
     places = {str(word): index for index, word in enumerate(words)}
     if len(places) != len(words):
         raise InputError(f"{where}: classes must be different words, got {list(words)}.")
     found = [places.get(str(cell)) for cell in cells]
     if None in found:
         expected = f"{where} must be one of the declared classes {', '.join(places)}"
-        raise PrivateInputError(f"{expected}, got {cells[found.index(None)]!r}.", f"{expected}.")
+        remedy = "Declare all there can be, written as they are there."
+        raise PrivateInputError(
+            f"{expected}, got {cells[found.index(None)]!r}. {remedy}", f"{expected}. {remedy}"
+        )
     return np.array(found, dtype=np.int64), Targets("class", len(words), tuple(places))
 
 
