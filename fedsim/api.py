@@ -114,8 +114,9 @@ def run(
     if local:
         forget_nodes()  # their objects may have changed under the same name
     if backend != "local" and local:
+        kinds = dict.fromkeys(given.kind_of(name) for name in local)
         raise InputError(
-            f"backend must be local for objects handed in from Python ({', '.join(local)}): Flower's "
+            f"backend must be local for objects handed in from Python ({', '.join(kinds)}): Flower's "
             "processes do not have them. Put them into a module and name them as package.module:Object."
         )
     retain_freed_memory()

@@ -166,7 +166,9 @@ def called(make: Callable[..., Any], options: Mapping[str, Any], known: Mapping[
     try:
         signature.bind(**{**taken, **options})
     except TypeError as error:
-        raise InputError(f"{where} must fit {_shown(make)}{signature}: {error}.") from error
+        raise InputError(
+            f"{where} must fit {_shown(make)}{signature}: {error}. Give what it needs, and nothing else."
+        ) from error
     try:
         return make(**{**taken, **options})
     except InputError:

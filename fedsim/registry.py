@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fedsim import given, references
+from fedsim import given, presets, references
 from fedsim.validate import InputError
 
 if TYPE_CHECKING:
@@ -113,8 +113,19 @@ class Registry(Generic[T]):
             return variant
         if name in (offered := entry_points(self.axis)):
             return references.resolve(offered[name], self.setting)
+        self._refuse_method(name)
         references.check(name, self.names(), self.setting)
         return references.resolve(name, self.setting)
+
+    def _refuse_method(self, name: str) -> None:
+        """Of a preset, which chooses on several axes, say how it is chosen."""
+        from fedsim.config import CONFIG_DIR
+
+        if self.setting.removesuffix(".name") in presets.AXES and name in presets.names(CONFIG_DIR):
+            raise InputError(
+                f"{self.setting} must be one of {', '.join(self.names())}, got {name!r}, which is a method, "
+                f"with a choice on every axis: write preset={name}."
+            )
 
     def make(self, choice: Choice, **known: Any) -> T:
         """Return the variant that is chosen, with its options.

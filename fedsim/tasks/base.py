@@ -238,7 +238,10 @@ class Task(ABC):
         metrics = {metric.name: metric for metric in self.all_metrics}
         if not self.headline:
             return next(iter(metrics.values()))
-        validate.one_of(self.headline, metrics, "task.options.headline")
+        try:
+            validate.one_of(self.headline, metrics, "task.options.headline")
+        except InputError as error:
+            raise InputError(f"{error} Add one of your own under task.options.metrics.") from None
         return metrics[self.headline]
 
     def all_measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -185,7 +185,10 @@ def test_rules_refuse_values(make: Any, message: str) -> None:
         ),
         (["privacy.clipping=per_layr"], "Did you mean 'per_layer'"),
         (["privacy.clipping={name: normalised, options: {gama: 0.1}}"], "unknown key 'gama'.*'gamma'"),
-        (["privacy.clipping={name: normalised, options: {gamma: much}}"], "'gamma' must be a number.*got 'much'"),
+        (
+            ["privacy.clipping={name: normalised, options: {gamma: much}}"],
+            "'gamma' must be a number.*got 'much'",
+        ),
         (["privacy.clipping={name: normalised, options: {gamma: 0}}"], "options.gamma must be a positive"),
         (["privacy.clipping={name: flat, options: {clip_norm: 3}}"], "must leave out clip_norm"),
     ],
