@@ -83,8 +83,8 @@ def laws() -> str:
                 row.append(_said(min(rivals, key=lambda test: test.mean)) if rivals else "")
             rows.append(row)
     note = (
-        f"\nPoints, with the p of Welch's test over the seeds, adjusted for all {len(pairs)} pairs of methods "
-        "that are tested here (Holm); n.s.: p above 0.05.\n"
+        f"\nPoints, with the p of Welch's test over the seeds, adjusted for all {len(pairs)} pairs of "
+        "methods that are tested here (Holm); n.s.: p above 0.05.\n"
     )
     return table(["", "features", *(f"epsilon {e:g}" for e in epsilons)], rows) + note
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import by_seed, heads_table, pictures, tables, tuning
+from benchmarks import by_seed, heads_table, mistakes, pictures, tables, tuning
 from benchmarks.tables import load
 from fedsim import presets
 from fedsim.config import CONFIG_DIR
@@ -202,6 +202,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/pictures.md": {"streaming": lambda: tables.streaming("streaming.json")},
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
     "docs/tuning.md": {"tuning-cost": tuning.page},
+    "docs/mistakes.md": {"mistakes": mistakes.page},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from fedsim import given, loading, validate
 from fedsim.config import Config
@@ -70,6 +72,7 @@ def train(
         InputError: something is wrong; nothing was started.
         RunError: the run stopped and can be resumed.
     """
+    _check_callbacks(callbacks)
     chosen = _configured(config, model, data, task, partition, overrides)
     folder = RunFolder(_free(chosen) if out is None else Path(out))
     watchers: list[Watcher] = []
@@ -111,8 +114,9 @@ def run(
     if local:
         forget_nodes()  # their objects may have changed under the same name
     if backend != "local" and local:
+        kinds = dict.fromkeys(given.kind_of(name) for name in local)
         raise InputError(
-            f"backend must be local for objects handed in from Python ({', '.join(local)}): Flower's "
+            f"backend must be local for objects handed in from Python ({', '.join(kinds)}): Flower's "
             "processes do not have them. Put them into a module and name them as package.module:Object."
         )
     retain_freed_memory()
@@ -280,6 +284,7 @@ def _named(section: str, chosen: Any) -> Any:
         return chosen
     if section == "model":
         if isinstance(chosen, nn.Module):
+            _refuse_lazy(chosen)
             held = copy.deepcopy(chosen)
             return given.hold("model", given.digest_of(held), lambda: copy.deepcopy(held))
     elif section == "data" and isinstance(chosen, Data):
@@ -293,8 +298,42 @@ def _named(section: str, chosen: Any) -> Any:
         options = {entry.name: getattr(chosen, entry.name) for entry in dataclasses.fields(chosen)}
         return {"name": own[type(chosen)], "options": options}
     elif section == "task" and not isinstance(chosen, Task | type):
-        raise InputError(f"task must be a fedsim task, a name or a mapping, got {type(chosen).__name__}.")
+        raise InputError(
+            f"task must be a fedsim task, a name or a mapping, got {type(chosen).__name__}. A loss of your "
+            "own is the method `loss` of a class that derives from fedsim.Task or one of fedsim's tasks "
+            "(docs/extend.md)."
+        )
     return given.hold(section, given.digest_of(chosen), chosen)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    lazy = [name for name, value in model.named_parameters() if isinstance(value, UninitializedParameter)]
+    if lazy:
+        raise InputError(
+            f"model must have the shapes of all its parameters, but {lazy[0]} gets its own in the first call."
+            " Call the model on one example before you hand it in, or write the layer's size down."
+        )
+
+
+def _check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
+    for function in callbacks:
+        if not callable(function):
+            raise InputError(
+                f"callbacks must be functions of (completed steps, numbers by name), got "
+                f"{type(function).__name__}."
+            )
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # of a function that is not Python's
+            continue
+        try:
+            signature.bind(1, {})
+        except TypeError as error:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise InputError(
+                f"callbacks must take (completed steps, numbers by name), but {name}{signature} does not: "
+                f"{error}. Give it these two parameters."
+            ) from error
 
 
 def _free(config: Config) -> Path:

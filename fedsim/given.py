@@ -60,6 +60,11 @@ def is_given(reference: str) -> bool:
     return reference.partition(":")[0] == MODULE
 
 
+def kind_of(reference: str) -> str:
+    """Return what an object was handed in as, such as "model"."""
+    return reference.partition(":")[2].rpartition("_")[0]
+
+
 def get(reference: str, setting: str) -> Any:
     """Return the object.
 

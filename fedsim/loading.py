@@ -191,6 +191,11 @@ def find(source: str | Path, folder: Path = Path()) -> Path:
     Raises:
         InputError: there is none; suggests the nearest name.
     """
+    if not isinstance(source, str | Path):
+        raise InputError(
+            "config must be the name of a configuration, a path, settings by section or a Config, got "
+            f"{type(source).__name__}."
+        )
     for path in (folder / _expanded(source), CONFIG_DIR / f"{source}.yaml"):
         with contextlib.suppress(OSError, ValueError):  # too long, or with a null byte: no such file
             if path.is_file():
@@ -199,8 +204,15 @@ def find(source: str | Path, folder: Path = Path()) -> Path:
     raise InputError(
         f"config must be a YAML file{f' (from {folder} on)' if folder != Path() else ''} or a name under "
         f"{CONFIG_DIR.name}/, got {str(source)!r}. "
-        + (validate.did_you_mean(str(source), known) or f"Known names: {', '.join(known)}.")
+        + (validate.did_you_mean(str(source), known) or _known(known))
     )
+
+
+def _known(names: Sequence[str]) -> str:
+    """The names at the top, and the folders of the others."""
+    top = [name for name in names if "/" not in name]
+    folders = sorted({f"{name.partition('/')[0]}/..." for name in names if "/" in name})
+    return f"There are {', '.join([*top, *folders])}."
 
 
 def _chain(path: Path) -> list[tuple[Path, DictConfig]]:
@@ -215,8 +227,15 @@ def _chain(path: Path) -> list[tuple[Path, DictConfig]]:
         chain.append((current, content))
         parent = content._get_node("extends")
         parent = None if parent is None else parent._value()  # as written: nothing is merged yet
-        current = None if parent is None else find(str(parent), current.parent)
+        current = None if parent is None else _extended(str(parent), current)
     return chain
+
+
+def _extended(parent: str, file: Path) -> Path:
+    try:
+        return find(parent, file.parent)
+    except InputError as error:
+        raise InputError(f"{file}: extends: {error}") from error
 
 
 def _freeze(merged: DictConfig) -> Config:

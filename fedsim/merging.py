@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsim import rules, validate
+from fedsim import rules, unknown
 from fedsim.validate import InputError
 
 
@@ -109,9 +109,12 @@ def read(path: Path) -> DictConfig:
     try:
         loaded = _parsed(path.read_text(encoding="utf-8"))
     except Exception as error:
-        raise InputError(f"{path}: expected a readable YAML mapping. {error}") from error
+        raise InputError(
+            f"{path} must be a readable YAML file of settings by name, but: {_yaml_problem(error)}. Mend "
+            "that line: sections are indented by blanks, and every key stands once."
+        ) from error
     if not isinstance(loaded, DictConfig):
-        raise InputError(f"{path}: expected a YAML mapping, got {type(loaded).__name__}.")
+        raise InputError(f"{path} must hold settings by name, such as title: mine, got a list.")
     return loaded
 
 
@@ -129,13 +132,36 @@ def dotlist(overrides: Sequence[str]) -> DictConfig:
     """
     for item in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", item):
-            raise InputError(f"override must look like key.path=value, got {item!r}.")
+            raise InputError(
+                f"override must look like key.path=value, got {item!r}. Leave no blanks around =, and quote "
+                "what has blanks."
+            )
         if item.startswith("extends="):
             raise InputError(f"extends must stand in a configuration file, got the override {item!r}.")
     try:
         return OmegaConf.from_dotlist(_in_order(overrides))
     except Exception as error:
-        raise InputError(f"overrides must hold YAML values, got {list(overrides)}. {error}") from error
+        raise InputError(
+            f"override must have a YAML value, got {_unreadable(overrides)!r}: {_yaml_problem(error)}. Close "
+            "its brackets and quotes."
+        ) from error
+
+
+def _unreadable(overrides: Sequence[str]) -> str:
+    """The first override that has no YAML value."""
+    for item in overrides:
+        try:
+            OmegaConf.from_dotlist([item])
+        except Exception:
+            return item
+    return " ".join(overrides)
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What a reader of YAML stumbled over, in one line, and the line it was in."""
+    said = getattr(error, "problem", None) or str(error).splitlines()[0]
+    mark = getattr(error, "problem_mark", None)
+    return said if mark is None or not mark.line else f"{said}, in line {mark.line + 1}"
 
 
 def _in_order(overrides: Sequence[str]) -> list[str]:
@@ -173,16 +199,50 @@ def merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
     for key in _leaves(update):
         if not _known(base, key):
             valid = sorted(_leaves(base, keep_sections=True))
-            raise InputError(f"{where}: unknown key '{key}'. {validate.did_you_mean(key, valid)}".rstrip())
+            if kind := unknown.another_kind(list(update), list(base)):
+                raise InputError(f"{where} is {kind}: its key '{key}' means nothing here.")
+            raise InputError(f"{where}: unknown key '{key}'. {unknown.remedy(key, valid)}".rstrip())
     try:
         merged = OmegaConf.merge(base, update)
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or "?"
-        wanted = str(error).splitlines()[0]
-        raise InputError(f"{where}: wrong value for '{key}'. {wanted}.") from error
+        raise InputError(f"{where}: {_misfit(error, base, update)}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+_WANTED = {
+    "int": "a whole number, such as 100",
+    "float": "a number, with a point, such as 0.5",
+    "bool": "true or false",
+    "str": "one word or text",
+}
+
+
+def _misfit(error: OmegaConfBaseException, base: DictConfig, update: DictConfig) -> str:
+    """Say what a setting must be, and what came: OmegaConf's own words are about its types."""
+    said = str(error).splitlines()[0]
+    key = str(getattr(error, "full_key", None) or "") or _replaced_section(base, update)
+    if not key:
+        return f"{said}."
+    node, value = _node(base, key), _node(update, key)
+    came = OmegaConf.to_container(value) if OmegaConf.is_config(value) else getattr(value, "_value", str)()
+    if isinstance(node, DictConfig):
+        inner = next(iter(node), "name")
+        return f"'{key}' must hold settings by name, such as {{{inner!s}: ...}}, got {came!r}."
+    if isinstance(node, ListConfig):
+        return f"'{key}' must be a list, such as [a, b], got {came!r}."
+    kind = getattr(getattr(node, "_metadata", None), "ref_type", None)
+    wanted = _WANTED.get(getattr(kind, "__name__", ""))
+    return f"'{key}': {said}." if wanted is None else f"'{key}' must be {wanted}, got {came!r}."
+
+
+def _replaced_section(base: DictConfig, update: DictConfig) -> str:
+    """The first key under which `update` has something else than settings, and `base` a section."""
+    for key in map(str, update):
+        if isinstance(_node(base, key), DictConfig) and not isinstance(_node(update, key), DictConfig):
+            return key
+    return ""
 
 
 def _chosen(base: DictConfig, update: DictConfig) -> tuple[DictConfig, DictConfig]:

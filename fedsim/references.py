@@ -42,7 +42,13 @@ def check(name: str, own: Collection[str], setting: str) -> None:
         try:
             validate.one_of(name, own, setting)
         except InputError as error:
-            raise InputError(f"{error} Or name an object of your own, as package.module:Object.") from None
+            raise InputError(f"{error} Or name an object of your own, {_colon(name)}.") from None
+
+
+def _colon(name: str) -> str:
+    """How a reference is written; of a name with dots, that one."""
+    module, _, thing = name.rpartition(".")
+    return f"with a colon: {module}:{thing}" if module else "as package.module:Object"
 
 
 def resolve(reference: str, setting: str) -> Any:
@@ -79,8 +85,12 @@ def _module(name: str, setting: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise InputError(f"{setting}: importing {name} fails: {error}. Install what it needs.") from error
         raise InputError(
-            f"{setting}: there is no module {name!r} in {here} or on Python's path. Start fedsim in the "
-            "folder of the file, or set PYTHONPATH to it."
+            f"{setting}: there is no module {name!r} in {here} or on Python's path. "
+            + (
+                f"Name the module without its ending, as {name.removesuffix('.py')}:Object."
+                if name.endswith(".py")
+                else "Start fedsim in the folder of the file, or set PYTHONPATH to it."
+            )
         ) from error
     except Exception as error:
         raise InputError(
@@ -156,7 +166,9 @@ def called(make: Callable[..., Any], options: Mapping[str, Any], known: Mapping[
     try:
         signature.bind(**{**taken, **options})
     except TypeError as error:
-        raise InputError(f"{where} must fit {_shown(make)}{signature}: {error}.") from error
+        raise InputError(
+            f"{where} must fit {_shown(make)}{signature}: {error}. Give what it needs, and nothing else."
+        ) from error
     try:
         return make(**{**taken, **options})
     except InputError:

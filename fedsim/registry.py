@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fedsim import references
+from fedsim import given, presets, references
 from fedsim.validate import InputError
 
 if TYPE_CHECKING:
@@ -113,8 +113,19 @@ class Registry(Generic[T]):
             return variant
         if name in (offered := entry_points(self.axis)):
             return references.resolve(offered[name], self.setting)
+        self._refuse_method(name)
         references.check(name, self.names(), self.setting)
         return references.resolve(name, self.setting)
+
+    def _refuse_method(self, name: str) -> None:
+        """Of a preset, which chooses on several axes, say how it is chosen."""
+        from fedsim.config import CONFIG_DIR
+
+        if self.setting.removesuffix(".name") in presets.AXES and name in presets.names(CONFIG_DIR):
+            raise InputError(
+                f"{self.setting} must be one of {', '.join(self.names())}, got {name!r}, which is a method, "
+                f"with a choice on every axis: write preset={name}."
+            )
 
     def make(self, choice: Choice, **known: Any) -> T:
         """Return the variant that is chosen, with its options.
@@ -135,8 +146,8 @@ class Registry(Generic[T]):
             raise InputError(f"{self.options} must leave out {said[0]}, which a setting of its own says.")
         if isinstance(found, type) and dataclasses.is_dataclass(found):
             where, fields = f"{self.options} of {choice.name}", options_of(found)
-            given = {name: known[name] for name in self.given if name in fields}
-            made = parse_options(choice.options, found, where, self.options, given)
+            told = {name: known[name] for name in self.given if name in fields}
+            made = parse_options(choice.options, found, where, self.options, told)
         elif isinstance(found, self.base):  # an instance in a module: its options are set
             made = found
             if choice.options:
@@ -144,6 +155,12 @@ class Registry(Generic[T]):
         elif self._function is not None and _lacks_more(found, choice.options):  # a variant itself
             made = functools.partial(found, **choice.options)
         else:
+            if self._adapt is None and self._function is None and _is_other(found, self.base):
+                raise InputError(
+                    f"{self.setting} must name a {self.base.__module__}.{self.base.__name__} or what makes "
+                    f"one, but {_called(choice.name)} is the class {found.__module__}.{found.__name__}. "
+                    "Derive it from that one (docs/extend.md), or choose by name: `fedsim list`."
+                )
             made = references.called(found, choice.options, known, self.options)
         if not isinstance(made, self.base) and self._adapt is not None:
             made = self._adapt(made) or made
@@ -152,7 +169,8 @@ class Registry(Generic[T]):
         if not isinstance(made, self.base):
             raise InputError(
                 f"{self.setting} must name a {self.base.__module__}.{self.base.__name__} or what makes one, "
-                f"but {choice.name} gives {type(made).__name__}."
+                f"but {_called(choice.name)} gives {type(made).__name__}. Derive its class from that one "
+                "(docs/extend.md), or choose by name: `fedsim list`."
             )
         return made
 
@@ -190,6 +208,16 @@ def first_line(thing: Any) -> str:
     """Return the first line of what documents an object: its own docstring, else its module's."""
     said = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
     return inspect.cleandoc(said or sys.modules[thing.__module__].__doc__ or "").partition("\n")[0]
+
+
+def _is_other(found: Any, base: type[Any]) -> bool:
+    """Whether something is a class whose instances are none of `base`."""
+    return isinstance(found, type) and not issubclass(found, base) and "__new__" not in vars(found)
+
+
+def _called(name: str) -> str:
+    """What a message calls an object: by its name, which of one handed in from Python is a digest."""
+    return "the object handed in" if given.is_given(name) else name
 
 
 def _lacks_more(function: Any, options: Mapping[str, Any]) -> bool:

@@ -128,8 +128,20 @@ class Run:
 
     @property
     def score(self) -> float:
-        """The headline metric of the released model on the evaluation split."""
-        return float(self.result[self.headline.name])
+        """The headline metric of the released model on the evaluation split.
+
+        Raises:
+            InputError: the run did not write it: its evaluation split is private, and monitor.public_only is
+                set.
+        """
+        if (said := self.result.get(self.headline.name)) is None:
+            name = self.headline.name
+            raise InputError(
+                f"{self.folder} must hold {name} for there to be a score, and does not: the run wrote public "
+                "numbers only, and what is computed from held-out private examples is none. Evaluate on the "
+                "test set (data.holdout_examples=0), or set monitor.public_only=false."
+            )
+        return float(said)
 
     def predict(self, inputs: Any) -> Predictions:
         """Return what the model says of inputs; see `fedsim.predict`."""
@@ -137,7 +149,9 @@ class Run:
 
     def __repr__(self) -> str:
         """Name the folder, the score and what it cost."""
-        return f"Run({str(self.folder)!r}, {self.headline.name}={self.score:.4g}, epsilon={self.epsilon})"
+        said = self.result.get(self.headline.name)
+        score = "withheld" if said is None else f"{said:.4g}"
+        return f"Run({str(self.folder)!r}, {self.headline.name}={score}, epsilon={self.epsilon})"
 
 
 def predict(run: Run | str | Path, inputs: Any) -> Predictions:
@@ -176,9 +190,12 @@ def _as_trained(card: Card, inputs: Any) -> ArrayDataset:
         array, shape = features.of_images(card.features, array), None
     kind = blank.inputs.dtype.kind
     if not len(array) or (shape is not None and array.shape[1:] != shape) or not _kinds_fit(array, kind):
+        wanted_shape = "images" if shape is None else f"shape (n, {', '.join(map(str, shape))})"
+        one = shape is not None and array.shape == shape
         raise InputError(
-            f"inputs must be at least one example of {blank.inputs.dtype} and shape {shape or 'images'}, as "
-            f"the model was trained on, got {array.dtype} of shape {array.shape}."
+            f"inputs must be at least one example, {blank.inputs.dtype} of {wanted_shape}, as the model was "
+            f"trained on, got {array.dtype} of shape {array.shape}. "
+            + ("A single example x is x[None]." if one else "Bring them to that form.")
         )
     if array.dtype.kind == "f":
         finite(array, "inputs")

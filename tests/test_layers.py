@@ -16,7 +16,7 @@ from fedsim.config import CONFIG_DIR, Config
 ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["fedsim.validate", "fedsim.visibility", "fedsim.headline", "fedsim"],
+    ["fedsim.validate", "fedsim.unknown", "fedsim.visibility", "fedsim.headline", "fedsim"],
     ["fedsim.types", "fedsim.seeds", "fedsim.digest", "fedsim.given"],
     ["fedsim.imports", "fedsim.references", "fedsim.provenance"],
     ["fedsim.rules", "fedsim.merging", "fedsim.presets", "fedsim.config", "fedsim.registry"],

@@ -12,8 +12,9 @@ import re
 import sys
 from collections.abc import Sequence
 
-from fedsim import __version__
+from fedsim import __version__, unknown
 from fedsim.cli import extraction, many, models, planning, privacy, probing, results, training, tuning
+from fedsim.cli.arguments import Parser
 from fedsim.report.plain import as_json
 from fedsim.validate import FedsimError, InputError
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="fedsim",
         description="Differentially private training on data that stays with its holders, by simulation.",
     )
@@ -56,11 +57,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _without_dashes(rest: Sequence[str], options: argparse.Namespace) -> str:
+    """How to write a setting that was given like an option."""
+    name, _, value = rest[0].lstrip("-").partition("=")
+    if not (rest[0].startswith("--") and hasattr(options, "overrides")):
+        return ""
+    value = value or (rest[1] if len(rest) > 1 and not rest[1].startswith("-") else "VALUE")
+    name = name.replace("-", "_")
+    return f"Settings have no dashes: {unknown.ELSEWHERE.get(name, name)}={value}"
+
+
 def _parse(top: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse; overrides may also stand after options, where argparse alone would not look for them."""
     options, rest = top.parse_known_args(arguments)
     if rest and not (hasattr(options, "overrides") and all(_OVERRIDE.match(item) for item in rest)):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
+        top.error(f"unrecognized arguments: {' '.join(rest)}. {_without_dashes(rest, options)}".rstrip(" ."))
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options

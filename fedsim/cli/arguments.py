@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fedsim.validate import did_you_mean
 
 if TYPE_CHECKING:  # OmegaConf takes a moment to import: only where a command needs it
     from fedsim.config import Config
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors end with the nearest right word, and with where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and end the process with exit code 2."""
+        found = re.match(r"argument \S+: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        near = did_you_mean(found[1], re.findall(r"'(.*?)'", found[2])) if found else ""
+        super().error(f"{message}. {f'{near} ' if near else ''}`{self.prog} --help` says more.")
 
 
 def command(
@@ -29,7 +42,7 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the configuration and its overrides."""
     parser.add_argument("config", help="YAML file, or a name under configs/ such as quickstart")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example privacy.target_epsilon=1"
+        "overrides", nargs="*", default=[], metavar="key=value", help="for example privacy.target_epsilon=1"
     )
 
 

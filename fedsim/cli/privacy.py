@@ -119,6 +119,11 @@ def _mechanism(options: argparse.Namespace) -> tuple[float, int, float]:
     for size, name in ((options.population, "--population"), (options.batch, "--batch")):
         if size is not None:
             validate.positive(size, name)
+    if options.sampling_rate is None and options.batch > options.population:
+        raise InputError(
+            f"--batch must be at most --population, {options.population:g}, got {options.batch:g}. It is the "
+            "expected number of examples in a step; all of them are a full batch."
+        )
     delta = 1e-5 if options.delta is None else options.delta
     validate.in_range(delta, 1e-300, 0.5, "--delta")
     if options.sampling_rate is not None:

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim import merging, seeds
+from fedsim import given, merging, seeds
 from fedsim.config import DataConfig
 from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, Splits
@@ -172,7 +172,12 @@ def _file(data: ArrayDataset, config: DataConfig, rows: Rows) -> FeatureFile:
 def _first(left: int, n: int | None, setting: str, config: DataConfig) -> int:
     if n is not None and n > left:
         raise InputError(
-            f"{setting} must be at most {left}, the examples {config.name} has left, got {n}. "
+            f"{setting} must be at most {left}, the examples {_called(config)} left, got {n}. "
             "Lower it, or leave it out to use them all."
         )
     return left if n is None else n
+
+
+def _called(config: DataConfig) -> str:
+    """What a message calls the data: by name, but for what was handed in, whose name is a digest."""
+    return "the data handed in have" if given.is_given(config.name) else f"{config.name} has"

@@ -119,14 +119,26 @@ def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:
         raise InputError(
             f"{where} must be a pair of arrays (inputs, targets), or a data set with a length whose items "
             f"are (input, target), got {type(given).__name__}, which fails by {type(error).__name__}: "
-            f"{error}."
+            f"{error}.{_dataset_of(given)}"
         ) from error
-    if not items or any(not isinstance(item, tuple | list) or len(item) != 2 for item in items):
-        form = f"{len(items)} items" if not items else "items of another form"
-        raise InputError(f"{where} must have items (input, target), got {form}.")
+    if not items:
+        raise InputError(f"{where} must have items (input, target), got none.")
+    for index, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            size = f" of {len(item)}" if isinstance(item, tuple | list | dict) else ""
+            raise InputError(
+                f"{where} must have items (input, target), or be a pair of arrays (inputs, targets), got "
+                f"{type(item).__name__}{size} as item {index}. Let its __getitem__ return the two, or give "
+                "(numpy.array(inputs), numpy.array(targets))."
+            )
     found = [_channels_last(_array(item[0]), isinstance(item[0], torch.Tensor), 3) for item in items]
     wanted = [_array(item[1]) for item in items]
     return _stacked(where, "inputs", found), _stacked(where, "targets", wanted)
+
+
+def _dataset_of(given: Any) -> str:
+    """What to give in place of a loader."""
+    return " Give the data set that it loads from." if hasattr(given, "dataset") else ""
 
 
 def _numbers(where: str, words: NDArray[Any], declared: Targets) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,14 @@ def read(path: Path, wanted: Sequence[str]) -> Columns:
 def _check_names(path: Path, wanted: Sequence[str], there: Collection[str]) -> None:
     for name in wanted:
         if name not in there:
-            raise InputError(f"{path} has no column {name!r}. {validate.did_you_mean(name, there)}".rstrip())
+            raise InputError(f"{path} has no column {name!r}. {_columns(name, there, path)}")
+
+
+def _columns(name: str, there: Collection[str], path: Path) -> str:
+    """The column that was meant, or those there are; one name with blanks in it says how cells are parted."""
+    if len(there) == 1 and path.suffix == ".csv" and (parted := re.search(r"[;\t|]", next(iter(there)))):
+        return f"Its first line is {next(iter(there))!r}: part cells by commas, not by {parted[0]!r}."
+    return validate.did_you_mean(name, there) or f"It has {', '.join(map(repr, list(there)[:12]))}."
 
 
 def _csv(path: Path) -> Columns:
@@ -123,13 +131,21 @@ def classes(cells: Sequence[Any], words: Sequence[str], where: str) -> tuple[NDA
     Raises:
         PrivateInputError: a cell is no declared class.
     """
+    if any(isinstance(word, bool) for word in words):
+        raise InputError(
+            f"{where}: classes must be words, got {list(words)}: YAML reads yes, no, true and false as truth "
+            "values. Put them in quotes."
+        )
     places = {str(word): index for index, word in enumerate(words)}
     if len(places) != len(words):
         raise InputError(f"{where}: classes must be different words, got {list(words)}.")
     found = [places.get(str(cell)) for cell in cells]
     if None in found:
         expected = f"{where} must be one of the declared classes {', '.join(places)}"
-        raise PrivateInputError(f"{expected}, got {cells[found.index(None)]!r}.", f"{expected}.")
+        remedy = "Declare all there can be, written as they are there."
+        raise PrivateInputError(
+            f"{expected}, got {cells[found.index(None)]!r}. {remedy}", f"{expected}. {remedy}"
+        )
     return np.array(found, dtype=np.int64), Targets("class", len(words), tuple(places))
 
 

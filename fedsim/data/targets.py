@@ -72,11 +72,25 @@ class Targets:
             wanted = "numbers" if self.kind == "values" else "integers"
             raise InputError(
                 f"{where}: targets must be {wanted} of shape {_shown(shape)}, got {values.dtype} of shape "
-                f"{values.shape}."
+                f"{values.shape}. {self._remedy(values, examples)}"
             )
         if values.dtype.kind == "u" and values.size and int(values.max()) > np.iinfo(np.int64).max:
             raise InputError(f"{where}: targets must be integers below 2**63, got {values.dtype} above.")
         return _read_only(self._declared(values, where, as_they_are and self.kind == "class"))
+
+    @property
+    def said(self) -> str:
+        """How many of what were declared, in words."""
+        word = "class" if self.kind == "class" else self.kind.removesuffix("s")
+        return f"{self.size} {word}" if self.size == 1 else f"{self.size} {word}{'e' * (word == 'class')}s"
+
+    def _remedy(self, values: NDArray[Any], examples: int) -> str:
+        """What to do about targets of another form, as far as they show what they are."""
+        if self.kind == "class" and values.shape == (examples, self.size):
+            return "Of one-hot rows take argmax(1); where several labels can hold at once, declare labels."
+        if self.kind in ("class", "labels") and values.dtype.kind == "f":
+            return "Convert them by astype(int64); numbers to predict are declared by values."
+        return "Bring them to that form, or declare what they are: classes, labels, values or tokens."
 
     def _declared(self, values: NDArray[Any], where: str, as_they_are: bool) -> NDArray[Any]:
         if self.kind == "values":

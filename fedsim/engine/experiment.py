@@ -78,6 +78,7 @@ def prepare(config: Config) -> Experiment:
     model = build_model(config, splits.train, task, config.seed)
     if references.is_reference(config.model.name):
         _check_fits(model, splits.train, task)
+        trials.apart(model, splits.train, task)
         _check_kept(model, build_model(config, splits.train, task, config.seed ^ 1), config.model.name)
     trials.check(config, method.at.clip, splits.train, task, model)  # also groups that do not fit the model
     outputs = task.outputs(splits.train.declared)
@@ -184,7 +185,7 @@ def _check_fits(model: nn.Module, train: examples.ArrayDataset, task: Task) -> N
     targets = examples.wanted(train.blank_targets(1), dtype)
     shape, width = tuple(blank.shape), task.outputs(train.declared)
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             outputs = call(copy.deepcopy(model), task.shown(blank, targets))
     except Exception as error:
         raise InputError(
@@ -194,9 +195,13 @@ def _check_fits(model: nn.Module, train: examples.ArrayDataset, task: Task) -> N
     found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
     if not isinstance(outputs, torch.Tensor) or outputs.shape[0] != 1 or outputs.shape[-1] != width:
         raise InputError(
-            f"model must give {width} outputs an example, as the task has for {train.declared.size} "
-            f"{train.declared.kind}, shape (1, ..., {width}) for one, got {found}. Change its last layer, or "
-            "what the data declare."
+            f"model must give {width} outputs an example, as the task has for {train.declared.said}, shape "
+            f"(1, ..., {width}) for one, got {found}. Change its last layer, or what the data declare."
+        )
+    if not outputs.requires_grad:
+        raise InputError(
+            "model must compute its outputs from its trainable parameters, but no gradient leads from them. "
+            "Leave out detach(), numpy() and no_grad() in its forward pass."
         )
 
 

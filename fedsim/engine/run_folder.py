@@ -60,14 +60,14 @@ class RunFolder:
         Raises:
             InputError: says what the folder holds and how to go on.
         """
+        if os.path.isfile(self.root):
+            raise InputError(f"--out must be a folder, got the file {self.root}. Choose another --out.")
         if not os.path.isfile(self.result):  # a finished run writes nothing more
             remedy = "Choose another --out, or change its permissions or its disk"
             places.writable(self.root, "--out", remedy)
         if not self.config.exists():
             if self.root.is_dir() and any(self.ledger.parent.glob("*.jsonl")):
                 raise InputError(f"{self.root} holds run files but no config.yaml. Choose another --out.")
-            if self.root.exists() and not self.root.is_dir():
-                raise InputError(f"--out must be a folder, got the file {self.root}.")
             return
         held = loading.load(self.config)
         if held.digest() != config.digest():

@@ -21,6 +21,7 @@ from fedsim.clipping.base import ClipRule
 from fedsim.config import Config, OptimizerConfig
 from fedsim.data import examples
 from fedsim.data.examples import ArrayDataset
+from fedsim.grads import batch, independence
 from fedsim.grads.batch import call
 from fedsim.grads.flat import get_flat, spec, trainable_names
 from fedsim.merging import Choice
@@ -117,6 +118,28 @@ def ahead(task: Task, model: nn.Module, shown: Mapping[str, Tensor]) -> None:
                 )
 
 
+def apart(model: nn.Module, train: ArrayDataset, task: Task) -> None:
+    """Refuse a model in which made-up examples meet, or that is random.
+
+    `fedsim.grads.independence` looks again at the examples of the run."""
+    dtype = get_flat(model).dtype
+    blank, some = train.blank(independence.EXAMPLES), seeds.generator(seeds.derive(0, "trial of a model"))
+    if blank.dtype.kind == "f":
+        made = some.standard_normal(blank.shape).astype(blank.dtype)
+    else:
+        made = some.integers(0, train.vocabulary or 256, blank.shape).astype(blank.dtype)
+    inputs = examples.normalise(made, train, dtype)
+    targets = examples.wanted(train.blank_targets(independence.EXAMPLES), dtype)
+    problem = independence.problem(
+        copy.deepcopy(model),
+        batch.each(lambda array: array[:, None], task.shown(inputs, targets)),
+        targets,
+        task.loss,
+    )
+    if problem:
+        raise InputError(problem)
+
+
 def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
     """Refuse a task or metrics that fail on made-up outputs and blank targets, or give another shape."""
     name = type(task).__name__
@@ -125,8 +148,14 @@ def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
         said = call(copy.deepcopy(model), shown)
     outputs = torch.randn(said.shape, generator=seeds.torch_stream(0, "trial of a task"), dtype=said.dtype)
     with _named(f"loss of task {name}"):
-        both, alone = task.loss(outputs, targets), task.loss(outputs[:1], targets[:1])
+        own = outputs.clone().requires_grad_()
+        both, alone = task.loss(own, targets), task.loss(outputs[:1], targets[:1])
     _one_each(both, "loss", name)
+    if not both.requires_grad:
+        raise InputError(
+            f"loss of task {name} must be computed from the outputs by torch, but no gradient leads to them. "
+            "Leave out detach(), numpy() and item()."
+        )
     if not torch.allclose(both[:1], alone, rtol=1e-4, atol=1e-6, equal_nan=True):
         raise InputError(
             f"loss of task {name} must be of one example alone, but changes when another is beside it. Leave "
@@ -205,8 +234,8 @@ def _one_each(values: object, what: str, task: str) -> None:
     if not isinstance(values, Tensor) or values.shape != (2,):
         said = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(
-            f"{what} of task {task} must be one number an example, shape (2,) for two, got {said}. Average "
-            "over the other axes."
+            f"{what} of task {task} must be one number an example, a tensor of shape (2,) for two, got "
+            f"{said}. Average over the other axes, not over examples (reduction='none')."
         )
 
 

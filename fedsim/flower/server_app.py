@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,24 @@ from fedsim.flower import deployment
 from fedsim.flower.transport import GridTransport
 from fedsim.headline import Metric
 from fedsim.models import weights
-from fedsim.validate import InputError, RunError
+from fedsim.validate import FedsimError, InputError, RunError
 
 app = ServerApp()
+
+
+class _WithoutWay(logging.Filter):
+    """Of an error that fedsim raises on purpose, Flower's log gets the message and not the way to it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, FedsimError):
+            kind = type(error)
+            record.msg = f"{record.getMessage()}\n{kind.__module__}.{kind.__qualname__}: {error}"
+            record.args, record.exc_info = (), None
+        return True
+
+
+logging.getLogger("flwr").addFilter(_WithoutWay())
 
 
 @app.main()

@@ -51,7 +51,8 @@ class GridTransport:
         while len(ids := sorted(self._grid.get_node_ids())) < self._nodes:
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"expected {self._nodes} nodes, {len(ids)} came within {CONNECT_SECONDS:.0f} s."
+                    f"expected {self._nodes} nodes, {len(ids)} came within {CONNECT_SECONDS:.0f} s. Start as "
+                    f"many as federation.nodes: num-supernodes={self._nodes} of `flwr run`."
                 )
             time.sleep(0.1)
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in ids]

@@ -70,9 +70,9 @@ def check(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss) -> None:
     if not examples or not _due(model, inputs, targets, loss, min(examples, EXAMPLES)):
         return
     few = batch.take(inputs, slice(EXAMPLES)), batch.take(targets, slice(EXAMPLES))
-    problem = _problem(model, *few, loss)
-    if problem:
-        raise InputError(problem)
+    seen = problem(model, *few, loss)
+    if seen:
+        raise InputError(seen)
 
 
 def _due(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, examples: int) -> bool:
@@ -84,8 +84,12 @@ def _due(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss, examples: 
     return number & (number - 1) == 0
 
 
-def _problem(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss) -> str:
-    """What is wrong with the model, for a message; "" if nothing was seen."""
+def problem(model: nn.Module, inputs: Batch, targets: Batch, loss: Loss) -> str:
+    """Return what is wrong with the model on a few examples, for a message; "" if nothing was seen.
+
+    Args:
+        inputs, targets: as of `check`.
+    """
     runs = _Runs.of(model, inputs, targets, loss)
     if runs is None:
         return ""

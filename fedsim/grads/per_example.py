@@ -20,6 +20,7 @@ from fedsim.grads.clip import overall
 from fedsim.grads.flat import trainable_names, trainable_parameters
 from fedsim.grads.microbatch import Answer, Engine, Loss, slices
 from fedsim.types import ClippedSum
+from fedsim.validate import InputError
 
 
 def _bookkeeping(*arguments: Any, **named: Any) -> Answer:
@@ -107,6 +108,11 @@ def clipped_gradient_sum(
             is seen to mix examples or to be random (`fedsim.grads.independence`).
     """
     options = Options() if options is None else options
+    if not isinstance(clip, ClipRule):
+        raise InputError(
+            f"clip must be a clip rule, such as fedsim.clipping.flat.FlatClip(1.0), got "
+            f"{type(clip).__name__}."
+        )
     examples, views = batch.sizes(inputs, targets)
     validate.positive(physical_batch_size, "engine.physical_batch_size")
     parameters = list(trainable_parameters(model).values())

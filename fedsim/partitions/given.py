@@ -60,7 +60,7 @@ class File(Scheme):
         if held.shape != (material.examples,):
             raise InputError(
                 f"{setting} must name a holder for each of {material.examples} training examples, got "
-                f"{held.size} in {path}."
+                f"{held.size} in {path}. Write one for every example, in their order."
             )
         return numbered(held, holders, "file", f"the number of holders in {path}")
 
@@ -82,7 +82,7 @@ class Owners(Scheme):
         if len(self.holder_of) != material.examples:
             raise InputError(
                 f"partition must name a holder for each of {material.examples} training examples, got "
-                f"{len(self.holder_of)}."
+                f"{len(self.holder_of)}. Give one for every example, in their order."
             )
         return numbered(self.holder_of, holders, "as handed in", "the number of different holders")
 

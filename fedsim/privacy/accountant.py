@@ -201,7 +201,9 @@ def named(accountant: str) -> Accountant:
     made = references.called(found, {}, {}, accountant) if isinstance(found, type) else found
     if not isinstance(made, Accountant):
         raise InputError(
-            f"privacy.accountant must name a fedsim.accountants.Accountant, but {accountant} is {found!r}."
+            f"privacy.accountant must name a fedsim.accountants.Accountant, but {accountant} is "
+            f"{getattr(found, '__qualname__', type(found).__name__)}, which is none. Derive its class from "
+            "that one (docs/extend.md), or choose by name: `fedsim list privacy.accountant`."
         )
     return made
 

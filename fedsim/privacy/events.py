@@ -190,8 +190,8 @@ def composed(event: dp.DpEvent, steps: int) -> dp.DpEvent:
     Raises:
         InputError: fewer than one step.
     """
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}.")
+    if steps < 1 or steps != int(steps):
+        raise InputError(f"steps must be a whole number, at least 1, got {steps}.")
     return event if steps == 1 else dp.SelfComposedDpEvent(event, int(steps))
 
 
@@ -355,7 +355,10 @@ def _collect(event: dp.DpEvent, count: int, counts: Counter[_Kind]) -> None:
 
 def _check_rate(rate: float) -> None:
     if not 0.0 < rate <= 1.0:
-        raise InputError(f"sampling rate must be above 0 and at most 1, got {rate!r}.")
+        raise InputError(
+            f"sampling rate must be above 0 and at most 1, got {rate!r}. It is the expected batch size "
+            "over the number of examples."
+        )
 
 
 def _unknown(name: str) -> InputError:

@@ -41,6 +41,11 @@ def read(path: str | Path) -> LedgerView:
     """
     try:
         content = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} must be a ledger or the folder of a run, which has a ledger.jsonl, and is not there. "
+            "Name what --out named; without it, a folder below runs/."
+        ) from error
     except OSError as error:
         raise InputError(f"{path}: expected a readable ledger. {error}") from error
     return _parse(Path(path), content)[0]

@@ -98,7 +98,7 @@ def load(source: str | Path, *, untuned: bool = False) -> Comparison:
         raise InputError(f"{path}: a comparison needs recipe, variants and seeds.")
     for name, values in (("seeds", comparison_.seeds), ("epsilons", comparison_.epsilons)):
         if len(set(values)) != len(values):
-            raise InputError(f"{path}: {name} must be different numbers, got {values}.")
+            raise InputError(f"{path}: {name} must be different numbers, one run each, got {values}.")
     for name in (comparison_.title, *comparison_.variants):
         if _MARKUP.search(name):
             raise InputError(

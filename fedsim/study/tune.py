@@ -119,7 +119,9 @@ def load(source: str | Path) -> Tuning:
     for name in ("trials", "holdout_examples"):
         validate.positive(getattr(found, name), f"{path}: {name}")
     if not found.seeds or len(set(found.seeds)) != len(found.seeds):
-        raise InputError(f"{path}: seeds must be different numbers, at least one, got {found.seeds}.")
+        raise InputError(
+            f"{path}: seeds must be different numbers, one run each, at least one, got {found.seeds}."
+        )
     if not found.space and not found.spaces:
         raise InputError(f"{path}: a tuning file needs a space: settings with a list or a range of values.")
     held = Comparison(variants={Path(str(found.recipe)).stem: []})

@@ -218,7 +218,8 @@ class Task(ABC):
         if declared.kind != self.kind:
             raise InputError(
                 f"task {type(self).__name__} must have targets of kind {self.kind!r}, but the data has "
-                f"{declared.kind!r}. Choose the task that goes with them, or other data."
+                f"{declared.kind!r}. Choose the task that goes with them{_of_kind(declared.kind)}, or "
+                "declare the targets as what they are."
             )
         self.chosen  # noqa: B018 - a headline that is no metric is refused here
 
@@ -254,7 +255,10 @@ class Task(ABC):
         metrics = {metric.name: metric for metric in self.all_metrics}
         if not self.headline:
             return next(iter(metrics.values()))
-        validate.one_of(self.headline, metrics, "task.options.headline")
+        try:
+            validate.one_of(self.headline, metrics, "task.options.headline")
+        except InputError as error:
+            raise InputError(f"{error} Add one of your own under task.options.metrics.") from None
         return metrics[self.headline]
 
     def all_measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -301,3 +305,11 @@ def _of_user(given: Any) -> tuple[Metric, Any]:
 def finite_rows(outputs: Tensor) -> Tensor:
     """Return which examples (n,) have finite outputs only: others count as wrong."""
     return torch.isfinite(outputs).flatten(1).all(1)
+
+
+def _of_kind(kind: str) -> str:
+    """The tasks of ours that are about targets of a kind, as part of a sentence."""
+    from fedsim.tasks import TASKS
+
+    names = [name for name, task in TASKS.own().items() if task.kind == kind]
+    return f" (task.name={' or '.join(names)})" if names else ""

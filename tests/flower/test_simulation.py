@@ -83,22 +83,32 @@ def private_flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     _end_all(0, mark)
 
 
-def test_plain_flwr_run_with_overrides(tmp_path: Path, private_flower: dict[str, str]) -> None:
+def test_plain_flwr_run_with_overrides_and_with_a_mistake(
+    tmp_path: Path, private_flower: dict[str, str]
+) -> None:
     neutral = tmp_path / "cwd"
     neutral.mkdir()
     out = tmp_path / "out"
+
+    def flwr_run(settings: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["flwr", "run", str(ROOT), "--stream", "--run-config", settings],
+            env=private_flower,
+            cwd=neutral,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    said = flwr_run("config='quikstart'").stdout
+    assert "got 'quikstart'. Did you mean 'quickstart'?" in said
+    assert "Traceback" not in said
+
     overrides = "train.steps=3 privacy.target_epsilon=4 monitor.tensorboard=false"
-    settings = f"config='smoke/central_dpsgd' overrides='{overrides}' out='{out}'"
-    done = subprocess.run(
-        ["flwr", "run", str(ROOT), "--stream", "--run-config", settings],
-        env=private_flower,
-        cwd=neutral,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = flwr_run(f"config='smoke/central_dpsgd' overrides='{overrides}' out='{out}'")
     result = json.loads((out / "result.json").read_text())
     assert result["steps"] == 3
     assert result["epsilon"]["example"]["value"] == pytest.approx(4.0, rel=1e-3)

@@ -78,15 +78,29 @@ def test_circle_of_extends_is_refused(tmp_path: Path) -> None:
         loading.load(a)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: ["])
-def test_unreadable_files_are_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="YAML mapping"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold settings by name, such as title: mine, got a list"),
+        ("a: [", "readable YAML file of settings by name, but: .*Mend that line"),
+        ("train:\n\tsteps: 5\n", "character .* that cannot start any token, in line 2"),
+        ("train: {steps: 5}\ntrain: {steps: 6}\n", "duplicate key train, in line 2"),
+        ("train: 3\n", r"'train' must hold settings by name, such as \{steps: ...\}, got 3"),
+        ("extends: quikstart\n", r"c.yaml: extends: .*got 'quikstart'\. Did you mean 'quickstart'"),
+    ],
+)
+def test_unreadable_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
         loading.load(write(tmp_path / "c.yaml", text))
 
 
 def test_unknown_name_lists_the_nearest() -> None:
     with pytest.raises(InputError, match="quickstart"):
         loading.load("quickstrat")
+    with pytest.raises(InputError, match=r"There are base, quickstart, compare/\.\.\., .*tuned/\.\.\.\.$"):
+        loading.load("zzz")
+    with pytest.raises(InputError, match=r"name of a configuration, a path, .* got NoneType"):
+        loading.loaded(None, {})  # type: ignore[arg-type]
 
 
 # --- paths ----------------------------------------------------------------------------------------------

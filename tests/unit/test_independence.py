@@ -95,7 +95,7 @@ def test_what_a_zero_head_hides_is_seen_at_a_later_call() -> None:
 def test_calls_one_two_four_eight_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     call = 0
-    monkeypatch.setattr(independence, "_problem", lambda *_: looked.append(call) or "")
+    monkeypatch.setattr(independence, "problem", lambda *_: looked.append(call) or "")
     model, others = nn.Linear(5, 4), nn.Linear(5, 4)
     for call in range(1, 20):  # noqa: B007 - read by the function above
         independence.check(model, *data(), cross_entropy)

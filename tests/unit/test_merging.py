@@ -153,7 +153,21 @@ def test_options_change_the_digest() -> None:
         ("federation.partition.nam=iid", "Did you mean 'federation.partition.name'"),
         ("federation.partition.option=3", "federation.partition.options"),
         ("task.optoins.top_k=3", "unknown key 'task.optoins.top_k'"),
-        ("federation.partition.options=3", "wrong value for 'federation.partition.options'"),
+        (
+            "federation.partition.options=3",
+            "'federation.partition.options' must hold settings by name.* got 3",
+        ),
+        (
+            "federation.partition=[iid]",
+            r"'federation.partition.name' must be one word or text, got \['iid'\]",
+        ),
+        ("train.steps=1e3", "'train.steps' must be a whole number, such as 100, got 1000.0"),
+        ("optimizer.learning_rate=0,5", "'optimizer.learning_rate' must be a number, .*, got '0,5'"),
+        ("monitor.tensorboard=maybe", "'monitor.tensorboard' must be true or false, got 'maybe'"),
+        ("train.augmentations=flip", r"'train.augmentations' must be a list, such as \[a, b\], got 'flip'"),
+        ("train=5", r"'train' must hold settings by name, such as \{steps: ...\}, got 5"),
+        ("train.augmentations=[flip", r"got 'train.augmentations=\[flip': expected ',' or '\]'.* Close its"),
+        ("train.steps", "must look like key.path=value, got 'train.steps'. Leave no blanks around ="),
         ("federation.partition=null", "federation.partition"),
     ],
 )

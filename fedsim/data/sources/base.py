@@ -54,6 +54,11 @@ def adapted(made: Any) -> Source | None:
     return None
 
 
+def _declare(where: str) -> str:
+    """How to declare classes, from Python or in a configuration."""
+    return "Give classes=10, for example." if "." in where else "Set data.options.classes, for example."
+
+
 def declared_one(where: str, **given: int | None) -> Targets:
     """Return the targets that exactly one of several options declares.
 
@@ -71,7 +76,7 @@ def declared_one(where: str, **given: int | None) -> Targets:
         raise InputError(
             f"{where} must declare its targets by one of {', '.join(given)}, got {found}: classes there can "
             "be, labels an example can have, values it has, or tokens there are. What the targets hold is "
-            f"private, and the model's shape is not. Set data.options.{next(iter(given))}, for example."
+            f"private, and the model's shape is not. {_declare(where)}"
         )
     ((name, size),) = said.items()
     return Targets(kinds[name], size)

@@ -114,7 +114,7 @@ class _Torchvision(Source):
         except Exception as error:  # torchvision says what is wrong with a file in a dozen ways
             raise InputError(
                 f"{name}: expected {self.layout} under data.root, got {root}: "
-                f"{str(error) or type(error).__name__}. {self.remedy}, "
+                f"{(str(error) or type(error).__name__).partition('. You can use')[0]}. {self.remedy}, "
                 "or set data.root (or FEDSIM_DATA) to the folder that has it."
             ) from error
 

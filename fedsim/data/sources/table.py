@@ -58,7 +58,10 @@ class Table(Source):
             if not isinstance(given, list) or not given or len(set(map(str, given))) != len(given):
                 raise InputError(f"data.options.words.{name} must list different words, got {given!r}.")
         if not self.numbers and not self.words:
-            raise InputError("table must declare its columns: data.options.numbers or words, got none.")
+            raise InputError(
+                "table must declare its columns, got none. Set data.options.numbers to their ranges, such as "
+                "{age: [18, 95]}, or data.options.words to their words, such as {ward: [eyes, heart]}."
+            )
         if not self.targets:
             raise InputError("data.options.target must name the column to predict, got none.")
         if self.classes and (self.labels or len(self.targets) > 1):
