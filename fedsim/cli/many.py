@@ -114,12 +114,13 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def runner_of(backend: str) -> Runner:
-    """Return what trains one configuration into a folder, or goes on there."""
+def runner_of(backend: str, *, searching: bool = False) -> Runner:
+    """Return what trains one configuration into a folder, or goes on there; `searching`: trials of a private
+    search."""
     from fedsim import api
 
     def runner(config: Config, folder: RunFolder) -> dict[str, Any]:
-        return api.run(config, folder, backend, resume=True, progress=False)
+        return api.run(config, folder, backend, resume=True, progress=False, searching=searching)
 
     return runner
 

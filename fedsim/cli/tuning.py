@@ -92,7 +92,7 @@ def _private(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str
     from fedsim.study import private_tune
 
     found = private_tune.run(
-        tuning, options.overrides, out, runner_of("local"), sys.stderr, keep=options.keep
+        tuning, options.overrides, out, runner_of("local", searching=True), sys.stderr, keep=options.keep
     )
     if not options.json:
         if found.folder is None:

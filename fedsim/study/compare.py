@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from fedsim import loading, validate
+from fedsim import loading, rules, validate
 from fedsim.config import Config
 from fedsim.engine import opening
 from fedsim.engine.experiment import prepare
@@ -207,9 +207,11 @@ def run(
 
 
 def finish(
-    planned: Sequence[Planned], out: Path, runner: Runner, log: TextIO
+    planned: Sequence[Planned], out: Path, runner: Runner, log: TextIO, *, searching: bool = False
 ) -> Iterator[tuple[Planned, RunFolder, dict[str, Any]]]:
     """Check all cells, then run those that are not finished under `out`/runs and yield every result.
+
+    `searching`: they are the trials of a private search.
 
     Raises:
         InputError: a cell's configuration or folder is wrong; names the variant, before the first run starts.
@@ -223,6 +225,8 @@ def finish(
         folder = RunFolder(out / "runs" / cell.folder)
         folder.check(cell.config, resume=True)
         try:
+            if not searching and not folder.result.exists():
+                rules.refuse_outside_search(cell.config)
             opening.check_unchanged(prepare(cell.config), folder)
         except InputError as error:
             raise InputError(f"variant '{cell.variant}': {error}") from error

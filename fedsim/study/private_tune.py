@@ -85,7 +85,8 @@ def run(
         tuning: what to search; of one variant at one budget, with one seed.
         overrides: "key=value" strings for all trials, applied last.
         out: folder of the search.
-        runner: trains one configuration into a folder and returns its result.
+        runner: trains one configuration into a folder and returns its result; made for a search, as other
+            runs are refused such configurations.
         log: where progress goes. It tells how many trials there are, so it is for the data's owner alone.
         keep: leave the trials, and what must stay hidden, where they are: to study a simulation.
 
@@ -123,7 +124,9 @@ def run(
     _checked([*corners[:1], *planned])
     std = score_std(first)
     best: tuple[float, Sequence[str], RunFolder] | None = None
-    finished = compare.finish([cell for _, cell in planned], out, forgiving(runner), log)
+    finished = compare.finish(
+        [cell for _, cell in planned], out, forgiving(runner), log, searching=True
+    )
     for i, ((settings, _), (_, folder, result)) in enumerate(zip(planned, finished, strict=True)):
         score = noisy_score(result, tuning.holdout_examples, std, seeds.derive(root, "score", i))
         if score > (-math.inf if best is None else best[0]):

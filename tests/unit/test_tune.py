@@ -417,3 +417,38 @@ def test_the_score_costs_at_no_order_more_than_training() -> None:
     keys = [bytes([i % 256, i // 256]) * 16 for i in range(4000)]
     drawn = np.array([private_tune.noisy_score(result, 100, std, key) for key in keys])
     assert stats.kstest((100 * drawn - 50) / std, "norm").pvalue > 1e-4
+
+
+def test_a_winner_is_not_trained_again_under_the_epsilon_of_its_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor anything else whose configuration says that a search is counted."""
+    out, again = tmp_path / "out", str(tmp_path / "again")
+    assert private(written(tmp_path, **PRIVATE), out) == 0
+    winner = str(out / "winner" / "config.yaml")
+    by_hand = ["base", *SMALL, "tuning.mode=private", "tuning.trials=10"]
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"recipe": "base", "overrides": by_hand[1:], "variants": {"a": []}})
+    )
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for words in (
+        ["run", winner, "--out", again],
+        ["run", winner, "--out", again, "--backend", "simulation"],
+        ["run", *by_hand, "--out", again],
+        ["verify", winner, "--out", again],
+        ["repeat", winner, "--seeds", "0", "--out", again],
+        ["compare", "c.yaml", "--out", again],
+        ["check", winner],
+        ["tune", str(written(tmp_path, overrides=[*GIVEN, *by_hand[-2:]])), "--out", again],
+    ):
+        assert command(words) == 2, words
+        said = capsys.readouterr().err
+        assert "release of its own" in said, words
+        assert "Set tuning.mode=free" in said, words
+        assert not Path(again).exists(), words
+    assert command(["run", winner, "--out", str(out / "winner"), "--resume"]) == 0, "it is returned as it is"
+    for words in (["epsilon", str(out / "winner")], ["export", str(out / "winner"), "--out", "model.pt2"]):
+        assert command(words) == 0, words
+    assert command(["run", winner, "--out", again, "tuning.mode=free", "train.steps=2"]) == 0
+    assert "epsilon does not count that" in json.loads((Path(again) / "result.json").read_text())["tuning"]
