@@ -109,6 +109,8 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
         for unit, spent in result["epsilon"].items():
             print(f"epsilon ({unit}): {show.spent(spent)}")
         print(f"evaluated on {result['evaluated_on']}")
+        if result["tuning"]:
+            print(f"tuning: {result['tuning']}")
         if options.results is not None:
             print(f"Results: {options.results}")
     return result

@@ -19,17 +19,17 @@ def write(cells: Sequence[Cell], about: About, out: Path) -> None:
     """Write table.md, table.csv, cells.json and report.html into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     rows = table(cells)
-    (out / "table.md").write_text(_markdown(cells, rows), encoding="utf-8")
+    (out / "table.md").write_text(_markdown(cells, rows, about.chosen), encoding="utf-8")
     (out / "table.csv").write_text(_csv(rows), encoding="utf-8")
     (out / "cells.json").write_text(as_json(list(cells), indent=1) + "\n", encoding="utf-8")
     (out / "report.html").write_text(page(cells, about), encoding="utf-8")
 
 
-def _markdown(cells: Sequence[Cell], rows: Sequence[dict[str, str]]) -> str:
+def _markdown(cells: Sequence[Cell], rows: Sequence[dict[str, str]], chosen: str) -> str:
     parts = [
         "\n".join(findings(cells)) + "\n",
         markers.table(RESULTS, [[row[c] for c in RESULTS] for row in rows]),
-        note(cells) + "\n",
+        f"{note(cells)} {chosen}".rstrip() + "\n",
         markers.table(COSTS, [list(row.values()) for row in costs(cells)]),
     ]
     return "\n".join(parts)

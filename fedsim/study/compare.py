@@ -197,13 +197,28 @@ def run(
     done: list[Cell] = []
     planned = cells(comparison_, overrides)
     given = [*comparison_.overrides, *overrides]
-    about = About(comparison_.title, Path(comparison_.recipe).stem, given, command, len(planned))
+    about = About(
+        comparison_.title,
+        Path(comparison_.recipe).stem,
+        given,
+        command,
+        len(planned),
+        _chosen(comparison_, planned),
+    )
     for cell, folder, result in finish(planned, out, runner, log):
         curve, held_out = _curve(folder, Metric.of(result)), bool(cell.config.data.holdout_examples)
         done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, curve, cell.settings, held_out))
         with validate.failures_as(RunError, f"the report in {out} was not written", "Repeat the command."):
             comparison.write(done, about, out)
     return done
+
+
+def _chosen(comparison_: Comparison, planned: Sequence[Planned]) -> str:
+    """What is to be known of the settings that a search chose for these cells."""
+    if comparison_.tuned is None:
+        return ""
+    held, asked = Tuned.read(Path(comparison_.tuned)), [(cell.variant, cell.epsilon) for cell in planned]
+    return f"{held.borrowed(asked)} {held.edges(asked)}".strip()
 
 
 def finish(
