@@ -3,17 +3,23 @@
     python -m benchmarks.compared trust_models --search
     python -m benchmarks.compared holders label_skew
     python -m benchmarks.compared                  # all of them
+    python -m benchmarks.compared sizes --set train.steps=3     # a try: into runs/results/
 
 Finished runs are kept, so the same command goes on where it stopped. --search chooses the settings anew
 before, where configs/tune/NAME.yaml says how (`fedsim tune`), and writes configs/tuned/NAME.yaml. Full
 Fashion-MNIST is fetched where a comparison needs it. What was measured is kept as results/NAME.json, with
 what a search cost.
+
+With --set, a comparison is another one than the pages show: its result, and the settings that a search chose
+for it, go to OUT/results/ (or where --results says), and results/, configs/tuned/ and pages stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,12 +88,13 @@ def collect(cells: Sequence[Cell], command: str, search: dict[str, Any] | None =
     }
 
 
-def searched(name: str, folder: Path) -> dict[str, Any]:
-    """Return what is kept of the search in `folder`: its command, commit, seconds, and every trial."""
+def searched(name: str, folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what is kept of the search in `folder`: its command, with the `overrides` of all trials, its
+    commit, its seconds, and every trial."""
     held = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
     parts = ("variant", "epsilon", "settings", "score")
     return {
-        "command": f"fedsim tune tune/{name}",
+        "command": _tune_command(name, overrides),
         **{key: held[key] for key in ("commit", "seconds", "holdout_examples", "epsilons")},
         "trials": [{part: trial[part] for part in parts} for trial in held["trials"]],
     }
@@ -98,9 +105,11 @@ def known_search(wanted: Comparison, before: Path) -> dict[str, Any] | None:
     if wanted.tuned is None or not before.is_file():
         return None
     search: dict[str, Any] | None = json.loads(before.read_text(encoding="utf-8"))["search"]
-    tried = [] if search is None else [(t["variant"], t["epsilon"], t["settings"]) for t in search["trials"]]
-    chosen = Tuned.read(Path(wanted.tuned)).chosen
-    return search if all((c.variant, c.epsilon, c.settings) in tried for c in chosen) else None
+    return search if Tuned.read(Path(wanted.tuned)).came_of(search["trials"] if search else []) else None
+
+
+def _tune_command(name: str, overrides: Sequence[str]) -> str:
+    return shlex.join(["fedsim", "tune", f"tune/{name}", *overrides])
 
 
 def make(name: str, overrides: Sequence[str], out: Path, *, search: bool, results: Path) -> Path:
@@ -111,38 +120,44 @@ def make(name: str, overrides: Sequence[str], out: Path, *, search: bool, result
         overrides: "key=value" strings for all runs.
         out: folder of all runs: compare/TITLE and tune/TITLE below it.
         search: choose the settings first.
-        results: folder of the result file.
+        results: folder of the result file, and of the settings that a search chose; where it is results/ and
+            nothing is overridden, they are written to configs/tuned/ instead.
 
     Raises:
         FedsimError: a run, its configuration or its data is missing or wrong.
     """
     stem = Path(name).stem
     source = name if Path(name).is_file() else f"compare/{name}"
-    path = results / f"{stem}.json"
-    kept = _search(stem, overrides, out / "tune") if search else None
-    wanted = compare.load(source)
+    path, known = results / f"{stem}.json", tables.RESULTS / f"{stem}.json"
+    wanted, kept = compare.load(source, untuned=search), None
+    if search:
+        published = results == tables.RESULTS and not overrides
+        tuned = CONFIG_DIR / "tuned" / f"{stem}.yaml" if published else results / f"{stem}.tuned.yaml"
+        kept = _search(stem, overrides, out / "tune", tuned)
+        wanted = dataclasses.replace(wanted, tuned=str(tuned))
     _fetch(wanted, overrides)
-    command = " ".join(["fedsim compare", source, *overrides])
+    command = shlex.join(["fedsim", "compare", source, *overrides])
     folder = out / "compare" / file_name(wanted.title, "comparison")
     cells = compare.run(wanted, list(overrides), folder, runner_of("local"), sys.stderr, command)
     if len(cells) != (runs := len(compare.cells(wanted, list(overrides)))):
         raise RunError(f"{runs - len(cells)} of {runs} runs diverged: see {folder / 'report.html'}.")
-    held = collect(cells, command, kept or known_search(wanted, path))
+    held = collect(cells, command, kept or known_search(wanted, path if path.is_file() else known))
     results.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     print(f"{path}: {len(held['rows'])} rows of {len(held['cells'])} runs, {held['seconds']:.0f} s")
     return path
 
 
-def _search(name: str, overrides: Sequence[str], out: Path) -> dict[str, Any]:
-    """Run what is missing of a search and take its settings up."""
+def _search(name: str, overrides: Sequence[str], out: Path, tuned: Path) -> dict[str, Any]:
+    """Run what is missing of a search and write the settings it chose to `tuned`."""
     wanted = tune.load(f"tune/{name}")
     folder = out / file_name(wanted.title, "search")
     tune.run(wanted, list(overrides), folder, runner_of("local"), sys.stderr)
     settings = (folder / "tuned.yaml").read_text(encoding="utf-8")
-    about = f"# Written by `fedsim tune tune/{name}`.\n"
-    (CONFIG_DIR / "tuned" / f"{name}.yaml").write_text(about + settings, encoding="utf-8")
-    return searched(name, folder)
+    tuned.parent.mkdir(parents=True, exist_ok=True)
+    about = f"# Written by `{_tune_command(name, overrides)}`.\n"
+    tuned.write_text(about + settings, encoding="utf-8")
+    return searched(name, folder, overrides)
 
 
 def _fetch(wanted: Comparison, overrides: Sequence[str]) -> None:
@@ -163,13 +178,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="for all runs")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="of the runs (default: runs)")
     parser.add_argument("--search", action="store_true", help="choose the settings anew")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="of result files; the pages follow results/ alone (default: results, with --set OUT/results)",
+    )
     options = parser.parse_args(arguments)
+    results = options.results or (options.out / "results" if options.set else tables.RESULTS)
+    if results.resolve() == tables.RESULTS.resolve():
+        results = tables.RESULTS
     try:
+        if options.set and results == tables.RESULTS:
+            raise InputError(
+                "--results must be another folder than results/ with --set, for pages show comparisons "
+                "as they are under configs/compare/. Leave --results out: it is then OUT/results."
+            )
         for name in options.names or names():
-            make(name, options.set, options.out, search=options.search, results=tables.RESULTS)
+            search = options.search and (CONFIG_DIR / "tune" / f"{Path(name).stem}.yaml").is_file()
+            if options.search and not search:
+                print(f"{name}: no configs/tune/{Path(name).stem}.yaml says how to search; settings stay.")
+            make(name, options.set, options.out, search=search, results=results)
     except FedsimError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    if results != tables.RESULTS:
+        print(f"README.md, docs/ and results/ stay as they are: this went to {results}.")
+        return 0
     return report.main([])
 
 

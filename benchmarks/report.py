@@ -13,7 +13,7 @@ import ast
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from benchmarks import by_seed, heads_table, mistakes, pictures, tables, tuning
 from benchmarks.tables import load
 from fedsim import presets
 from fedsim.config import CONFIG_DIR
-from fedsim.report.markers import missing, provenance, table, update
+from fedsim.report.markers import Parts, missing, provenance, table, update
 from fedsim.report.table import RESULTS
 from fedsim.strategies import STRATEGIES
-from fedsim.validate import FedsimError
+from fedsim.study import compare
+from fedsim.study.tuned import Tuned
+from fedsim.validate import FedsimError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +72,7 @@ def comparison(name: str, more: Sequence[str] = ()) -> str:
     columns = [*RESULTS, *more]
     said = "\n".join(f"* {sentence}" for sentence in held["findings"])
     rows = [[row[column] for column in columns] for row in held["rows"]]
-    return f"{said}\n\n{table(columns, rows)}\n{held['note']}\n{_search(held)}{provenance(held)}"
+    return f"{said}\n\n{table(columns, rows)}\n{held['note']}\n{_search(name, held)}{provenance(held)}"
 
 
 def matrix(name: str) -> str:
@@ -119,8 +121,8 @@ def odds() -> str:
     return table(titles, rows)
 
 
-def _search(held: dict[str, Any]) -> str:
-    """What the search for a comparison's settings cost; nothing where there was none."""
+def _search(name: str, held: dict[str, Any]) -> str:
+    """What the search for a comparison's settings cost, and what it chose at an edge; nothing without one."""
     search = held.get("search")
     if search is None and "Tuned:" not in held["note"]:
         return (
@@ -131,12 +133,25 @@ def _search(held: dict[str, Any]) -> str:
         return ""
     rows = len({(trial["variant"], trial["epsilon"]) for trial in search["trials"]})
     budgets = ", ".join(f"{epsilon:g}" for epsilon in search["epsilons"])
+    at, others = (f" at epsilon {budgets}", " Other budgets take the nearest.") if budgets else ("", "")
     cost = f"{len(search['trials'])} runs, {search['seconds'] / 60:.0f} minutes"
     return (
-        f"\nSettings: the best of {len(search['trials']) // rows} trials for every variant at epsilon "
-        f"{budgets}, by {search['holdout_examples']:,} held-out training examples (`{search['command']}`: "
-        f"{cost}). Other budgets take the nearest. Epsilon does not count the search.\n"
+        f"\nSettings: the best of {len(search['trials']) // rows} trials for every variant{at}, "
+        f"by {search['holdout_examples']:,} held-out training examples (`{search['command']}`: "
+        f"{cost}).{others} Epsilon does not count the search.{_edges(name, held)}\n"
     )
+
+
+def _edges(name: str, held: dict[str, Any]) -> str:
+    """What the search chose at the edge of its space, if the settings of today came from it."""
+    tuned = compare.load(f"compare/{name}").tuned
+    if tuned is None:
+        return ""
+    chosen = Tuned.read(Path(tuned))
+    if not chosen.came_of(held["search"]["trials"]):
+        return ""
+    said = chosen.edges((cell["variant"], cell["epsilon"]) for cell in held["cells"])
+    return said and f" {said}"
 
 
 def minutes() -> str:
@@ -150,7 +165,11 @@ def minutes() -> str:
             whole += runs + chosen
             command = f"`python -m benchmarks.compared {path.stem}`"
             rows.append([command, f"{len(held['cells'])}", f"{runs:.0f}", f"{chosen:.0f}" if search else "-"])
-    total = f"\nTogether {whole / 60:.1f} hours of one core; `python -m benchmarks.compared` makes all.\n"
+    total = (
+        "\nMinutes add up the seconds of the runs, each from its first step to its result; start-up, "
+        "fetching data and computing features ahead are not among them. "
+        f"Together {whole / 60:.1f} hours of one core; `python -m benchmarks.compared` makes all.\n"
+    )
     return table(["command", "runs", "minutes", "minutes of the search (`--search`)"], rows) + total
 
 
@@ -229,6 +248,25 @@ def _first_sentence(path: Path) -> str:
     return re.split(r"\.(?:\s|$)", " ".join(said.split()), maxsplit=1)[0]
 
 
+def _guarded(files: Mapping[str, Parts]) -> dict[str, Parts]:
+    """Return what makes the parts, where a result of another shape is an error that names the files read."""
+
+    def guarded(make: Callable[[], str]) -> Callable[[], str]:
+        def made() -> str:
+            with tables.reading() as read:
+                try:
+                    return make()
+                except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+                    raise InputError(
+                        f"{' or '.join(dict.fromkeys(map(str, read)))}: a result of another shape than its "
+                        f"table needs ({type(error).__name__}: {error}). Make it again, or move it away."
+                    ) from error
+
+        return made
+
+    return {name: {part: guarded(make) for part, make in parts.items()} for name, parts in files.items()}
+
+
 # Not compared by --check: their bytes depend on the version of matplotlib.
 PICTURES = {
     "docs/trust_models.svg": (["trust_models.json"], pictures.budgets),
@@ -246,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args(arguments).check
     try:
-        written = update(ROOT, PARTS, check=check)
+        written = update(ROOT, _guarded(PARTS), check=check)
         if not check:
             for name, (sources, draw) in PICTURES.items():
                 held = [found for source in sources if (found := load(source)) is not None]

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from fedsim.report.held import Held, loaded
 from fedsim.report.markers import missing, provenance, table
+from fedsim.validate import InputError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
+_read: ContextVar[list[Path]] = ContextVar("files that a part of a page has read")
+
+
+@contextmanager
+def reading() -> Iterator[list[Path]]:
+    """Within the block, the list that is yielded gets the path of every file that `load` is asked for."""
+    paths: list[Path] = []
+    token = _read.set(paths)
+    try:
+        yield paths
+    finally:
+        _read.reset(token)
+
+
 def load(name: str) -> Any:
-    """Content of a result file; None where there is none."""
+    """Content of a result file; None where there is none.
+
+    Raises:
+        InputError: it is no JSON, or no mapping; later, from what is returned, where a key is not there.
+    """
     path = RESULTS / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    _read.get([]).append(path)
+    held = loaded(path) if path.exists() else None
+    if not isinstance(held, Held | None):
+        raise InputError(
+            f"{path}: a result must be a JSON mapping, got a {type(held).__name__}. Make it again."
+        )
+    return held
 
 
 def gradients(name: str) -> str:

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/tuning"))
     options = parser.parse_args(arguments)
     tuning = tune.load(SEARCH)
-    train, budget = runner_of("local"), f"privacy.target_epsilon={options.epsilon}"
+    train, trial = runner_of("local"), runner_of("local", searching=True)
+    budget = f"privacy.target_epsilon={options.epsilon}"
     rows: list[Row] = []
 
     def trained(how: str, source: str | Path, more: Sequence[str], trials: int) -> None:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for seed in options.seeds:
         search = dataclasses.replace(tuning, trials=MEAN_TRIALS, seed=seed)
         out = options.out / "private" / str(seed)
-        found = private_tune.run(search, [budget], out, train, sys.stderr, keep=True)
+        found = private_tune.run(search, [budget], out, trial, sys.stderr, keep=True)
         if found.folder is not None:
             trials = len(list((out / "runs").iterdir()))
             result = json.loads((found.folder / "result.json").read_text())

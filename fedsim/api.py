@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from fedsim import given, loading, validate
+from fedsim import given, loading, rules, validate
 from fedsim.config import Config
 from fedsim.data.from_python import Data
 from fedsim.engine.run_folder import RunFolder, default_name
@@ -91,6 +91,8 @@ def run(
     resume: bool,
     watchers: Sequence[Watcher] = (),
     progress: bool | None = None,
+    *,
+    searching: bool = False,
 ) -> dict[str, Any]:
     """Check everything, then train; a finished run's result is returned as it is.
 
@@ -101,6 +103,8 @@ def run(
         resume: continue what the folder holds.
         watchers: fed after every step.
         progress: show a progress bar; None: as monitor.progress says.
+        searching: it is a trial of a private search, by `fedsim.study.private_tune`; outside of one a
+            configuration that says so is refused.
     """
     import torch
 
@@ -126,6 +130,8 @@ def run(
         if held.data.root != config.data.root:
             _log.warning("%s is a finished run of the data in %s.", folder.root, held.data.root)
         return done
+    if not searching:
+        rules.refuse_outside_search(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # what is made within a caller's has no gradients
         experiment = prepare(config)

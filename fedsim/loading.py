@@ -186,25 +186,28 @@ def _schema() -> DictConfig:
 
 
 def find(source: str | Path, folder: Path = Path()) -> Path:
-    """Return the file that a path, relative ones from `folder` on, or a name under configs/ means.
+    """Return the file that a path, relative ones from `folder` on and with or without .yaml, or a name under
+    configs/ means.
 
     Raises:
-        InputError: there is none; suggests the nearest name.
+        InputError: there is none; suggests near names.
     """
     if not isinstance(source, str | Path):
         raise InputError(
             "config must be the name of a configuration, a path, settings by section or a Config, got "
             f"{type(source).__name__}."
         )
-    for path in (folder / _expanded(source), CONFIG_DIR / f"{source}.yaml"):
+    beside = folder / _expanded(source)
+    for path in (beside, CONFIG_DIR / f"{source}.yaml", Path(f"{beside}.yaml")):
         with contextlib.suppress(OSError, ValueError):  # too long, or with a null byte: no such file
             if path.is_file():
                 return path
     known = sorted(str(p.relative_to(CONFIG_DIR))[:-5] for p in CONFIG_DIR.rglob("*.yaml"))
+    known += sorted(p.stem for p in folder.glob("*.yaml"))
     raise InputError(
         f"config must be a YAML file{f' (from {folder} on)' if folder != Path() else ''} or a name under "
         f"{CONFIG_DIR.name}/, got {str(source)!r}. "
-        + (validate.did_you_mean(str(source), known) or _known(known))
+        + (validate.did_you_mean(str(source), known) or validate.near(str(source), known) or _known(known))
     )
 
 

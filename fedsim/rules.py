@@ -99,6 +99,25 @@ def _shown(value: Any) -> str:
     return f"{{name: {value.name}, options: {value.options}}}" if value.options else str(value.name)
 
 
+def refuse_outside_search(c: Config) -> None:
+    """Refuse to train by a configuration whose epsilon is that of a private search, outside of one.
+
+    Its noise is that of one of a hidden number of trials, and its epsilon is what choosing among them costs.
+    Training again releases more, which that epsilon does not count.
+
+    Raises:
+        InputError: `tuning.mode` is private.
+    """
+    if c.tuning.mode == "private":
+        also = "" if c.tuning.distribution == "geometric" else " and tuning.distribution=geometric"
+        validate.conflicts(
+            "tuning.mode is private: this is a trial of a private search, and epsilon is that of the whole "
+            "search. Training again is a release of its own, which that epsilon does not count.",
+            f"Set tuning.mode=free{also}: the run then has an epsilon of its own, which adds to what the "
+            "search spent. The model that the search released is in its folder winner/.",
+        )
+
+
 def default_of(entry: dataclasses.Field[Any]) -> Any:
     """Return the default of a dataclass field that has one."""
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()

@@ -101,3 +101,16 @@ def did_you_mean(word: str, candidates: Collection[Any]) -> str:
         tails = {n.rsplit(".", 1)[-1]: n for n in names}
         near = [tails[t] for t in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)]
     return f"Did you mean '{near[0]}'?" if near else ""
+
+
+def near(word: str, candidates: Collection[str], most: int = 4) -> str:
+    """Return "Near names: x, y." of the candidates nearest to `word`, whole or by the last part of a path; an
+    empty string where none is."""
+    found = difflib.get_close_matches(word, candidates, n=most, cutoff=0.6)
+    last = word.rsplit("/", 1)[-1]
+    by_tail = {
+        name: difflib.SequenceMatcher(None, last, name.rsplit("/", 1)[-1]).ratio() for name in candidates
+    }
+    found += [name for name in sorted(by_tail, key=lambda name: -by_tail[name]) if by_tail[name] >= 0.75]
+    names = list(dict.fromkeys(found))[:most]
+    return f"Near names: {', '.join(names)}." if names else ""

@@ -109,17 +109,20 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
         for unit, spent in result["epsilon"].items():
             print(f"epsilon ({unit}): {show.spent(spent)}")
         print(f"evaluated on {result['evaluated_on']}")
+        if result["tuning"]:
+            print(f"tuning: {result['tuning']}")
         if options.results is not None:
             print(f"Results: {options.results}")
     return result
 
 
-def runner_of(backend: str) -> Runner:
-    """Return what trains one configuration into a folder, or goes on there."""
+def runner_of(backend: str, *, searching: bool = False) -> Runner:
+    """Return what trains one configuration into a folder, or goes on there; `searching`: trials of a private
+    search."""
     from fedsim import api
 
     def runner(config: Config, folder: RunFolder) -> dict[str, Any]:
-        return api.run(config, folder, backend, resume=True, progress=False)
+        return api.run(config, folder, backend, resume=True, progress=False, searching=searching)
 
     return runner
 

@@ -92,9 +92,14 @@ def _private(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str
     from fedsim.study import private_tune
 
     found = private_tune.run(
-        tuning, options.overrides, out, runner_of("local"), sys.stderr, keep=options.keep
+        tuning, options.overrides, out, runner_of("local", searching=True), sys.stderr, keep=options.keep
     )
     if not options.json:
+        if found.before:
+            print(
+                "This search was finished before: nothing was drawn, nothing is spent anew."
+                + ("" if found.same_data else " Nothing tells whether the examples are still the same.")
+            )
         if found.folder is None:
             print("No trial was drawn, or all diverged: nothing is released.")
         else:

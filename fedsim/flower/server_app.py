@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsim import loading, validate
+from fedsim import loading, rules, validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import probe
@@ -58,6 +58,8 @@ def main(grid: Grid, context: Context) -> None:
     config = deployment.settled(config, deployment.backend_of(grid))
     folder, resume = RunFolder(out), bool(wanted["resume"])
     folder.check(config, resume)
+    if not folder.result.exists():
+        rules.refuse_outside_search(config)
     experiment = prepare(config)
     with contextlib.ExitStack() as stack:
         watching = []

@@ -104,7 +104,11 @@ def selected(event: dp.DpEvent, selection: Selection | None) -> dp.DpEvent:
 def check_selection(selection: Selection) -> None:
     """Refuse a mean that is not above 1 or not finite, and an unknown distribution (InputError)."""
     validate.one_of(selection.distribution, tuple(DISTRIBUTIONS), "distribution of the number of runs")
-    validate.in_range(selection.mean, math.nextafter(1.0, 2.0), 1e6, "mean number of runs")
+    if not 1.0 < selection.mean <= 1e6:
+        raise InputError(
+            f"mean number of runs must be above 1 and at most 1e+06, got {selection.mean!r}. Of a "
+            "single run nothing is chosen: leave out the search, or give it more trials."
+        )
 
 
 def apart(event: dp.DpEvent) -> tuple[dp.DpEvent, Selection | None]:

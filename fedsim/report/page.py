@@ -36,6 +36,7 @@ class About:
         overrides: "key=value" strings for all cells.
         command: what makes the page again.
         runs: how many there are to be; None: those that are there.
+        chosen: what is to be known of settings that a search chose, in sentences.
         diverged: names of runs that diverged, and are left out.
     """
 
@@ -44,6 +45,7 @@ class About:
     overrides: Sequence[str] = field(default_factory=tuple)
     command: str = ""
     runs: int | None = None
+    chosen: str = ""
     diverged: Sequence[str] = field(default_factory=tuple)
 
 
@@ -56,6 +58,7 @@ def page(cells: Sequence[Cell], about: About) -> str:
         for caption, figure in figures.figures(cells)
     )
     promises = "".join(f"<dt>{_text(_name(group))}</dt><dd>{_text(promise(group))}</dd>" for group in found)
+    read = f"{note(cells)} {about.chosen}".rstrip()
     title = _text(about.title or "Comparison")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -65,7 +68,7 @@ def page(cells: Sequence[Cell], about: About) -> str:
         + f'<section class="plots">{plots}</section>'
         + f"<h2>What each row promises</h2><dl>{promises}</dl>"
         + f"<h2>Costs</h2>{_table(COSTS, costs(cells))}"
-        + f"<h2>Results</h2>{_table(RESULTS, rows)}<p class='quiet'>{_text(note(cells))}</p>"
+        + f"<h2>Results</h2>{_table(RESULTS, rows)}<p class='quiet'>{_text(read)}</p>"
         + f"<h2>How it was made</h2><dl>{_made(cells, about)}</dl></body></html>\n"
     )
 

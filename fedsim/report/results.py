@@ -5,7 +5,6 @@ Reads every results/**/*.json whose "kind" is "recipe" (by `fedsim repeat`; fiel
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from fedsim.headline import Metric
 from fedsim.report.claim import number
+from fedsim.report.held import loaded
 from fedsim.report.markers import Parts, machine, provenance, table
 from fedsim.report.significance import half_width
 from fedsim.validate import InputError
@@ -43,6 +43,10 @@ _NEEDED = (
     "hardware",
     "backend",
 )
+_KINDS = {
+    **dict.fromkeys(("reference", "data", "epsilon", "headline", "hardware"), dict),
+    **dict.fromkeys(("overrides", "seeds", "scores"), list),
+}
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,26 @@ def read(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: expected a JSON file. {error}") from error
+        held = loaded(path)
         if isinstance(held, dict) and held.get("kind") == "recipe":
             lacking = [key for key in _NEEDED if key not in held]
             if lacking:
                 raise InputError(f"{path}: a recipe result must hold {', '.join(lacking)}. Make it again.")
+            for key, kind in _KINDS.items():
+                if not isinstance(held[key], kind):
+                    raise InputError(
+                        f"{path}: {key} of a recipe result must be a {kind.__name__}, got {held[key]!r}. "
+                        "Make it again."
+                    )
+            try:
+                Metric.of(held)
+            except TypeError as error:
+                raise InputError(
+                    f"{path}: headline of a recipe result must hold name, unit and higher_is_better. Make "
+                    "it again."
+                ) from error
+            if len(held["seeds"]) != len(held["scores"]) or not held["scores"]:
+                raise InputError(f"{path}: a recipe result must hold a score for each seed. Make it again.")
             found.append((name, held))
     return found
 
@@ -201,6 +217,8 @@ def _section(paper: str, held: Sequence[dict[str, Any]]) -> str:
     text = f"### {paper}\n\n{table(head, rows)}"
     notes = dict.fromkeys(note for one in held if (note := one["reference"].get("note")))
     text += "".join(f"\n{note}\n" for note in notes)
+    tuned = [(_recipe(one), how) for one in held if (how := one.get("tuning"))]
+    text += "".join(f"\n`{recipe}`, tuned: {how}.\n" for recipe, how in tuned)
     return text + "".join(provenance(one) for one in held)
 
 

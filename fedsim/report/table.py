@@ -25,9 +25,7 @@ def note(cells: Iterable[Cell]) -> str:
     held = list(cells)
     seeds = len({cell.seed for cell in held})
     on = "private training examples that were held out" if held[0].held_out else "public test data"
-    tuned = dict.fromkeys(cell.result["tuning"] for cell in held if cell.result["tuning"])
-    chosen = "".join(f" Tuned: {how}." for how in tuned)
-    return f"{seeds} seed{'s' if seeds > 1 else ''}, judged by {on}. {NOTE}{chosen}{_versions(held)}"
+    return f"{seeds} seed{'s' if seeds > 1 else ''}, judged by {on}. {NOTE}{_tuned(held)}{_versions(held)}"
 
 
 def _versions(cells: Sequence[Cell]) -> str:
@@ -42,6 +40,25 @@ def _versions(cells: Sequence[Cell]) -> str:
         return ""
     told = "; ".join(f"{' and '.join(commits[code])}: {', '.join(held)}" for code, held in rows.items())
     return f" Runs of {len(rows)} versions of the code stand side by side ({told})."
+
+
+def _tuned(cells: Iterable[Cell]) -> str:
+    """How settings were chosen, of whom where it was not the same for all."""
+    rows: dict[str, dict[str, dict[float | None, None]]] = {}
+    for cell in cells:
+        rows.setdefault(cell.result["tuning"], {}).setdefault(cell.variant, {})[cell.epsilon] = None
+    if len(rows) == 1:
+        (how,) = rows
+        return f" Tuned: {how}." if how else ""
+
+    def named(variant: str, budgets: Iterable[float | None]) -> str:
+        if sum(variant in others for others in rows.values()) == 1:
+            return variant
+        return f"{variant} at epsilon {', '.join('none' if e is None else f'{e:g}' for e in budgets)}"
+
+    said = [(how, "; ".join(named(*one) for one in held.items())) for how, held in rows.items()]
+    tuned = "".join(f" Tuned, {whose}: {how}." for how, whose in said if how)
+    return tuned + "".join(f" Of {whose} no search is known." for how, whose in said if not how)
 
 
 def table(cells: Iterable[Cell]) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from fedsim import loading, validate
+from fedsim import loading, rules, validate
 from fedsim.config import Config
 from fedsim.engine import opening
 from fedsim.engine.experiment import prepare
@@ -209,7 +209,14 @@ def run(
     done: list[Cell] = []
     planned = cells(comparison_, overrides)
     given = [*comparison_.overrides, *overrides]
-    about = About(comparison_.title, Path(comparison_.recipe).stem, given, command, len(planned))
+    about = About(
+        comparison_.title,
+        Path(comparison_.recipe).stem,
+        given,
+        command,
+        len(planned),
+        _chosen(comparison_, planned),
+    )
     for cell, folder, result in finish(planned, out, forgiving(runner), log):
         if _diverged(result):
             about = dataclasses.replace(about, diverged=[*about.diverged, cell.name])
@@ -244,10 +251,20 @@ def _diverged(result: dict[str, Any]) -> bool:
     return "diverged" in result or result["loss"] is None
 
 
+def _chosen(comparison_: Comparison, planned: Sequence[Planned]) -> str:
+    """What is to be known of the settings that a search chose for these cells."""
+    if comparison_.tuned is None:
+        return ""
+    held, asked = Tuned.read(Path(comparison_.tuned)), [(cell.variant, cell.epsilon) for cell in planned]
+    return f"{held.borrowed(asked)} {held.edges(asked)}".strip()
+
+
 def finish(
-    planned: Sequence[Planned], out: Path, runner: Runner, log: TextIO
+    planned: Sequence[Planned], out: Path, runner: Runner, log: TextIO, *, searching: bool = False
 ) -> Iterator[tuple[Planned, RunFolder, dict[str, Any]]]:
     """Check all cells, then run those that are not finished under `out`/runs and yield every result.
+
+    `searching`: they are the trials of a private search.
 
     Raises:
         InputError: a cell's configuration or folder is wrong; names the variant, before the first run starts.
@@ -261,6 +278,8 @@ def finish(
         folder = RunFolder(out / "runs" / cell.folder)
         folder.check(cell.config, resume=True)
         try:
+            if not searching and not folder.result.exists():
+                rules.refuse_outside_search(cell.config)
             opening.check_unchanged(prepare(cell.config), folder)
         except InputError as error:
             raise InputError(f"variant '{cell.variant}': {error}") from error

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsim import models, provenance, seeds, validate
+from fedsim import models, provenance, rules, seeds, validate
 from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
 from fedsim.data.examples import ArrayDataset
@@ -86,6 +86,7 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         InputError: the configuration is wrong, or its data are of unknown size and not there.
     """
     validate.positive(flops_per_second, "--flops-per-second")
+    rules.refuse_outside_search(config)
     size = sizes.of(config)
     if size is None or (size.train <= READ_UP_TO and config.data.name == "fashion_mnist_subset"):
         known = _from_data(prepare(config))

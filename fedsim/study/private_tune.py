@@ -39,20 +39,20 @@ from fedsim import loading, seeds, validate
 from fedsim.accountants.renyi import Rdp
 from fedsim.config import Config
 from fedsim.data import datasets
-from fedsim.engine import model_card, scoring
+from fedsim.engine import model_card, opening, scoring
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.engine.experiment import Experiment, prepare
 from fedsim.engine.run_folder import RunFolder
 from fedsim.headline import Metric
-from fedsim.privacy import accountant, events
+from fedsim.privacy import accountant, events, ledger
 from fedsim.report.plain import as_json
-from fedsim.study import compare, space
+from fedsim.study import compare, fixed, space
 from fedsim.study.compare import Planned, Runner, forgiving
-from fedsim.study.tune import Tuning, evaluated_on, runs_of, space_of
+from fedsim.study.tune import SEARCH, Tuning, evaluated_on, runs_of, space_of
 from fedsim.validate import InputError, RunError
 
 WINNER = "winner"
-_SEARCH, _HIDDEN = "search.json", "hidden.json"
+_HIDDEN = "hidden.json"
 _PUBLISHED = ("config.yaml", "ledger.jsonl", "final.safetensors", "model.json")
 
 
@@ -67,6 +67,9 @@ class Outcome:
         score: its noisy score on the held-out examples, a fraction; may lie outside 0 .. 1.
         score_std: standard deviation of the noise on scores.
         epsilon: of the whole search, as the ledger says it.
+        before: an earlier call released it; this one drew nothing.
+        same_data: the training examples are those that it was found with; None where nobody can tell: no
+            model was released, or its key is gone (secure noise).
     """
 
     folder: Path | None
@@ -74,6 +77,8 @@ class Outcome:
     score: float
     score_std: float
     epsilon: dict[str, Any]
+    before: bool = False
+    same_data: bool | None = None
 
 
 def run(
@@ -85,7 +90,8 @@ def run(
         tuning: what to search; of one variant at one budget, with one seed.
         overrides: "key=value" strings for all trials, applied last.
         out: folder of the search.
-        runner: trains one configuration into a folder and returns its result.
+        runner: trains one configuration into a folder and returns its result; made for a search, as other
+            runs are refused such configurations.
         log: where progress goes. It tells how many trials there are, so it is for the data's owner alone.
         keep: leave the trials, and what must stay hidden, where they are: to study a simulation.
 
@@ -95,7 +101,9 @@ def run(
         RunError: a file could not be written.
     """
     variant = _only(tuning)
-    searched = space_of(tuning, variant)
+    searched = space_of(tuning, variant, overrides)
+    fixed.refuse(searched.settings, f"space of {variant}", private=True)
+    fixed.refuse_overrides(overrides, searched.settings)
     always = [
         *overrides,
         *evaluated_on(tuning),
@@ -111,9 +119,9 @@ def run(
 
     corners = [(corner, trial(corner, tuning.seeds[0])) for corner in searched.corners()]
     first = _checked(corners)
-    _claim(out, [first.config.digest(), dataclasses.asdict(searched), tuning.seed])
+    _claim(out, [first.config.digest(), {"settings": dataclasses.asdict(searched)["settings"]}, tuning.seed])
     if (held := _released(out)) is not None:
-        return held
+        return dataclasses.replace(held, before=True, same_data=_unchanged(out, first.config))
     root, number = _drawn(first.config, tuning.seed, out)
     planned = []
     for i in range(number):
@@ -123,7 +131,7 @@ def run(
     _checked([*corners[:1], *planned])
     std = score_std(first)
     best: tuple[float, Sequence[str], RunFolder] | None = None
-    finished = compare.finish([cell for _, cell in planned], out, forgiving(runner), log)
+    finished = compare.finish([cell for _, cell in planned], out, forgiving(runner), log, searching=True)
     for i, ((settings, _), (_, folder, result)) in enumerate(zip(planned, finished, strict=True)):
         score = noisy_score(result, tuning.holdout_examples, std, seeds.derive(root, "score", i))
         if score > (-math.inf if best is None else best[0]):
@@ -136,11 +144,16 @@ def _claim(out: Path, search: list[Any]) -> None:
     """Write which search a folder is of, or refuse that of another: its hidden trials are no trials of this.
 
     Raises:
-        InputError: it is of another search.
+        InputError: it is of another search, or of one that is not private.
     """
-    path = out / _SEARCH
+    path = out / SEARCH
     digest = hashlib.sha256(json.dumps(search, sort_keys=True).encode()).hexdigest()
     if not path.exists():
+        if (out / "runs").exists() or (out / "trials.json").exists():
+            raise InputError(
+                f"{out} holds runs of a search or a study that is not private, among which this one's would "
+                "be seen. Choose another --out."
+            )
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps({"search": digest}) + "\n").encode())
     if json.loads(path.read_text())["search"] != digest:
@@ -318,6 +331,30 @@ def _public(trial: RunFolder) -> dict[str, Any]:
         | {name: score.value for name, score in scores.items()}
         | {"sensitive": [], "public_only": True}
     )
+
+
+def _unchanged(out: Path, now: Config) -> bool | None:
+    """Whether the examples are still those of the search that ended in `out`, by the digests in its winner's
+    ledger; None where nothing tells.
+
+    Raises:
+        InputError: they are others, or own code is.
+    """
+    winner = RunFolder(out / WINNER)
+    header = ledger.read_header(winner.ledger)
+    if header is None:
+        return None
+    held = loading.load(winner.config)
+    there = dataclasses.replace(held, data=dataclasses.replace(held.data, root=now.data.root))
+    try:
+        opening.check_unchanged(prepare(there), winner)
+    except InputError as error:
+        raise InputError(
+            f"{out} holds what a private search released, but of other training examples or own code than "
+            "there are now. Choose another --out: a search of these is a release of its own, and the "
+            "epsilons add up for whoever is in both."
+        ) from error
+    return None if header.run else True
 
 
 def _released(out: Path) -> Outcome | None:

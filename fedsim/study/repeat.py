@@ -14,6 +14,7 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
     seeds, scores    one number a seed, in one order
     mean             over seeds
     minutes          mean training time of a seed
+    tuning           how the settings were chosen, in words; "" where nothing is known
     runs             one mapping a seed: score, minutes, peak memory, epsilon, hashes, commit, hardware
     command          what to type to get it again
     commit, hardware of the runs, listed where they differ
@@ -138,6 +139,7 @@ def summary(
         "scores": scores,
         "mean": statistics.mean(scores),
         "minutes": statistics.mean(result["seconds"] for _, result in done) / 60.0,
+        "tuning": done[0][1]["tuning"],
         "runs": [_one(seed, result) for seed, result in done],
         "commit": ", ".join(dict.fromkeys(str(result["commit"]) for _, result in done)),
         "hardware": _joined([result["hardware"] for _, result in done]),

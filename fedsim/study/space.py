@@ -1,7 +1,8 @@
 """A space of settings, and points in it: what a search tries.
 
 Written as a mapping of settings: a list is a choice of values, `{low, high}` a range whose logarithm is
-uniform, `{low, high, scale: linear}` one that is uniform itself. Values of a range have three digits.
+uniform, `{low, high, scale: linear}` one that is uniform itself. Values of a range have three digits; of a
+setting that is a whole number, they are whole numbers, both ends among them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +51,25 @@ class Range:
             found = self.low * (self.high / self.low) ** place
         return min(max(float(f"{found:.3g}"), self.low), self.high)
 
+    def ends(self, integers: bool) -> tuple[float, float]:
+        """Return both ends."""
+        return (int(self.low), int(self.high)) if integers else (self.low, self.high)
+
+    def whole(self, place: float) -> int:
+        """Return the whole number at a place in [0, 1): by `linear` all are equally likely, by `log` as the
+        logarithm of (k + 1) / k."""
+        low, high = int(self.low), int(self.high)
+        if self.scale == "linear":
+            return min(low + int(place * (high - low + 1)), high)
+        return min(int(low * ((high + 1) / low) ** place), high)
+
 
 @dataclass(frozen=True)
 class Space:
-    """Settings and what each may be, in order."""
+    """Settings and what each may be, in order; `integers`: those whose ranges are of whole numbers."""
 
     settings: Mapping[str, Range | tuple[Any, ...]]
+    integers: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, written: Mapping[str, Any], where: str) -> Space:
@@ -83,25 +97,56 @@ class Space:
         """Return the settings of both; where both have one, this one's."""
         return Space({**other.settings, **self.settings})
 
+    def with_integers(self, is_whole: Callable[[str], bool], where: str) -> Space:
+        """Return this space with the settings that are whole numbers as such.
+
+        Args:
+            is_whole: says of the name of a setting whether it is.
+            where: what holds the space, for messages.
+
+        Raises:
+            InputError: a range of whole numbers whose ends are none.
+        """
+        ranges = {name: held for name, held in self.settings.items() if isinstance(held, Range)}
+        found = frozenset(name for name in ranges if is_whole(name))
+        for name in found:
+            if not (ranges[name].low.is_integer() and ranges[name].high.is_integer()):
+                raise InputError(
+                    f"{where}: {name} is a whole number, so low and high must be whole numbers, got "
+                    f"{ranges[name].low:g} and {ranges[name].high:g}."
+                )
+        return Space(self.settings, found)
+
+    def _value(self, name: str, place: float) -> Any:
+        held = self.settings[name]
+        if not isinstance(held, Range):
+            return held[int(place * len(held))]
+        return held.whole(place) if name in self.integers else held.value(place)
+
     def at(self, place: Sequence[float]) -> list[str]:
         """Return "key=value" overrides at a place (one coordinate in [0, 1) a setting, in order)."""
         return [
-            f"{name}={json.dumps(_value(values, u))}"
-            for (name, values), u in zip(self.settings.items(), place, strict=True)
+            f"{name}={json.dumps(self._value(name, u))}" for name, u in zip(self.settings, place, strict=True)
         ]
 
     def at_the_edge(self, place: Sequence[float]) -> list[str]:
-        """Return the settings whose range ends near a place: better values may lie beyond."""
-        return [
-            name
-            for (name, values), u in zip(self.settings.items(), place, strict=True)
-            if isinstance(values, Range) and not _EDGE <= u <= 1.0 - _EDGE
-        ]
+        """Return the settings whose range, or list of numbers, ends at or near a place: better values may lie
+        beyond."""
+        return [name for name, u in zip(self.settings, place, strict=True) if self._ends(name, u)]
+
+    def _ends(self, name: str, place: float) -> bool:
+        held, value = self.settings[name], self._value(name, place)
+        if isinstance(held, Range):
+            return not _EDGE <= place <= 1.0 - _EDGE or (
+                name in self.integers and value in (held.low, held.high)
+            )
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in held)
+        return numbers and len(held) > 1 and value in (min(held), max(held))
 
     def corners(self) -> Iterator[list[str]]:
         """Yield overrides that together hold every choice and both ends of every range, few at a time."""
         ends = {
-            name: (values.low, values.high) if isinstance(values, Range) else values
+            name: values.ends(name in self.integers) if isinstance(values, Range) else values
             for name, values in self.settings.items()
         }
         for row in itertools.zip_longest(*ends.values()):
@@ -110,10 +155,6 @@ class Space:
                 f"{name}={json.dumps(values[-1] if value is None else value)}"
                 for (name, values), value in picked
             ]
-
-
-def _value(values: Range | tuple[Any, ...], place: float) -> Any:
-    return values.value(place) if isinstance(values, Range) else values[int(place * len(values))]
 
 
 def spread(count: int, dimensions: int, seed: int) -> NDArray[np.float64]:

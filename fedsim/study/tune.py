@@ -27,17 +27,20 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from fedsim import loading, provenance, validate
+from fedsim.config import Config
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.engine.run_folder import file_name
 from fedsim.headline import Metric
 from fedsim.merging import parse_options, read
 from fedsim.report.plain import as_json
-from fedsim.study import compare, space
+from fedsim.study import compare, fixed, space, whole
 from fedsim.study.compare import Comparison, Planned, Runner
 from fedsim.study.space import Space
 from fedsim.study.tuned import Chosen, Tuned
 from fedsim.validate import InputError, RunError
 
+SEARCH = "search.json"
+"""What is in the folder of a private search, and of no other."""
 _WITHOUT_SEED = re.compile(r"-seed\d+-[0-9a-f]{8}$")
 
 
@@ -141,12 +144,24 @@ def load(source: str | Path) -> Tuning:
             f"{validate.did_you_mean(unknown[0], list(made.variants))}".rstrip()
         )
     for name in made.variants:
-        space_of(made, name)
+        try:
+            space_of(made, name)
+        except InputError as error:
+            raise validate.with_place(error, f"{path}: ") from error
     return made
 
 
-def space_of(tuning: Tuning, variant: str) -> Space:
-    """Return the settings that are searched for a variant."""
+def space_of(tuning: Tuning, variant: str, overrides: Sequence[str] = ()) -> Space:
+    """Return the settings that are searched for a variant.
+
+    Args:
+        tuning: what to search.
+        variant: of it.
+        overrides: "key=value" strings for all trials.
+
+    Raises:
+        InputError: a space that is none, or over what a search does not choose (`fedsim.study.fixed`).
+    """
     own = tuning.spaces.get(variant, {})
     if not isinstance(own, dict):
         raise InputError(
@@ -154,7 +169,32 @@ def space_of(tuning: Tuning, variant: str) -> Space:
         )
     common = {name: values for name, values in tuning.space.items() if own.get(name, values) is not None}
     kept = {name: values for name, values in own.items() if values is not None}
-    return Space.of(kept, f"spaces of {variant}").over(Space.of(common, "space"))
+    found = Space.of(kept, f"spaces of {variant}").over(Space.of(common, "space"))
+    fixed.refuse(found.settings, f"space of {variant}")
+
+    def config() -> Config:
+        return loading.load(str(tuning.recipe), [*tuning.overrides, *tuning.variants[variant], *overrides])
+
+    if any(fixed.overlap(name, "privacy.noise_multiplier") for name in found.settings):
+        _check_noise(tuning, variant, config())
+
+    def is_whole(name: str) -> bool:
+        try:
+            return whole.is_whole(name, config)
+        except InputError:  # that of a trial says it better
+            return False
+
+    return found.with_integers(is_whole, f"space of {variant}")
+
+
+def _check_noise(tuning: Tuning, variant: str, config: Config) -> None:
+    """Refuse a choice of the noise where it would be one of the epsilon."""
+    if tuning.epsilons or config.privacy.stop_at_epsilon is None:
+        validate.conflicts(
+            f"space of {variant}: privacy.noise_multiplier must not be searched where it decides what a run "
+            "promises: the noise follows from the budgets, which are `epsilons`.",
+            "Leave it out of the space, or give a budget by privacy.stop_at_epsilon and no epsilons.",
+        )
 
 
 def trials(tuning: Tuning, overrides: Sequence[str]) -> list[Trial]:
@@ -163,21 +203,27 @@ def trials(tuning: Tuning, overrides: Sequence[str]) -> list[Trial]:
     Raises:
         InputError: a trial's configuration is wrong; names the variant.
     """
-    widest = max(len(space_of(tuning, name).settings) for name in tuning.variants)
-    places = space.spread(tuning.trials, widest, tuning.seed)
+    spaces = {name: space_of(tuning, name, overrides) for name in tuning.variants}
+    for held in spaces.values():
+        fixed.refuse_overrides(overrides, held.settings)
+    places = space.spread(tuning.trials, max(len(held.settings) for held in spaces.values()), tuning.seed)
     return [
         trial
         for variant in tuning.variants
         for number in range(tuning.trials)
-        for trial in _of_variant(tuning, variant, number, places[number], overrides)
+        for trial in _of_variant(tuning, variant, spaces[variant], number, places[number], overrides)
     ]
 
 
 def _of_variant(
-    tuning: Tuning, variant: str, number: int, place: NDArray[np.float64], overrides: Sequence[str]
+    tuning: Tuning,
+    variant: str,
+    held: Space,
+    number: int,
+    place: NDArray[np.float64],
+    overrides: Sequence[str],
 ) -> Iterator[Trial]:
     """The trials of one place: one a budget."""
-    held = space_of(tuning, variant)
     mine = place[: len(held.settings)].tolist()
     settings = held.at(mine)
     cells: dict[float | None, list[Planned]] = {}
@@ -225,6 +271,11 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
         RunError: no trial of a variant ended with a number, or a file could not be written.
     """
     planned = trials(tuning, overrides)
+    if (out / SEARCH).exists():
+        raise InputError(
+            f"{out} is the folder of a private search, whose trials stay hidden and are no trials of this "
+            "one. Choose another --out."
+        )
     done: list[Judged] = []
     finished = compare.finish(
         [cell for trial in planned for cell in trial.runs], out, compare.forgiving(runner), log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ class Tuned:
         Raises:
             InputError: nothing was chosen for this variant.
         """
+        nearest = self._nearest(variant, epsilon)
+        return [*nearest.settings, *self.about(nearest.trials)]
+
+    def _nearest(self, variant: str, epsilon: float | None) -> Chosen:
         mine = [entry for entry in self.chosen if entry.variant == variant]
         if not mine:
             known = list(dict.fromkeys(entry.variant for entry in self.chosen))
@@ -88,8 +93,55 @@ class Tuned:
                 f"variant '{variant}' has no tuned settings, only {', '.join(map(repr, known))} have. Tune "
                 "it too, or leave `tuned` out."
             )
-        nearest = min(mine, key=lambda entry: _distance(entry.epsilon, epsilon))
-        return [*nearest.settings, *self.about(nearest.trials)]
+        return min(mine, key=lambda entry: _distance(entry.epsilon, epsilon))
+
+    def came_of(self, trials: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether all that was chosen is among these trials: mappings with variant, epsilon and settings."""
+        tried = [(trial["variant"], trial["epsilon"], trial["settings"]) for trial in trials]
+        return all((entry.variant, entry.epsilon, entry.settings) in tried for entry in self.chosen)
+
+    def borrowed(self, asked: Iterable[tuple[str, float | None]]) -> str:
+        """Return the sentence that says which budgets have the settings of another one; "" where none has.
+
+        Args:
+            asked: variants and budgets that are run.
+
+        Raises:
+            InputError: nothing was chosen for a variant.
+        """
+        found: dict[str, None] = {}
+        for variant, epsilon in asked:
+            nearest = self._nearest(variant, epsilon).epsilon
+            if epsilon is not None and epsilon != nearest:
+                of = "those tuned at no budget" if nearest is None else f"those of {nearest:g}"
+                found[f"{epsilon:g} has {of}"] = None
+        budgets = ", ".join(found)
+        return f"Budgets that were not tuned have the settings of the nearest: {budgets}." if found else ""
+
+    def edges(self, asked: Iterable[tuple[str, float | None]]) -> str:
+        """Return the sentence that names settings at the edge of what was searched; "" where none is.
+
+        Args:
+            asked: variants and budgets that are run.
+
+        Raises:
+            InputError: nothing was chosen for a variant.
+        """
+        found: dict[str, dict[str, dict[str, None]]] = {}
+        for variant, epsilon in asked:
+            entry = self._nearest(variant, epsilon)
+            for setting in entry.at_the_edge:
+                budgets = found.setdefault(setting, {}).setdefault(variant, {})
+                budgets.update({} if entry.epsilon is None else {f"{entry.epsilon:g}": None})
+        if not found:
+            return ""
+        told = ", ".join(
+            f"{setting} ("
+            + "; ".join(f"{who} at epsilon {', '.join(at)}" if at else who for who, at in whose.items())
+            + ")"
+            for setting, whose in found.items()
+        )
+        return f"At the edge of what was searched, beyond which better may lie: {told}."
 
 
 def _distance(one: float | None, other: float | None) -> float:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.container import ErrorbarContainer
 
 from benchmarks import compared, report, tables
-from fedsim import provenance
+from fedsim import loading, provenance
 from fedsim.config import CONFIG_DIR
 from fedsim.engine.experiment import prepare
 from fedsim.report import figures, markers
@@ -322,6 +323,147 @@ def test_what_a_search_cost_stays_with_the_settings_it_chose(tmp_path: Path) -> 
     assert compared.known_search(wanted, before) == {"trials": [trial]}
     before.write_text(json.dumps({"search": {"trials": [{**trial, "settings": []}]}}))
     assert compared.known_search(wanted, before) is None, "of other settings"
+
+
+def test_a_try_leaves_results_settings_and_pages_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a reduced comparison nor a reduced search comes in place of what was measured."""
+    given = [s for s in SMALL if not s.startswith(("privacy.target", "privacy.noise"))]
+    config, kept, runs = tmp_path / "configs", tmp_path / "results", tmp_path / "runs"
+    for folder in ("compare", "tune", "tuned"):
+        (config / folder).mkdir(parents=True)
+    same = {"title": "t", "recipe": "base", "overrides": given, "epsilons": [2], "variants": {"a": []}}
+    (config / "compare" / "tiny.yaml").write_text(
+        yaml.safe_dump({**same, "seeds": [0], "tuned": "../tuned/tiny.yaml"})
+    )
+    search = {"trials": 2, "holdout_examples": 50, "space": {"train.ema_decay": [0.1, 0.3, 0.5]}}
+    tuning = {"title": "t", "comparison": str(config / "compare" / "tiny.yaml"), **search}
+    (config / "tune" / "tiny.yaml").write_text(yaml.safe_dump(tuning))
+    (config / "tuned" / "tiny.yaml").write_text("as it was")
+    kept.mkdir()
+    (kept / "tiny.json").write_text("as it was")
+    monkeypatch.setattr(tables, "RESULTS", kept)
+    monkeypatch.setattr(compared, "CONFIG_DIR", config)
+    monkeypatch.setattr(loading, "CONFIG_DIR", config)
+    for name in ("base.yaml", "presets"):
+        (config / name).symlink_to(CONFIG_DIR / name)
+    monkeypatch.setattr(report, "main", lambda given: pytest.fail("the pages are not written"))
+    words = ["tiny", "--search", "--out", str(runs), "--set", "train.steps=2"]
+    assert compared.main(words) == 0
+    assert f"stay as they are: this went to {runs / 'results'}" in capsys.readouterr().out
+    assert (config / "tuned" / "tiny.yaml").read_text() == (kept / "tiny.json").read_text() == "as it was"
+    chosen = (runs / "results" / "tiny.tuned.yaml").read_text()
+    assert chosen.startswith("# Written by `fedsim tune tune/tiny train.steps=2`.")
+    held = json.loads((runs / "results" / "tiny.json").read_text())
+    assert held["search"]["command"] == "fedsim tune tune/tiny train.steps=2"
+    assert held["command"] == "fedsim compare compare/tiny train.steps=2"
+    (run,) = (runs / "compare" / "t" / "runs").iterdir()
+    (entry,) = Tuned.read(runs / "results" / "tiny.tuned.yaml").chosen
+    assert f"ema_decay: {entry.settings[0].partition('=')[2]}" in (run / "config.yaml").read_text()
+    assert compared.main([*words, "--results", str(tmp_path / "mine")]) == 0
+    assert (tmp_path / "mine" / "tiny.json").is_file()
+    assert compared.main([*words, "--results", str(kept)]) == 2
+    assert "another folder than results/" in capsys.readouterr().err
+    monkeypatch.setattr(report, "main", lambda given: 0)
+    (config / "tune" / "tiny.yaml").rename(config / "tune" / "other.yaml")
+    shutil.copy(runs / "results" / "tiny.tuned.yaml", config / "tuned" / "tiny.yaml")
+    (kept / "tiny.json").unlink()
+    assert compared.main(["tiny", "--search", "--out", str(runs)]) == 0
+    assert "no configs/tune/tiny.yaml says how to search" in capsys.readouterr().out
+    assert (kept / "tiny.json").is_file(), "without --set it is the result"
+
+
+def test_what_a_search_left_open_stands_beside_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets that were not tuned, settings at an edge, and no budgets at all."""
+    entries = [
+        Chosen("a", 1.0, ["x=1"], 0.5, ["optimizer.learning_rate"]),
+        Chosen("a", 8.0, ["x=2"], 0.5, ["optimizer.learning_rate", "privacy.clip_norm"]),
+        Chosen("b", None, ["x=3"], 0.5, ["privacy.clip_norm"]),
+    ]
+    tuned = Tuned("t", 3, 100, [0], entries)
+    asked = [("a", 0.5), ("a", 1.0), ("a", 6.0), ("b", None)]
+    assert tuned.borrowed(asked) == (
+        "Budgets that were not tuned have the settings of the nearest: 0.5 has those of 1, 6 has those of 8."
+    )
+    assert tuned.edges(asked) == (
+        "At the edge of what was searched, beyond which better may lie: optimizer.learning_rate (a at "
+        "epsilon 1, 8), privacy.clip_norm (a at epsilon 8; b)."
+    )
+    assert tuned.borrowed([("a", 1.0)]) == tuned.edges([]) == ""
+    trials = [{"variant": e.variant, "epsilon": e.epsilon, "settings": e.settings} for e in entries]
+    search = {"trials": trials, "seconds": 60, "holdout_examples": 2000, "command": "fedsim tune t"}
+    held = {"cells": [{"variant": v, "epsilon": e} for v, e in asked]}
+    (tmp_path / "tuned.yaml").write_text(tuned.write())
+    known = compare.Comparison(tuned=str(tmp_path / "tuned.yaml"))
+    monkeypatch.setattr(compare, "load", lambda name: known)
+    said = report._search("n", {**held, "search": {**search, "epsilons": [1, 8]}})
+    assert "for every variant at epsilon 1, 8, by 2,000 held-out" in said
+    assert "Other budgets take the nearest. Epsilon does not count the search. At the edge of what" in said
+    said = report._search("n", {**held, "search": {**search, "epsilons": []}})
+    assert "for every variant, by 2,000 held-out" in said
+    assert "budgets" not in said
+    others = {**search, "epsilons": [], "trials": trials[:1]}
+    assert "At the edge" not in report._search("n", {**held, "search": others}), "of another search"
+
+
+def test_the_page_of_a_tuned_comparison_says_what_its_search_left_open(tiny: Path) -> None:
+    entries = [
+        Chosen("central", 20.0, ["train.ema_decay=0.5"], 0.5, ["train.ema_decay"]),
+        Chosen("nonprivate", None, []),
+    ]
+    (tiny.parent / "tuned.yaml").write_text(Tuned("t", 3, 100, [0], entries).write())
+    tiny.write_text(f"{tiny.read_text()}tuned: tuned.yaml\n")
+    wanted = compare.load(tiny)
+    planned = compare.cells(wanted, [])
+    said = compare._chosen(wanted, planned)
+    assert "2 has those of 20" in said
+    assert "train.ema_decay (central at epsilon 20)" in said
+    assert compare._chosen(compare.Comparison(), planned) == ""
+    out = tiny.parent / "out"
+    assert command(["compare", str(tiny), "--out", str(out), "train.steps=2"]) == 0
+    for name in ("report.html", "table.md"):
+        assert said in (out / name).read_text(), name
+
+
+def test_unequal_numbers_of_trials_are_told_with_whose_they_were() -> None:
+    def cell(variant: str, epsilon: float | None, how: str) -> Cell:
+        return Cell(variant, epsilon, 0, {"tuning": how}, [], [], False)
+
+    alike = [cell("a", 1, "12 trials"), cell("b", 1, "12 trials")]
+    assert note(alike).endswith(" Tuned: 12 trials.")
+    unequal = [*alike, cell("old, one", 1, "200 trials"), cell("old, one", 8, "200 trials")]
+    assert note(unequal).endswith(" Tuned, a; b: 12 trials. Tuned, old, one: 200 trials.")
+    partly = [*alike, cell("b", 8, "14 trials"), cell("c", None, "")]
+    assert note(partly).endswith(
+        " Tuned, a; b at epsilon 1: 12 trials. Tuned, b at epsilon 8: 14 trials. Of c no search is known."
+    )
+    assert "uned" not in note([cell("a", 1, "")])
+
+
+def test_a_result_of_another_shape_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For every part of every page: it names the file and what it lacks."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in [path.name for path in (CONFIG_DIR.parent / "results").glob("*.json")]:
+        (tmp_path / name).write_text('{"kind": "odd", "search": null}')
+    for parts in report.PARTS.values():
+        for make in parts.values():
+            with contextlib.suppress(InputError):
+                make()  # and not with a KeyError
+    assert report.main(["--check"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"/\w+\.json: a result of this kind must hold '\w+' beside kind, search", said)
+    for content in ("[]", "{"):
+        (tmp_path / "trust_models.json").write_text(content)
+        assert report.main(["--check"]) == 2
+        assert "trust_models.json: " in capsys.readouterr().err
+    (tmp_path / "trust_models.json").write_text('{"cells": 5}')
+    assert report.main(["--check"]) == 2
+    assert "trust_models.json" in capsys.readouterr().err
 
 
 def test_every_generated_table_has_its_place_and_its_comparison() -> None:

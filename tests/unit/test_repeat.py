@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.report import results
 from tests.conftest import SMALL, command
 
 
@@ -78,3 +79,13 @@ def test_other_left_over_words_are_refused() -> None:
     with pytest.raises(SystemExit) as ended:
         command(["repeat", "base", "--seeds", "0", "--backend", "local", "nonsense"])
     assert ended.value.code == 2
+
+
+def test_freely_tuned_settings_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["tuning={mode: free, trials: 7, held_out_examples: 40}", "--seeds", "0"]
+    assert repeat(tmp_path, *given) == 0
+    assert "tuning: settings chosen by 7 trials on 40 held-out" in capsys.readouterr().out
+    held = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert "epsilon does not count that" in held["tuning"]
+    held["reference"] = {}
+    assert f"tuned: {held['tuning']}." in results.page([held])

@@ -163,6 +163,30 @@ def test_what_repeat_writes_is_what_results_reads(project: Path) -> None:
     assert "`base data.train_examples=400" in (project / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("headline", "accuracy"),
+        ("headline", {}),
+        ("hardware", {}),
+        ("data", {}),
+        ("scores", [0.5]),
+        ("seeds", 3),
+    ],
+)
+def test_results_of_another_shape_are_refused_by_name(
+    name: str, value: object, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(__file__).resolve().parents[2] / "results" / "chem97.json"
+    held = {**json.loads(source.read_text()), name: value}
+    (project / "results" / "odd.json").write_text(json.dumps(held))
+    assert fedsim_results(project) == 2
+    said = capsys.readouterr().err
+    assert "odd.json" in said
+    assert "Make it again" in said
+    assert "old" in (project / "README.md").read_text()
+
+
 @pytest.mark.parametrize("content", ["{", json.dumps({"kind": "recipe", "config": "x"})])
 def test_broken_results_are_refused(content: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "results" / "broken.json").write_text(content)

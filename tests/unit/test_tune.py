@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from scipy import stats
 
 from fedsim import loading
 from fedsim.config import CONFIG_DIR
+from fedsim.data import datasets
 from fedsim.engine.run_folder import RunFolder
 from fedsim.study import compare, private_tune, space, tune
 from fedsim.study.space import Space
@@ -252,6 +254,9 @@ def test_values_of_a_space() -> None:
     assert held.at([0.5, 0.25, 0.0]) == ["a=1.0", "b=0.25", "c=1"]
     assert held.at([0.0, 0.999999, 0.99]) == ["a=0.01", "b=1.0", "c=null"]
     assert held.at_the_edge([0.01, 0.5, 0.0]) == ["a"]
+    listed = Space.of({"a": [0.3, 0.1, 3], "b": ["x", "y"], "c": [True, False], "d": [5]}, "s")
+    assert listed.at_the_edge([0.0, 0.0, 0.0, 0.0]) == []
+    assert listed.at_the_edge([0.4, 0.9, 0.9, 0.9]) == listed.at_the_edge([0.9, 0.0, 0.0, 0.0]) == ["a"]
     said = {item for corner in held.corners() for item in corner}
     assert said == {"a=0.01", "a=100.0", "b=0.0", "b=1.0", "c=1", "c=null"}
 
@@ -316,7 +321,7 @@ def test_a_private_search_releases_the_best_and_nothing_of_the_others(
     assert private(path, out) == 0
     assert (out / "outcome.json").stat().st_mtime_ns == before, "a search that ended is not begun again"
     capsys.readouterr()
-    assert private(path, out, "train.ema_decay=0.5") == 2
+    assert private(path, out, "optimizer.weight_decay=0.1") == 2
     assert "folder of another search" in capsys.readouterr().err
 
 
@@ -355,7 +360,7 @@ def test_secret_noise_and_what_was_hidden_are_gone_afterwards(tmp_path: Path) ->
     [
         ({"space": {"train.steps": [2, 3]}}, "train.steps=3 changes it"),
         ({"space": {"train.expected_batch_size": {"low": 20, "high": 60}}}, "changes it"),
-        ({"space": {"task.options.headline": ["accuracy", "loss"]}}, "judged by loss"),
+        ({"space": {"task.options.headline": ["accuracy", "loss"]}}, "compared by one score"),
         (
             {"variants": {"a": ["preset=dp_fedavg"]}, "space": {"query.options.local_epochs": [1, 2]}},
             "protects a holder",
@@ -417,3 +422,240 @@ def test_the_score_costs_at_no_order_more_than_training() -> None:
     keys = [bytes([i % 256, i // 256]) * 16 for i in range(4000)]
     drawn = np.array([private_tune.noisy_score(result, 100, std, key) for key in keys])
     assert stats.kstest((100 * drawn - 50) / std, "norm").pvalue > 1e-4
+
+
+def test_a_winner_is_not_trained_again_under_the_epsilon_of_its_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor anything else whose configuration says that a search is counted."""
+    out, again = tmp_path / "out", str(tmp_path / "again")
+    assert private(written(tmp_path, **PRIVATE), out) == 0
+    winner = str(out / "winner" / "config.yaml")
+    by_hand = ["base", *SMALL, "tuning.mode=private", "tuning.trials=10"]
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"recipe": "base", "overrides": by_hand[1:], "variants": {"a": []}})
+    )
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for words in (
+        ["run", winner, "--out", again],
+        ["run", winner, "--out", again, "--backend", "simulation"],
+        ["run", *by_hand, "--out", again],
+        ["verify", winner, "--out", again],
+        ["repeat", winner, "--seeds", "0", "--out", again],
+        ["compare", "c.yaml", "--out", again],
+        ["check", winner],
+        ["tune", str(written(tmp_path, overrides=[*GIVEN, *by_hand[-2:]])), "--out", again],
+    ):
+        assert command(words) == 2, words
+        said = capsys.readouterr().err
+        assert "release of its own" in said, words
+        assert "Set tuning.mode=free" in said, words
+        assert not Path(again).exists(), words
+    assert command(["run", winner, "--out", str(out / "winner"), "--resume"]) == 0, "it is returned as it is"
+    for words in (["epsilon", str(out / "winner")], ["export", str(out / "winner"), "--out", "model.pt2"]):
+        assert command(words) == 0, words
+    assert command(["run", winner, "--out", again, "tuning.mode=free", "train.steps=2"]) == 0
+    assert "epsilon does not count that" in json.loads((Path(again) / "result.json").read_text())["tuning"]
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+def test_a_range_of_whole_numbers_has_all_of_them_and_no_others(scale: str, tmp_path: Path) -> None:
+    space_ = {
+        "train.steps": {"low": 3, "high": 9, "scale": scale},
+        "strategy.options.local_steps": {"low": 2, "high": 5, "scale": scale},
+        "optimizer.learning_rate": {"low": 1, "high": 9, "scale": scale},
+        "train.expected_batch_size": {"low": 20, "high": 60, "scale": scale},
+    }
+    path = written(tmp_path, variants={"a": ["preset=local_dpsgd"]}, space=space_)
+    held = tune.space_of(tune.load(path), "a")
+    assert held.integers == {"train.steps", "strategy.options.local_steps"}
+    places = (np.arange(7000) + 0.5) / 7000
+    tried = [held.at([u, u, u, u])[-1] for u in places]
+    counts = {value: tried.count(value) for value in tried}
+    assert list(counts) == [f"train.steps={k}" for k in range(3, 10)]
+    shares = (
+        np.full(7, 1 / 7)
+        if scale == "linear"
+        else np.log(np.arange(4, 11) / np.arange(3, 10)) / np.log(10 / 3)
+    )
+    assert np.allclose([count / 7000 for count in counts.values()], shares, atol=1e-3)
+    last = math.nextafter(1.0, 0.0)
+    assert [held.at([u] * 4)[-1] for u in (0.0, last)] == ["train.steps=3", "train.steps=9"]
+    said = {item for corner in held.corners() for item in corner}
+    assert {"train.steps=3", "train.steps=9", "strategy.options.local_steps=2"} <= said
+    middle = [0.5, 0.5, 0.5]
+    at_end = [u for u in places if held.at_the_edge([*middle, u]) == ["train.steps"]]
+    assert {held.at([*middle, u])[-1] for u in at_end} == {"train.steps=3", "train.steps=9"}
+    assert len(at_end) == counts["train.steps=3"] + counts["train.steps=9"], "and no others are at an edge"
+    assert tune.trials(tune.load(path), []), "the configurations take them"
+    space_["train.steps"]["low"] = 2.5
+    with pytest.raises(InputError, match="low and high must be whole numbers"):
+        tune.load(written(tmp_path, space=space_))
+
+
+RANGE = {"low": 1, "high": 2}
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("seed", "the seeds of `seeds`"),
+        ("data.holdout_examples", "`holdout_examples`"),
+        ("data.test_examples", "`holdout_examples`"),
+        ("data", "`holdout_examples`"),
+        ("tuning", "writes there how it chose"),
+        ("tuning.trials", "writes there how it chose"),
+        ("privacy", "`epsilons`"),
+        ("privacy.target_epsilon", "`epsilons`"),
+        ("privacy.delta", "`epsilons`"),
+        ("privacy.noise_multiplier", "`epsilons`"),
+        ("privacy.accountant", "`epsilons`"),
+        ("data.name", "compared by one score"),
+        ("task", "compared by one score"),
+        ("engine.threads", "changes no result"),
+        ("title", "changes no result"),
+        ("train.eval_every", "changes no result"),
+        ("data.root", "changes no result"),
+    ],
+)
+@pytest.mark.parametrize("own", [False, True], ids=["space", "spaces"])
+def test_what_a_search_fixes_or_a_score_must_not_decide_is_not_searched(
+    setting: str, reason: str, own: bool, tmp_path: Path
+) -> None:
+    """It would be tried, not applied, and then be called chosen."""
+    for values in ([1, 2], RANGE):
+        given = {"spaces": {"local": {setting: values}}} if own else {"space": {setting: values}}
+        with pytest.raises(InputError, match=f"{setting} must not be searched") as said:
+            tune.load(written(tmp_path, **given))
+        assert reason in str(said.value)
+        assert "space of " in str(said.value)
+
+
+def test_noise_may_be_searched_where_a_budget_ends_the_run(tmp_path: Path) -> None:
+    given = [item for item in GIVEN if not item.startswith("privacy.")]
+    space_ = {"privacy.noise_multiplier": {"low": 1, "high": 4}}
+    stopped = ["privacy.stop_at_epsilon=50", "privacy.noise_multiplier=2"]
+    assert tune.load(written(tmp_path, overrides=[*given, *stopped], epsilons=None, space=space_))
+    with pytest.raises(InputError, match="`epsilons`"):
+        tune.load(written(tmp_path, overrides=[*given, *stopped], space=space_))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=0.3", "it is searched"),
+        ("train={ema_decay: 0.3}", "train.ema_decay: it is searched"),
+        ("data.holdout_examples=7", "`holdout_examples`"),
+        ("data.test_examples=7", "`holdout_examples`"),
+        ("tuning.trials=7", "writes there how it chose"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--private"]], ids=["free", "private"])
+def test_overrides_do_not_come_in_place_of_what_is_searched(
+    override: str, message: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, **PRIVATE)
+    assert command(["tune", str(path), override, *more, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "must not be set for all trials" in said
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "seed",
+        "privacy.noise_source",
+        "privacy.noise_multiplier",
+        "privacy.target_epsilon",
+        "preset",
+        "strategy",
+        "strategy.options.min_survivors",
+        "query",
+        "sampler.name",
+        "noise",
+        "federation.holders",
+        "federation.partition",
+        "federation.availability",
+        "data.train_examples",
+    ],
+)
+def test_a_private_search_has_trials_of_one_mechanism_that_ask_the_same_holders(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, **{**PRIVATE, "space": {setting: ["seeded", "secure"]}})
+    assert command(["tune", str(path), "--private", "--out", str(tmp_path / "out")]) == 2
+    assert f"{setting} must not be searched" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("trials", [1, 10**7])
+def test_the_mean_number_of_trials_is_above_one(
+    trials: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, **{**PRIVATE, "trials": trials})
+    assert private(path, tmp_path / "out") == 2
+    assert f"must be above 1 and at most 1e+06, got {float(trials)!r}" in capsys.readouterr().err
+
+
+def test_free_and_private_searches_have_folders_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, **PRIVATE)
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "search.json").write_text('{"search": "of another"}')
+    assert command(["tune", str(path), "--out", str(tmp_path / "hidden"), "train.steps=2"]) == 2
+    assert "folder of a private search" in capsys.readouterr().err
+    for left in ("runs/central-eps50-seed0-0123", "trials.json"):
+        (tmp_path / left.partition("/")[0] / "free" / left).mkdir(parents=True)
+        out = tmp_path / left.partition("/")[0] / "free"
+        assert private(path, out) == 2
+        assert "not private" in capsys.readouterr().err
+        assert not (out / "search.json").exists()
+
+
+@pytest.mark.parametrize("noise", ["seeded", "secure"])
+def test_a_private_search_that_ended_says_so_and_is_not_one_of_other_examples(
+    noise: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = written(tmp_path, **PRIVATE), tmp_path / "out"
+    given = f"privacy.noise_source={noise}"
+    assert private(path, out, given) == 0
+    assert "finished before" not in capsys.readouterr().out
+    released = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert private(path, out, given) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "finished before: nothing was drawn" in said
+    assert ("Nothing tells whether the examples are still the same" in said) == (noise == "secure")
+    real = datasets.load
+
+    def another(*args: Any, **named: Any) -> Any:
+        splits = real(*args, **named)
+        targets = splits.train.targets.copy()
+        targets[7] = (targets[7] + 1) % 10
+        return dataclasses.replace(splits, train=dataclasses.replace(splits.train, targets=targets))
+
+    monkeypatch.setattr(datasets, "load", another)
+    assert private(path, out, given) == (2 if noise == "seeded" else 0)
+    if noise == "seeded":
+        said = capsys.readouterr().err
+        assert "of other training examples" in said
+        assert "release of its own" in said
+    assert released == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_a_comparison_beside_its_tuning_file_needs_no_ending(tmp_path: Path) -> None:
+    content = {"recipe": "base", "overrides": GIVEN, "variants": {"central": []}}
+    (tmp_path / "c_odd.yaml").write_text(yaml.safe_dump(content))
+    for name in ("c_odd", "c_odd.yaml"):
+        tuning = tune.load(written(tmp_path, recipe=None, overrides=None, variants=None, comparison=name))
+        assert list(tuning.variants) == ["central"]
+    for name, near in (("c_od", "c_odd"), ("trust_model", "compare/trust_models")):
+        with pytest.raises(InputError, match=f"Near names: .*{near}") as said:
+            tune.load(written(tmp_path, recipe=None, overrides=None, variants=None, comparison=name))
+        assert len(str(said.value)) < 400
+    with pytest.raises(InputError, match="Names are those of the files below") as said:
+        tune.load(written(tmp_path, recipe="qzx"))
+    assert len(str(said.value)) < 400, "not all 180 of them"
