@@ -207,7 +207,7 @@ def find(source: str | Path, folder: Path = Path()) -> Path:
     raise InputError(
         f"config must be a YAML file{f' (from {folder} on)' if folder != Path() else ''} or a name under "
         f"{CONFIG_DIR.name}/, got {str(source)!r}. "
-        + (validate.did_you_mean(str(source), known) or validate.near(str(source), known) or _known(known))
+        + (validate.near(str(source), known) or _known(known))
     )
 
 

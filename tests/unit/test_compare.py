@@ -430,7 +430,7 @@ def test_the_page_of_a_tuned_comparison_says_what_its_search_left_open(tiny: Pat
 
 def test_unequal_numbers_of_trials_are_told_with_whose_they_were() -> None:
     def cell(variant: str, epsilon: float | None, how: str) -> Cell:
-        return Cell(variant, epsilon, 0, {"tuning": how}, [], [], False)
+        return Cell(variant, epsilon, 0, {"tuning": how, "code_hash": "h", "commit": "c"}, [], [], False)
 
     alike = [cell("a", 1, "12 trials"), cell("b", 1, "12 trials")]
     assert note(alike).endswith(" Tuned: 12 trials.")

@@ -92,7 +92,7 @@ def two(step: int, numbers: dict[str, Any], more: int) -> None: ...
         ({"callbacks": [two]}, r"but two\(step: .*missing a required argument: 'more'"),
         ({"optimizer": torch.optim.SGD}, "is the class torch.optim.sgd.SGD. Derive it from that one"),
         ({"data.train_examples": 70}, "the data handed in have left, got 70"),
-        ({"task": "regression"}, r"has 'class'\. .* \(task\.name=classification\)"),
+        ({"task": "regression"}, r"has 'class'\. .* \(task\.name=classification"),
         ({"out": "a_file"}, "--out must be a folder, got the file .*a_file. Choose another"),
         ({"strategy": "local_dpsgd"}, "got 'local_dpsgd', which is a method, .* write preset=local_dpsgd"),
         ({"query": "dp_newton"}, "write preset=dp_newton"),
