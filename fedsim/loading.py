@@ -206,8 +206,7 @@ def find(source: str | Path, folder: Path = Path()) -> Path:
     known += sorted(p.stem for p in folder.glob("*.yaml"))
     raise InputError(
         f"config must be a YAML file{f' (from {folder} on)' if folder != Path() else ''} or a name under "
-        f"{CONFIG_DIR.name}/, got {str(source)!r}. "
-        + (validate.near(str(source), known) or _known(known))
+        f"{CONFIG_DIR.name}/, got {str(source)!r}. " + (validate.near(str(source), known) or _known(known))
     )
 
 

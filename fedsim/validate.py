@@ -104,8 +104,8 @@ def did_you_mean(word: str, candidates: Collection[Any]) -> str:
 
 
 def near(word: str, candidates: Collection[str], most: int = 4) -> str:
-    """Return "Did you mean 'x'?" of a candidate that is nearly `word`, else "Near names: x, y." of the nearest,
-    whole or by the last part of a path; an empty string where none is."""
+    """Return "Did you mean 'x'?" of a candidate that is nearly `word`, else "Near names: x, y." of the
+    nearest, whole or by the last part of a path; an empty string where none is."""
     if sure := difflib.get_close_matches(word, candidates, n=1, cutoff=0.8):
         return f"Did you mean '{sure[0]}'?"
     found = difflib.get_close_matches(word, candidates, n=most, cutoff=0.6)

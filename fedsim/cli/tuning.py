@@ -59,6 +59,7 @@ def _free(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str, A
     from rich.console import Console
 
     from fedsim.study import tune
+    from fedsim.study.tuned import name_of
 
     done = tune.run(tuning, options.overrides, out, runner_of("local"), sys.stderr)
     best = tune.chosen(done)
@@ -76,7 +77,7 @@ def _free(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str, A
         Console().print(table)
         if any(one.trial.edges for one in best.values()):
             print("A setting at the edge of its range may be better beyond it: widen the range.")
-        first = out / "chosen" / f"{tune.name_of(*next(iter(best)))}.yaml"
+        first = out / "chosen" / f"{name_of(*next(iter(best)))}.yaml"
         print(
             f"{tuning.trials} trials each, judged by {tuning.holdout_examples} held-out training examples; "
             "the test set was not looked at.\n"

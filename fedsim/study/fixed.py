@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fedsim import validate
-from fedsim.config import FREE
+from fedsim.config import FREE, Config
 
 _PROMISE = "what a run promises is not chosen by its score: budgets to tune at are `epsilons`"
 _JUDGED = (
@@ -69,6 +69,29 @@ def refuse(searched: Iterable[str], where: str, *, private: bool = False) -> Non
                 validate.conflicts(
                     f"{where}: {name} must not be searched by {kind}: {why}.", "Leave it out of the space."
                 )
+
+
+def refuse_noise(
+    searched: Iterable[str], where: str, epsilons: Sequence[float], config: Callable[[], Config]
+) -> None:
+    """Refuse a choice of the noise where it would be one of the epsilon.
+
+    Args:
+        searched, where: as of `refuse`.
+        epsilons: budgets to tune at.
+        config: gives the configuration that is tuned; asked only where the noise is searched.
+
+    Raises:
+        InputError: no budget ends the run.
+    """
+    if not any(overlap(name, "privacy.noise_multiplier") for name in searched):
+        return
+    if epsilons or config().privacy.stop_at_epsilon is None:
+        validate.conflicts(
+            f"{where}: privacy.noise_multiplier must not be searched where it decides what a run promises: "
+            "the noise follows from the budgets, which are `epsilons`.",
+            "Leave it out of the space, or give a budget by privacy.stop_at_epsilon and no epsilons.",
+        )
 
 
 def refuse_overrides(overrides: Sequence[str], searched: Iterable[str]) -> None:

@@ -29,14 +29,13 @@ from omegaconf import OmegaConf
 from fedsim import loading, provenance, validate
 from fedsim.config import Config
 from fedsim.engine.checkpoint import write_atomic
-from fedsim.engine.run_folder import file_name
 from fedsim.headline import Metric
 from fedsim.merging import parse_options, read
 from fedsim.report.plain import as_json
 from fedsim.study import compare, fixed, space, whole
 from fedsim.study.compare import Comparison, Planned, Runner
 from fedsim.study.space import Space
-from fedsim.study.tuned import Chosen, Tuned
+from fedsim.study.tuned import Chosen, Tuned, name_of
 from fedsim.validate import InputError, RunError
 
 SEARCH = "search.json"
@@ -175,26 +174,8 @@ def space_of(tuning: Tuning, variant: str, overrides: Sequence[str] = ()) -> Spa
     def config() -> Config:
         return loading.load(str(tuning.recipe), [*tuning.overrides, *tuning.variants[variant], *overrides])
 
-    if any(fixed.overlap(name, "privacy.noise_multiplier") for name in found.settings):
-        _check_noise(tuning, variant, config())
-
-    def is_whole(name: str) -> bool:
-        try:
-            return whole.is_whole(name, config)
-        except InputError:  # that of a trial says it better
-            return False
-
-    return found.with_integers(is_whole, f"space of {variant}")
-
-
-def _check_noise(tuning: Tuning, variant: str, config: Config) -> None:
-    """Refuse a choice of the noise where it would be one of the epsilon."""
-    if tuning.epsilons or config.privacy.stop_at_epsilon is None:
-        validate.conflicts(
-            f"space of {variant}: privacy.noise_multiplier must not be searched where it decides what a run "
-            "promises: the noise follows from the budgets, which are `epsilons`.",
-            "Leave it out of the space, or give a budget by privacy.stop_at_epsilon and no epsilons.",
-        )
+    fixed.refuse_noise(found.settings, f"space of {variant}", tuning.epsilons, config)
+    return found.with_integers(lambda name: whole.is_whole(name, config), f"space of {variant}")
 
 
 def trials(tuning: Tuning, overrides: Sequence[str]) -> list[Trial]:
@@ -389,11 +370,6 @@ def _write_chosen(
         (config,) = (run.config for run in runs if run.epsilon == epsilon)
         text = f"{_table(variant, epsilon, done, earlier[variant, epsilon])}{loading.to_yaml(config)}"
         write_atomic(out / "chosen" / f"{name_of(variant, epsilon)}.yaml", text.encode())
-
-
-def name_of(variant: str, epsilon: float | None) -> str:
-    """Return the name of a variant's chosen configuration."""
-    return file_name(variant, "chosen") + ("" if epsilon is None else f"-eps{epsilon:g}")
 
 
 def _table(variant: str, epsilon: float | None, done: Sequence[Judged], earlier: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedsim import validate
+from fedsim.engine.run_folder import file_name
 from fedsim.merging import parse_options, read
 from fedsim.validate import InputError
 
@@ -142,6 +143,11 @@ class Tuned:
             for setting, whose in found.items()
         )
         return f"At the edge of what was searched, beyond which better may lie: {told}."
+
+
+def name_of(variant: str, epsilon: float | None) -> str:
+    """Return the name of a variant's chosen configuration."""
+    return file_name(variant, "chosen") + ("" if epsilon is None else f"-eps{epsilon:g}")
 
 
 def _distance(one: float | None, other: float | None) -> float:

@@ -21,10 +21,8 @@ def is_whole(name: str, config: Callable[[], Config]) -> bool:
         config: gives a configuration with the variants whose options may be meant; asked only for these.
 
     Returns:
-        False where it is not known: a setting that does not exist, or an option of a function from outside.
-
-    Raises:
-        InputError: what `config` raises.
+        False where it is not known: a setting that does not exist, an option of a function from outside, or
+        of a configuration that is refused, which a trial of it says better.
     """
     kind: Any = Config
     *sections, last = name.split(".")
@@ -35,7 +33,7 @@ def is_whole(name: str, config: Callable[[], Config]) -> bool:
             kind = parts[0]
         else:
             options = section == "options" and number == len(sections) - 1
-            kind = _options(".".join(sections[:number]), config()) if options else None
+            kind = _options(".".join(sections[:number]), config) if options else None
             break
     return _whole(_hints(kind).get(last))
 
@@ -50,9 +48,12 @@ def _whole(hint: Any) -> bool:
     return int in said and float not in said
 
 
-def _options(path: str, config: Config) -> Any:
+def _options(path: str, config: Callable[[], Config]) -> Any:
     """The dataclass whose fields are the options of what is chosen at `path`; None where there is none."""
-    chosen: Any = config
+    try:
+        chosen: Any = config()
+    except InputError:
+        return None
     for part in path.split("."):
         chosen = getattr(chosen, part)
     if chosen is None:

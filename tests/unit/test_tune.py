@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from fedsim import loading
 from fedsim.config import CONFIG_DIR
 from fedsim.data import datasets
 from fedsim.engine.run_folder import RunFolder
+from fedsim.flower import server_app
+from fedsim.flower.client_app import app as client_app
+from fedsim.flower.local_grid import LocalGrid
 from fedsim.study import compare, private_tune, space, tune
 from fedsim.study.space import Space
 from fedsim.study.tuned import Tuned
@@ -659,3 +664,12 @@ def test_a_comparison_beside_its_tuning_file_needs_no_ending(tmp_path: Path) -> 
     with pytest.raises(InputError, match="Names are those of the files below") as said:
         tune.load(written(tmp_path, recipe="qzx"))
     assert len(str(said.value)) < 400, "not all 180 of them"
+
+
+def test_nor_by_flowers_own_command(tmp_path: Path) -> None:
+    """`flwr run` comes to the server without the front door."""
+    given = shlex.join([*SMALL, "tuning.mode=private", "tuning.trials=10"])
+    wanted = {"config": "base", "overrides": given, "out": str(tmp_path / "run"), "resume": False}
+    with pytest.raises(InputError, match="release of its own"):
+        server_app.main(LocalGrid(client_app, 2), SimpleNamespace(run_config=wanted))
+    assert not (tmp_path / "run").exists()
