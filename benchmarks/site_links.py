@@ -1,6 +1,6 @@
 """A hook of mkdocs: links to files outside docs/ are shown as names, for the site lacks them.
 
-`tests/unit/test_pages.py` holds that the files are there.
+`tests/unit/test_site.py` holds that the files are there.
 """
 
 from __future__ import annotations

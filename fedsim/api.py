@@ -71,6 +71,18 @@ def train(
     Raises:
         InputError: something is wrong; nothing was started.
         RunError: the run stopped and can be resumed.
+
+    Two steps of the main job, whose noise is calibrated so that they reach epsilon 1:
+
+    >>> import fedsim
+    >>> run = fedsim.train(
+    ...     "quickstart",
+    ...     privacy={"target_epsilon": 1.0},
+    ...     train={"steps": 2},
+    ...     monitor={"tensorboard": False, "progress": False},
+    ... )
+    >>> run.ledger.steps, run.result["holders"], round(run.epsilon, 2)
+    (2, 100, 1.0)
     """
     _check_callbacks(callbacks)
     chosen = _configured(config, model, data, task, partition, overrides)
@@ -168,6 +180,11 @@ def check(
     """Return the dry run of a configuration: plan, noise, epsilon, operations, memory, bytes; trains nothing.
 
     Arguments as of `train`.
+
+    >>> import fedsim
+    >>> plan = fedsim.check("quickstart")
+    >>> plan["examples"], plan["holders"]["holders"], round(plan["epsilon"]["example"]["value"], 2)
+    (10000, 100, 3.0)
     """
     from fedsim.study import plan
 
@@ -212,6 +229,16 @@ def epsilon(
         steps: number of steps.
         delta: of the guarantee.
         accountant: "pld" or "rdp".
+
+    Raises:
+        InputError: a number out of range, or no such accountant.
+
+    Ten epochs of batches of 600 of 60,000 examples:
+
+    >>> import fedsim
+    >>> spent = fedsim.epsilon(noise_multiplier=1.1, sampling_rate=0.01, steps=1000, delta=1e-5)
+    >>> round(spent.value, 2), spent.relation, spent.accountant
+    (1.52, 'add/remove one', 'pld')
     """
     from fedsim.privacy import accountant as accountants
     from fedsim.privacy import events
@@ -223,7 +250,16 @@ def epsilon(
 def calibrate(
     target_epsilon: float, sampling_rate: float, steps: int, delta: float, accountant: str = "pld"
 ) -> Calibration:
-    """Return the smallest noise multiplier found for a target epsilon; arguments as of `epsilon`."""
+    """Return the smallest noise multiplier found for a target epsilon; arguments as of `epsilon`.
+
+    Raises:
+        InputError: as of `epsilon`, or the target cannot be reached; names the nearest that can.
+
+    >>> import fedsim
+    >>> found = fedsim.calibrate(target_epsilon=3.0, sampling_rate=0.01, steps=1000, delta=1e-5)
+    >>> round(found.noise_multiplier, 2), found.achieved.value <= 3.0, found.verified.accountant
+    (0.81, True, 'rdp')
+    """
     from fedsim.privacy import search
     from fedsim.privacy.family import EventFamily
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fedsim import given, presets, references
+from fedsim import given, references
 from fedsim.validate import InputError
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class Registry(Generic[T]):
 
     def _refuse_method(self, name: str) -> None:
         """Of a preset, which chooses on several axes, say how it is chosen."""
+        from fedsim import presets  # imports omegaconf: only where a name is unknown
         from fedsim.config import CONFIG_DIR
 
         if self.setting.removesuffix(".name") in presets.AXES and name in presets.names(CONFIG_DIR):

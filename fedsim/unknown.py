@@ -48,8 +48,8 @@ def remedy(key: str, valid: Collection[str]) -> str:
     last = key.rpartition(".")[2].lower()
     if (known := ELSEWHERE.get(last)) in valid:
         return f"Here it is '{known}'{f': {_WHY[last]}' if last in _WHY else ''}."
-    if near := difflib.get_close_matches(key, valid, n=1, cutoff=_SURE):
-        return f"Did you mean '{near[0]}'?"
+    if alike := difflib.get_close_matches(key, valid, n=1, cutoff=_SURE):
+        return f"Did you mean '{alike[0]}'?"
     parts = {name: name.rpartition(".")[2].split("_") for name in valid}
     holding = sorted(name for name, words in parts.items() if _within(last.split("_"), words))
     if holding:

@@ -13,7 +13,18 @@ import sys
 from collections.abc import Sequence
 
 from fedsim import __version__, unknown
-from fedsim.cli import extraction, many, models, planning, privacy, probing, results, training, tuning
+from fedsim.cli import (
+    completion,
+    extraction,
+    many,
+    models,
+    planning,
+    privacy,
+    probing,
+    results,
+    training,
+    tuning,
+)
 from fedsim.cli.arguments import Parser
 from fedsim.report.plain import as_json
 from fedsim.validate import FedsimError, InputError
@@ -23,7 +34,9 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parse(parser(), arguments)
+    top = parser()
+    completion.complete(top)
+    options = _parse(top, arguments)
     try:
         answer = options.handler(options)
         if options.json:
@@ -52,7 +65,18 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (training, many, tuning, planning, extraction, privacy, models, probing, results):
+    for group in (
+        training,
+        many,
+        tuning,
+        planning,
+        extraction,
+        privacy,
+        models,
+        probing,
+        results,
+        completion,
+    ):
         group.add(commands)
     return top
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fedsim.cli import proposals
 from fedsim.validate import did_you_mean
 
 if TYPE_CHECKING:  # OmegaConf takes a moment to import: only where a command needs it
@@ -38,12 +39,16 @@ def command(
     return parser
 
 
-def config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the configuration and its overrides."""
-    parser.add_argument("config", help="YAML file, or a name under configs/ such as quickstart")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="for example privacy.target_epsilon=1"
-    )
+def config_arguments(
+    parser: argparse.ArgumentParser,
+    what: str = "YAML file, or a name under configs/ such as quickstart",
+    overrides: str = "for example privacy.target_epsilon=1",
+) -> None:
+    """Add the configuration and its overrides; their help."""
+    named = parser.add_argument("config", help=what)
+    proposals.proposing(named, proposals.configurations)
+    given = parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=overrides)
+    proposals.proposing(given, proposals.overrides)
 
 
 def load(options: argparse.Namespace) -> Config:

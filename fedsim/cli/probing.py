@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedsim.cli import show
+from fedsim.cli import proposals, show
 from fedsim.cli.arguments import command, importing
 
 
@@ -21,12 +21,13 @@ def add(commands: Any) -> None:
         "default the embedded ones; data with captions, such as the run's own, are told apart by caption.",
     )
     probe.add_argument("run", type=Path, metavar="RUN")
-    probe.add_argument(
+    given = probe.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
         help="of the data, such as data.name=glyphs data.root=DIR",
     )
+    proposals.proposing(given, proposals.overrides)
     probe.add_argument("--shots", type=int, nargs="*", default=[1, 5, 10], metavar="N")
     probe.add_argument("--draws", type=int, default=3, help="of the few examples (default 3)")
     probe.add_argument(

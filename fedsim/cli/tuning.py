@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim import validate
 from fedsim.cli import show
-from fedsim.cli.arguments import command
+from fedsim.cli.arguments import command, config_arguments
 from fedsim.cli.many import runner_of
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def add(commands: Any) -> None:
         "search settings on held-out training examples, with equally many trials for every variant",
         "The same command again continues where it stopped; more trials go on from those that are there.",
     )
-    tune.add_argument("config", help="tuning file, or a name under configs/ such as tune/quickstart")
-    tune.add_argument("overrides", nargs="*", metavar="key=value", help="for all trials")
+    config_arguments(tune, "tuning file, or a name under configs/ such as tune/quickstart", "for all trials")
     tune.add_argument("--trials", type=int, metavar="N", help="instead of what the file says")
     tune.add_argument(
         "--private", action="store_true", help="count the search: target_epsilon is of all of it"

@@ -1,52 +1,242 @@
-"""Pages of docs/: commands that are run into them, the site's order, its links out of docs/."""
+"""What pages say to type, and where they point, is there: links, files, tests, commands, settings, snippets.
+
+docs/extend.md and docs/mistakes.md have tests of their own that run what they show
+(tests/examples/test_extend.py, tests/unit/test_mistakes.py).
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import functools
+import importlib.util
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import yaml
+from torch import nn
 
-from benchmarks import executed, site_links
+import fedsim
+from benchmarks import compared, executed
+from benchmarks.mistakes import anchor
+from fedsim import loading
+from fedsim.cli import _parse, parser
+from fedsim.study import compare, tune
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "tests/*.md", ".github/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+FOLDERS = ("docs", "tests", "fedsim", "benchmarks", "configs", "examples", "strategies", "results")
+BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
+# What stands for something of the reader's, and what it may be.
+PLACEHOLDERS = {"CONFIG": "quickstart", "FILE": "tune/quickstart", "NAME": "quickstart", "PATIENTS": "100"}
+RUN_ELSEWHERE = ("docs/extend.md", "docs/mistakes.md")
 
 
-def test_commands_of_a_page_are_run_one_after_another_in_one_folder(tmp_path: Path) -> None:
-    page = "Text.\n\n```console\n$ echo old > f\nstale\n$ cat f; echo $COLUMNS\n```\n\n```\n$ not run\n```\n"
-    assert executed.commands(page) == ["echo old > f", "cat f; echo $COLUMNS"]
-    made = executed.executed(page, tmp_path)
-    assert "```console\n$ echo old > f\n\n$ cat f; echo $COLUMNS\nold\n80\n```" in made
-    assert made.endswith("```\n$ not run\n```\n")
-    assert executed.commands(made) == executed.commands(page)
-    with pytest.raises(executed.Failed, match="ended with 3"):
-        executed.executed("```console\n$ echo why; exit 3\n```\n", tmp_path)
+@functools.cache
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def test_programs_of_a_page_are_this_environments(tmp_path: Path) -> None:
-    assert executed.output("fedsim --version", tmp_path).startswith("fedsim ")
+def blocks(page: str, *languages: str) -> list[str]:
+    """The code blocks of a page in these languages, "" for those without one."""
+    return [content for _, language, content in BLOCK.findall(text_of(page)) if language in languages]
 
 
-def test_every_page_has_its_place_on_the_site() -> None:
-    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    placed = [page for section in nav for pages in section.values() for page in pages]
-    assert sorted(placed) == [path.relative_to(ROOT / "docs").as_posix() for path in PAGES]
+def prose(page: str) -> str:
+    return BLOCK.sub("", text_of(page))
 
 
-def test_links_out_of_the_site_are_names_there_and_files_here() -> None:
-    page = SimpleNamespace(file=SimpleNamespace(src_uri="api/index.md"))
-    text = "[a](../../configs/base.yaml), [b](../extend.md#parts), [`c`](../../tests/README.md#d)"
-    assert site_links.on_page_markdown(text, page) == "a, [b](../extend.md#parts), `c`"
-    for path in PAGES:
-        for _, target in site_links.LINK.findall(path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path}: {target}"
+@functools.cache
+def anchors(page: str) -> frozenset[str]:
+    return frozenset(anchor(title) for title in re.findall(r"^#+ (.+)$", prose(page), re.M))
 
 
-def test_the_site_asks_no_other_server_for_anything() -> None:
-    held = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert held["theme"]["font"] is False
-    for path in PAGES:
-        assert not re.search(r"!\[[^\]]*\]\(http", path.read_text(encoding="utf-8")), path
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for said, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose(page)):
+        path, _, part = target.partition("#")
+        if target.startswith("http"):
+            assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?", target), target
+            continue
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"[{said}]({target})"
+        assert ROOT in file.resolve().parents
+        if part:
+            assert part in anchors(file.resolve().relative_to(ROOT).as_posix()), f"[{said}]({target})"
+
+
+@functools.cache
+def sources_of_results() -> frozenset[str]:
+    """Names of files that some benchmark writes or reads."""
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py"))
+    return frozenset(re.findall(r"[\w-]+\.json", text))
+
+
+def mentioned(page: str) -> Iterator[str]:
+    """Files and tests that stand in backticks."""
+    for words in re.findall(r"`([^`\n]+)`", prose(page)):
+        for word in words.split():
+            if word.startswith(tuple(f"{folder}/" for folder in FOLDERS)) and re.fullmatch(
+                r"[\w./-]+(::\w+(\[.*)?)?", word
+            ):
+                yield word
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_tests_that_are_mentioned_exist(page: str) -> None:
+    for name in mentioned(page):
+        path, _, test = name.partition("::")
+        made = (*sources_of_results(), *(f"{name}.json" for name in compared.names()))
+        if "NAME" in path or (path.startswith("results/") and Path(path).name in made):
+            continue  # what a command writes, and may not have written yet
+        assert (ROOT / path).exists() or (ROOT / "fedsim" / path).exists(), f"{page}: {name}"
+        if test:
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert test.partition("[")[0] in functions, f"{page}: {name}"
+
+
+def commands(page: str) -> list[str]:
+    """What a page says to type: the lines of its blocks, and commands in backticks."""
+    found = []
+    for block in blocks(page, "", "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            found.append(" ".join(shlex.split(line, comments=True)) and line)
+    found += executed.commands(text_of(page))
+    inline = re.findall(r"`((?:fedsim|flwr|make|python -m|\.venv/bin/python -m) [^`\n]+)`", prose(page))
+    return [line.strip() for line in (*found, *inline) if line and "..." not in line and "…" not in line]
+
+
+WORDS = {"fedsim", "flwr", "make", "python", ".venv/bin/python"}
+LISTED = [
+    (page, line)
+    for page in PAGES
+    if page not in RUN_ELSEWHERE
+    for line in dict.fromkeys(commands(page))
+    if line.split()[0] in WORDS
+]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(LISTED) > 60
+    assert {line.split()[0] for _, line in LISTED} >= {"fedsim", "flwr", "make", "python"}
+
+
+@pytest.mark.parametrize(("page", "line"), LISTED, ids=[f"{page}: {line[:60]}" for page, line in LISTED])
+def test_a_command_is_one(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True)]
+    words = [re.sub("|".join(PLACEHOLDERS), lambda m: PLACEHOLDERS[m[0]], word) for word in words]
+    if words[0] == "fedsim":
+        fedsim_command(words[1:])
+    elif words[0] == "flwr":
+        flwr_command(words)
+    elif words[0] == "make":
+        targets = re.findall(r"^(\w+):", text_of("Makefile"), re.M)
+        assert set(words[1:]) <= set(targets)
+    else:
+        python_command(words)
+
+
+def fedsim_command(words: list[str]) -> None:
+    """The real parser takes it, and what it names loads with its overrides; or a sentence names a command,
+    and options that it has."""
+    (known,) = (one.choices for one in parser()._actions if isinstance(one, argparse._SubParsersAction))
+    if all(word.startswith("-") for word in words[1:]):
+        own = known[words[0]] if words[0] in known else parser()
+        assert {word for word in words if word.startswith("-")} <= set(own._option_string_actions)
+        assert words[0] in known or words[0].startswith("-")
+        return
+    options = _parse(parser(), words)
+    if not hasattr(options, "config"):
+        return
+    if options.command == "compare":
+        compare.load(options.config, untuned=True)
+    elif options.command == "tune":
+        tune.load(options.config)
+    else:
+        loading.load(options.config, options.overrides)
+
+
+def flwr_command(words: list[str]) -> None:
+    """Keys of the run configuration are those of the app, and its settings load."""
+    import tomllib
+
+    from flwr.common.config import parse_config_args
+
+    assert words[1] == "run"
+    app = tomllib.loads(text_of("pyproject.toml"))["tool"]["flwr"]["app"]["config"]
+    given = [words[at + 1] for at, word in enumerate(words) if word == "--run-config"]
+    settings = app | parse_config_args(given)
+    assert settings.keys() == app.keys()
+    loading.load(str(settings["config"]), shlex.split(str(settings["overrides"])), folder=None)
+
+
+def python_command(words: list[str]) -> None:
+    """The module is there, and has the options; code given on the line is Python."""
+    if words[1] == "-c":
+        compile(words[2], "<page>", "exec")
+        return
+    module = words[words.index("-m") + 1]
+    found = importlib.util.find_spec(module)
+    assert found is not None, module
+    if module == "pytest":
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+        return
+    path = Path(str(found.origin))
+    files = path.parent.glob("*.py") if path.name == "__init__.py" else [path]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert f'"{option}"' in source, f"{module} has no {option}"
+
+
+@pytest.mark.parametrize(
+    ("page", "load"),
+    [
+        ("docs/comparisons.md", lambda path: compare.load(path, untuned=True)),
+        ("docs/tuning.md", tune.load),
+        ("docs/pictures.md", lambda path: loading.load(path, ["privacy.noise_multiplier=1"])),
+    ],
+)
+def test_files_of_settings_on_a_page_load(page: str, load: object, tmp_path: Path) -> None:
+    assert callable(load)
+    found = blocks(page, "yaml")
+    assert found
+    for number, content in enumerate(found):
+        (path := tmp_path / f"{number}.yaml").write_text(content, encoding="utf-8")
+        load(path)
+
+
+def test_every_file_of_settings_on_a_page_is_looked_at() -> None:
+    with_yaml = {page for page in PAGES if blocks(page, "yaml")} - set(RUN_ELSEWHERE)
+    assert with_yaml == {"docs/comparisons.md", "docs/tuning.md", "docs/pictures.md"}
+
+
+def test_the_snippet_of_the_front_door_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = blocks("docs/use.md", "python")
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.normal(size=(1500, 6)).astype(np.float32), rng.integers(0, 10, 1500)
+    given = {
+        "images": rng.integers(0, 256, (3, 28, 28, 1), np.uint8),
+        "my_module": nn.Linear(6, 10),
+        "train_set": (inputs, labels),
+        "test_set": [(one, int(label)) for one, label in zip(inputs[:50], labels[:50], strict=True)],
+        "owner_of_each_example": rng.integers(0, 20, 1500),
+    }
+    exec(compile(snippet, "docs/use.md", "exec"), given)
+    assert isinstance(given["run"], fedsim.Run)
+    assert given["run"].epsilon <= 1.0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_every_snippet_is_run_somewhere() -> None:
+    assert {page for page in PAGES if blocks(page, "python")} == {"docs/use.md", *RUN_ELSEWHERE}
+    assert len(blocks("docs/use.md", "python")) == 1

@@ -661,7 +661,7 @@ def test_a_comparison_beside_its_tuning_file_needs_no_ending(tmp_path: Path) -> 
         with pytest.raises(InputError, match=f"(Near names:|Did you mean) .*{near}") as said:
             tune.load(written(tmp_path, recipe=None, overrides=None, variants=None, comparison=name))
         assert len(str(said.value)) < 400
-    with pytest.raises(InputError, match="Names are those of the files below") as said:
+    with pytest.raises(InputError, match="There are base, quickstart") as said:
         tune.load(written(tmp_path, recipe="qzx"))
     assert len(str(said.value)) < 400, "not all 180 of them"
 
