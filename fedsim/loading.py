@@ -203,7 +203,7 @@ def find(source: str | Path, folder: Path = Path()) -> Path:
             if path.is_file():
                 return path
     known = sorted(str(p.relative_to(CONFIG_DIR))[:-5] for p in CONFIG_DIR.rglob("*.yaml"))
-    known += sorted(p.stem for p in folder.glob("*.yaml"))
+    known += sorted(p.stem for p in folder.glob("*.yaml") if not p.name.startswith("."))
     raise InputError(
         f"config must be a YAML file{f' (from {folder} on)' if folder != Path() else ''} or a name under "
         f"{CONFIG_DIR.name}/, got {str(source)!r}. " + (validate.near(str(source), known) or _known(known))

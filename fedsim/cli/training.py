@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,9 +59,9 @@ def _before(folder: RunFolder) -> str:
     """Say what a folder held before this command: nothing, a part of the run, or the whole."""
     from fedsim.privacy import ledger
 
-    if folder.result.exists():
+    if os.path.isfile(folder.result):  # False for a name that is too long, which the run refuses
         return "trained nothing: the run was finished before"
-    if not folder.ledger.exists():
+    if not os.path.isfile(folder.ledger):
         return ""
     return f"went on after step {ledger.read(folder.ledger).steps}"
 

@@ -234,6 +234,8 @@ class Server:
 
     def _samples(self) -> Tagged[tuple[Sample, ...]] | None:
         """Return what the model that was evaluated last says, where its task says something in words."""
+        if not self.experiment.task.speaks:
+            return None  # the model stays where it is
         splits, dtype = self.experiment.splits, self.state.parameters.dtype
         held_out = bool(self.config.data.holdout_examples)
         with self._on_its_device():

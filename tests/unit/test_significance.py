@@ -43,6 +43,8 @@ def _cell(variant: str, epsilon: float | None, seed: int, score: float, **more: 
         "headline": headline,
         "epsilon": {"example": spent},
         "seconds": 1.0,
+        "code_hash": "h",
+        "commit": "c",
         "tuning": "",
     }
     return Cell(variant, epsilon, seed, {**result, "trust": trust, "holder_scores": {}, **more}, [])

@@ -264,7 +264,7 @@ def test_a_metric_that_is_no_number_an_example_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["class", "labels", "values", "tokens"])
 def test_targets_of_another_kind_are_refused(name: str, kind: str) -> None:
     task = TASKS.make(Choice(name))
-    if task.kind == kind:
+    if task.kind == kind or name == "reconstruction":  # looks at no targets
         task.check(Targets(kind, 3))
         return
     with pytest.raises(
