@@ -72,17 +72,18 @@ def train(
         InputError: something is wrong; nothing was started.
         RunError: the run stopped and can be resumed.
 
-    Two steps of the main job, whose noise is calibrated so that they reach epsilon 1:
+    Examples:
+        Two steps of the main job, whose noise is calibrated so that they reach epsilon 1:
 
-    >>> import fedsim
-    >>> run = fedsim.train(
-    ...     "quickstart",
-    ...     privacy={"target_epsilon": 1.0},
-    ...     train={"steps": 2},
-    ...     monitor={"tensorboard": False, "progress": False},
-    ... )
-    >>> run.ledger.steps, run.result["holders"], round(run.epsilon, 2)
-    (2, 100, 1.0)
+        >>> import fedsim
+        >>> run = fedsim.train(
+        ...     "quickstart",
+        ...     privacy={"target_epsilon": 1.0},
+        ...     train={"steps": 2},
+        ...     monitor={"tensorboard": False, "progress": False},
+        ... )
+        >>> run.ledger.steps, run.result["holders"], round(run.epsilon, 2)
+        (2, 100, 1.0)
     """
     _check_callbacks(callbacks)
     chosen = _configured(config, model, data, task, partition, overrides)
@@ -181,10 +182,11 @@ def check(
 
     Arguments as of `train`.
 
-    >>> import fedsim
-    >>> plan = fedsim.check("quickstart")
-    >>> plan["examples"], plan["holders"]["holders"], round(plan["epsilon"]["example"]["value"], 2)
-    (10000, 100, 3.0)
+    Examples:
+        >>> import fedsim
+        >>> plan = fedsim.check("quickstart")
+        >>> plan["examples"], plan["holders"]["holders"], round(plan["epsilon"]["example"]["value"], 2)
+        (10000, 100, 3.0)
     """
     from fedsim.study import plan
 
@@ -233,12 +235,13 @@ def epsilon(
     Raises:
         InputError: a number out of range, or no such accountant.
 
-    Ten epochs of batches of 600 of 60,000 examples:
+    Examples:
+        Ten epochs of batches of 600 of 60,000 examples:
 
-    >>> import fedsim
-    >>> spent = fedsim.epsilon(noise_multiplier=1.1, sampling_rate=0.01, steps=1000, delta=1e-5)
-    >>> round(spent.value, 2), spent.relation, spent.accountant
-    (1.52, 'add/remove one', 'pld')
+        >>> import fedsim
+        >>> spent = fedsim.epsilon(noise_multiplier=1.1, sampling_rate=0.01, steps=1000, delta=1e-5)
+        >>> round(spent.value, 2), spent.relation, spent.accountant
+        (1.52, 'add/remove one', 'pld')
     """
     from fedsim.privacy import accountant as accountants
     from fedsim.privacy import events
@@ -255,10 +258,11 @@ def calibrate(
     Raises:
         InputError: as of `epsilon`, or the target cannot be reached; names the nearest that can.
 
-    >>> import fedsim
-    >>> found = fedsim.calibrate(target_epsilon=3.0, sampling_rate=0.01, steps=1000, delta=1e-5)
-    >>> round(found.noise_multiplier, 2), found.achieved.value <= 3.0, found.verified.accountant
-    (0.81, True, 'rdp')
+    Examples:
+        >>> import fedsim
+        >>> found = fedsim.calibrate(target_epsilon=3.0, sampling_rate=0.01, steps=1000, delta=1e-5)
+        >>> round(found.noise_multiplier, 2), found.achieved.value <= 3.0, found.verified.accountant
+        (0.81, True, 'rdp')
     """
     from fedsim.privacy import search
     from fedsim.privacy.family import EventFamily

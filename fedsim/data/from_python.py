@@ -45,11 +45,13 @@ class Data:
     Raises:
         InputError: items of different shapes or types, or what does not fit the declarations.
 
-    >>> import numpy as np
-    >>> inputs, words = np.zeros((4, 8), np.float32), np.array(["cat", "dog", "dog", "cat"])
-    >>> data = Data((inputs, words), (inputs, words), classes=2, names=["cat", "dog"], holders=list("AABB"))
-    >>> data.holders, data.splits.train.targets.tolist()
-    (2, [0, 1, 1, 0])
+    Examples:
+        >>> import numpy as np
+        >>> inputs, words = np.zeros((4, 8), np.float32), np.array(["cat", "dog", "dog", "cat"])
+        >>> split = (inputs, words)
+        >>> data = Data(split, split, classes=2, names=["cat", "dog"], holders=list("AABB"))
+        >>> data.holders, data.splits.train.targets.tolist()
+        (2, [0, 1, 1, 0])
     """
 
     def __init__(
