@@ -122,7 +122,7 @@ def run(
     import torch
 
     from fedsim.engine.experiment import prepare
-    from fedsim.engine.metrics import ConsoleProgress
+    from fedsim.engine.metrics import progress_of
     from fedsim.engine.setup import forget_nodes
     from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
@@ -150,12 +150,7 @@ def run(
         experiment = prepare(config)
         watching = list(watchers)
         if config.monitor.progress if progress is None else progress:
-            bar = ConsoleProgress(
-                experiment.mechanism.steps,
-                experiment.task.chosen,
-                config.title,
-                judged_by=config.data.judged_by,
-            )
+            bar = progress_of(experiment)
             stack.callback(bar.close)
             watching.append(bar)
         if backend == "simulation":

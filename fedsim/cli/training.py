@@ -76,9 +76,9 @@ def _train(config: Config, folder: RunFolder, backend: str, options: argparse.Na
 
 
 def _folder(out: Path | None, config: Config, overrides: Sequence[str] = ()) -> RunFolder:
-    from fedsim.engine.run_folder import RunFolder, default_name
+    from fedsim.engine.run_folder import RunFolder, default_folder
 
-    return RunFolder(out or Path("runs") / default_name(config, overrides))
+    return RunFolder(out or default_folder(Path("runs"), config, overrides))
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
     from safetensors.torch import load_file
 
-    from fedsim.engine.run_folder import default_name
+    from fedsim.engine.run_folder import default_folder
     from fedsim.merging import Choice
 
     config = load(options)
@@ -102,7 +102,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
         title=f"{config.title}-centralized",
         federation=dataclasses.replace(config.federation, holders=1, nodes=1, partition=Choice("iid")),
     )
-    base = options.out or Path("runs") / default_name(config, options.overrides)
+    base = options.out or default_folder(Path("runs"), config, options.overrides)
     rows: dict[str, tuple[dict[str, Any], RunFolder]] = {}
     for name, which, backend in (("federated", config, options.backend), ("centralized", central, "local")):
         folder = _folder(base / name, which)

@@ -107,7 +107,7 @@ class Partition:
         memory."""
         self._check_node(node, nodes)
         for block in self._blocks():
-            here = self.holder_of[block] % nodes == node
+            here = self.holder_of[block].astype(np.int64) % nodes == node  # 256 nodes are no byte
             if self.used is not None:
                 here &= self.used[block]
             yield np.flatnonzero(here).astype(np.int64, copy=False) + block.start

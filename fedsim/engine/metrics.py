@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,6 +24,9 @@ from fedsim.report.plain import as_json
 from fedsim.types import StepRecord
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, shown
+
+if TYPE_CHECKING:
+    from fedsim.engine.experiment import Experiment
 
 
 class Writer(Protocol):
@@ -188,6 +191,17 @@ class ConsoleProgress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def progress_of(experiment: Experiment) -> ConsoleProgress:
+    """Return the bar of a run that is about to start."""
+    config = experiment.config
+    return ConsoleProgress(
+        experiment.mechanism.steps,
+        experiment.task.chosen,
+        config.title,
+        judged_by=config.data.judged_by,
+    )
 
 
 class Metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import re
@@ -22,11 +23,23 @@ from fedsim.validate import InputError, RunError
 def default_name(config: Config, overrides: Sequence[str] = ()) -> str:
     """Return the name of a folder for a run that was told none: its title, what was set on top of it
     ("key=value" strings, without their sections), and its hash."""
-    title = file_name(config.title, "run")
-    differs = "-".join(
-        item.partition("=")[0].rpartition(".")[2] + item[item.find("=") :] for item in overrides
-    )
-    return f"{title}{file_name(f'-{differs}', '')[:60] if differs else ''}-{config.digest()[:8]}"
+    differs = [re.sub(r"^[^=]*\.", "", item) for item in overrides]
+    return f"{'-'.join([_title(config), file_name('-'.join(differs), '')[:60]]).rstrip('-')}{_hash(config)}"
+
+
+def default_folder(base: Path, config: Config, overrides: Sequence[str] = ()) -> Path:
+    """Return the folder below `base` of a run that was told none: one of its title and hash that is there,
+    however its settings were written then, so that a run is continued and not made twice; else a new one."""
+    there = sorted(base.glob(f"{glob.escape(_title(config))}*{_hash(config)}"))
+    return there[0] if there else base / default_name(config, overrides)
+
+
+def _title(config: Config) -> str:
+    return file_name(config.title, "run")
+
+
+def _hash(config: Config) -> str:
+    return f"-{config.digest()[:8]}"
 
 
 def file_name(title: str, otherwise: str) -> str:

@@ -18,8 +18,8 @@ from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
-from fedsim.engine.metrics import ConsoleProgress, Watcher
-from fedsim.engine.run_folder import RunFolder, default_name
+from fedsim.engine.metrics import Watcher, progress_of
+from fedsim.engine.run_folder import RunFolder, default_folder
 from fedsim.engine.server import Server
 from fedsim.engine.setup import setup_of
 from fedsim.flower import deployment
@@ -64,12 +64,7 @@ def main(grid: Grid, context: Context) -> None:
     with contextlib.ExitStack() as stack:
         watching = []
         if config.monitor.progress:  # what `flwr run --stream` shows
-            shown = ConsoleProgress(
-                experiment.mechanism.steps,
-                experiment.task.chosen,
-                config.title,
-                judged_by=config.data.judged_by,
-            )
+            shown = progress_of(experiment)
             stack.callback(shown.close)
             watching.append(shown)
         result = train(grid, experiment, folder, resume, watching)
@@ -87,7 +82,7 @@ def _words(overrides: str) -> list[str]:
 
 def default_out(config: Config, overrides: Sequence[str] = ()) -> Path:
     """Return where a run goes that names no folder: ~/fedsim-runs/TITLE-OVERRIDES-HASH."""
-    return Path.home() / "fedsim-runs" / default_name(config, overrides)
+    return default_folder(Path.home() / "fedsim-runs", config, overrides)
 
 
 def train(

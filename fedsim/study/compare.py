@@ -218,7 +218,7 @@ def run(
         _chosen(comparison_, planned),
     )
     for cell, folder, result in finish(planned, out, forgiving(runner), log):
-        if _diverged(result):
+        if diverged(result):
             about = dataclasses.replace(about, diverged=[*about.diverged, cell.name])
             print(f"{cell.folder} diverged and is left out", file=log, flush=True)
             continue
@@ -245,10 +245,10 @@ def forgiving(runner: Runner) -> Runner:
     return run_one
 
 
-def _diverged(result: dict[str, Any]) -> bool:
+def diverged(result: dict[str, Any]) -> bool:
     """Return whether a run ended without parameters, or its model's loss is no number: its score, if it has
-    one, is that of guesses."""
-    return "diverged" in result or result["loss"] is None
+    one, is that of guesses. The second looks at the examples it is judged by: no private search may ask."""
+    return "diverged" in result or result.get("loss", 0.0) is None
 
 
 def _chosen(comparison_: Comparison, planned: Sequence[Planned]) -> str:

@@ -80,6 +80,7 @@ def run(
 
     Raises:
         InputError: wrong configuration or folder, repeated seed; nothing has been started.
+        RunError: the loss of a run's model is no number, or the result could not be written.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"--seeds must be different numbers, at least one, got {list(seeds)}.")
@@ -95,6 +96,11 @@ def run(
             raise InputError(f"--results must be a file, got the folder {results}.")
     root = out or Path("runs") / "repeat" / file_name(planned[0].config.title, "run")
     done = [(cell.seed, result) for cell, _, result in compare.finish(planned, root, runner, log)]
+    if dead := [seed for seed, result in done if compare.diverged(result)]:
+        raise RunError(
+            f"seeds must end with a model whose loss is a number, and {dead} did not: there is no mean to "
+            "state. Lower optimizer.learning_rate."
+        )
     about = {"config": source, "overrides": list(overrides), "backend": backend, "command": command}
     answer = summary(planned[0].config, done, about)
     if results is not None:

@@ -81,6 +81,23 @@ def test_a_run_without_a_folder_is_named_by_what_was_set(
     assert json.loads(capsys.readouterr().out)["steps"] == 1
 
 
+def test_a_run_without_a_folder_is_found_however_its_settings_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the same command written otherwise would release everything once more."""
+    monkeypatch.chdir(tmp_path)
+    assert command(["run", "base", *SMALL, "train.steps=1", "seed=5"]) == 0
+    for other in (["seed=5", "train.steps=1"], ["train.steps=1", "seed=5", "monitor.progress=false"]):
+        capsys.readouterr()
+        assert command(["run", "base", *SMALL, *other]) == 2
+        assert "holds a finished run of this configuration" in " ".join(capsys.readouterr().err.split())
+        assert command(["run", "base", *SMALL, *other, "--resume"]) == 0
+        assert "trained nothing" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert command(["run", "base", *SMALL, "train.steps=1", "seed=6"]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
 def test_programs_are_named_as_they_can_be_called_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,3 +292,12 @@ def test_real_labels_and_the_picture() -> None:
     assert bright(images["dirichlet", 1_000]) > 5 * bright(images["iid", 1_000])
     with pytest.raises(InputError, match="label_counts must be"):
         partition_picture.figure(np.array([[1, 2], [0, 0]]))
+
+
+@pytest.mark.parametrize("holders", [3, 255, 256, 257, 65_536])
+def test_every_holder_may_have_a_node_of_its_own(holders: int) -> None:
+    """At 256 holders the numbers of holders fit into a byte, and that of nodes does not."""
+    held = Partition(np.arange(2 * holders) % holders, holders)
+    for node in {0, 1, holders // 2, holders - 1}:
+        assert held.ids_of_node(node, holders).tolist() == [node, node + holders]
+    assert held.ids_of_node(holders - 2, holders - 1).tolist() == [holders - 2, 2 * holders - 2]

@@ -89,3 +89,12 @@ def test_freely_tuned_settings_are_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert "epsilon does not count that" in held["tuning"]
     held["reference"] = {}
     assert f"tuned: {held['tuning']}." in results.page([held])
+
+
+def test_there_is_no_mean_over_runs_whose_loss_is_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their accuracy is that of guesses, and would stand in a result file as any other."""
+    assert repeat(tmp_path, "optimizer.learning_rate=1e30", "--seeds", "1") == 3
+    assert "[1] did not" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

@@ -57,6 +57,7 @@ class Runner:
         self.configs: list[Any] = []
         self.fail_after = math.inf
         self.diverge_above = math.inf
+        self.no_loss_above = math.inf
 
     def __call__(self, config: Any, folder: RunFolder) -> dict[str, Any]:
         if (done := folder.finished()) is not None:
@@ -69,7 +70,8 @@ class Runner:
             raise Diverged("not finite")
         score = 0.9 - abs(math.log10(rate / 0.1)) / 10 - config.train.ema_decay / 100
         headline = {"name": "accuracy", "unit": "%", "higher_is_better": True}
-        result = {"accuracy": score, "headline": headline, "seconds": 1.0}
+        loss = None if rate > self.no_loss_above else 1 - score
+        result = {"accuracy": score, "loss": loss, "headline": headline, "seconds": 1.0}
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.write_config(config)
         folder.write_result(result)
@@ -165,6 +167,18 @@ def test_runs_that_diverge_are_trials_that_lost(tmp_path: Path) -> None:
     runner.diverge_above = 0.0
     with pytest.raises(RunError, match="all 3 diverged"):
         search(written(tmp_path), tmp_path / "other", runner)
+
+
+def test_a_trial_whose_loss_is_no_number_has_lost_whatever_its_score(tmp_path: Path) -> None:
+    runner = Runner()
+    runner.no_loss_above = 0.05  # the best score is at 0.1
+    done = search(written(tmp_path, trials=8), tmp_path / "out", runner)
+    lost = [math.isnan(one.score) for one in done]
+    assert any(lost)
+    assert not all(lost)
+    for best in tune.chosen(done).values():
+        (rate,) = [float(s.partition("=")[2]) for s in best.trial.settings if "learning_rate" in s]
+        assert rate <= 0.05
 
 
 def test_lower_is_better_where_the_metric_says_so() -> None:
