@@ -292,12 +292,10 @@ def earlier(planned: Sequence[Trial], out: Path) -> dict[tuple[str, float | None
 
 def judged(trial: Trial, results: Sequence[dict[str, Any]]) -> Judged:
     """Return a trial with the scores of its runs."""
-    whole = [result for result in results if not compare.diverged(result)]
-    headline = Metric.of(whole[0]) if whole else None
     scores = tuple(
-        math.nan if headline is None or compare.diverged(result) else float(result[headline.name])
-        for result in results
+        math.nan if compare.diverged(result) else float(result[Metric.of(result).name]) for result in results
     )
+    headline = next((Metric.of(result) for result in results if not compare.diverged(result)), None)
     return Judged(trial, scores, sum(result.get("seconds", 0.0) for result in results), headline)
 
 
