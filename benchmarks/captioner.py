@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -122,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     retain_freed_memory()
     held: dict[str, Any] = {
-        "command": "python -m benchmarks.captioner " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.captioner", *sys.argv[1:]]),
         "commit": provenance.commit(),
         "hardware": provenance.hardware(),
         "threads": options.threads,

@@ -20,6 +20,7 @@ import copy
 import itertools
 import json
 import logging
+import shlex
 import statistics
 import sys
 import time
@@ -56,7 +57,7 @@ def main() -> None:
     retained = arguments.device == "cpu" and retain_freed_memory()
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.gradients " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.gradients", *sys.argv[1:]]),
         "commit": provenance.commit(),
         "hardware": provenance.hardware(),
         "seed": SEED,

@@ -15,6 +15,7 @@ import copy
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -47,7 +48,7 @@ def main() -> None:
     rows = [_row(name, views, arguments.device) for name in arguments.models for views in arguments.views]
     if arguments.json is not None:
         result = {
-            "command": "python -m benchmarks.memory " + " ".join(sys.argv[1:]),
+            "command": shlex.join(["python", "-m", "benchmarks.memory", *sys.argv[1:]]),
             "commit": provenance.commit(),
             "hardware": provenance.hardware(),
             "seed": SEED,

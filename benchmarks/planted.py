@@ -19,6 +19,7 @@ import json
 import os
 import queue
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no defect has such a name")
     given = sys.argv[1:] if arguments is None else list(arguments)
     held = {
-        "command": " ".join(["python -m benchmarks.planted", *given]),
+        "command": shlex.join(["python", "-m", "benchmarks.planted", *given]),
         "commit": provenance.commit(),
         "hardware": provenance.hardware(),
     }

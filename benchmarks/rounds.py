@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -224,7 +225,7 @@ def main() -> None:
     torch.set_num_threads(1)
     retain_freed_memory()  # as the fedsim command does
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.rounds " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.rounds", *sys.argv[1:]]),
         "commit": provenance.commit(),
         "hardware": provenance.hardware(),
         "seed": SEED,

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     here = Path(__file__).resolve().parents[1]
     result = {
-        "command": f"python -m benchmarks.versions CHECKOUT {' '.join(sys.argv[2:])}",
+        "command": f"python -m benchmarks.versions CHECKOUT {shlex.join(sys.argv[2:])}",
         "commit": provenance.commit(),
         "other_commit": commit_of(given.checkout),
         "hardware": provenance.hardware(),

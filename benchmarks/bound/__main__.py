@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def main() -> int:
     print(f"{len(trials)} trials, {cases} cases, {len(wrong)} trials wrong")
     if arguments.json is not None:
         result = {
-            "command": "python -m benchmarks.bound " + " ".join(sys.argv[1:]),
+            "command": shlex.join(["python", "-m", "benchmarks.bound", *sys.argv[1:]]),
             "commit": provenance.commit(),
             "hardware": provenance.hardware(),
             "first": arguments.first,

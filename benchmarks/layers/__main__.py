@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 import warnings
 from fnmatch import fnmatch
@@ -40,7 +41,7 @@ def main() -> int:
     print(f"{len(rows)} rows, {len(wrong)} wrong")
     if arguments.json is not None:
         result = {
-            "command": "python -m benchmarks.layers " + " ".join(sys.argv[1:]),
+            "command": shlex.join(["python", "-m", "benchmarks.layers", *sys.argv[1:]]),
             "commit": provenance.commit(),
             "hardware": provenance.hardware(),
             "seed": SEED,
