@@ -8,7 +8,7 @@ counter-based streams and put together in integers: the same bytes wherever Pill
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,7 @@ BACKGROUNDS = {
 GRAIN = 12  # largest change of a background's pixel
 SIZES = {"small ": (0.50, 0.62), "": (0.72, 0.84), "large ": (0.94, 1.0)}
 """What is said of a picture, and the range of its edge as a share of its cell."""
+ALONE = (0.35, 0.70)  # range of the edge of a picture that stands alone, as a share of the whole
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,16 @@ class Scenes:
         caption = f"{said} on {background}"
         return Plan(background, layout, chosen, sizes, tuple(boxes), caption, key)
 
+    def alone(self, number: int) -> Plan:
+        """Return picture `number` of those that stand alone: one, of any size, anywhere, without words."""
+        key = seeds.derive(self.seed, f"scenes {self.purpose}: alone", number)
+        draw = seeds.generator(key)
+        picture, background = int(draw.integers(len(self.pictures))), int(draw.integers(len(BACKGROUNDS)))
+        edge = float(draw.uniform(*ALONE))
+        left, top = (float(draw.random()) * (1.0 - edge) for _ in range(2))
+        box = (left, top, edge)
+        return Plan(list(BACKGROUNDS)[background], Layout((box,), ()), (picture,), ("",), (box,), "", key)
+
     def owners_of(self, first: int, count: int) -> NDArray[np.int64]:
         """Return the owners (count,) of scenes from `first` on: one of the first scenes each, others drawn
         evenly."""
@@ -204,9 +215,15 @@ def with_article(thing: str) -> str:
     return f"{'an' if thing[:1] in 'aeiou' else 'a'} {thing}"
 
 
-def sides(pictures: NamedPictures, public_share: float) -> tuple[NamedPictures, NamedPictures]:
-    """Return public and private pictures: each by a hash of its own name, so that no other one moves it."""
-    cut = np.array([_place(name) < public_share for name in pictures.names])
+def sides(
+    pictures: NamedPictures, public_share: float, public_categories: Collection[str] = ()
+) -> tuple[NamedPictures, NamedPictures]:
+    """Return public and private pictures: each by a hash of its own name, so that no other one moves it, or
+    by its category where some are public."""
+    if public_categories:
+        cut = np.array([kind in public_categories for kind in pictures.categories])
+    else:
+        cut = np.array([_place(name) < public_share for name in pictures.names])
     return pictures.among(cut), pictures.among(~cut)
 
 

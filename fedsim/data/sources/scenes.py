@@ -11,53 +11,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
-from fedsim.data import cache, named_pictures, scenes
+from fedsim.data import cache
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.named_pictures import NamedPictures
 from fedsim.data.scenes import Scenes
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.captioned import Captioned
+from fedsim.data.sources.named import Named
 from fedsim.rules import SET, read_with
 from fedsim.validate import InputError
 
-SHAPES = "shapes"
 FEWEST = 4  # pictures a scene can have
 _log = logging.getLogger(__name__)
 
 
 @SOURCES.register("scenes")
 @dataclass(frozen=True)
-class ComposedScenes(Captioned):
+class ComposedScenes(Named, Captioned):
     """Scenes of two to four pictures on a background; the caption says which, where and on what.
 
-    Pictures are divided into public and private ones, each by its own name. The tokenizer is learned from
-    captions of scenes with public pictures alone; training and test scenes have those of `side`. Scenes are
-    drawn once, into a file that is mapped into memory, and the same in every process.
+    The tokenizer is learned from captions of scenes with public pictures alone; training and test scenes have
+    those of `side`. Scenes are drawn once, into a file that is mapped into memory, and the same in every
+    process.
 
     Attributes:
-        pictures: "shapes": drawn here, in colours; or a folder below data.root with pictures.npy and
-            pictures.csv, such as `emoji` after python -m fedsim.data.fetch emoji.
-        categories: of the pictures that are used; none: all.
-        public_share: of the pictures, that is public.
-        side: which pictures scenes have: "private", or "public" for a public initialisation.
         train, test: scenes in each split.
         public: captions that the tokenizer is learned from.
         size: edge of a scene in pixels.
-        scenes_seed: of the scenes; another one gives other scenes of the same pictures.
         owners: natural owners of the training scenes, for federation.partition=natural: each has an album of
             pictures, and scenes of these alone; 0: there are none, and every scene can have any picture.
         album: pictures of an owner.
     """
 
-    pictures: str = SHAPES
-    categories: list[str] = field(default_factory=list)
-    public_share: float = 0.3
-    side: str = "private"
     train: int = 10_000
     test: int = 1_000
     public: int = 5_000
     size: int | None = 32
-    scenes_seed: int = 0
     owners: int = 0
     album: int = field(default=12, metadata=read_with(owners=SET))
 
@@ -65,8 +54,7 @@ class ComposedScenes(Captioned):
         super().__post_init__()
         validate.in_range(self.owners, 0, self.train, "data.options.owners", "Each has a scene at least.")
         validate.in_range(self.album, FEWEST, 2**20, "data.options.album")
-        validate.one_of(self.side, ("private", "public"), "data.options.side")
-        validate.in_range(self.public_share, 1e-6, 1.0 - 1e-6, "data.options.public_share")
+        self.checked()
         for name in ("train", "test", "public"):
             validate.in_range(getattr(self, name), 1, 2**40, f"data.options.{name}")
         if self.size is None or not 8 <= self.size <= 1024:
@@ -80,20 +68,14 @@ class ComposedScenes(Captioned):
         Raises:
             InputError: pictures that are missing, too few of a side, or a cache that cannot be written.
         """
-        held = (
-            named_pictures.shapes() if self.pictures == SHAPES else named_pictures.read(root / self.pictures)
-        )
-        if self.categories:
-            for name in self.categories:
-                validate.one_of(name, sorted(set(held.categories)), "every one of data.options.categories")
-            held = held.among(np.array([kind in self.categories for kind in held.categories]))
-        public, private = scenes.sides(held, self.public_share)
-        own = public if self.side == "public" else private
-        for name, side in (("public", public), (self.side, own)):
-            if len(side) < FEWEST:
+        pictures = self.both(root)
+        public, own = pictures["public"], pictures[self.side]
+        for name in ("public", self.side):
+            if len(pictures[name]) < FEWEST:
                 raise InputError(
-                    f"scenes need at least {FEWEST} {name} pictures, got {len(side)} of {len(held)}. Change "
-                    "data.options.public_share, or use more categories."
+                    f"scenes need at least {FEWEST} {name} pictures, got {len(pictures[name])} of "
+                    f"{sum(map(len, pictures.values()))}. Change data.options.public_share or "
+                    "public_categories, or use more categories."
                 )
         if self.owners and self.album > len(own):
             raise InputError(
