@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import math
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 from benchmarks import by_seed, heads_table, mistakes, pictures, tables, tuning
 from benchmarks.tables import load
-from fedsim import presets
+from fedsim import api, presets
 from fedsim.config import CONFIG_DIR
 from fedsim.report.markers import Parts, missing, provenance, table, update
 from fedsim.report.table import RESULTS
@@ -38,6 +39,20 @@ def trust_models() -> str:
         sent = cls.sent.format(what="contributions")
         rows.append([f"`{name}`", cls.trusted, sent, cls.noise_added, cls.dropout_policy])
     return table(["strategy", "who is trusted", "what is sent", "where noise is added", "dropouts"], rows)
+
+
+def noise(name: str) -> str:
+    """Noise multiplier and accountant of each variant of a comparison that protects examples, by budget."""
+    wanted = compare.load(f"compare/{name}")
+    one = dataclasses.replace(wanted, seeds=wanted.seeds[:1])
+    rows: dict[tuple[str, str], list[str]] = {}
+    for cell in compare.cells(one, []):
+        plan = api.check(cell.config)
+        if cell.epsilon is not None and plan["unit"] == "example":
+            accountant = plan["epsilon"]["example"]["accountant"]
+            rows.setdefault((cell.variant, accountant), []).append(f"{plan['noise_multiplier']:.4g}")
+    titles = ["variant", "accountant", *(f"epsilon {epsilon:g}" for epsilon in wanted.epsilons)]
+    return table(titles, [[*key, *values] for key, values in rows.items()])
 
 
 def methods() -> str:
@@ -124,7 +139,7 @@ def odds() -> str:
 def _search(name: str, held: dict[str, Any]) -> str:
     """What the search for a comparison's settings cost, and what it chose at an edge; nothing without one."""
     search = held.get("search")
-    if search is None and "Tuned:" not in held["note"]:
+    if search is None and " Tuned" not in held["note"]:
         return (
             "\nSettings: those of the recipe and of each row's line in the file, not searched for each row: "
             "what a difference owes to settings is not known.\n"
@@ -178,6 +193,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/trust_models.md": {
         "trust-models": trust_models,
         "methods": methods,
+        "trust-noise": lambda: noise("trust_models"),
         "trust-comparison": lambda: comparison("trust_models"),
     },
     "docs/data_owners.md": {"odds": lambda: odds()},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +50,23 @@ class Group:
         return self.cells[0].result
 
     @property
+    def epsilons(self) -> dict[str, dict[str, Any]]:
+        """Epsilon by unit, as in result.json: of the seed that spent most, because a row claims it of all."""
+        held = [cell.result["epsilon"] for cell in self.cells]
+        units = dict.fromkeys(unit for epsilons in held for unit in epsilons)
+        return {unit: max((e[unit] for e in held if unit in e), key=_size) for unit in units}
+
+    @property
+    def claimed(self) -> dict[str, Any]:
+        """The epsilon of the unit that its trust model protects; empty where it has none."""
+        return self.epsilons.get(self.result["trust"]["unit"], {})
+
+    @property
+    def noised(self) -> bool:
+        """Whether there is noise in it, claimed or not."""
+        return any(cell.result["noise_multiplier"] for cell in self.cells)
+
+    @property
     def headline(self) -> Metric:
         """What the runs are judged by."""
         return Metric.of(self.result)
@@ -71,7 +89,7 @@ class Group:
     @property
     def protected(self) -> bool:
         """Whether an epsilon can be claimed for some unit."""
-        return any(claim.number(spent["value"]) != claim.NONE for spent in self.result["epsilon"].values())
+        return any(claim.number(spent["value"]) != claim.NONE for spent in self.epsilons.values())
 
     @property
     def mean(self) -> float:
@@ -108,6 +126,10 @@ class Group:
         half = significance.half_width(self.scores)
         spread = "" if half is None else f" ± {self.headline.number(half)}"
         return f"{self.headline.number(self.mean)}{spread} {self.headline.unit}".rstrip()
+
+
+def _size(spent: Mapping[str, Any]) -> float:
+    return math.inf if spent["value"] is None else float(spent["value"])
 
 
 def groups(cells: Iterable[Cell]) -> list[Group]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from fedsim.report import claim
 from fedsim.report.cells import Cell, Group, Tests, between, groups, pairwise
@@ -13,7 +14,8 @@ def findings(cells: Sequence[Cell]) -> list[str]:
     """Return a sentence a budget: what scores best, what cannot be told from it, and what falls behind.
 
     Told apart is what `cells.pairwise` tells apart at 5 %; the best of the variants without privacy is named
-    beside those that have a budget.
+    beside those that have a budget. Budgets that stand for different relations or
+    accountants say so: equal numbers are not the same noise.
     """
     found = groups(cells)
     known = pairwise(found)
@@ -56,29 +58,38 @@ def _sentence(found: Sequence[Group], rivals: Sequence[int], known: Tests, witho
             f"{at}{what}{', for too few seeds' if few else ''}: {best.judged_by} from {worst.said()} "
             f"({worst.variant}) to {best.said()} ({best.variant})"
         )
-    if without:
-        top = max(without, key=_rank)
-        text += f". Without privacy: {top.said()} ({top.variant})"
+    for name, noised in (("Without privacy", False), ("With noise that gives no claimable epsilon", True)):
+        if others := [group for group in without if group.noised == noised]:
+            top = max(others, key=_rank)
+            text += f". {name}: {top.said()} ({top.variant})"
     return text[0].upper() + text[1:] + "."
 
 
 def _at(rivals: Sequence[Group]) -> str:
     """Say at which epsilon these stand, each unit's own where they have no common budget."""
     if rivals[0].epsilon is not None:
-        return f"At epsilon {rivals[0].epsilon:g}, "
+        return f"At epsilon {rivals[0].epsilon:g}{_unlike(rivals)}, "
     spent = [_spent(group) for group in rivals]
     own = sorted(set(spent) - {math.inf})
     if len(rivals) == 1 or not own:
         return ""
     some = f"epsilon {own[0]:.3g}" if len(own) == 1 else f"epsilons from {own[0]:.3g} to {own[-1]:.3g}"
     none = f" ({spent.count(math.inf)} of {len(spent)} claim none)" if math.inf in spent else ""
-    return f"At {some}{none}, "
+    return f"At {some}{none}{_unlike(rivals)}, "
+
+
+def _unlike(rivals: Sequence[Group]) -> str:
+    """Say that equal numbers are not one promise, or not one amount of noise."""
+    protected = [group.claimed for group in rivals if group.protected]
+    relations, accountants = ({spent.get(key) for spent in protected} for key in ("relation", "accountant"))
+    if len(relations) > 1:
+        return " of different neighbouring relations"
+    return f" by {_list(sorted(map(str, accountants)))}" if len(accountants) > 1 else ""
 
 
 def _spent(group: Group) -> float:
     """The epsilon of the unit that a group protects, infinite where none is claimable."""
-    spent = group.result["epsilon"].get(group.result["trust"]["unit"], {})
-    value = spent.get("value")
+    value: Any = group.claimed.get("value")
     return math.inf if claim.number(value) == claim.NONE else float(value)
 
 
@@ -95,7 +106,7 @@ def promise(group: Group) -> str:
     result = group.result
     parts = []
     for unit in ("example", "holder"):
-        spent = result["epsilon"].get(unit)
+        spent = group.epsilons.get(unit)
         if spent is not None:
             whole = "one example" if unit == "example" else "all examples of one holder"
             parts.append(f"{whole}: {claim.claim(spent)}")

@@ -88,14 +88,13 @@ def missing(cells: Sequence[Cell], about: About) -> list[str]:
 
 
 def _made(cells: Sequence[Cell], about: About) -> str:
-    results = [cell.result for cell in cells]
-    basis = next(iter(results[0]["epsilon"].values()))
+    results, found = [cell.result for cell in cells], groups(cells)
     facts = [
         ("Command", [about.command]),
         ("Recipe and settings of all rows", [about.recipe, *about.overrides]),
-        *((f"Settings of {_name(group)}", group.cells[0].settings) for group in groups(cells)),
+        *((f"Settings of {_name(group)}", group.cells[0].settings) for group in found),
         ("Seeds", [", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))]),
-        ("Epsilon", [f"at {claim.delta(basis)}, {basis['relation']}"]),
+        ("Epsilon", list(dict.fromkeys(map(_basis, found)))),
         ("Machine", list(dict.fromkeys(markers.machine(r["hardware"]) for r in results))),
         ("Commit", list(dict.fromkeys(r["commit"] for r in results))),
     ]
@@ -104,6 +103,11 @@ def _made(cells: Sequence[Cell], about: About) -> str:
         for name, lines in facts
         if any(lines)
     )
+
+
+def _basis(group: Group) -> str:
+    spent = group.claimed
+    return f"at {claim.delta(spent)}, {spent['relation']}, {spent['accountant']}" if spent else ""
 
 
 def _table(columns: Sequence[str], rows: Sequence[dict[str, str]]) -> str:

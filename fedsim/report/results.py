@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.headline import Metric
-from fedsim.report.claim import number
+from fedsim.report.claim import NONE, number
 from fedsim.report.held import loaded
 from fedsim.report.markers import Parts, machine, provenance, table
 from fedsim.report.significance import half_width
@@ -261,7 +261,13 @@ def _value(held: dict[str, Any], unit: str) -> str:
     spent = held["epsilon"].get(unit)
     if spent is None:
         return "-"
-    return number(spent["value"])
+    value, checked = number(spent["value"]), held["epsilon"].get(f"{unit}_check")
+    if value == NONE:
+        return value
+    by = f"{value} by {spent['accountant']}"
+    if checked is None or checked["accountant"] == spent["accountant"]:
+        return by
+    return f"{by} ({number(checked['value'])} by {checked['accountant']})"
 
 
 def _nothing() -> str:

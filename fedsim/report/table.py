@@ -16,7 +16,7 @@ COLUMNS = (*RESULTS, *COSTS[1:], *OTHERS)
 NOTE = (
     "Score: mean over seeds ± half its 95 % interval. Against the row above, at the same budget: the "
     "difference seed by seed, and the p of a paired t-test, adjusted for all pairs within budgets (Holm). "
-    "Epsilon: none where none can be claimed; per holder, of the largest one."
+    "Epsilon: none where none can be claimed; per holder, of the largest one; of the seed that spent most."
 )
 
 
@@ -25,7 +25,24 @@ def note(cells: Iterable[Cell]) -> str:
     held = list(cells)
     seeds = len({cell.seed for cell in held})
     on = "private training examples that were held out" if held[0].held_out else "public test data"
-    return f"{seeds} seed{'s' if seeds > 1 else ''}, judged by {on}. {NOTE}{_tuned(held)}{_versions(held)}"
+    judged = f"{seeds} seed{'s' if seeds > 1 else ''}, judged by {on}."
+    return f"{judged} {NOTE}{_accounted(held)}{_tuned(held)}{_versions(held)}"
+
+
+def _accounted(cells: Iterable[Cell]) -> str:
+    """Say what epsilons depend on, of whom where it is not the same for all."""
+    rows: dict[str, dict[str, None]] = {}
+    for group in groups(cells):
+        if group.protected and group.claimed:
+            spent = group.claimed
+            basis = f"delta {spent['delta']:g}, {spent['relation']}, by {spent['accountant']}"
+            rows.setdefault(basis, {})[group.variant] = None
+    if not rows:
+        return ""
+    if len(rows) == 1:
+        return f" Epsilon: {next(iter(rows))}."
+    told = "; ".join(f"{basis}: {', '.join(held)}" for basis, held in rows.items())
+    return f" Epsilon, where equal numbers are not the same noise: {told}."
 
 
 def _versions(cells: Sequence[Cell]) -> str:
@@ -92,12 +109,11 @@ def costs(cells: Iterable[Cell]) -> list[dict[str, str]]:
 
 
 def _row(group: Group, above: Difference | None) -> dict[str, str]:
-    result, headline, holders = group.result, group.headline, group.holders
-    trust = result["trust"]
+    trust, headline, holders = group.result["trust"], group.headline, group.holders
     values = (
         group.variant,
-        claim.number(result["epsilon"].get("example", {}).get("value")),
-        claim.number(result["epsilon"].get("holder", {}).get("value")),
+        claim.number(group.epsilons.get("example", {}).get("value")),
+        claim.number(group.epsilons.get("holder", {}).get("value")),
         f"{headline.name} {group.said()}",
         against(group, above),
         f"{trust['bytes_per_holder']:,.0f}",

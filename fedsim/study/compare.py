@@ -123,14 +123,18 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
             is judged by something else than the others or has another delta; names the variant.
     """
     out: list[Planned] = []
-    tuned = None if comparison_.tuned is None else Tuned.read(Path(comparison_.tuned))
+    tuned = _tuned(comparison_)
     for variant, changes in comparison_.variants.items():
         for epsilon, seed in _grid(comparison_, changes):
             budget = [] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]
-            chosen = [] if tuned is None else tuned.overrides(variant, epsilon)
-            given = [*comparison_.overrides, *budget, *changes, *chosen, f"seed={seed}", *overrides]
+            given = [*comparison_.overrides, *budget, *changes]
+            last = [f"seed={seed}", *overrides]
             try:
-                config = loading.load(comparison_.recipe, given)
+                chosen = []
+                if tuned is not None:
+                    own = epsilon or loading.load(comparison_.recipe, [*given, *last]).privacy.target_epsilon
+                    chosen = tuned.overrides(variant, own)
+                config = loading.load(comparison_.recipe, [*given, *chosen, *last])
             except InputError as error:
                 raise InputError(f"variant '{variant}': {error}") from error
             _check_place(config, variant, epsilon, seed)
@@ -138,6 +142,14 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
                 _check_comparable(out[0], variant, config)
             out.append(Planned(variant, epsilon, seed, config, [*changes, *chosen]))
     return out
+
+
+def _tuned(comparison_: Comparison) -> Tuned | None:
+    if comparison_.tuned is None:
+        return None
+    found = Tuned.read(Path(comparison_.tuned))
+    found.of_recipe(comparison_.recipe, comparison_.tuned)
+    return found
 
 
 def _check_place(config: Config, variant: str, epsilon: float | None, seed: int) -> None:
@@ -253,10 +265,12 @@ def diverged(result: dict[str, Any]) -> bool:
 
 def _chosen(comparison_: Comparison, planned: Sequence[Planned]) -> str:
     """What is to be known of the settings that a search chose for these cells."""
-    if comparison_.tuned is None:
+    held = _tuned(comparison_)
+    if held is None:
         return ""
-    held, asked = Tuned.read(Path(comparison_.tuned)), [(cell.variant, cell.epsilon) for cell in planned]
-    return f"{held.borrowed(asked)} {held.edges(asked)}".strip()
+    asked = [(cell.variant, cell.config.privacy.target_epsilon) for cell in planned]
+    changed = held.of_recipe(comparison_.recipe, "")
+    return " ".join(filter(None, (changed, held.borrowed(asked), held.edges(asked))))
 
 
 def finish(

@@ -127,7 +127,7 @@ def probes(
         "pixels": [pixels],
     }
     classes = train.declared.size
-    (train_images, train_labels), (test_images, test_labels) = _whole(train), _whole(test)
+    (train_images, train_labels), (test_images, test_labels) = whole(train), whole(test)
     labels = train_labels, test_labels
     found: dict[str, dict[str, Any]] = {}
     for name, several in ways.items():
@@ -145,7 +145,7 @@ def probes(
     return found
 
 
-def _whole(data: ArrayDataset) -> tuple[NDArray[np.uint8], Tensor]:
+def whole(data: ArrayDataset) -> tuple[NDArray[np.uint8], Tensor]:
     """Return all pictures that can be decoded, and their classes."""
     every = slice(0, len(data.targets))
     (images, there), labels = data.read(every), data.wanted_of(every)

@@ -35,7 +35,7 @@ from fedsim.report.plain import as_json
 from fedsim.study import compare, fixed, space, whole
 from fedsim.study.compare import Comparison, Planned, Runner
 from fedsim.study.space import Space
-from fedsim.study.tuned import Chosen, Tuned, name_of
+from fedsim.study.tuned import Chosen, Tuned, name_of, recipe_digest, recipe_name
 from fedsim.validate import InputError, RunError
 
 SEARCH = "search.json"
@@ -359,7 +359,16 @@ def _write_chosen(
         Chosen(*key, list(one.trial.settings), round(one.score, 5), list(one.trial.edges), counts[key])
         for key, one in best.items()
     ]
-    tuned = Tuned(tuning.title, tuning.trials, tuning.holdout_examples, tuning.seeds, entries)
+    recipe = str(tuning.recipe)
+    tuned = Tuned(
+        tuning.title,
+        recipe_name(recipe),
+        recipe_digest(recipe),
+        tuning.trials,
+        tuning.holdout_examples,
+        tuning.seeds,
+        entries,
+    )
     write_atomic(out / "tuned.yaml", tuned.write().encode())
     (out / "chosen").mkdir(exist_ok=True)
     for (variant, epsilon), one in best.items():

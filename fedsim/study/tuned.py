@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedsim import validate
+from fedsim import loading, validate
+from fedsim.config import CONFIG_DIR
 from fedsim.engine.run_folder import file_name
 from fedsim.merging import parse_options, read
 from fedsim.validate import InputError
@@ -37,6 +40,8 @@ class Tuned:
 
     Attributes:
         title: of the search.
+        recipe: that the search started from (`recipe_name`).
+        recipe_digest: of what that recipe set when it was searched.
         trials: for every variant at every budget.
         held_out_examples: that they were judged by.
         seeds: runs of each trial.
@@ -44,6 +49,8 @@ class Tuned:
     """
 
     title: str = ""
+    recipe: str = ""
+    recipe_digest: str = ""
     trials: int = 1
     held_out_examples: int = 0
     seeds: list[int] = field(default_factory=list)
@@ -63,7 +70,7 @@ class Tuned:
         if not found.chosen or not all(isinstance(entry, dict) for entry in found.chosen):
             raise InputError(f"{path}: chosen must list what was chosen, as `fedsim tune` writes it.")
         entries = [parse_options(dict(entry), Chosen, f"{path}: chosen") for entry in found.chosen]
-        return cls(found.title, found.trials, found.held_out_examples, found.seeds, entries)
+        return replace(found, chosen=entries)
 
     def write(self) -> str:
         """Return the text of the file."""
@@ -77,11 +84,34 @@ class Tuned:
             f"tuning.held_out_examples={self.held_out_examples}",
         ]
 
+    def of_recipe(self, recipe: str, where: str) -> str:
+        """Return the sentence that says that the recipe was changed since the search; "" where it was not.
+
+        Args:
+            recipe: path of the configuration that the settings are to be used with.
+            where: the file they are from, for the message.
+
+        Raises:
+            InputError: they were chosen for another recipe.
+        """
+        if self.recipe != recipe_name(recipe):
+            raise InputError(
+                f"{where} must hold settings chosen for {recipe_name(recipe)}, the recipe they are used "
+                f"with, got those of {self.recipe or 'an unnamed one'}. Tune this one (`fedsim tune`), or "
+                "leave `tuned` out."
+            )
+        changed = self.recipe_digest != recipe_digest(recipe)
+        return f"The recipe, {self.recipe}, was changed since its settings were chosen." if changed else ""
+
     def overrides(self, variant: str, epsilon: float | None) -> list[str]:
         """Return the settings of a variant: those of the nearest budget, by ratio, and how they were chosen.
 
+        Args:
+            variant: as the search called it.
+            epsilon: the budget of the run; None: it has none.
+
         Raises:
-            InputError: nothing was chosen for this variant.
+            InputError: nothing was chosen for this variant, or at several budgets for one that has none.
         """
         nearest = self._nearest(variant, epsilon)
         return [*nearest.settings, *self.about(nearest.trials)]
@@ -93,6 +123,13 @@ class Tuned:
             raise InputError(
                 f"variant '{variant}' has no tuned settings, only {', '.join(map(repr, known))} have. Tune "
                 "it too, or leave `tuned` out."
+            )
+        if epsilon is None and len(mine) > 1 and all(entry.epsilon is not None for entry in mine):
+            known = [f"{entry.epsilon:g}" for entry in mine]
+            raise InputError(
+                f"variant '{variant}' was tuned at the budgets {', '.join(known)}, and has none here: no "
+                "budget is the nearest to it. Give it privacy.target_epsilon, tune it as it is, or leave "
+                "`tuned` out."
             )
         return min(mine, key=lambda entry: _distance(entry.epsilon, epsilon))
 
@@ -143,6 +180,32 @@ class Tuned:
             for setting, whose in found.items()
         )
         return f"At the edge of what was searched, beyond which better may lie: {told}."
+
+
+def recipe_name(recipe: str) -> str:
+    """Return what a recipe is called: its place under configs/, or the name of a file elsewhere."""
+    path = Path(recipe)
+    inside = path.is_relative_to(CONFIG_DIR)
+    return (path.relative_to(CONFIG_DIR) if inside else Path(path.name)).with_suffix("").as_posix()
+
+
+def recipe_digest(recipe: str) -> str:
+    """Return a digest of what a recipe sets to something else than the base configuration does.
+
+    Raises:
+        InputError: as `loading.load`.
+    """
+    own, base = (_leaves(loading.load(source).defining()) for source in (recipe, "base"))
+    changed = {name: value for name, value in own.items() if name not in base or value != base[name]}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _leaves(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inside = isinstance(value, Mapping)
+        found.update(_leaves(value, f"{where}{name}.") if inside else {f"{where}{name}": value})
+    return found
 
 
 def name_of(variant: str, epsilon: float | None) -> str:

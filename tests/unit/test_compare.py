@@ -25,7 +25,7 @@ from fedsim.report.cells import Cell
 from fedsim.report.page import About, page
 from fedsim.report.table import COSTS, RESULTS, note, table
 from fedsim.study import compare
-from fedsim.study.tuned import Chosen, Tuned
+from fedsim.study.tuned import Chosen, Tuned, recipe_digest, recipe_name
 from fedsim.validate import InputError
 from tests.conftest import SMALL, command
 
@@ -314,7 +314,7 @@ def test_a_table_is_made_of_its_own_runs_and_of_one_machine(
 
 def test_what_a_search_cost_stays_with_the_settings_it_chose(tmp_path: Path) -> None:
     chosen = [Chosen("central", 2.0, ["optimizer.learning_rate=0.5"])]
-    (tmp_path / "tuned.yaml").write_text(Tuned("t", 3, 100, [0], chosen).write())
+    (tmp_path / "tuned.yaml").write_text(Tuned("t", "", "", 3, 100, [0], chosen).write())
     wanted = compare.Comparison(tuned=str(tmp_path / "tuned.yaml"))
     before = tmp_path / "before.json"
     assert compared.known_search(wanted, before) is None
@@ -383,7 +383,7 @@ def test_what_a_search_left_open_stands_beside_the_table(
         Chosen("a", 8.0, ["x=2"], 0.5, ["optimizer.learning_rate", "privacy.clip_norm"]),
         Chosen("b", None, ["x=3"], 0.5, ["privacy.clip_norm"]),
     ]
-    tuned = Tuned("t", 3, 100, [0], entries)
+    tuned = Tuned("t", "", "", 3, 100, [0], entries)
     asked = [("a", 0.5), ("a", 1.0), ("a", 6.0), ("b", None)]
     assert tuned.borrowed(asked) == (
         "Budgets that were not tuned have the settings of the nearest: 0.5 has those of 1, 6 has those of 8."
@@ -409,14 +409,68 @@ def test_what_a_search_left_open_stands_beside_the_table(
     assert "At the edge" not in report._search("n", {**held, "search": others}), "of another search"
 
 
+def tuned_by(tiny: Path, entries: list[Chosen], **wrong: str) -> compare.Comparison:
+    """The comparison with these settings, as a search of its recipe would have chosen them."""
+    recipe = compare.load(tiny).recipe
+    names = {"recipe": recipe_name(recipe), "recipe_digest": recipe_digest(recipe), **wrong}
+    held = Tuned("t", trials=3, held_out_examples=100, seeds=[0], chosen=entries, **names)
+    (tiny.parent / "tuned.yaml").write_text(held.write())
+    if "tuned:" not in tiny.read_text():
+        tiny.write_text(f"{tiny.read_text()}tuned: tuned.yaml\n")
+    return compare.load(tiny)
+
+
+def test_a_variant_with_a_budget_of_its_own_has_the_settings_of_the_nearest(tiny: Path) -> None:
+    rates = [Chosen("own", epsilon, [f"optimizer.learning_rate={epsilon}"]) for epsilon in (0.2, 8.0)]
+    known = yaml.safe_load(tiny.read_text())
+    known["variants"] = {"own": ["privacy.target_epsilon=6"]}
+    tiny.write_text(yaml.safe_dump(known))
+    wanted = tuned_by(tiny, rates)
+    planned = compare.cells(wanted, [])
+    assert {cell.config.optimizer.learning_rate for cell in planned} == {8.0}
+    assert {cell.epsilon for cell in planned} == {None}
+    assert "6 has those of 8" in compare._chosen(wanted, planned)
+    known["variants"] = {"own": ["preset=nonprivate", "privacy.target_epsilon=null"]}
+    tiny.write_text(yaml.safe_dump(known))
+    with pytest.raises(InputError, match=r"tuned at the budgets 0\.2, 8, and has none here"):
+        compare.cells(tuned_by(tiny, rates), [])
+    one = tuned_by(tiny, rates[:1])
+    assert {cell.config.optimizer.learning_rate for cell in compare.cells(one, [])} == {0.2}
+
+
+def test_settings_that_were_chosen_for_another_recipe_are_refused(tiny: Path) -> None:
+    known = yaml.safe_load(tiny.read_text())
+    entries = [Chosen(name, None, []) for name in known["variants"]]
+    wanted = tuned_by(tiny, entries, recipe_digest="of another time")
+    assert "was changed since its settings were chosen" in compare._chosen(wanted, compare.cells(wanted, []))
+    assert "was changed" not in compare._chosen(tuned_by(tiny, entries), [])
+    for other in ("quickstart/not", ""):
+        with pytest.raises(InputError, match=r"settings chosen for .*, the recipe they are used with, got"):
+            compare.cells(tuned_by(tiny, entries, recipe=other), [])
+
+
+def test_what_a_recipe_is_called_and_what_it_sets(tmp_path: Path) -> None:
+    """By its place among configurations; by its settings, in any order, but for free ones."""
+    assert recipe_name(str(loading.find("smoke/dp_ls"))) == "smoke/dp_ls"
+    own = tmp_path / "mine.yaml"
+    found = []
+    for text in (
+        "train: {steps: 7, expected_batch_size: 50}",
+        "title: x\ntrain: {expected_batch_size: 50, steps: 7}\nfederation: {nodes: 1}",
+        "train: {steps: 8, expected_batch_size: 50}",
+    ):
+        own.write_text(text)
+        found.append(recipe_digest(str(own)))
+    assert recipe_name(str(own)) == "mine"
+    assert found[0] == found[1] != found[2]
+
+
 def test_the_page_of_a_tuned_comparison_says_what_its_search_left_open(tiny: Path) -> None:
     entries = [
         Chosen("central", 20.0, ["train.ema_decay=0.5"], 0.5, ["train.ema_decay"]),
         Chosen("nonprivate", None, []),
     ]
-    (tiny.parent / "tuned.yaml").write_text(Tuned("t", 3, 100, [0], entries).write())
-    tiny.write_text(f"{tiny.read_text()}tuned: tuned.yaml\n")
-    wanted = compare.load(tiny)
+    wanted = tuned_by(tiny, entries)
     planned = compare.cells(wanted, [])
     said = compare._chosen(wanted, planned)
     assert "2 has those of 20" in said
@@ -430,7 +484,8 @@ def test_the_page_of_a_tuned_comparison_says_what_its_search_left_open(tiny: Pat
 
 def test_unequal_numbers_of_trials_are_told_with_whose_they_were() -> None:
     def cell(variant: str, epsilon: float | None, how: str) -> Cell:
-        return Cell(variant, epsilon, 0, {"tuning": how, "code_hash": "h", "commit": "c"}, [], [], False)
+        result = {"tuning": how, "code_hash": "h", "commit": "c", "epsilon": {}}
+        return Cell(variant, epsilon, 0, result, [], [], False)
 
     alike = [cell("a", 1, "12 trials"), cell("b", 1, "12 trials")]
     assert note(alike).endswith(" Tuned: 12 trials.")

@@ -42,6 +42,7 @@ def _cell(variant: str, epsilon: float | None, seed: int, score: float, **more: 
         headline["name"]: score,
         "headline": headline,
         "epsilon": {"example": spent},
+        "noise_multiplier": None if epsilon is None else 1.0,
         "seconds": 1.0,
         "code_hash": "h",
         "commit": "c",
@@ -162,3 +163,49 @@ def test_no_number_stands_where_no_epsilon_can_be_claimed() -> None:
         (group,) = groups(cells)
         assert "all examples of one holder: no claimable epsilon" in promise(group)
         assert "2791" not in promise(group)
+
+
+def _spending(variant: str, seed: int, **spent: Any) -> Cell:
+    """A run whose epsilon is given in parts."""
+    cell = _cell(variant, 1.0, seed, 0.8 + seed / 100)
+    whole = {**cell.result["epsilon"]["example"], **spent}
+    return replace(cell, result={**cell.result, "epsilon": {"example": whole, "holder": {**whole}}})
+
+
+def test_a_row_claims_the_epsilon_of_the_seed_that_spent_most() -> None:
+    cells = [_spending("a", seed, value=value) for seed, value in enumerate((18.9, 32.46, 24.7))]
+    (row,) = table(cells)
+    assert (row["epsilon per example"], row["epsilon per holder"]) == ("32.5", "32.5")
+    (group,) = groups(cells)
+    assert "32.46" in promise(group)
+    (row,) = table([*cells, _spending("a", 3, value=None)])
+    assert row["epsilon per holder"] == "none", "one seed that claims nothing is enough"
+    free = [replace(cell, epsilon=None) for cell in (*cells, _spending("b", 0, value=2.0))]
+    assert findings(free)[0].startswith("At epsilons from 2 to 32.5, ")
+
+
+def test_noise_without_a_claim_is_not_called_no_privacy() -> None:
+    private = _cells({"private": [0.8, 0.82]})
+    imitated = _cells({"imitated": [0.83, 0.84]}, None, noise_multiplier=0.3)
+    plain = _cells({"plain": [0.9, 0.91]}, None)
+    both = findings([*private, *imitated, *plain])[0]
+    assert "Without privacy: 90.50" in both
+    assert "With noise that gives no claimable epsilon: 83.50" in both
+    assert "Without privacy" not in findings([*private, *imitated])[0]
+    assert "no claimable" not in findings([*private, *plain])[0]
+
+
+def test_equal_epsilons_that_are_not_one_promise_say_so() -> None:
+    pld = [_spending("pld", seed, value=1.0) for seed in range(2)]
+    rdp = [_spending("rdp", seed, value=1.0, accountant="rdp") for seed in range(2)]
+    fixed = [_spending("fixed", seed, value=1.0, relation="replace one") for seed in range(2)]
+    assert findings(pld)[0].startswith("At epsilon 1, ")
+    assert note(pld).endswith(" Epsilon: delta 1e-05, add/remove one, by pld.")
+    assert findings([*pld, *rdp])[0].startswith("At epsilon 1 by pld and rdp, ")
+    assert findings([*pld, *fixed])[0].startswith("At epsilon 1 of different neighbouring relations, ")
+    assert note([*pld, *fixed]).endswith(
+        " Epsilon, where equal numbers are not the same noise: delta 1e-05, add/remove one, by pld: pld; "
+        "delta 1e-05, replace one, by pld: fixed."
+    )
+    free = [replace(cell, epsilon=None) for cell in (*pld, *rdp)]
+    assert findings(free)[0].startswith("At epsilon 1 by pld and rdp, ")
