@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
-from fedsim import axes, models
+from fedsim import axes, models, references
 from fedsim.config import Config
 from fedsim.validate import InputError
+
+_NAMED = {"int": int, "int | None": int}
+"""Annotations of modules that postpone them, and that may name what only they know."""
 
 
 def is_whole(name: str, config: Callable[[], Config]) -> bool:
@@ -21,8 +25,8 @@ def is_whole(name: str, config: Callable[[], Config]) -> bool:
         config: gives a configuration with the variants whose options may be meant; asked only for these.
 
     Returns:
-        False where it is not known: a setting that does not exist, an option of a function from outside, or
-        of a configuration that is refused, which a trial of it says better.
+        False where it is not known: a setting that does not exist, a parameter from outside with neither a
+        type nor a default, or an option of a configuration that is refused, which a trial of it says better.
     """
     kind: Any = Config
     *sections, last = name.split(".")
@@ -39,7 +43,23 @@ def is_whole(name: str, config: Callable[[], Config]) -> bool:
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    """Types of what `kind` is made of, by name: as annotated, else those of the defaults."""
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind)
+    if not callable(kind):
+        return {}
+    try:
+        signature = inspect.signature(kind)
+    except (TypeError, ValueError):  # some of what is written in C says nothing
+        return {}
+    found = {}
+    for name, parameter in signature.parameters.items():
+        said, default = parameter.annotation, parameter.default
+        if said is not parameter.empty:
+            found[name] = _NAMED.get(said, said)
+        elif default is not parameter.empty:
+            found[name] = type(default)
+    return found
 
 
 def _whole(hint: Any) -> bool:
@@ -49,7 +69,8 @@ def _whole(hint: Any) -> bool:
 
 
 def _options(path: str, config: Callable[[], Config]) -> Any:
-    """The dataclass whose fields are the options of what is chosen at `path`; None where there is none."""
+    """What takes the options of what is chosen at `path`: a dataclass of ours, or a class or function from
+    outside; None where there is none."""
     try:
         chosen: Any = config()
     except InputError:
@@ -60,6 +81,8 @@ def _options(path: str, config: Callable[[], Config]) -> Any:
         return None
     if path == "model":
         family = models.FAMILIES.get(chosen.name)
+        if family is None and references.is_reference(chosen.name):
+            return _from_outside(chosen.name)
         return None if family is None else family.options
     for registry in axes.registries():
         if registry.options == f"{path}.options":
@@ -68,3 +91,10 @@ def _options(path: str, config: Callable[[], Config]) -> Any:
             except InputError:
                 return None
     return None
+
+
+def _from_outside(name: str) -> Any:
+    try:
+        return references.resolve(name, "model.name")
+    except InputError:
+        return None

@@ -513,6 +513,23 @@ def test_a_range_of_whole_numbers_has_all_of_them_and_no_others(scale: str, tmp_
         tune.load(written(tmp_path, space=space_))
 
 
+def test_a_parameter_of_ones_own_class_is_a_whole_number_if_its_type_or_default_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "counted_nets.py").write_text(
+        "from __future__ import annotations\n"
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def __init__(self, outputs, width=8, depth: int = 2, rate=0.5, deep=False, other=None):\n"
+        "        super().__init__(784, outputs)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = [f"model.options.{name}" for name in ("width", "depth", "rate", "deep", "other", "missing")]
+    variants = {"a": ["model.name=counted_nets:Net"]}
+    path = written(tmp_path, variants=variants, space={name: {"low": 1, "high": 4} for name in names})
+    assert tune.space_of(tune.load(path), "a").integers == {"model.options.width", "model.options.depth"}
+
+
 RANGE = {"low": 1, "high": 2}
 
 
