@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import by_seed, heads_table, mistakes, pictures, tables, tuning
+from benchmarks import by_seed, captioning_table, heads_table, mistakes, pictures, tables, tuning
 from benchmarks.tables import load
 from fedsim import api, presets
 from fedsim.config import CONFIG_DIR
@@ -234,6 +234,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "head-costs": heads_table.costs,
         "compare-heads": lambda: comparison("heads_trust", COSTS),
     },
+    "docs/captioning.md": {"captioning-law": captioning_table.law},
     "docs/pictures.md": {"streaming": lambda: tables.streaming("streaming.json")},
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
     "docs/tuning.md": {"tuning-cost": tuning.page},
@@ -288,6 +289,7 @@ PICTURES = {
     "docs/trust_models.svg": (["trust_models.json"], pictures.budgets),
     "docs/holders.svg": (["holders.json", "holders_law.json"], pictures.holders),
     "docs/kurakin_law.svg": (["kurakin_law.json"], pictures.batch_law),
+    "docs/captioning_law.svg": (["captioning_law.json"], captioning_table.picture),
     "docs/heads.svg": (["heads.json"], heads_table.picture),
 }
 
