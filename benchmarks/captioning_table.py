@@ -55,7 +55,7 @@ def law() -> str:
         )
     rows.append(_beside("pixels", [known["pixels"]], "-"))
     note = (
-        f"\n{held['steps']} steps of {held['batch']:,} scenes. Every probe is the mean over three draws of its "
+        f"\n{held['steps']} steps of {held['batch']:,} scenes. Every probe is a mean over three draws of its "
         "data. Means ± half a 95 % interval: of private runs over their seeds, of all else over the draws.\n"
     )
     return table(titles, rows) + note + provenance(held)
