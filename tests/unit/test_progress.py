@@ -193,15 +193,17 @@ def test_calls_are_independent_of_each_other_and_leave_the_process_as_it_was(tmp
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        held = state()
+        held, threads = state(), set()
+        see = [lambda *_: threads.add(torch.get_num_threads())]
         first = fedsim.train(small(), out=tmp_path / "first", engine={"threads": 1})
         fedsim.train(small(), out=tmp_path / "other", seed=5)
         assert state() == held
         np.random.random(3)  # noqa: NPY002
         torch.rand(3)
-        second = fedsim.train(small(), out=tmp_path / "second")
+        second = fedsim.train(small(), out=tmp_path / "second", engine={"threads": 1}, callbacks=see)
     finally:
         torch.set_num_threads(before)
+    assert threads == {1}, "its nodes were there already"
     assert all(map(torch.equal, first.model.parameters(), second.model.parameters()))
     assert first.history("epsilon")[1].tolist() == second.history("epsilon")[1].tolist()
 
