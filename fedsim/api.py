@@ -61,16 +61,19 @@ def train(
         partition: the holder of each training example, (N,) of any words or numbers; a function (material,
             holders, rng) -> holders; or what a configuration may say.
         callbacks: functions of (completed steps, numbers by name), called after every step.
-        out: folder of the run; default: a new one below runs/.
-        resume: continue what `out` holds.
+        out: folder of the run; default: a new one below runs/, with resume the newest of this configuration.
+        resume: continue what the folder holds; a finished run is returned as it is.
         backend: "local", in this process, or "simulation", Flower's, whose processes need every object named
             as package.module:Object.
         **overrides: settings by section, as privacy={"target_epsilon": 3.0}, train={"steps": 100}, seed=1;
             functions and classes may stand where names of objects of your own may.
 
+    Shows a bar in a terminal and one line in a notebook, unless monitor={"progress": False}.
+
     Raises:
         InputError: something is wrong; nothing was started.
         RunError: the run stopped and can be resumed.
+        KeyboardInterrupt: it was interrupted, and can be resumed; a note says how.
 
     Examples:
         Two steps of the main job, whose noise is calibrated so that they reach epsilon 1:
@@ -87,13 +90,21 @@ def train(
     """
     _check_callbacks(callbacks)
     chosen = _configured(config, model, data, task, partition, overrides)
-    folder = RunFolder(_free(chosen) if out is None else Path(out))
+    folder = RunFolder(_folder(chosen, resume) if out is None else Path(out))
     watchers: list[Watcher] = []
     if callbacks:
         from fedsim.engine.metrics import Callbacks
 
         watchers.append(Callbacks(callbacks))
-    run(chosen, folder, backend, resume, watchers)
+    try:
+        run(chosen, folder, backend, resume, watchers)
+    except KeyboardInterrupt as stopped:
+        if folder.config.exists():
+            stopped.add_note(
+                f"fedsim: the run in {folder.root} was interrupted. To go on, call fedsim.train with the "
+                f"same arguments, out={str(folder.root)!r} and resume=True."
+            )
+        raise
     return Run(folder.root)
 
 
@@ -122,7 +133,7 @@ def run(
     import torch
 
     from fedsim.engine.experiment import prepare
-    from fedsim.engine.metrics import progress_of
+    from fedsim.engine.progress import progress_of
     from fedsim.engine.setup import forget_nodes
     from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
@@ -147,6 +158,7 @@ def run(
         rules.refuse_outside_search(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # what is made within a caller's has no gradients
+        stack.callback(torch.set_num_threads, torch.get_num_threads())  # engine.threads is for the run alone
         experiment = prepare(config)
         watching = list(watchers)
         if config.monitor.progress if progress is None else progress:
@@ -377,11 +389,11 @@ def _check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
             ) from error
 
 
-def _free(config: Config) -> Path:
-    """The first folder below runs/ that holds no run of this configuration."""
+def _folder(config: Config, resume: bool) -> Path:
+    """The first folder below runs/ that holds no run of this configuration; to resume, the last that does."""
     base, number = Path("runs") / default_name(config), 1
-    folder = base
+    last = folder = base
     while folder.exists():
         number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
+        last, folder = folder, base.with_name(f"{base.name}-{number}")
+    return last if resume else folder

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim import loading
+from fedsim import loading, validate
 from fedsim.config import Config
 from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, normalise, wanted
@@ -100,6 +100,27 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The numbers of every step, "step" among them, oldest first."""
         return [{"step": line["step"], **numbers_of(line)} for line in read_steps(self._paths.metrics)]
+
+    def history(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the steps at which a number was written, and its values, to plot for instance.
+
+        Args:
+            name: as in `metrics`: the headline's or another metric's of the task, "loss", "epsilon",
+                "learning_rate", "train_loss" and so on.
+
+        Returns:
+            (steps, values), each (n,), oldest first; NaN where a value is not defined or not finite.
+
+        Raises:
+            InputError: the run wrote no number of that name; says which there are.
+        """
+        lines = self.metrics
+        found = [(line["step"], line[name]) for line in lines if name in line]
+        if not found or name == "step":
+            known = {key for line in lines for key in line if not key.startswith("seconds/")} - {"step"}
+            validate.one_of(name, sorted(known), "name")
+        steps, values = zip(*found, strict=True)
+        return np.array(steps, np.int64), np.array(values, np.float64)
 
     @property
     def ledger(self) -> LedgerView:

@@ -78,7 +78,7 @@ class Node:
         self._kept: dict[str, tuple[bytes, Any]] = {}
         self.options = options_of(config.engine)
         self.model = build_model(config, self.train, self.task, seed).to(self.device)
-        set_threads(threads_of(config.engine, self.model))
+        self.threads = threads_of(config.engine, self.model)
         self.dtype = get_flat(self.model).dtype
 
     @property
@@ -317,6 +317,7 @@ def answer(node: Node, task: StepTask, parameters: NDArray[Any], asked: Asked) -
     """
     began = time.perf_counter()
     asked.admit(task, parameters, node.config.digest(), node.method.trust.stages)
+    set_threads(node.threads)  # another run of this process may have changed them since the last answer
     set_flat(node.model, torch.tensor(parameters))
     node.waited, node.undecodable = 0.0, 0
     arrays, result = node.method.answer(node, task)

@@ -1,4 +1,5 @@
-"""Where a run's numbers go: JSON lines, the console, writers from outside (TensorBoard: `engine.board`).
+"""Where a run's numbers go: JSON lines, callbacks, writers from outside. (TensorBoard: `engine.board`; the
+screen: `engine.progress`.)
 
 They come tagged public or sensitive (fedsim.visibility). Sensitive ones (training loss, gradient norms,
 times) are useful in simulation and never to be published: `public_only` drops them before a writer sees them.
@@ -7,26 +8,18 @@ times) are useful in simulation and never to be published: `public_only` drops t
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import Any, Protocol
 
 from fedsim import references
 from fedsim.engine.checkpoint import write_atomic
-from fedsim.headline import Metric
 from fedsim.registry import check_choice
 from fedsim.report.plain import as_json
 from fedsim.types import StepRecord
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, shown
-
-if TYPE_CHECKING:
-    from fedsim.engine.experiment import Experiment
 
 
 class Writer(Protocol):
@@ -132,78 +125,6 @@ class Callbacks:
         """See `Writer`."""
 
 
-class ConsoleProgress:
-    """A progress bar with step, epsilon so far and the headline; plain lines where there is no terminal."""
-
-    def __init__(
-        self,
-        total: int,
-        headline: Metric,
-        title: str = "",
-        console: Console | None = None,
-        *,
-        judged_by: str = "test",
-    ) -> None:
-        self._console = console or Console(stderr=True)
-        self._what = f"{judged_by} {headline.name}"
-        self._total = total
-        self._headline = headline
-        self._score: float | None = None
-        self._epsilon = self._n_delta = float("nan")
-        self._bar: Progress | None = None
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn(title or "training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn(f"epsilon {{task.fields[epsilon]}}  {self._what} {{task.fields[score]}}"),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("run", total=total, epsilon="-", score="-")
-            self._bar.start()
-
-    def write(self, record: StepRecord) -> None:
-        self.update(record.step, shown(record.numbers, public_only=False))
-
-    def update(self, completed: int, numbers: Mapping[str, float | None]) -> None:
-        """Show progress; also used with lines read back from metrics.jsonl."""
-        fresh = self._headline.name in numbers
-        self._epsilon = _number(numbers.get("epsilon", self._epsilon))
-        self._n_delta = _number(numbers.get("n_delta", self._n_delta))
-        self._score = numbers.get(self._headline.name, self._score)
-        epsilon = f"{self._epsilon:.3g} (N x delta {self._n_delta:.2g})"
-        if math.isnan(self._epsilon):  # a run without privacy has none
-            epsilon = "-"
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=completed,
-                epsilon=epsilon,
-                score=self._headline.shown(self._score),
-            )
-        elif fresh:
-            self._console.print(
-                f"step {completed}/{self._total}  epsilon {epsilon}  "
-                f"{self._what} {self._headline.shown(self._score)}"
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def progress_of(experiment: Experiment) -> ConsoleProgress:
-    """Return the bar of a run that is about to start."""
-    config = experiment.config
-    return ConsoleProgress(
-        experiment.mechanism.steps,
-        experiment.task.chosen,
-        config.title,
-        judged_by=config.data.judged_by,
-    )
-
-
 class Metrics:
     """Fans one record out to all writers; the only place that decides what may leave."""
 
@@ -236,10 +157,6 @@ class Metrics:
 def of_kind(kind: type[Public[Any] | Sensitive[Any]], numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of one kind, without the tag."""
     return {name: tagged.value for name, tagged in numbers.items() if isinstance(tagged, kind)}
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def numbers_of(line: Mapping[str, Any]) -> dict[str, float | None]:

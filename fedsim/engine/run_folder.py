@@ -102,7 +102,8 @@ class RunFolder:
         if not resume:
             state = "a finished run" if self.result.exists() else "an unfinished run"
             raise InputError(
-                f"{self.root} holds {state} of this configuration. Use --resume or another --out."
+                f"{self.root} holds {state} of this configuration. Use --resume (from Python "
+                "resume=True) or another --out."
             )
 
     def claim(self, config: Config, resume: bool) -> FolderLock:

@@ -18,7 +18,8 @@ from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
-from fedsim.engine.metrics import Watcher, progress_of
+from fedsim.engine.metrics import Watcher
+from fedsim.engine.progress import progress_of
 from fedsim.engine.run_folder import RunFolder, default_folder
 from fedsim.engine.server import Server
 from fedsim.engine.setup import setup_of

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -242,13 +243,29 @@ def _config(hf: ModuleType, options: TransformersOptions, outputs: int, vocabula
     settings["pad_token_id"] = options.padding if 0 <= options.padding < vocabulary else None
     if options.head != _CAUSAL:
         settings["num_labels"] = outputs
-    return references.called(
-        make, {**first, "use_cache": False, **settings, **options.config}, {}, "model.options"
-    )
+    with _silent():
+        return references.called(
+            make, {**first, "use_cache": False, **settings, **options.config}, {}, "model.options"
+        )
 
 
 def _is_rate(name: str, value: object) -> bool:
     return "drop" in name and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the library's bar, and its warnings of a new head: a run builds its model several times."""
+    said = library("transformers", "transformers", "model.name=transformers").utils.logging
+    bar, level = said.is_progress_bar_enabled(), said.get_verbosity()
+    said.disable_progress_bar()
+    said.set_verbosity_error()
+    try:
+        yield
+    finally:
+        said.set_verbosity(level)
+        if bar:
+            said.enable_progress_bar()
 
 
 def _published(auto: Any, path: str, config: Any) -> nn.Module:
@@ -260,7 +277,8 @@ def _published(auto: Any, path: str, config: Any) -> nn.Module:
         "ignore_mismatched_sizes": True,
         "output_loading_info": True,
     }
-    model, found = references.called(auto.from_pretrained, given, {}, "model.options")
+    with _silent() if Path(path).is_dir() else contextlib.nullcontext():
+        model, found = references.called(auto.from_pretrained, given, {}, "model.options")
     fresh = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
     head = {name for name, _ in _head(model)}
     if fresh - head:

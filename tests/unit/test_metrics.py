@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fedsim.engine.board import TensorBoard
-from fedsim.engine.metrics import ConsoleProgress, JsonLines, Metrics
+from fedsim.engine.metrics import JsonLines, Metrics
+from fedsim.engine.progress import ConsoleProgress
 from fedsim.headline import Metric
 from fedsim.types import StepRecord
 from fedsim.visibility import Public, Sensitive

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fedsim.engine.experiment import prepare
-from fedsim.engine.metrics import ConsoleProgress
+from fedsim.engine.progress import ConsoleProgress
 from fedsim.headline import Metric
 from fedsim.privacy import accountant, events, ledger
 from fedsim.privacy.ledger import Ledger, LedgerHeader

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from benchmarks import executed, site_links
+from benchmarks import executed, site_links, site_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -33,7 +33,8 @@ def test_programs_of_a_page_are_this_environments(tmp_path: Path) -> None:
 def test_every_page_has_its_place_on_the_site() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     placed = [page for section in nav for pages in section.values() for page in pages]
-    assert sorted(placed) == [path.relative_to(ROOT / "docs").as_posix() for path in PAGES]
+    there = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES]
+    assert sorted(placed) == sorted([*there, *site_notebooks.pages()])
 
 
 def test_links_out_of_the_site_are_names_there_and_files_here() -> None:
