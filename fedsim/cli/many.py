@@ -96,15 +96,13 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         from rich.console import Console
 
-        from fedsim.report.significance import half_width
+        from fedsim.report.significance import of_scores
 
         headline = Metric.of(result)
         table = show.table("seed", headline.name, "minutes")
         for run in result["runs"]:
             table.add_row(str(run["seed"]), headline.shown(run["score"]), f"{run['minutes']:.1f}")
-        half = half_width(result["scores"])
-        spread = "" if half is None else f" ± {headline.number(half)}"
-        table.add_row("all", headline.shown(result["mean"]) + spread, f"{result['minutes']:.1f} each")
+        table.add_row("all", of_scores(result["scores"], headline), f"{result['minutes']:.1f} each")
         Console().print(table)
         for unit, spent in result["epsilon"].items():
             print(f"epsilon ({unit}): {show.spent(spent)}")
