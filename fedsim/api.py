@@ -206,7 +206,9 @@ def compare(
     def runner(config: Config, folder: RunFolder) -> dict[str, Any]:
         return run(config, folder, backend, resume=True, progress=False)
 
-    typed = f"fedsim.compare({str(source)!r}, out=..., overrides={list(overrides)!r})"
+    def typed(given: Sequence[str]) -> str:
+        return f"fedsim.compare({str(source)!r}, out=..., overrides={list(given)!r})"
+
     return study.run(study.load(source), list(overrides), Path(out), runner, sys.stderr, typed)
 
 

@@ -27,9 +27,7 @@ def note(cells: Iterable[Cell]) -> str:
     count = f"{seeds} seed{'s' if seeds > 1 else ''}"
     count += ", fewer where a row says so" if any(len(group.cells) < seeds for group in found) else ""
     on = "private training examples that were held out" if held[0].held_out else "public test data"
-    return (
-        f"{count}, judged by {on}. {NOTE}{_tuned(held)}{_versions(held)}"
-    )
+    return f"{count}, judged by {on}. {NOTE}{_tuned(held)}{_versions(held)}"
 
 
 def _versions(cells: Sequence[Cell]) -> str:

@@ -150,7 +150,7 @@ def test_runs_that_diverge_are_left_out_and_named(tmp_path: Path, capsys: pytest
         "  no parameters: [optimizer.learning_rate=1e39]\n  after them: [optimizer.learning_rate=0.01]\n"
     )
     assert command(["compare", str(path), "--out", str(tmp_path / "out")]) == 0
-    assert "diverged and is left out" in capsys.readouterr().err
+    assert "diverged; it is left out" in capsys.readouterr().err
     said = "Diverged, and left out: nan outputs at epsilon 2, seed 0; no parameters at epsilon 2, seed 0."
     for name in ("table.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
@@ -160,7 +160,7 @@ def test_runs_that_diverge_are_left_out_and_named(tmp_path: Path, capsys: pytest
     assert [cell["variant"] for cell in cells] == ["well", "after them"]
     path.write_text(path.read_text().replace("  well: []\n", "").replace("=0.01", "=1e39"))
     assert command(["compare", str(path), "--out", str(tmp_path / "dead")]) == 3
-    assert "all 3 runs" in capsys.readouterr().err
+    assert "has a score: all diverged. Lower the learning rates" in capsys.readouterr().err
 
 
 def test_rows_of_several_versions_of_the_code_are_told(finished: Path) -> None:
