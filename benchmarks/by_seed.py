@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.tables import load
 from fedsim.report.markers import missing, provenance, table
-from fedsim.report.significance import Difference, half_width, holm, paired
+from fedsim.report.significance import Difference, holm, mean_with_interval, paired
 
 NOTE = (
     "\nMeans over {} seeds ± half their 95 % intervals, in percent; differences are taken seed by seed, with "
@@ -86,9 +85,7 @@ def differences(pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]]
 
 def with_interval(values: Any) -> str:
     """Return the mean with half its 95 % interval, if there is one."""
-    values = list(values)
-    half = half_width(values)
-    return f"{statistics.mean(values):.2f}" + ("" if half is None else f" ± {half:.2f}")
+    return mean_with_interval(list(values), 2)
 
 
 def _said(test: Difference) -> str:

@@ -136,11 +136,17 @@ def make(name: str, overrides: Sequence[str], out: Path, *, search: bool, result
         kept = _search(stem, overrides, out / "tune", tuned)
         wanted = dataclasses.replace(wanted, tuned=str(tuned))
     _fetch(wanted, overrides)
-    command = shlex.join(["fedsim", "compare", source, *overrides])
+    command = ""
+
+    def typed(given: Sequence[str]) -> str:
+        nonlocal command
+        command = shlex.join(["fedsim", "compare", source, *given])
+        return command
+
     folder = out / "compare" / file_name(wanted.title, "comparison")
-    cells = compare.run(wanted, list(overrides), folder, runner_of("local"), sys.stderr, command)
+    cells = compare.run(wanted, list(overrides), folder, runner_of("local"), sys.stderr, typed)
     if len(cells) != (runs := len(compare.cells(wanted, list(overrides)))):
-        raise RunError(f"{runs - len(cells)} of {runs} runs diverged: see {folder / 'report.html'}.")
+        raise RunError(f"{runs - len(cells)} of {runs} runs have no score: see {folder / 'report.html'}.")
     held = collect(cells, command, kept or known_search(wanted, path if path.is_file() else known))
     results.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")

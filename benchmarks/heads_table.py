@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.tables import load
 from fedsim.report.markers import missing, provenance, table
-from fedsim.report.significance import Difference, half_width, holm, welch
+from fedsim.report.significance import Difference, half_width, holm, mean_with_interval, welch
 
 Cell = tuple[str, str, float | None]
 
@@ -53,7 +54,7 @@ def heads() -> str:
 
 def _text(values: list[float], best: float | bool) -> str:
     mean = statistics.mean(values)
-    text = f"{mean:.1f}" if (half := half_width(values)) is None else f"{mean:.1f} ± {half:.1f}"
+    text = f"{mean:.1f}" if len(values) == 1 else mean_with_interval(values, 1)
     return f"**{text}**" if best is not False and mean == best else text
 
 
@@ -123,7 +124,7 @@ def picture(held: Mapping[str, Any]) -> Figure:
             line = sorted((e, v) for (f, m, e), v in found.items() if (f, m) == (features, method) and e)
             if line:
                 means = [statistics.mean(values) for _, values in line]
-                spread = [half_width(values) or 0.0 for _, values in line]
+                spread = [half_width(values) or math.nan for _, values in line]
                 points = [epsilon for epsilon, _ in line]
                 panel.errorbar(points, means, spread, marker="o", ms=3, color=f"C{place}", label=method)
         panel.set_xscale("log")

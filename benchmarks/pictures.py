@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def batch_law(held: dict[str, Any]) -> Figure:
     accuracy = left.errorbar(
         places,
         [statistics.mean(values) for values in reached],
-        yerr=[half_width(values) or 0.0 for values in reached],
+        yerr=[half_width(values) or math.nan for values in reached],
         marker="o",
         capsize=4,
         color="C0",
@@ -58,7 +59,7 @@ def holders(measured: dict[str, Any], law: dict[str, Any]) -> Figure:
         axes.errorbar(
             [_holders(variant) for variant in mine],
             [statistics.mean(scores) for scores in mine.values()],
-            yerr=[half_width(scores) or 0.0 for scores in mine.values()],
+            yerr=[half_width(scores) or math.nan for scores in mine.values()],
             fmt=marker,
             capsize=4,
             label=f"{trust} noise",
@@ -97,7 +98,7 @@ def budgets(held: dict[str, Any]) -> Figure:
         axes.errorbar(
             [epsilon * 1.02**number for epsilon in epsilons],  # beside one another where they are equal
             [statistics.mean(values) for values in scores],
-            yerr=[half_width(values) or 0.0 for values in scores],
+            yerr=[half_width(values) or math.nan for values in scores],
             marker="os^vDP"[number % 6],
             capsize=3,
             label=variant,

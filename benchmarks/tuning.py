@@ -27,7 +27,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.headline import Metric
 from fedsim.report.markers import missing, table
 from fedsim.report.markers import provenance as line_of
-from fedsim.report.significance import half_width, holm, welch
+from fedsim.report.significance import holm, of_scores, welch
 from fedsim.study import private_tune, tune
 
 SEARCH = "tune/quickstart"
@@ -110,12 +110,11 @@ def page() -> str:
     rows = []
     for (how, group), test in zip(groups.items(), tests, strict=True):
         scores, headline = scores_of[how], Metric(**group[0]["headline"])
-        half = half_width(scores) or 0.0
         rows.append(
             [
                 how,
                 f"{max(row['epsilon'] for row in group):.3g} ({group[0]['accountant']})",
-                f"{headline.number(statistics.mean(scores))} ± {headline.number(half)} {headline.unit}",
+                of_scores(scores, headline),
                 "-" if test is None else f"{headline.number(test.mean)} ({test.verdict})",
                 f"{statistics.mean(row['trials'] for row in group):.3g}",
                 f"{group[0]['noise_multiplier']:.3f}",

@@ -138,8 +138,7 @@ def run(
     from fedsim.grads.bookkeeping.memory import retain_freed_memory
 
     validate.one_of(backend, BACKENDS, "backend")
-    local = [name for name in config.references() if given.is_given(name)]
-    if local:
+    if local := [name for name in config.references() if given.is_given(name)]:
         forget_nodes()  # their objects may have changed under the same name
     if backend != "local" and local:
         kinds = dict.fromkeys(given.kind_of(name) for name in local)
@@ -218,7 +217,9 @@ def compare(
     def runner(config: Config, folder: RunFolder) -> dict[str, Any]:
         return run(config, folder, backend, resume=True, progress=False)
 
-    typed = f"fedsim.compare({str(source)!r}, out=..., overrides={list(overrides)!r})"
+    def typed(given: Sequence[str]) -> str:
+        return f"fedsim.compare({str(source)!r}, out=..., overrides={list(given)!r})"
+
     return study.run(study.load(source), list(overrides), Path(out), runner, sys.stderr, typed)
 
 

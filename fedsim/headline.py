@@ -9,6 +9,7 @@ from typing import Any
 RESERVED = frozenset(
     {
         "assumed_public",
+        "backend",
         "clip_fraction",
         "clip_norm",
         "code_hash",

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,10 @@ def _compare(options: argparse.Namespace) -> Any:
 
     wanted = compare.load(options.config)
     out = options.out or Path("runs") / "compare" / file_name(wanted.title, "comparison")
-    typed = shlex.join(["fedsim", "compare", options.config, *options.overrides])
+
+    def typed(overrides: Sequence[str]) -> str:
+        return shlex.join(["fedsim", "compare", options.config, *overrides])
+
     done = compare.run(wanted, options.overrides, out, runner_of("local"), sys.stderr, typed)
     if not options.json:
         console = Console()
@@ -90,25 +94,25 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
         runner_of(options.backend),
         sys.stderr,
         backend=options.backend,
-        command=_as_typed(options),
+        command=lambda overrides, backend: _as_typed(options, overrides, backend),
         results=options.results,
     )
     if not options.json:
         from rich.console import Console
 
-        from fedsim.report.significance import half_width
+        from fedsim.report.significance import of_scores
 
         headline = Metric.of(result)
         table = show.table("seed", headline.name, "minutes")
         for run in result["runs"]:
             table.add_row(str(run["seed"]), headline.shown(run["score"]), f"{run['minutes']:.1f}")
-        half = half_width(result["scores"])
-        spread = "" if half is None else f" ± {headline.number(half)}"
-        table.add_row("all", headline.shown(result["mean"]) + spread, f"{result['minutes']:.1f} each")
+        table.add_row("all", of_scores(result["scores"], headline), f"{result['minutes']:.1f} each")
         Console().print(table)
         for unit, spent in result["epsilon"].items():
             print(f"epsilon ({unit}): {show.spent(spent)}")
         print(f"evaluated on {result['evaluated_on']}")
+        if result["taken_up"]:
+            print(result["taken_up"])
         if result["tuning"]:
             print(f"tuning: {result['tuning']}")
         if options.results is not None:
@@ -127,10 +131,12 @@ def runner_of(backend: str, *, searching: bool = False) -> Runner:
     return runner
 
 
-def _as_typed(options: argparse.Namespace) -> str:
+def _as_typed(options: argparse.Namespace, overrides: Sequence[str], backend: str) -> str:
     """The command that gives this result again; without the folder of the runs, which changes nothing."""
-    parts = ["fedsim", "repeat", options.config, *options.overrides]
+    from fedsim.api import BACKENDS
+
+    parts = ["fedsim", "repeat", options.config, *overrides]
     parts += ["--seeds", *map(str, options.seeds)]
-    parts += [] if options.backend == "local" else ["--backend", options.backend]
+    parts += ["--backend", backend] if backend in BACKENDS and backend != "local" else []
     parts += [] if options.results is None else ["--results", options.results.as_posix()]
     return shlex.join(parts)

@@ -74,6 +74,9 @@ def _free(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str, A
                 "\n".join(one.trial.edges) or "-",
             )
         Console().print(table)
+        for (_, epsilon), one in best.items():
+            if said := tune.tied(done, one):
+                print(f"{'' if epsilon is None else f'At epsilon {epsilon:g}, '}{said}.")
         if any(one.trial.edges for one in best.values()):
             print("A setting at the edge of its range may be better beyond it: widen the range.")
         first = out / "chosen" / f"{name_of(*next(iter(best)))}.yaml"

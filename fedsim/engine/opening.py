@@ -139,6 +139,14 @@ def check_unchanged(experiment: Experiment, folder: RunFolder) -> None:
         )
 
 
+def evaluation_digest(experiment: Experiment) -> str | None:
+    """Return what the header of a run's ledger says of the examples that models are judged by; None where it
+    is keyed by a secret that is still to be drawn, or gone."""
+    if experiment.config.data.holdout_examples and experiment.config.privacy.noise_source == "secure":
+        return None
+    return _evaluation(experiment, seeds.derive(experiment.config.seed, "run"))
+
+
 def _begin(experiment: Experiment, folder: RunFolder, secure: bool) -> None:
     """Write the ledger of a new run, and its secret."""
     if not secure:

@@ -31,6 +31,7 @@ def result_of(
     scores: Numbers,
     spent: Mapping[str, Tagged[EpsilonResult]],
     seconds: Mapping[str, float],
+    backend: str,
 ) -> dict[str, Any]:
     """Return the content of result.json.
 
@@ -40,6 +41,7 @@ def result_of(
         scores: the task's metrics and loss of the released model.
         spent: epsilon by unit, from the ledger.
         seconds: of this process's part of the run, by part; "run" is all of it.
+        backend: where this process's part of the run executed.
     """
     config, mechanism, released = experiment.config, experiment.mechanism, state.released()
     public_only = bool(config.monitor.public_only)
@@ -61,6 +63,7 @@ def result_of(
         "assumed_public": list(ASSUMED_PUBLIC),
         "tuning": tuning_of(config),
         "trust": _trust(experiment),
+        "backend": backend,
         "nodes": config.federation.nodes,
         "seed": config.seed,
         "config": config.digest(),

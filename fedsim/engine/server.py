@@ -41,7 +41,15 @@ _log = logging.getLogger(__name__)
 class Server:
     """One run from its first or resumed step to its result."""
 
-    def __init__(self, experiment: Experiment, folder: RunFolder, transport: Transport, resume: bool) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        transport: Transport,
+        resume: bool,
+        backend: str = "local",
+    ) -> None:
+        self._backend = backend
         self.experiment = experiment
         self.config = experiment.config
         self.mechanism = experiment.mechanism
@@ -296,7 +304,7 @@ class Server:
         seconds_of = {**self._seconds, "run": seconds}
         so_far = spent(self.run.ledger.view(), self.experiment.facts)
         with self._on_its_device():
-            result = outcome.result_of(self.experiment, self.state, scores, so_far, seconds_of)
+            result = outcome.result_of(self.experiment, self.state, scores, so_far, seconds_of, self._backend)
         self._write_card(result)
         self.run.destroy_secret()
         self.folder.write_result(result)

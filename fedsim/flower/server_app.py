@@ -117,8 +117,9 @@ def _train(
         config, data=datasets.resolve(config.data), model=weights.pinned(config.model)
     )
     # In a deployment a node may have its own examples only, and no digest of others' is told.
-    together = deployment.backend_of(grid) != deployment.DEPLOYMENT
+    backend = deployment.backend_of(grid)
+    together = backend != deployment.DEPLOYMENT
     train = experiment.splits.train if together else None
     setup = setup_of(located, experiment.partition, train)
     transport = GridTransport(grid, setup, config.federation.nodes)
-    return Server(experiment, folder, transport, resume).train(watchers)
+    return Server(experiment, folder, transport, resume, backend).train(watchers)

@@ -12,6 +12,8 @@ from fedsim.headline import Metric
 from fedsim.report import claim, significance
 from fedsim.report.significance import Difference
 
+UNLIKE = "not the same seeds of both"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -38,11 +40,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one variant at one budget, one a seed."""
+    """The runs of one variant at one budget, one a seed; `seeds` is how many the comparison has."""
 
     variant: str
     epsilon: float | None
     cells: tuple[Cell, ...]
+    seeds: int = 0
 
     @property
     def result(self) -> dict[str, Any]:
@@ -118,14 +121,13 @@ class Group:
         seeds, as in a comparison that is not finished."""
         own, others = (sorted((c.seed, c.result[g.headline.name]) for c in g.cells) for g in (self, other))
         if [seed for seed, _ in own] != [seed for seed, _ in others]:
-            return Difference(self.mean - other.mean, None, None)
+            return Difference(self.mean - other.mean, None, None, UNLIKE)
         return significance.paired([score for _, score in own], [score for _, score in others])
 
     def said(self) -> str:
-        """Return the mean with half its 95 % interval, in the headline's unit."""
-        half = significance.half_width(self.scores)
-        spread = "" if half is None else f" ± {self.headline.number(half)}"
-        return f"{self.headline.number(self.mean)}{spread} {self.headline.unit}".rstrip()
+        """Return the mean with half its 95 % interval, in the headline's unit, and of how many seeds it is
+        where some are missing."""
+        return significance.of_scores(self.scores, self.headline, of=self.seeds)
 
 
 def _size(spent: Mapping[str, Any]) -> float:
@@ -137,7 +139,8 @@ def groups(cells: Iterable[Cell]) -> list[Group]:
     found: dict[tuple[str, float | None], list[Cell]] = {}
     for cell in cells:
         found.setdefault((cell.variant, cell.epsilon), []).append(cell)
-    unsorted = [Group(*key, tuple(held)) for key, held in found.items()]
+    seeds = len({cell.seed for held in found.values() for cell in held})
+    unsorted = [Group(*key, tuple(held), seeds) for key, held in found.items()]
     return sorted(unsorted, key=lambda g: float("inf") if g.epsilon is None else g.epsilon)
 
 

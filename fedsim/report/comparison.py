@@ -29,7 +29,7 @@ def _markdown(cells: Sequence[Cell], rows: Sequence[dict[str, str]], about: Abou
     parts = [
         "\n".join([*missing(cells, about), *findings(cells)]) + "\n",
         markers.table(RESULTS, [[row[c] for c in RESULTS] for row in rows]),
-        f"{note(cells)} {about.chosen}".rstrip() + "\n",
+        about.below(note(cells)) + "\n",
         markers.table(COSTS, [list(row.values()) for row in costs(cells)]),
     ]
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -78,7 +79,7 @@ def _budgets(found: Sequence[Group], colours: dict[str, str]) -> Figure:
             colour = colours[group.variant]
             axes.axhline(headline.scale * group.mean, linestyle="--", color=colour, label=label)
         else:
-            half = headline.scale * (significance.half_width(group.scores) or 0.0)
+            half = headline.scale * (significance.half_width(group.scores) or math.nan)
             lines.setdefault(group.variant, []).append((group.epsilon, headline.scale * group.mean, half))
     for variant, points in lines.items():
         x, y, error = zip(*sorted(points), strict=True)

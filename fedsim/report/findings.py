@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedsim.report import claim
 from fedsim.report.cells import Cell, Group, Tests, between, groups, pairwise
+from fedsim.report.significance import FEW, Difference
 
 
 def findings(cells: Sequence[Cell]) -> list[str]:
@@ -51,11 +52,10 @@ def _sentence(found: Sequence[Group], rivals: Sequence[int], known: Tests, witho
     else:
         pairs = [between(known, i, j) for i in rivals for j in rivals if i > j]
         any_told = any(pair.significant for pair in pairs)
-        few = all(pair.p is None for pair in pairs)
         what = "the best is not told from any other" if any_told else "no difference can be told"
         worst = found[ranked[-1]]
         text = (
-            f"{at}{what}{', for too few seeds' if few else ''}: {best.judged_by} from {worst.said()} "
+            f"{at}{what}{_untested(change.values())}: {best.judged_by} from {worst.said()} "
             f"({worst.variant}) to {best.said()} ({best.variant})"
         )
     for name, noised in (("Without privacy", False), ("With noise that gives no claimable epsilon", True)):
@@ -63,6 +63,14 @@ def _sentence(found: Sequence[Group], rivals: Sequence[int], known: Tests, witho
             top = max(others, key=_rank)
             text += f". {name}: {top.said()} ({top.variant})"
     return text[0].upper() + text[1:] + "."
+
+
+def _untested(changes: Iterable[Difference]) -> str:
+    """Why the best was tested against none, if it was not."""
+    reasons = {None if change.p is not None else change.why for change in changes}
+    if None in reasons:
+        return ""
+    return ", for too few seeds" if reasons == {FEW} else ", for runs of some seeds are missing"
 
 
 def _at(rivals: Sequence[Group]) -> str:

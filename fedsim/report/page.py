@@ -37,7 +37,9 @@ class About:
         command: what makes the page again.
         runs: how many there are to be; None: those that are there.
         chosen: what is to be known of settings that a search chose, in sentences.
-        diverged: names of runs that diverged, and are left out.
+        left_out: runs without a score, which are left out: name and why, such as "diverged".
+        inputs: whose models see other inputs of the judged examples, in a sentence.
+        taken_up: which runs were finished before by other settings than were asked for, in a sentence.
     """
 
     title: str
@@ -46,7 +48,13 @@ class About:
     command: str = ""
     runs: int | None = None
     chosen: str = ""
-    diverged: Sequence[str] = field(default_factory=tuple)
+    left_out: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    inputs: str = ""
+    taken_up: str = ""
+
+    def below(self, note: str) -> str:
+        """Return what stands below the table: the note, and what is to be known beside it."""
+        return " ".join(filter(None, (note, self.inputs, self.chosen)))
 
 
 def page(cells: Sequence[Cell], about: About) -> str:
@@ -58,7 +66,7 @@ def page(cells: Sequence[Cell], about: About) -> str:
         for caption, figure in figures.figures(cells)
     )
     promises = "".join(f"<dt>{_text(_name(group))}</dt><dd>{_text(promise(group))}</dd>" for group in found)
-    read = f"{note(cells)} {about.chosen}".rstrip()
+    read = about.below(note(cells))
     title = _text(about.title or "Comparison")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -78,12 +86,14 @@ def _warned(cells: Sequence[Cell], about: About) -> str:
 
 
 def missing(cells: Sequence[Cell], about: About) -> list[str]:
-    """Return a sentence for runs that are not there yet, and one for those that diverged."""
+    """Return a sentence for runs that are not there yet, and one for each reason of being left out."""
     lines = []
-    if about.runs not in (None, len(cells) + len(about.diverged)):
+    if about.runs not in (None, len(cells) + len(about.left_out)):
         lines.append(f"Unfinished: {len(cells)} of {about.runs} runs are there.")
-    if about.diverged:
-        lines.append(f"Diverged, and left out: {'; '.join(about.diverged)}.")
+    reasons: dict[str, list[str]] = {}
+    for name, why in about.left_out:
+        reasons.setdefault(why, []).append(name)
+    lines += [f"{why[:1].upper()}{why[1:]}, and left out: {'; '.join(n)}." for why, n in reasons.items()]
     return lines
 
 
@@ -91,8 +101,13 @@ def _made(cells: Sequence[Cell], about: About) -> str:
     results, found = [cell.result for cell in cells], groups(cells)
     facts = [
         ("Command", [about.command]),
+        ("Taken up", [about.taken_up]),
         ("Recipe and settings of all rows", [about.recipe, *about.overrides]),
-        *((f"Settings of {_name(group)}", group.cells[0].settings) for group in found),
+        *(
+            (f"Settings of {_name(group)}{of}", list(settings))
+            for group in found
+            for of, settings in _settings(group)
+        ),
         ("Seeds", [", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))]),
         ("Epsilon", list(dict.fromkeys(map(_basis, found)))),
         ("Machine", list(dict.fromkeys(markers.machine(r["hardware"]) for r in results))),
@@ -108,6 +123,16 @@ def _made(cells: Sequence[Cell], about: About) -> str:
 def _basis(group: Group) -> str:
     spent = group.claimed
     return f"at {claim.delta(spent)}, {spent['relation']}, {spent['accountant']}" if spent else ""
+
+
+def _settings(group: Group) -> list[tuple[str, tuple[str, ...]]]:
+    """Settings of a row's runs, with whose they are where the runs do not have the same."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for cell in group.cells:
+        found.setdefault(tuple(cell.settings), []).append(cell.seed)
+    if len(found) == 1:
+        return [("", one) for one in found]
+    return [(f", seed {', '.join(map(str, sorted(seeds)))}", one) for one, seeds in found.items()]
 
 
 def _table(columns: Sequence[str], rows: Sequence[dict[str, str]]) -> str:

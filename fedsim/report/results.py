@@ -15,7 +15,7 @@ from fedsim.headline import Metric
 from fedsim.report.claim import NONE, number
 from fedsim.report.held import loaded
 from fedsim.report.markers import Parts, machine, provenance, table
-from fedsim.report.significance import half_width
+from fedsim.report.significance import of_scores
 from fedsim.validate import InputError
 
 README, PAGE = "README.md", "docs/results.md"
@@ -237,15 +237,9 @@ def _data(held: dict[str, Any]) -> str:
 
 
 def _reached(held: dict[str, Any]) -> str:
-    """Mean, half its 95 % interval to as many places, unit and name of the metric."""
+    """Mean, half its 95 % interval, unit and name of the metric."""
     headline = Metric.of(held)
-    mean = f"{headline.scale * held['mean']:.2f}" if headline.unit == "%" else f"{held['mean']:#.4g}"
-    places = len(mean.partition("e")[0].partition(".")[2])
-    half = half_width(held["scores"])
-    spread = "" if half is None else f" ± {headline.scale * half:.{places}f}"
-    if "e" in mean and half is not None:
-        spread = f" ± {headline.number(half)}"
-    return f"{mean.removesuffix('.')}{spread} {headline.unit}".rstrip() + f" ({headline.name})"
+    return of_scores(held["scores"], headline, headline.name)
 
 
 def _claimed(held: dict[str, Any]) -> str:

@@ -23,10 +23,11 @@ NOTE = (
 def note(cells: Iterable[Cell]) -> str:
     """Return what stands below the table: seeds, what the score is computed on, and how to read it."""
     held = list(cells)
-    seeds = len({cell.seed for cell in held})
+    seeds, found = len({cell.seed for cell in held}), groups(held)
+    count = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    count += ", fewer where a row says so" if any(len(group.cells) < seeds for group in found) else ""
     on = "private training examples that were held out" if held[0].held_out else "public test data"
-    judged = f"{seeds} seed{'s' if seeds > 1 else ''}, judged by {on}."
-    return f"{judged} {NOTE}{_accounted(held)}{_tuned(held)}{_versions(held)}"
+    return f"{count}, judged by {on}. {NOTE}{_accounted(held)}{_tuned(held)}{_versions(held)}"
 
 
 def _accounted(cells: Iterable[Cell]) -> str:

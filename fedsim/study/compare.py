@@ -7,7 +7,6 @@ an ordinary run in its own folder, so a comparison resumes where it stopped and 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,8 @@ from fedsim.merging import parse_options, read
 from fedsim.report import comparison
 from fedsim.report.cells import Cell
 from fedsim.report.page import About
+from fedsim.study import names, taken_up
+from fedsim.study.judged import Judges, all_unscored, unscored
 from fedsim.study.tuned import Tuned
 from fedsim.validate import Diverged, InputError, RunError
 
@@ -74,11 +75,8 @@ class Planned:
     def folder(self) -> str:
         """Name of the run's folder; the digest keeps cells of an edited comparison apart."""
         budget = "" if self.epsilon is None else f"-eps{self.epsilon:g}"
-        name = re.sub(r"[^\w.-]+", "_", self.variant)
-        return f"{name}{budget}-seed{self.seed}-{self.config.digest()[:8]}"
+        return f"{names.slug(self.variant)}{budget}-seed{self.seed}-{self.config.digest()[:8]}"
 
-
-_MARKUP = re.compile(r"[|<>\[\]`\x00-\x1f]")
 
 Runner = Callable[[Config, RunFolder], dict[str, Any]]
 
@@ -99,12 +97,7 @@ def load(source: str | Path, *, untuned: bool = False) -> Comparison:
     for name, values in (("seeds", comparison_.seeds), ("epsilons", comparison_.epsilons)):
         if len(set(values)) != len(values):
             raise InputError(f"{path}: {name} must be different numbers, one run each, got {values}.")
-    for name in (comparison_.title, *comparison_.variants):
-        if _MARKUP.search(name):
-            raise InputError(
-                f"{path}: titles and names of variants stand in tables and on a page: they must hold none of "
-                f"| < > [ ] ` and no line break, got {name!r}."
-            )
+    names.check(path, comparison_.title, comparison_.variants, comparison_.epsilons)
     variants = {name: loading.located(given, path.parent) for name, given in comparison_.variants.items()}
     return dataclasses.replace(
         comparison_,
@@ -140,7 +133,9 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
             _check_place(config, variant, epsilon, seed)
             if out:
                 _check_comparable(out[0], variant, config)
-            out.append(Planned(variant, epsilon, seed, config, [*changes, *chosen]))
+            settings = [item for item in (*changes, *chosen) if not _replaced(item, overrides)]
+            out.append(Planned(variant, epsilon, seed, config, settings))
+    names.refuse_shared(((cell.folder, cell.name) for cell in out), "run a folder")
     return out
 
 
@@ -150,6 +145,11 @@ def _tuned(comparison_: Comparison) -> Tuned | None:
     found = Tuned.read(Path(comparison_.tuned))
     found.of_recipe(comparison_.recipe, comparison_.tuned)
     return found
+
+
+def _replaced(item: str, overrides: Sequence[str]) -> bool:
+    """Whether an override, which comes last, says all that "key=value" says."""
+    return any(f"{item.partition('=')[0]}.".startswith(f"{o.partition('=')[0]}.") for o in overrides)
 
 
 def _check_place(config: Config, variant: str, epsilon: float | None, seed: int) -> None:
@@ -201,10 +201,11 @@ def run(
     out: Path,
     runner: Runner,
     log: TextIO,
-    command: str = "",
+    command: Callable[[Sequence[str]], str] = lambda _: "",
 ) -> list[Cell]:
-    """Check all cells, run those that are not finished, and write the report into `out`. Runs that diverge
-    are left out, and named on it.
+    """Check all cells, run those that are not finished, and write the report into `out`. Runs that diverge,
+    or have no score, are left out, and named on it; those that were finished before stand on it with what
+    they were made with.
 
     Args:
         comparison_: what to compare.
@@ -212,35 +213,41 @@ def run(
         out: folder of the comparison: runs/, report.html, table.md, table.csv, cells.json.
         runner: trains one configuration into a folder and returns its result.
         log: where progress goes, a line a cell.
-        command: what the page names as the way to make it again.
+        command: gives, with those of `overrides` that all runs were made with, what the page names as the way
+            to make it again.
 
     Raises:
-        InputError: a cell's configuration or folder is wrong, before the first run starts.
-        RunError: the report could not be written, or all runs diverged.
+        InputError: a cell's configuration or folder is wrong, or it is judged by other examples than the
+            others, before the first run starts.
+        RunError: the report could not be written, no run has a score, or data changed meanwhile.
     """
     done: list[Cell] = []
-    planned = cells(comparison_, overrides)
-    given = [*comparison_.overrides, *overrides]
+    planned, judges = cells(comparison_, overrides), Judges()
+    others = {c.folder: taken_up.otherwise(RunFolder(out / "runs" / c.folder), c.config) for c in planned}
+    shared, lost = taken_up.of_all([*comparison_.overrides, *overrides], list(others.values()))
     about = About(
         comparison_.title,
         Path(comparison_.recipe).stem,
-        given,
-        command,
+        shared,
+        command(taken_up.of_all(overrides, list(others.values()))[0]),
         len(planned),
         _chosen(comparison_, planned),
+        taken_up=taken_up.told({c.name: taken_up.as_strings(others[c.folder]) for c in planned}),
     )
-    for cell, folder, result in finish(planned, out, forgiving(runner), log):
-        if diverged(result):
-            about = dataclasses.replace(about, diverged=[*about.diverged, cell.name])
-            print(f"{cell.folder} diverged and is left out", file=log, flush=True)
+    for cell, folder, result in finish(planned, out, forgiving(runner), log, judges=judges):
+        about = dataclasses.replace(about, inputs=judges.inputs())
+        if why := unscored(result):
+            about = dataclasses.replace(about, left_out=[*about.left_out, (cell.name, why)])
+            print(f"{cell.folder}: {why}; it is left out", file=log, flush=True)
             continue
         curve, held_out = _curve(folder, Metric.of(result)), bool(cell.config.data.holdout_examples)
-        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, curve, cell.settings, held_out))
+        settings = taken_up.of_run([*lost, *cell.settings], others[cell.folder])
+        done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, curve, settings, held_out))
         with validate.failures_as(RunError, f"the report in {out} was not written", "Repeat the command."):
             comparison.write(done, about, out)
     if not done:
-        raise RunError(f"all {len(planned)} runs in {out} diverged. Lower the learning rates.")
-    if about.diverged:
+        raise RunError(f"no run in {out} has a score: {all_unscored([why for _, why in about.left_out])}")
+    if about.left_out:
         comparison.write(done, about, out)
     return done
 
@@ -257,12 +264,6 @@ def forgiving(runner: Runner) -> Runner:
     return run_one
 
 
-def diverged(result: dict[str, Any]) -> bool:
-    """Return whether a run ended without parameters, or its model's loss is no number: its score, if it has
-    one, is that of guesses. The second looks at the examples it is judged by: no private search may ask."""
-    return "diverged" in result or result.get("loss", 0.0) is None
-
-
 def _chosen(comparison_: Comparison, planned: Sequence[Planned]) -> str:
     """What is to be known of the settings that a search chose for these cells."""
     held = _tuned(comparison_)
@@ -274,15 +275,30 @@ def _chosen(comparison_: Comparison, planned: Sequence[Planned]) -> str:
 
 
 def finish(
-    planned: Sequence[Planned], out: Path, runner: Runner, log: TextIO, *, searching: bool = False
+    planned: Sequence[Planned],
+    out: Path,
+    runner: Runner,
+    log: TextIO,
+    *,
+    searching: bool = False,
+    judges: Judges | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Planned, RunFolder, dict[str, Any]]]:
     """Check all cells, then run those that are not finished under `out`/runs and yield every result.
 
-    `searching`: they are the trials of a private search.
+    Args:
+        planned: the cells.
+        out, runner, log: as of `run`.
+        searching: they are the trials of a private search.
+        judges: takes in what they are judged by; None: of its own, for cells that are all compared.
+        before: called when all are checked, before the first is run.
 
     Raises:
-        InputError: a cell's configuration or folder is wrong; names the variant, before the first run starts.
+        InputError: a cell's configuration or folder is wrong, or it is judged by other examples than the
+            others; names the variant, before the first run starts.
+        RunError: what a run is judged by changed since then.
     """
+    judges = judges or Judges()
     for cell in planned:
         if cell.config.monitor.public_only:
             validate.conflicts(
@@ -294,14 +310,23 @@ def finish(
         try:
             if not searching and not folder.result.exists():
                 rules.refuse_outside_search(cell.config)
-            opening.check_unchanged(prepare(cell.config), folder)
+            experiment = prepare(cell.config)
+            opening.check_unchanged(experiment, folder)
+            judges.see(cell, experiment)
         except InputError as error:
             raise InputError(f"variant '{cell.variant}': {error}") from error
+    with validate.failures_as(InputError, f"{out} cannot be written", "Choose another --out."):
+        before()
     for number, cell in enumerate(planned, start=1):
         folder = RunFolder(out / "runs" / cell.folder)
-        fresh = "" if folder.finished() is None else " (finished before)"
+        fresh = ""
+        if folder.finished() is not None:
+            made = taken_up.as_strings(taken_up.otherwise(folder, cell.config))
+            fresh = f" (finished before{''.join(f', {one}' for one in made)})"
         print(f"[{number}/{len(planned)}] {cell.folder}{fresh}", file=log, flush=True)
-        yield cell, folder, runner(cell.config, folder)
+        result = runner(cell.config, folder)
+        judges.check(cell, folder)
+        yield cell, folder, result
 
 
 def _curve(folder: RunFolder, headline: Metric) -> list[tuple[int, float]]:

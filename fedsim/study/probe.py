@@ -6,7 +6,6 @@ examples no privacy. Beside the encoder stand the same architecture as it was dr
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from fedsim.data.examples import ArrayDataset, normalise
 from fedsim.data.sources.image_files import fitted
 from fedsim.models.captioner import Captioner
 from fedsim.models.masked_autoencoder import MaskedAutoencoder
-from fedsim.report.significance import half_width
+from fedsim.report.significance import mean_with_interval
 from fedsim.run import Run
 from fedsim.tasks.captioning import Captioning
 from fedsim.validate import InputError
@@ -280,8 +279,6 @@ def rows_of(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[tuple[st
         cells = []
         for head in heads:
             values = [100 * value for value in scores[head]]
-            half = half_width(values)
-            spread = "" if half is None else f" ± {half:.1f}"
-            cells.append(f"{statistics.mean(values):.1f}{spread} %")
+            cells.append(mean_with_interval(values, 1, "%"))
         lines.append((name, *cells))
     return lines

@@ -4,10 +4,11 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
 
     kind             "recipe"
     title, config    name of the run; configuration as given on the command line
-    overrides        "key=value" strings on top of it
+    overrides        "key=value" strings on top of it that all runs were made with
+    backend, nodes   of the runs, listed where they differ
     reference        what the recipe reproduces, from the configuration
     evaluated_on     "test set", or "held-out training examples" while tuning
-    data, model, method, backend, holders, nodes, partition, steps, expected_batch_size, noise_multiplier
+    data, model, method, holders, partition, steps, expected_batch_size, noise_multiplier
     target_epsilon   the budget the configuration asks for, or null
     epsilon, delta   by unit, the largest over the seeds, with accountant, relation and note
     headline         the metric: name, unit, direction; of unit "%" values are fractions
@@ -15,7 +16,9 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
     mean             over seeds
     minutes          mean training time of a seed
     tuning           how the settings were chosen, in words; "" where nothing is known
-    runs             one mapping a seed: score, minutes, peak memory, epsilon, hashes, commit, hardware
+    runs             one mapping a seed: score, minutes, peak memory, epsilon, hashes, commit, hardware,
+                     backend, nodes, and settings where other runs have others
+    taken_up         which runs were finished before, otherwise than was asked for, in words; "" for none
     command          what to type to get it again
     commit, hardware of the runs, listed where they differ
 """
@@ -25,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,12 +36,13 @@ from fedsim import loading, validate
 from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
-from fedsim.engine.run_folder import file_name
+from fedsim.engine.run_folder import RunFolder, file_name
 from fedsim.headline import Metric
 from fedsim.partitions import PARTITIONS
 from fedsim.report.plain import as_json, plain
-from fedsim.study import compare
+from fedsim.study import compare, taken_up
 from fedsim.study.compare import Planned, Runner
+from fedsim.study.judged import all_unscored, unscored
 from fedsim.validate import InputError, RunError
 
 _OF_RUN = (
@@ -50,6 +54,7 @@ _OF_RUN = (
     "code_hash",
     "commit",
     "hardware",
+    "nodes",
 )
 
 
@@ -62,7 +67,7 @@ def run(
     log: TextIO,
     *,
     backend: str,
-    command: str,
+    command: Callable[[Sequence[str], str], str],
     results: Path | None = None,
 ) -> dict[str, Any]:
     """Train the recipe once a seed, skipping what is finished, and return its result.
@@ -74,13 +79,14 @@ def run(
         out: folder of the runs; None: runs/repeat/TITLE.
         runner: trains one configuration into a folder and returns its result.
         log: where progress goes, a line a seed.
-        backend: name of the runner, for the result.
-        command: what to type to get the result again.
+        backend: name of the runner, which runs that are finished need not have had.
+        command: gives, with the overrides and the backend that the runs were made with, what to type to get
+            the result again.
         results: file to write the result to as JSON, after all seeds; None: none.
 
     Raises:
         InputError: wrong configuration or folder, repeated seed; nothing has been started.
-        RunError: the loss of a run's model is no number, or the result could not be written.
+        RunError: a run has no score, or the result could not be written.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"--seeds must be different numbers, at least one, got {list(seeds)}.")
@@ -95,14 +101,33 @@ def run(
         if results.is_dir():
             raise InputError(f"--results must be a file, got the folder {results}.")
     root = out or Path("runs") / "repeat" / file_name(planned[0].config.title, "run")
+    others = [taken_up.otherwise(RunFolder(root / "runs" / cell.folder), cell.config) for cell in planned]
     done = [(cell.seed, result) for cell, _, result in compare.finish(planned, root, runner, log)]
-    if dead := [seed for seed, result in done if compare.diverged(result)]:
+    if dead := {seed: why for seed, result in done if (why := unscored(result))}:
         raise RunError(
-            f"seeds must end with a model whose loss is a number, and {dead} did not: there is no mean to "
-            "state. Lower optimizer.learning_rate."
+            f"seeds must end with a score, and {list(dead)} did not, so there is no mean to state: "
+            f"{all_unscored(dead.values())}"
         )
-    about = {"config": source, "overrides": list(overrides), "backend": backend, "command": command}
-    answer = summary(planned[0].config, done, about)
+    kept, lost = taken_up.of_all(overrides, others)
+    made_by = {str(seed): _backend(result) for seed, result in done}
+    one = next(iter(made_by.values())) if len(set(made_by.values())) == 1 else backend
+    about = {
+        "config": source,
+        "overrides": kept,
+        "command": command(kept, one),
+        "taken_up": taken_up.told(
+            {
+                f"seed {seed}": [
+                    *([] if by == backend else [f"backend {by}"]),
+                    *taken_up.as_strings(other),
+                ]
+                for (seed, by), other in zip(made_by.items(), others, strict=True)
+            }
+        ),
+    }
+    alike = all(other == others[0] for other in others)
+    own = [[] if alike else taken_up.of_run(lost, other) for other in others]
+    answer = summary(planned[0].config, done, about, own)
     if results is not None:
         with validate.failures_as(RunError, f"{results} was not written", "Repeat the command."):
             results.parent.mkdir(parents=True, exist_ok=True)
@@ -110,15 +135,23 @@ def run(
     return answer
 
 
+def _backend(result: dict[str, Any]) -> str:
+    return str(result.get("backend", taken_up.NOT_RECORDED))
+
+
 def summary(
-    config: Config, done: Sequence[tuple[int, dict[str, Any]]], about: dict[str, Any]
+    config: Config,
+    done: Sequence[tuple[int, dict[str, Any]]],
+    about: dict[str, Any],
+    settings: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
     """Return the result of finished runs, as JSON-able values.
 
     Args:
         config: configuration of any of the seeds.
         done: (seed, content of result.json) of every run.
-        about: config, overrides, backend, command.
+        about: config, overrides, command, taken_up.
+        settings: of each run, beside the overrides.
     """
     headline = Metric.of(done[0][1])
     scores = [float(result[headline.name]) for _, result in done]
@@ -132,7 +165,8 @@ def summary(
         "model": dataclasses.asdict(config.model),
         "method": config.method(),
         "holders": config.federation.holders,
-        "nodes": config.federation.nodes,
+        "backend": _listed([_backend(result) for _, result in done]),
+        "nodes": _listed([result["nodes"] for _, result in done]),
         "partition": _partition(config),
         "steps": done[0][1]["steps"],
         "expected_batch_size": config.train.expected_batch_size,
@@ -146,7 +180,10 @@ def summary(
         "mean": statistics.mean(scores),
         "minutes": statistics.mean(result["seconds"] for _, result in done) / 60.0,
         "tuning": done[0][1]["tuning"],
-        "runs": [_one(seed, result) for seed, result in done],
+        "runs": [
+            _one(seed, result) | ({"settings": list(own)} if own else {})
+            for (seed, result), own in zip(done, settings or [()] * len(done), strict=True)
+        ],
         "commit": ", ".join(dict.fromkeys(str(result["commit"]) for _, result in done)),
         "hardware": _joined([result["hardware"] for _, result in done]),
     }
@@ -156,8 +193,14 @@ def summary(
 
 def _one(seed: int, result: dict[str, Any]) -> dict[str, Any]:
     score = result[Metric.of(result).name]
-    kept = {name: result[name] for name in _OF_RUN}
+    kept = {name: result[name] for name in _OF_RUN} | {"backend": _backend(result)}
     return {"seed": seed, "score": score, "minutes": result["seconds"] / 60.0, **kept}
+
+
+def _listed(values: Sequence[Any]) -> Any:
+    """The value of all runs, or those there are."""
+    found = list(dict.fromkeys(values))
+    return found[0] if len(found) == 1 else ", ".join(map(str, found))
 
 
 def _partition(config: Config) -> str:

@@ -32,14 +32,17 @@ from fedsim.engine.checkpoint import write_atomic
 from fedsim.headline import Metric
 from fedsim.merging import parse_options, read
 from fedsim.report.plain import as_json
-from fedsim.study import compare, fixed, space, whole
+from fedsim.report.significance import ROUNDING
+from fedsim.study import compare, fixed, names, searched, space, whole
 from fedsim.study.compare import Comparison, Planned, Runner
+from fedsim.study.judged import Judges, all_unscored, unscored
 from fedsim.study.space import Space
 from fedsim.study.tuned import Chosen, Tuned, name_of, recipe_digest, recipe_name
 from fedsim.validate import InputError, RunError
 
 SEARCH = "search.json"
 """What is in the folder of a private search, and of no other."""
+TRIALS = "trials.json"
 _WITHOUT_SEED = re.compile(r"-seed\d+-[0-9a-f]{8}$")
 
 
@@ -93,16 +96,17 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A trial with its scores, one a seed (NaN: the run diverged), and the seconds it took."""
+    """A trial with its scores, one a seed (NaN: the run has none), its seconds, and why a run has none."""
 
     trial: Trial
     scores: tuple[float, ...]
     seconds: float
     headline: Metric | None
+    unscored: str = ""
 
     @property
     def score(self) -> float:
-        """Return the mean over seeds, NaN where one diverged."""
+        """Return the mean over seeds, NaN where one has no score."""
         return statistics.mean(self.scores)
 
 
@@ -129,6 +133,7 @@ def load(source: str | Path) -> Tuning:
     held = Comparison(variants={Path(str(found.recipe)).stem: []})
     if found.comparison is not None:
         held = compare.load(loading.find(found.comparison, path.parent), untuned=True)
+    names.check(path, found.title, found.variants, found.epsilons)
     variants = {name: loading.located(given, path.parent) for name, given in found.variants.items()}
     made = dataclasses.replace(
         found,
@@ -188,12 +193,16 @@ def trials(tuning: Tuning, overrides: Sequence[str]) -> list[Trial]:
     for held in spaces.values():
         fixed.refuse_overrides(overrides, held.settings)
     places = space.spread(tuning.trials, max(len(held.settings) for held in spaces.values()), tuning.seed)
-    return [
+    out = [
         trial
         for variant in tuning.variants
         for number in range(tuning.trials)
         for trial in _of_variant(tuning, variant, spaces[variant], number, places[number], overrides)
     ]
+    names.refuse_shared(((run.folder, t.variant) for t in out for run in t.runs), "run a folder")
+    named = ((name_of(t.variant, t.epsilon), f"{t.variant} at {t.epsilon}") for t in out)
+    names.refuse_shared(named, "choice a file")
+    return out
 
 
 def _of_variant(
@@ -243,12 +252,14 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
     Args:
         tuning: what to search.
         overrides: "key=value" strings for all trials, applied last.
-        out: folder: runs/, trials.json and, once all are there, tuned.yaml and chosen/.
+        out: folder: tuning.json, which says what it searches, runs/, trials.json and, once all are there,
+            tuned.yaml and chosen/.
         runner: trains one configuration into a folder and returns its result.
         log: where progress goes, a line a run.
 
     Raises:
-        InputError: a trial's configuration or folder is wrong, before the first run starts.
+        InputError: a trial's configuration is wrong, or the folder is another search's, before the first run
+            starts.
         RunError: no trial of a variant ended with a number, or a file could not be written.
     """
     planned = trials(tuning, overrides)
@@ -257,23 +268,38 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
             f"{out} is the folder of a private search, whose trials stay hidden and are no trials of this "
             "one. Choose another --out."
         )
+    search = _search(tuning, planned)
+    searched.check(out, search, TRIALS)
     done: list[Judged] = []
     finished = compare.finish(
-        [cell for trial in planned for cell in trial.runs], out, compare.forgiving(runner), log
+        [cell for trial in planned for cell in trial.runs],
+        out,
+        compare.forgiving(runner),
+        log,
+        judges=Judges(apart=True),
+        before=lambda: searched.claim(out, search),
     )
     for trial in planned:
         results = [next(finished)[2] for _ in trial.runs]
         done.append(judged(trial, results))
-        with validate.failures_as(RunError, f"{out / 'trials.json'} was not written", "Repeat the command."):
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomic(out / "trials.json", (as_json(record(tuning, done), indent=1) + "\n").encode())
+        with validate.failures_as(RunError, f"{out / TRIALS} was not written", "Repeat the command."):
+            write_atomic(out / TRIALS, (as_json(record(tuning, done), indent=1) + "\n").encode())
     with validate.failures_as(RunError, f"what was chosen was not written to {out}", "Repeat the command."):
         _write_chosen(tuning, overrides, chosen(done), done, earlier(planned, out), out)
     return done
 
 
+def _search(tuning: Tuning, planned: Sequence[Trial]) -> dict[str, Any]:
+    """What a search is, but for its number of trials. The digests are of its first trial, which all numbers
+    have: of the recipe and of whatever changes it."""
+    parts = ("space", "spaces", "holdout_examples", "variants", "epsilons", "seeds", "seed")
+    first = [run for trial in planned if trial.number == 0 for run in trial.runs]
+    digests = {run.name: run.config.digest() for run in first}
+    return {**{name: getattr(tuning, name) for name in parts}, "digests of recipe and overrides": digests}
+
+
 def earlier(planned: Sequence[Trial], out: Path) -> dict[tuple[str, float | None], int]:
-    """Return how many trials of each variant and budget `out` holds from searches of another space, seed or
+    """Return how many trials of each variant and budget `out` holds beside these, such as those of a larger
     number: they read the same examples, so they are told with the others."""
     kept = {run.folder for trial in planned for run in trial.runs}
     found = [
@@ -292,11 +318,14 @@ def earlier(planned: Sequence[Trial], out: Path) -> dict[tuple[str, float | None
 
 def judged(trial: Trial, results: Sequence[dict[str, Any]]) -> Judged:
     """Return a trial with the scores of its runs."""
+    reasons = [unscored(result) for result in results]
     scores = tuple(
-        math.nan if compare.diverged(result) else float(result[Metric.of(result).name]) for result in results
+        math.nan if why else float(result[Metric.of(result).name])
+        for why, result in zip(reasons, results, strict=True)
     )
-    headline = next((Metric.of(result) for result in results if not compare.diverged(result)), None)
-    return Judged(trial, scores, sum(result.get("seconds", 0.0) for result in results), headline)
+    headline = next((Metric.of(r) for why, r in zip(reasons, results, strict=True) if not why), None)
+    seconds = sum(result.get("seconds", 0.0) for result in results)
+    return Judged(trial, scores, seconds, headline, "; ".join(dict.fromkeys(filter(None, reasons))))
 
 
 def chosen(done: Sequence[Judged]) -> dict[tuple[str, float | None], Judged]:
@@ -311,13 +340,26 @@ def chosen(done: Sequence[Judged]) -> dict[tuple[str, float | None], Judged]:
         whole = [one for one in mine if one.headline is not None and not math.isnan(one.score)]
         if not whole:
             raise RunError(
-                f"no trial of variant '{key[0]}' ended with a score: all {len(mine)} diverged. Search lower "
-                "learning rates."
+                f"no trial of variant '{key[0]}' ended with a score, of {len(mine)}: "
+                f"{all_unscored([one.unscored for one in mine])}"
             )
         assert whole[0].headline is not None
         better = max if whole[0].headline.higher_is_better else min
         out[key] = better(whole, key=lambda one: one.score)
     return out
+
+
+def ties(done: Sequence[Judged], best: Judged) -> int:
+    """Return how many trials of the best one's variant and budget have its score, itself among them."""
+    place = (best.trial.variant, best.trial.epsilon)
+    same = [one for one in done if (one.trial.variant, one.trial.epsilon) == place]
+    return sum(abs(one.score - best.score) <= ROUNDING * abs(best.score) for one in same)
+
+
+def tied(done: Sequence[Judged], best: Judged) -> str:
+    """Return in words that other trials are as good as the best; "" where none is."""
+    count = ties(done, best)
+    return f"{count} of {best.trial.variant}'s trials tie; the first is taken" if count > 1 else ""
 
 
 def record(tuning: Tuning, done: Sequence[Judged]) -> dict[str, Any]:
@@ -369,7 +411,12 @@ def _write_chosen(
         tuning.seeds,
         entries,
     )
-    write_atomic(out / "tuned.yaml", tuned.write().encode())
+    notes = [
+        f"# {f'epsilon {key[1]:g}: ' if key[1] is not None else ''}{text}.\n"
+        for key, one in best.items()
+        if (text := tied(done, one))
+    ]
+    write_atomic(out / "tuned.yaml", "".join([*notes, tuned.write()]).encode())
     (out / "chosen").mkdir(exist_ok=True)
     for (variant, epsilon), one in best.items():
         about = tuned.about(counts[variant, epsilon])
@@ -387,8 +434,10 @@ def _table(variant: str, epsilon: float | None, done: Sequence[Judged], earlier:
     mine.sort(key=lambda one: math.inf if math.isnan(one.score) else sign * one.score)
     lines = ["Chosen by `fedsim tune`, all trials by their score on held-out training examples:"]
     for one in mine:
-        score = "diverged" if math.isnan(one.score) else headline.shown(one.score)
+        score = one.unscored if math.isnan(one.score) else headline.shown(one.score)
         lines.append(f"  {one.trial.number:3d}  {score:>9}  {' '.join(one.trial.settings)}")
+    if (count := ties(done, mine[0])) > 1:
+        lines.append(f"{count} of them tie; the first is taken.")
     if earlier:
-        lines.append(f"and {earlier} of another search in the same folder, which count as trials.")
+        lines.append(f"and {earlier} more of this search in the same folder, which count as trials.")
     return "".join(f"# {line}\n" for line in lines)

@@ -205,6 +205,10 @@ class Task(ABC):
         for it, and all of it is as private as the targets."""
         return {}
 
+    def undefined(self, targets: NDArray[Any]) -> tuple[str, ...]:
+        """Return the names of metrics that no model has on examples with these targets (N, ...)."""
+        return ()
+
     def meter(self) -> Meter:
         """Return a new meter of all metrics."""
         return Means(self)

@@ -68,6 +68,10 @@ class Classification(Task):
         """See `Task.meter`."""
         return super().meter() if self.auc is None else WithAreas(self, self.auc, _against_the_rest)
 
+    def undefined(self, targets: NDArray[Any]) -> tuple[str, ...]:
+        """The area, where all examples are of one class."""
+        return ("auc",) if self.auc is not None and not (targets != targets[:1]).any() else ()
+
     def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """The classes themselves."""
         return targets.astype(np.int64, copy=False)

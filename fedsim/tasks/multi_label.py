@@ -62,6 +62,10 @@ class MultiLabel(Task):
         """See `Task.meter`."""
         return WithAreas(self, self.average, lambda outputs, targets: (outputs.float(), targets > 0.5))
 
+    def undefined(self, targets: NDArray[Any]) -> tuple[str, ...]:
+        """The area, where every label is that of all examples or of none."""
+        return () if (targets != targets[:1]).any() else ("auc",)
+
     def check_targets(self, targets: NDArray[Any]) -> None:
         """Refuse examples with more labels than are declared."""
         if self.labels_at_most is not None and targets.sum(1).max(initial=0) > self.labels_at_most:

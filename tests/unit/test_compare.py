@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -83,7 +84,8 @@ def test_runs_all_cells_once_and_reports(finished: Path, capsys: pytest.CaptureF
     rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
     assert [row["variant"] for row in rows] == ["central", "central", "nonprivate"]
     assert [row["epsilon per example"] for row in rows] == ["2", "20", "none"]
-    assert all(re.fullmatch(r"accuracy \d+\.\d\d ± \d+\.\d\d %", row["score"]) for row in rows)
+    said = r"accuracy \d+\.\d\d % \(2 seeds, no interval\)"
+    assert all(re.fullmatch(said, row["score"]) for row in rows)
     text = (out / "table.md").read_text()
     assert text.startswith("At epsilon 2, central reaches a test accuracy of ")
     assert text.count("\n| central |") == 3, "two results, one line of costs"
@@ -148,7 +150,7 @@ def test_runs_that_diverge_are_left_out_and_named(tmp_path: Path, capsys: pytest
         "  no parameters: [optimizer.learning_rate=1e39]\n  after them: [optimizer.learning_rate=0.01]\n"
     )
     assert command(["compare", str(path), "--out", str(tmp_path / "out")]) == 0
-    assert "diverged and is left out" in capsys.readouterr().err
+    assert "diverged; it is left out" in capsys.readouterr().err
     said = "Diverged, and left out: nan outputs at epsilon 2, seed 0; no parameters at epsilon 2, seed 0."
     for name in ("table.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
@@ -158,7 +160,7 @@ def test_runs_that_diverge_are_left_out_and_named(tmp_path: Path, capsys: pytest
     assert [cell["variant"] for cell in cells] == ["well", "after them"]
     path.write_text(path.read_text().replace("  well: []\n", "").replace("=0.01", "=1e39"))
     assert command(["compare", str(path), "--out", str(tmp_path / "dead")]) == 3
-    assert "all 3 runs" in capsys.readouterr().err
+    assert "has a score: all diverged. Lower the learning rates" in capsys.readouterr().err
 
 
 def test_rows_of_several_versions_of_the_code_are_told(finished: Path) -> None:
@@ -221,9 +223,19 @@ def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
         group = [100 * c.result["accuracy"] for c in cells if c.epsilon == budget]
         assert accuracy == pytest.approx(np.mean(group))
     assert [x for x, _ in drawn] == [2, 20]
+    assert (
+        not bars.lines[2][0].get_paths()
+        or not np.isfinite(np.concatenate(bars.lines[2][0].get_segments())[:, 1]).any()
+    ), "no interval of two seeds"
+    third = [dataclasses.replace(c, seed=2, result={**c.result, "accuracy": 0.5}) for c in cells[::2]]
+    (axes,) = dict(figures.figures([*cells, *third]))[
+        "Accuracy against the target epsilon, with 95% intervals"
+    ].axes
+    (bars,) = axes.containers
     ends = np.concatenate(bars.lines[2][0].get_segments())[:, 1]
-    group = [100 * c.result["accuracy"] for c in cells if c.epsilon == 2]
-    assert ends[1] - ends[0] == pytest.approx(2 * 12.706 * np.std(group, ddof=1) / 2**0.5, rel=1e-4)
+    group = [100 * c.result["accuracy"] for c in [*cells, *third] if c.epsilon == 2]
+    assert len(group) == 3
+    assert ends[1] - ends[0] == pytest.approx(2 * 4.3027 * np.std(group, ddof=1) / 3**0.5, rel=1e-4)
     (axes,) = pictures["Accuracy against steps at epsilon 2"].axes
     assert len(axes.lines) == 2, "and the one without a budget beside it"
     assert np.asarray(axes.lines[0].get_xdata()).tolist() == [2, 4, 6]

@@ -80,7 +80,7 @@ def test_tables_hold_what_the_files_hold(project: Path, capsys: pytest.CaptureFi
         assert text.startswith("before\n<!-- recipe-results -->\n")
         assert text.endswith("<!-- end recipe-results -->\nafter\n")
         assert "60 at 3 by rdp (C, recalled)" in text, "the claim at this budget, not another"
-        assert "90.50 ± 6.35" in text
+        assert "90.50 % (accuracy; 2 seeds, no interval)" in text
         assert "12.3" in text
         assert "engine.threads" not in text
         assert "`de2022/fashion_cpu privacy.target_epsilon=3`" in text
@@ -112,9 +112,9 @@ def test_a_source_that_reads_files_says_which() -> None:
     ("headline", "scores", "text"),
     [
         (("accuracy", "%"), [0.900, 0.910, 0.905], "90.50 ± 1.24 % (accuracy)"),
-        (("rmse", "points"), [2.481, 2.500], "2.490 ± 0.121 points (rmse)"),
-        (("rmse", ""), [1234.5], "1234 (rmse)"),
-        (("loss", ""), [1.5e-9, 1.6e-9], "1.550e-09 ± 6.353e-10 (loss)"),
+        (("rmse", "points"), [2.481, 2.500, 2.490], "2.490 ± 0.024 points (rmse)"),
+        (("rmse", ""), [1234.5], "1234 (rmse; 1 seed, no interval)"),
+        (("loss", ""), [1.5e-9, 1.6e-9, 1.55e-9], "1.550e-09 ± 1.242e-10 (loss)"),
     ],
 )
 def test_what_is_reached_has_a_name_and_a_unit(

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedsim.report import significance
+from benchmarks import by_seed
+from fedsim.report import results, significance
 from fedsim.report.cells import Cell, between, groups, pairwise
 from fedsim.report.findings import findings, promise
 from fedsim.report.significance import Difference
 from fedsim.report.table import note, table
+from fedsim.study import probe
 
 ACCURACY = {"name": "accuracy", "unit": "%", "higher_is_better": True}
 
@@ -61,7 +63,6 @@ def test_intervals_and_tests_are_those_of_the_textbook() -> None:
     half = significance.half_width(own)
     assert half is not None
     assert [statistics.mean(own) - half, statistics.mean(own) + half] == pytest.approx(interval)
-    assert significance.half_width([0.5]) is None
     pair = significance.paired(own, other)
     oracle = stats.ttest_1samp(np.subtract(own, other), 0.0)
     assert pair.p == pytest.approx(oracle.pvalue)
@@ -70,7 +71,7 @@ def test_intervals_and_tests_are_those_of_the_textbook() -> None:
     assert significance.welch(own, other).p == pytest.approx(
         stats.ttest_ind(own, other, equal_var=False).pvalue
     )
-    assert significance.paired([0.8, 0.7], [0.8, 0.7]) == Difference(0.0, 0.0, 1.0)
+    assert significance.paired([0.8, 0.7], [0.8, 0.7]) == Difference(0.0, None, 1.0)
     assert significance.paired([0.8], [0.7]).p is None
     assert significance.paired([0.715, 0.704], [0.713, 0.702]).p == 0.5, "a sign test of two seeds"
     rounded = significance.paired([0.3, 0.5, 0.9], [0.1, 0.3, 0.7])
@@ -80,7 +81,6 @@ def test_intervals_and_tests_are_those_of_the_textbook() -> None:
 def test_adjusted_tests_are_those_of_holm() -> None:
     raw = [Difference(0.0, 0.1, p) for p in (0.01, 0.04, 0.03, 0.005)] + [Difference(0.0, None, None)]
     assert [d.p for d in significance.holm(raw)] == pytest.approx([0.03, 0.06, 0.06, 0.02, None])
-    assert [d.tests for d in significance.holm(raw)] == [4, 4, 4, 4, 1]
 
 
 @pytest.mark.parametrize("examples", [100_000, 400])
@@ -134,6 +134,31 @@ def test_what_is_told_apart_is_said_with_its_size_and_the_rest_is_not() -> None:
     assert "marks" in said
 
 
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([0.8], "80.00 % (1 seed, no interval)"),
+        ([0.8, 0.81], "80.50 % (2 seeds, no interval)"),
+        ([0.8, 0.8], "80.00 % (2 seeds, no interval)"),
+        ([0.8, 0.8, 0.8, 0.8], "80.00 % (4 seeds that agree, no interval)"),
+        ([0.3, 0.1 + 0.2, 0.3], "30.00 % (3 seeds that agree, no interval)"),
+        ([0.8, 0.81, 0.82], "81.00 ± 2.48 %"),
+    ],
+)
+def test_there_is_no_interval_of_two_seeds_or_of_seeds_that_agree(scores: list[float], said: str) -> None:
+    """Plus or minus nothing would be a certain mean. All pages say it by one function."""
+    assert (significance.half_width(scores) is None) == ("no interval" in said)
+    (group,) = groups(_cells({"a": scores}))
+    assert group.said() == said
+    held = {"headline": ACCURACY, "scores": scores, "mean": statistics.mean(scores)}
+    assert results._reached(held).replace("accuracy; ", "").replace(" (accuracy)", "") == said
+    assert by_seed.with_interval(100 * x for x in scores) == said.replace(" %", "")
+    (line,) = probe.rows_of({"f": {"h": scores}})[1:]
+    assert line[1].partition(" (")[2] == said.partition(" (")[2]
+    mean = significance.mean_with_interval([100 * x for x in scores], 2, "%")
+    assert mean == said
+
+
 def test_rows_are_compared_with_the_row_above_at_their_budget_over_the_seeds_both_have() -> None:
     low = _cells({"a": [0.70, 0.71, 0.72], "b": [0.60, 0.61, 0.63]})
     high = _cells({"a": [0.80, 0.81, 0.82], "b": [0.83, 0.84, 0.85]}, 8.0)
@@ -146,8 +171,19 @@ def test_rows_are_compared_with_the_row_above_at_their_budget_over_the_seeds_bot
     assert known[1, 0].p is not None
     assert known[3, 2].mean == pytest.approx(-0.03)
     assert between(known, 2, 3).mean == pytest.approx(0.03)
-    assert known[3, 2].tests == 2
-    assert pairwise(groups(low[:3] + low[4:]))[1, 0].p is None, "b lacks its first seed"
+    lacking = low[:3] + low[4:]
+    assert pairwise(groups(lacking))[1, 0].p is None, "b lacks its first seed"
+    assert "no test: not the same seeds of both" in table(lacking)[1]["against the row above"]
+    assert [row["score"] for row in table(lacking)] == [
+        "accuracy 71.00 ± 2.48 %",
+        "accuracy 62.00 % (2 of 3 seeds, no interval)",
+    ]
+    assert note(lacking).startswith("3 seeds, fewer where a row says so, judged by ")
+    assert note(low).startswith("3 seeds, judged by ")
+    (said,) = findings(lacking)
+    assert "no difference can be told, for runs of some seeds are missing: " in said
+    four = _cells({"a": [0.7, 0.71, 0.72, 0.7], "b": [0.6, 0.61, 0.63, 0.6]})
+    assert table(four[:4] + four[5:])[1]["score"] == "accuracy 61.33 ± 3.79 % (3 of 4 seeds)"
     rows = table(low + high)
     assert [row["against the row above"] for row in rows][::2] == ["-", "-"]
     assert rows[1]["against the row above"].startswith("-9.67 (p ")

@@ -22,13 +22,14 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import server_app
 from fedsim.flower.client_app import app as client_app
 from fedsim.flower.local_grid import LocalGrid
-from fedsim.study import compare, private_tune, space, tune
+from fedsim.study import compare, private_tune, searched, space, tune
 from fedsim.study.space import Space
 from fedsim.study.tuned import Tuned
 from fedsim.validate import Diverged, InputError, RunError
 from tests.conftest import SMALL, command
 
 HELD_OUT = 50
+AREA = ("task.options.auc=macro", "task.options.headline=auc")
 GIVEN = [s for s in SMALL if not s.startswith(("privacy.target", "privacy.noise", "optimizer.learning"))]
 
 
@@ -147,14 +148,136 @@ def test_a_search_may_make_the_settings_that_its_comparison_waits_for(tmp_path: 
     assert cell.config.tuning.trials == 3
 
 
-def test_trials_of_an_edited_search_in_the_same_folder_count(tmp_path: Path) -> None:
+def test_trials_of_a_larger_number_in_the_same_folder_count(tmp_path: Path) -> None:
     out = tmp_path / "out"
     search(written(tmp_path), out, Runner())
     assert "count as trials" not in (out / "chosen" / "local-eps50.yaml").read_text()
-    search(written(tmp_path, space={"optimizer.learning_rate": [0.07, 0.6]}), out, Runner(), trials=2)
-    assert loading.load(out / "chosen" / "local-eps50.yaml").tuning.trials == 3 + 2
-    assert "and 3 of another search" in (out / "chosen" / "local-eps50.yaml").read_text()
-    assert {one.trials for one in Tuned.read(out / "tuned.yaml").chosen} == {5}
+    search(written(tmp_path), out, Runner(), trials=2)
+    assert loading.load(out / "chosen" / "local-eps50.yaml").tuning.trials == 3
+    assert "and 1 more of this search" in (out / "chosen" / "local-eps50.yaml").read_text()
+    assert {one.trials for one in Tuned.read(out / "tuned.yaml").chosen} == {3}
+
+
+def test_a_folder_is_of_one_search(tmp_path: Path) -> None:
+    """Else the last to end calls what it chose the best of all trials there."""
+    small = {
+        "variants": {"a": [], "b": []},
+        "epsilons": [2],
+        "trials": 2,
+        "space": {"train.ema_decay": {"low": 0.1, "high": 0.9}},
+    }
+    out, runner = tmp_path / "out", Runner()
+    search(written(tmp_path, **small), out, Runner())
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"space": {"train.ema_decay": {"low": 0.1, "high": 0.8}}}, "space"),
+        ({"spaces": {"b": {"privacy.clip_norm": [1, 2]}}}, "spaces"),
+        ({"seed": 7}, "seed 0 there, 7 here"),
+        ({"seeds": [0, 1]}, "seeds"),
+        ({"holdout_examples": HELD_OUT + 1}, "holdout_examples"),
+        ({"epsilons": [2, 3]}, "epsilons"),
+        ({"variants": {"a": []}}, "variants"),
+        ({"overrides": [*GIVEN, "train.steps=5"]}, "digests of recipe and overrides"),
+    ]
+    for own in (True, False):
+        if not own:  # a folder from before there was such a file, which does not tell of overrides
+            (out / "tuning.json").unlink()
+            others.pop()
+        held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for changes, what in others:
+            with pytest.raises(InputError, match="the folder of another search") as said:
+                search(written(tmp_path, **{**small, **changes}), out, runner)
+            assert what in str(said.value)
+        assert not runner.configs
+        assert held == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    search(written(tmp_path, **small), out, runner, trials=3)
+    assert len(runner.configs) == 2, "more trials of the same search go on from those that are there"
+
+
+def test_a_command_line_makes_another_search_and_speed_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = written(tmp_path, variants={"a": []}, epsilons=[2], trials=1), tmp_path / "out"
+    assert command(["tune", str(path), "train.steps=2", "--out", str(out)]) == 0
+    assert command(["tune", str(path), "train.steps=2", "engine.threads=1", "--out", str(out)]) == 0
+    assert command(["tune", str(path), "train.steps=3", "--out", str(out)]) == 2
+    assert "the folder of another search" in capsys.readouterr().err
+
+
+def test_of_two_searches_at_once_the_second_is_refused_before_its_first_trial(tmp_path: Path) -> None:
+    out, second = tmp_path / "out", Runner()
+
+    class First(Runner):
+        def __call__(self, config: Any, folder: RunFolder) -> dict[str, Any]:
+            if not self.configs:  # no trial has ended, so there is no trials.json
+                with pytest.raises(InputError, match="the folder of another search"):
+                    search(written(tmp_path, seed=7), out, second)
+            return super().__call__(config, folder)
+
+    search(written(tmp_path), out, First())
+    assert not second.configs
+    with pytest.raises(InputError, match="the folder of another search"):
+        searched.claim(out, {"space": "of one that had looked before the first wrote"})
+    assert not list(out.glob("tuning.json.*"))
+
+
+def test_a_search_that_is_refused_leaves_the_folder_to_one_that_is_not(tmp_path: Path) -> None:
+    path, out = written(tmp_path, holdout_examples=1, overrides=[*GIVEN, *AREA]), tmp_path / "out"
+    with pytest.raises(InputError, match="auc must be defined on the 1 held-out examples"):
+        search(path, out, Runner())
+    assert not out.exists()
+
+
+def test_trials_that_tie_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Same(Runner):
+        def __call__(self, config: Any, folder: RunFolder) -> dict[str, Any]:
+            better = config.privacy.target_epsilon > 10 and config.train.ema_decay == 0.5
+            return {**super().__call__(config, folder), "accuracy": 0.74 + 0.01 * better}
+
+    out = tmp_path / "out"
+    done = search(written(tmp_path, variants={"a": []}, epsilons=[2, 50], trials=4), out, Same())
+    best = sum(one.trial.settings[1] == "train.ema_decay=0.5" for one in done) // 2
+    text = (out / "tuned.yaml").read_text()
+    assert "# epsilon 2: 4 of a's trials tie; the first is taken.\n" in text
+    assert (f"# epsilon 50: {best} of a's trials tie" in text) == (best > 1)
+    assert "# 4 of them tie; the first is taken.\n" in (out / "chosen" / "a-eps2.yaml").read_text()
+    assert Tuned.read(out / "tuned.yaml").chosen[0].settings == list(done[0].trial.settings)
+    search(written(tmp_path), tmp_path / "other", Runner())
+    assert "tie" not in (tmp_path / "other" / "tuned.yaml").read_text()
+    path = written(tmp_path, variants={"a": []}, epsilons=[2], trials=2)
+    still = ["train.steps=1"]
+    path.write_text(path.read_text().replace("low: 0.01", "low: 1.0e-9").replace("high: 1.0", "high: 2.0e-9"))
+    assert command(["tune", str(path), *still, "--out", str(tmp_path / "still")]) == 0
+    assert "At epsilon 2, 2 of a's trials tie; the first is taken." in capsys.readouterr().out
+
+
+def test_a_trial_without_a_score_says_why(tmp_path: Path) -> None:
+    class NoArea(Runner):
+        def __call__(self, config: Any, folder: RunFolder) -> dict[str, Any]:
+            held = super().__call__(config, folder)
+            return held if config.train.ema_decay == 0.0 and not self.none else {**held, "accuracy": None}
+
+        none = False
+
+    out, runner = tmp_path / "out", NoArea()
+    search(written(tmp_path, trials=4), out, runner)
+    assert " accuracy is not defined  " in (out / "chosen" / "local-eps50.yaml").read_text()
+    runner.none = True
+    with pytest.raises(RunError, match=r"of 4: accuracy is not defined\. Judge by more examples"):
+        search(written(tmp_path, trials=4), tmp_path / "other", runner)
+
+
+@pytest.mark.parametrize(
+    "variants", [["lr a", "lr_a"], ["a", "a "], ["x" * 100 + "a", "x" * 100 + "b"], ["A", "a"], ["..b", "b"]]
+)
+def test_variants_whose_chosen_settings_would_share_a_file_are_refused(
+    variants: list[str], tmp_path: Path
+) -> None:
+    path = written(tmp_path, variants={name: [] for name in variants})
+    with pytest.raises(InputError, match="names that are told apart everywhere"):
+        tune.load(path)
+    path = written(tmp_path, variants={"a-eps2": ["privacy.target_epsilon=2"], "a": []})
+    with pytest.raises(InputError, match=r"is a-eps2(-seed0-[0-9a-f]{8})?\. Rename a variant"):
+        tune.trials(tune.load(path), [])
 
 
 def test_runs_that_diverge_are_trials_that_lost(tmp_path: Path) -> None:
@@ -165,7 +288,7 @@ def test_runs_that_diverge_are_trials_that_lost(tmp_path: Path) -> None:
     assert all(not math.isnan(one.score) for one in tune.chosen(done).values())
     runner = Runner()
     runner.diverge_above = 0.0
-    with pytest.raises(RunError, match="all 3 diverged"):
+    with pytest.raises(RunError, match=r"of 3: all diverged\. Lower the learning rates"):
         search(written(tmp_path), tmp_path / "other", runner)
 
 
