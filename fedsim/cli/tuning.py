@@ -57,11 +57,11 @@ def _free(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str, A
     """Run the trials that are not finished, and say what was chosen."""
     from rich.console import Console
 
-    from fedsim.study import tune
+    from fedsim.study import scored, tune
     from fedsim.study.tuned import name_of
 
     done = tune.run(tuning, options.overrides, out, runner_of("local"), sys.stderr)
-    best = tune.chosen(done)
+    best = scored.chosen(done)
     if not options.json:
         table = show.table("variant", "budget", "score", "settings", "at the edge")
         for (variant, epsilon), one in best.items():
@@ -75,7 +75,7 @@ def _free(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str, A
             )
         Console().print(table)
         for (_, epsilon), one in best.items():
-            if said := tune.tied(done, one):
+            if said := scored.tied(done, one):
                 print(f"{'' if epsilon is None else f'At epsilon {epsilon:g}, '}{said}.")
         if any(one.trial.edges for one in best.values()):
             print("A setting at the edge of its range may be better beyond it: widen the range.")

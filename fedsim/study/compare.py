@@ -224,7 +224,8 @@ def run(
     done: list[Cell] = []
     planned, judges = cells(comparison_, overrides), Judges()
     others = {c.folder: taken_up.otherwise(RunFolder(out / "runs" / c.folder), c.config) for c in planned}
-    shared, lost = taken_up.of_all([*comparison_.overrides, *overrides], list(others.values()))
+    given = [*(item for item in comparison_.overrides if not _replaced(item, overrides)), *overrides]
+    shared, lost = taken_up.of_all(given, list(others.values()))
     about = About(
         comparison_.title,
         Path(comparison_.recipe).stem,

@@ -89,6 +89,43 @@ def test_freely_tuned_settings_are_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"tuned: {held['tuning']}." in results.page([held])
 
 
+def test_records_name_the_backend_and_settings_that_runs_were_made_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run is taken up whatever is asked for that changes no result, and the record says how it
+    was made, not how it would be now."""
+    assert repeat(tmp_path, "--seeds", "3", "4") == 0
+    asked = ["--seeds", "3", "4", "--backend", "simulation"]
+    assert repeat(tmp_path, "federation.nodes=5", *asked) == 0
+    said = capsys.readouterr()
+    assert said.err.count("(finished before, federation.nodes=2)") == 2
+    told = "Finished before, otherwise than is asked now: seed 3, seed 4 (backend local, federation.nodes=2)."
+    assert told in " ".join(said.out.split())
+    held = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert (held["backend"], held["nodes"], held["taken_up"]) == ("local", 2, told)
+    assert [(run["backend"], run["nodes"]) for run in held["runs"]] == [("local", 2)] * 2
+    for text in (held["command"], " ".join(held["overrides"])):
+        assert "nodes=5" not in text
+        assert "--backend" not in text
+        assert "federation.nodes=2" in text
+    paths = {json.loads(p.read_text())["seed"]: p for p in tmp_path.rglob("result.json")}
+    result = json.loads(paths[4].read_text())
+    paths[4].write_text(json.dumps({**result, "backend": "simulation", "nodes": 5}))
+    config = paths[4].with_name("config.yaml")
+    config.write_text(config.read_text().replace("  nodes: 2\n", "  nodes: 5\n"))
+    assert repeat(tmp_path, "federation.nodes=5", *asked) == 0
+    held = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert (held["backend"], held["nodes"]) == ("local, simulation", "2, 5")
+    assert held["taken_up"] == told.replace("seed 3, seed 4", "seed 3")
+    assert [run["settings"][-1] for run in held["runs"]] == ["federation.nodes=2", "federation.nodes=5"]
+    assert "federation.nodes=5" not in held["overrides"], "not of all runs"
+    del result["backend"]
+    paths[4].write_text(json.dumps(result))
+    assert repeat(tmp_path, "--seeds", "4") == 0
+    held = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert held["backend"] == "not recorded", "of a run from before results told"
+
+
 def test_there_is_no_mean_over_runs_whose_loss_is_no_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import server_app
 from fedsim.flower.client_app import app as client_app
 from fedsim.flower.local_grid import LocalGrid
-from fedsim.study import compare, private_tune, searched, space, tune
+from fedsim.study import compare, private_tune, scored, searched, space, tune
 from fedsim.study.space import Space
 from fedsim.study.tuned import Tuned
 from fedsim.validate import Diverged, InputError, RunError
@@ -79,7 +79,7 @@ class Runner:
         return result
 
 
-def search(path: Path, out: Path, runner: Runner, **changes: Any) -> list[tune.Judged]:
+def search(path: Path, out: Path, runner: Runner, **changes: Any) -> list[scored.Judged]:
     tuning = tune.load(path)
     for name, value in changes.items():
         object.__setattr__(tuning, name, value)
@@ -285,7 +285,7 @@ def test_runs_that_diverge_are_trials_that_lost(tmp_path: Path) -> None:
     runner.diverge_above = 0.1
     done = search(written(tmp_path, trials=4), tmp_path / "out", runner)
     assert any(math.isnan(one.score) for one in done)
-    assert all(not math.isnan(one.score) for one in tune.chosen(done).values())
+    assert all(not math.isnan(one.score) for one in scored.chosen(done).values())
     runner = Runner()
     runner.diverge_above = 0.0
     with pytest.raises(RunError, match=r"of 3: all diverged\. Lower the learning rates"):
@@ -299,19 +299,19 @@ def test_a_trial_whose_loss_is_no_number_has_lost_whatever_its_score(tmp_path: P
     lost = [math.isnan(one.score) for one in done]
     assert any(lost)
     assert not all(lost)
-    for best in tune.chosen(done).values():
+    for best in scored.chosen(done).values():
         (rate,) = [float(s.partition("=")[2]) for s in best.trial.settings if "learning_rate" in s]
         assert rate <= 0.05
 
 
 def test_lower_is_better_where_the_metric_says_so() -> None:
-    trials = [tune.Trial("a", None, i, (), (), ()) for i in range(3)]
+    trials = [scored.Trial("a", None, i, (), (), ()) for i in range(3)]
     results = [
         {"x": x, "headline": {"name": "x", "unit": "", "higher_is_better": False}, "seconds": 1}
         for x in (2.0, 1.0, 3.0)
     ]
-    done = [tune.judged(trial, [result]) for trial, result in zip(trials, results, strict=True)]
-    assert tune.chosen(done)["a", None].trial.number == 1
+    done = [scored.judged(trial, [result]) for trial, result in zip(trials, results, strict=True)]
+    assert scored.chosen(done)["a", None].trial.number == 1
 
 
 @pytest.mark.parametrize(
