@@ -241,6 +241,17 @@ def _extended(parent: str, file: Path) -> Path:
 
 
 def _freeze(merged: DictConfig) -> Config:
-    config: Config = to_dataclass(merged, Config)
+    config: Config = _in_order(to_dataclass(merged, Config))
     rules.check(config)
     return config
+
+
+def _in_order(value: Any) -> Any:
+    """Return settings with the keys of all options sorted: the order in which they were written must tell
+    neither two processes nor training and predicting apart, such as by the order of a table's columns."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _in_order(held) for name, held in fields.items()})
+    if isinstance(value, dict):
+        return {key: _in_order(value[key]) for key in sorted(value, key=str)}
+    return [_in_order(item) for item in value] if isinstance(value, list) else value

@@ -122,14 +122,11 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
             budget = [] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]
             given = [*comparison_.overrides, *budget, *changes]
             last = [f"seed={seed}", *overrides]
-            try:
-                chosen = []
-                if tuned is not None:
-                    own = epsilon or loading.load(comparison_.recipe, [*given, *last]).privacy.target_epsilon
-                    chosen = tuned.overrides(variant, own)
-                config = loading.load(comparison_.recipe, [*given, *chosen, *last])
-            except InputError as error:
-                raise InputError(f"variant '{variant}': {error}") from error
+            chosen: list[str] = []
+            if tuned is not None:
+                own = epsilon or _loaded(comparison_, variant, [*given, *last]).privacy.target_epsilon
+                chosen = tuned.overrides(variant, own)
+            config = _loaded(comparison_, variant, [*given, *chosen, *last])
             _check_place(config, variant, epsilon, seed)
             if out:
                 _check_comparable(out[0], variant, config)
@@ -137,6 +134,13 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
             out.append(Planned(variant, epsilon, seed, config, settings))
     names.refuse_shared(((cell.folder, cell.name) for cell in out), "run a folder")
     return out
+
+
+def _loaded(comparison_: Comparison, variant: str, given: list[str]) -> Config:
+    try:
+        return loading.load(comparison_.recipe, given)
+    except InputError as error:
+        raise InputError(f"variant '{variant}': {error}") from error
 
 
 def _tuned(comparison_: Comparison) -> Tuned | None:

@@ -96,7 +96,7 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
     spent = shown(_spent(known, config), public_only=public_only)
     mechanism, train = known.mechanism, config.train
     facts, release = mechanism.facts, mechanism.release()
-    noise_std = release.noise_stds.get(release.statistic.main.name)
+    noise_std = mechanism.stds_of_sums(release).get(release.statistic.main.name)
     optimizer = resolved(config.optimizer, train, facts.examples)
     return {
         "method": config.method(),
@@ -117,7 +117,9 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         "noise_std_of_sum": noise_std,
         "noise_std_of_mean": None if noise_std is None else noise_std / mechanism.divisor,
         "entries_of_sums": _by_sum(mechanism, lambda release, part: part.length),
-        "noise_std_of_sums": _by_sum(mechanism, lambda release, part: release.noise_stds.get(part.name)),
+        "noise_std_of_sums": _by_sum(
+            mechanism, lambda release, part: mechanism.stds_of_sums(release).get(part.name)
+        ),
         "epsilon": {name: dataclasses.asdict(value) for name, value in spent.items()},
         "published": published(config, spent),
         **_costs(config, known, flops_per_second),

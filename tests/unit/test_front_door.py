@@ -367,3 +367,38 @@ def test_inputs_that_are_no_numbers_are_not_predicted(trained: fedsim.Run) -> No
     run = fedsim.train(model=net(), data=numbers(), partition="iid", federation={"holders": 2}, **SETTINGS)
     with pytest.raises(InputError, match="must be finite"):
         run.predict(np.full((1, 8), np.nan, np.float32))
+
+
+def test_columns_have_one_order_however_they_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a row is predicted to be is what was scored, in whatever order its columns were declared."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 300), ("test", 60)):
+        width, age, long = rng.uniform(-1, 1, (3, count))
+        lines = [f"{w},{a},{x},{w - x}" for w, a, x in zip(width, age, long, strict=True)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["width,age,long,y", *lines]) + "\n")
+    found = []
+    for number, columns in enumerate((("width", "age", "long"), ("long", "width", "age"))):
+        options = {"numbers": {name: [-1, 1] for name in columns}, "target": "y"}
+        run = fedsim.train(
+            data={"name": "table", "root": str(tmp_path), "options": options},
+            task="regression",
+            model="linear",
+            preset="nonprivate",
+            federation={"holders": 3, "partition": "iid"},
+            train={"steps": 40, "expected_batch_size": 300},
+            optimizer={"learning_rate": 0.5},
+            monitor={"tensorboard": False, "progress": False},
+            out=tmp_path / f"run{number}",
+        )
+        assert run.score < 0.05
+        capsys.readouterr()
+        assert command(["predict", str(run.folder), str(tmp_path / "test.csv"), "--json"]) == 0
+        said = np.array(json.loads(capsys.readouterr().out)["predictions"], float).reshape(-1)
+        wanted = [float(line.split(",")[3]) for line in (tmp_path / "test.csv").read_text().split()[1:]]
+        error = float(np.sqrt(np.mean(np.subtract(said, wanted) ** 2)))
+        assert error == pytest.approx(run.score, rel=1e-3)
+        found.append(run)
+    assert found[0].config.to_json() == found[1].config.to_json()
+    assert list(found[0].config.data.options["numbers"]) == ["age", "long", "width"]

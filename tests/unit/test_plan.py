@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedsim import loading, models
 from fedsim.config import ModelConfig
 from fedsim.data import datasets, sizes
+from fedsim.engine.metrics import numbers_of, read_steps
+from fedsim.engine.run_folder import RunFolder
 from fedsim.grads.cost import cost
 from fedsim.study import plan
 from fedsim.validate import InputError
-from tests.conftest import command, small
+from tests.conftest import command, small, train
 
 
 def test_operations_are_those_counted_by_hand() -> None:
@@ -255,3 +258,13 @@ def test_the_plan_of_heads_follows_their_sums() -> None:
         assert memory["node"] >= 8 * entries
         assert memory["server"] >= 16 * entries
         assert described["bytes_from_largest_node_per_step"] == 8 * entries
+
+
+@pytest.mark.parametrize("preset", ["central_dpsgd", "local_dpsgd", "shares_dpsgd"])
+def test_the_plan_says_the_noise_that_a_run_has(preset: str, tmp_path: Path) -> None:
+    """Local noise is that of all holders together."""
+    config = small(f"preset={preset}", "train.steps=1", "train.eval_every=1")
+    train(config, tmp_path / "run")
+    (line,) = read_steps(RunFolder(tmp_path / "run").metrics)
+    said = plan.describe(config)["noise_std_of_mean"]
+    assert said == pytest.approx(numbers_of(line)["noise_std_of_mean"], rel=1e-9)

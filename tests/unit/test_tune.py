@@ -138,6 +138,7 @@ def test_a_search_goes_on_where_it_stopped_and_more_trials_add_to_it(tmp_path: P
 
 def test_a_search_may_make_the_settings_that_its_comparison_waits_for(tmp_path: Path) -> None:
     content = {"recipe": "base", "overrides": GIVEN, "variants": {"central": []}, "tuned": "tuned.yaml"}
+    content["epsilons"] = [2]
     (tmp_path / "compared.yaml").write_text(yaml.safe_dump(content))
     path = written(tmp_path, recipe=None, overrides=None, variants=None, comparison="compared.yaml")
     with pytest.raises(InputError, match="tuned"):
