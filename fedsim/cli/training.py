@@ -143,14 +143,19 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
         console.print(f"Largest difference between any two parameters: {difference:.2e}", highlight=False)
         print(hints.tensorboard(base.absolute()))
         print(f"Results:     {hints.short(rows['federated'][1].result)}")
-        print(f"Try next:\n{_next_runs(options.config, config)}")
+        if further := _next_runs(options.config, config):
+            print(f"Try next:\n{further}")
     return answer
 
 
 def _next_runs(name: str, config: Config) -> str:
     """Commands that change one thing of this run: its budget, if it has one, or the number of owners."""
+    from fedsim.partitions import PARTITIONS
+
     budget = config.privacy.target_epsilon
     changes = {f"federation.holders={10 * config.federation.holders}": "same parameters, more owners"}
+    if PARTITIONS.make(config.federation.partition).owned:
+        changes = {}  # how many owners there are follows from the data
     if budget is not None:
         smaller = 1.0 if budget > 1 else budget / 2
         changes = {f"privacy.target_epsilon={smaller:g}": "what stronger privacy costs"} | changes

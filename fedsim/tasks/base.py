@@ -223,7 +223,7 @@ class Task(ABC):
             raise InputError(
                 f"task {type(self).__name__} must have targets of kind {self.kind!r}, but the data has "
                 f"{declared.kind!r}. Choose the task that goes with them{_of_kind(declared.kind)}, or "
-                "declare the targets as what they are."
+                f"declare the targets as what they are; a task of your own sets kind = {declared.kind!r}."
             )
         self.chosen  # noqa: B018 - a headline that is no metric is refused here
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsim.cli import hints
+from fedsim.cli import hints, training
+from fedsim.config import FederationConfig
 from fedsim.engine.server import Server
+from fedsim.merging import Choice
 from tests.conftest import SMALL, command, small, train
 
 
@@ -199,6 +202,13 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         command([name, "--help"])
     assert ended.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_what_is_proposed_next_is_not_refused() -> None:
+    """More owners only where how many there are does not follow from the data."""
+    assert "federation.holders=100 " in training._next_runs("x", small())
+    natural = dataclasses.replace(small(), federation=FederationConfig(10, partition=Choice("natural")))
+    assert training._next_runs("x", natural) == ""
 
 
 def test_verify_compares_federated_and_centralized(
