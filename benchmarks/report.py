@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -41,6 +42,7 @@ def trust_models() -> str:
     return table(["strategy", "who is trusted", "what is sent", "where noise is added", "dropouts"], rows)
 
 
+@functools.cache  # it follows from the code alone, and takes seconds
 def noise(name: str) -> str:
     """Noise multiplier and accountant of each variant of a comparison that protects examples, by budget."""
     wanted = compare.load(f"compare/{name}")
