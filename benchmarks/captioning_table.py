@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.captioning_law import NONE
 from benchmarks.tables import load
 from fedsim.report.claim import number
 from fedsim.report.markers import missing, provenance, table
-from fedsim.report.significance import half_width
+from fedsim.report.significance import half_width, mean_with_interval
 
 PROBES = ("linear", "few")
 
@@ -50,7 +52,7 @@ def law() -> str:
                 number(runs[0]["epsilon"]),
                 f"{statistics.mean(run['perplexity'] for run in runs):.3f}",
                 *(_spread([statistics.mean(run["probes"][kind]) for run in runs]) for kind in PROBES),
-                f"{statistics.mean(gains):+.1f} ± {half_width(gains) or 0.0:.1f}",
+                f"{'+' if statistics.mean(gains) > 0 else ''}{mean_with_interval(gains, 1)}",
             ]
         )
     rows.append(_beside("pixels", [known["pixels"]], "-"))
@@ -69,18 +71,20 @@ def picture(held: dict[str, Any]) -> Figure:
     whole = max(row["scenes"] for row in held["rows"])
     for scenes in sorted({row["scenes"] for row in held["rows"]}, reverse=True):
         mine = [
-            (noise / held["batch"], _gains(runs, start)) for (n, noise), runs in _levels(held) if n == scenes
+            (runs[0]["noise_over_batch"] if runs[0]["share"] > NONE else 0.0, _gains(runs, start))
+            for (n, noise), runs in _levels(held)
+            if n == scenes
         ]
         axes.errorbar(
             [place for place, _ in mine],
             [statistics.mean(gains) for _, gains in mine],
-            yerr=[half_width(gains) or 0.0 for _, gains in mine],
+            yerr=[half_width(gains) or math.nan for _, gains in mine],
             marker="o" if scenes == whole else "s",
             capsize=4,
             label=f"{scenes:,} scenes",
         )
     axes.axhline(0.0, linestyle=":", color="gray", label="public initialisation")
-    least = min(row["noise_over_batch"] for row in held["rows"] if row["noise_over_batch"])
+    least = min(row["noise_over_batch"] for row in held["rows"] if row["share"] > NONE)
     axes.set_xscale("symlog", linthresh=least / 2)
     axes.set_xlabel("noise multiplier over batch")
     axes.set_ylabel("points of the linear probe gained")
@@ -111,6 +115,4 @@ def _beside(name: str, found: Sequence[dict[str, list[float]]], perplexity: str)
 
 
 def _spread(scores: Sequence[float]) -> str:
-    values = [100 * score for score in scores]
-    half = half_width(values)
-    return f"{statistics.mean(values):.1f}" + ("" if half is None else f" ± {half:.1f}")
+    return mean_with_interval([100 * score for score in scores], 1)

@@ -112,6 +112,9 @@ class WithGauges:
         return found
 
 
+_SILENT = "task {} has no words for its answers: set speaks = False, or write in_words and targets_in_words."
+
+
 @dataclass(frozen=True)
 class Task(ABC):
     """What a model is trained for. A task of your own derives from this, or from one of fedsim's.
@@ -183,15 +186,15 @@ class Task(ABC):
         return outputs
 
     speaks: ClassVar[bool] = False
-    """Whether `in_words` and `targets_in_words` say something."""
+    """Whether `in_words` and `targets_in_words` say something; they are asked of nobody else."""
 
     def in_words(self, answered: Tensor, declared: Targets) -> list[str]:
         """Return in words what outputs (n, ...) say of each example, as `answered` gives them."""
-        raise NotImplementedError
+        raise NotImplementedError(_SILENT.format(type(self).__name__))
 
     def targets_in_words(self, targets: NDArray[Any], declared: Targets) -> list[str]:
         """Return in words what targets (n, ...) say."""
-        raise NotImplementedError
+        raise NotImplementedError(_SILENT.format(type(self).__name__))
 
     def check_targets(self, targets: NDArray[Any]) -> None:  # noqa: B027 - most tasks ask nothing more
         """Refuse targets (N, ...) that break what the task's options declare of them.
