@@ -210,6 +210,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "local-steps": lambda: comparison("local_steps", [HOLDERS]),
         "fashion-records": lambda: comparison("fashion_records"),
         "end-to-end": lambda: by_seed.ablation("end_to_end"),
+        "deeper": lambda: by_seed.ablation("deeper"),
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
     "docs/layers.md": {
