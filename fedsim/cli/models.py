@@ -1,13 +1,15 @@
-"""`predict` and `export`: what becomes of a run's model; `list`: what can be chosen."""
+"""`predict` and `export`: what becomes of a run's model; `examples`: files to try it on; `list`: what can be
+chosen."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.cli import show
-from fedsim.cli.arguments import command
+from fedsim.cli.arguments import command, config_arguments, importing, load
 from fedsim.validate import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +33,16 @@ def add(commands: Any) -> None:
         help="a .npy array of examples; an image, or a folder of images; a table, or texts",
     )
     predict.add_argument("--out", type=Path, metavar="FILE", help="also write all outputs here, as .npy")
+    examples = command(
+        commands,
+        "examples",
+        _examples,
+        "a few test examples of a configuration's data as files, to try predict on",
+        "Images become PNG files named by row and class, anything else one .npy array.",
+    )
+    config_arguments(examples)
+    examples.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the files")
+    examples.add_argument("--count", type=int, default=10, metavar="N", help="how many (default 10)")
     export = command(
         commands, "export", _export, "a run's model for other programs: safetensors, torch.export, model.json"
     )
@@ -103,6 +115,20 @@ def _inputs(path: Path, card: Card) -> tuple[list[str], Any]:
     fit, short = str(options.get("fit", "crop")), options.get("short_side")
     names = [p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files]
     return names, np.stack([pixels(p, card.example_shape, fit, short) for p in files])
+
+
+def _examples(options: argparse.Namespace) -> dict[str, list[str]]:
+    with importing():
+        from fedsim import validate
+        from fedsim.data import as_files, datasets
+
+    validate.positive(options.count, "--count")
+    # As they are before feature maps; of the test split, whatever a run of the configuration is judged by.
+    data = dataclasses.replace(load(options).data, features=None, holdout_examples=0)
+    files = [str(path) for path in as_files.write(datasets.load(data).test, options.out, options.count)]
+    if not options.json:
+        print("\n".join(files))
+    return {"files": files}
 
 
 def _export(options: argparse.Namespace) -> dict[str, str]:
