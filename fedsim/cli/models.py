@@ -41,7 +41,9 @@ def add(commands: Any) -> None:
         "Images become PNG files named by row and class, anything else one .npy array.",
     )
     config_arguments(examples)
-    examples.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the files")
+    examples.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="new folder for the files"
+    )
     examples.add_argument("--count", type=int, default=10, metavar="N", help="how many (default 10)")
     export = command(
         commands, "export", _export, "a run's model for other programs: safetensors, torch.export, model.json"

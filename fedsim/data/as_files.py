@@ -14,7 +14,7 @@ ARRAY = "examples.npy"
 
 
 def write(data: ArrayDataset, folder: Path, count: int) -> list[Path]:
-    """Write the first examples of a split into a new folder, as `fedsim predict` reads them; return the files.
+    """Write the first examples of a split into a folder, as `fedsim predict` reads them; return the files.
 
     Grey and RGB images are PNG files of their own, named by row and, where there are names, class. Anything
     else is one array, `ARRAY`. Images that cannot be decoded are left out.
@@ -37,16 +37,17 @@ def write(data: ArrayDataset, folder: Path, count: int) -> list[Path]:
         return [folder / ARRAY]
     from PIL import Image
 
-    digits = max(2, len(str(len(inputs) - 1)))
-    files = [folder / f"{row:0{digits}d}{_kind(data, row)}.png" for row in rows]
+    digits, kinds = max(2, len(str(len(inputs) - 1))), _kinds(data, len(inputs))
+    files = [folder / f"{row:0{digits}d}{kinds[row]}.png" for row in rows]
     for row, file in zip(rows, files, strict=True):
         image = inputs[row]
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file)
     return files
 
 
-def _kind(data: ArrayDataset, row: int) -> str:
-    """A row's class as a part of a file's name."""
+def _kinds(data: ArrayDataset, count: int) -> list[str]:
+    """The classes of the first rows as parts of files' names."""
     if data.declared.kind != "class" or not data.declared.names:
-        return ""
-    return "-" + re.sub(r"[^\w]+", "-", data.declared.names[int(data.targets[row])]).strip("-")
+        return [""] * count
+    words = ["-" + re.sub(r"[^\w]+", "-", name).strip("-") for name in data.declared.names]
+    return [words[kind] for kind in data.wanted_of(slice(0, count))]
