@@ -28,3 +28,13 @@ def short(path: Path) -> str:
 def tensorboard(folder: Path) -> str:
     """Return the line that says how to look at the curves of a folder of runs."""
     return f"TensorBoard: {program('tensorboard')} --logdir {short(folder)}"
+
+
+def comparison(config: str) -> str:
+    """Return the command that compares a configuration of configs/ under several trust models, where there is
+    one: it writes a page."""
+    from fedsim.config import CONFIG_DIR
+
+    if Path(config).name != config or not (CONFIG_DIR / "compare" / f"{config}.yaml").is_file():
+        return ""
+    return f"{program('fedsim')} compare compare/{config}"
