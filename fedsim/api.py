@@ -59,7 +59,9 @@ def train(
         data: examples from Python (`fedsim.Data`), or what a configuration may say.
         task: a task, or what a configuration may say.
         partition: the holder of each training example, (N,) of any words or numbers; a function (material,
-            holders, rng) -> holders; or what a configuration may say.
+            holders, rng) -> (N,) holders 0 .. holders - 1, whose material has `examples` (N), `strata` (their
+            labels) and `groups` (their owners), as `fedsim.partitions.base.Material`; or what a configuration
+            may say.
         callbacks: functions of (completed steps, numbers by name), called after every step.
         out: folder of the run; default: a new one below runs/, with resume the newest of this configuration.
         resume: continue what the folder holds; a finished run is returned as it is.
