@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from fedsim import given, loading, rules, validate
 from fedsim.config import Config
 from fedsim.data.from_python import Data
+from fedsim.engine.metrics import Callbacks
 from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.merging import Choice
 from fedsim.partitions.base import as_numbers
@@ -90,14 +90,9 @@ def train(
         >>> run.ledger.steps, run.result["holders"], round(run.epsilon, 2)
         (2, 100, 1.0)
     """
-    _check_callbacks(callbacks)
+    watchers: list[Watcher] = [Callbacks(callbacks)] if callbacks else []
     chosen = _configured(config, model, data, task, partition, overrides)
     folder = RunFolder(_folder(chosen, resume) if out is None else Path(out))
-    watchers: list[Watcher] = []
-    if callbacks:
-        from fedsim.engine.metrics import Callbacks
-
-        watchers.append(Callbacks(callbacks))
     try:
         run(chosen, folder, backend, resume, watchers)
     except KeyboardInterrupt as stopped:
@@ -369,27 +364,6 @@ def _refuse_lazy(model: nn.Module) -> None:
             f"model must have the shapes of all its parameters, but {lazy[0]} gets its own in the first call."
             " Call the model on one example before you hand it in, or write the layer's size down."
         )
-
-
-def _check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
-    for function in callbacks:
-        if not callable(function):
-            raise InputError(
-                f"callbacks must be functions of (completed steps, numbers by name), got "
-                f"{type(function).__name__}."
-            )
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # of a function that is not Python's
-            continue
-        try:
-            signature.bind(1, {})
-        except TypeError as error:
-            name = getattr(function, "__name__", type(function).__name__)
-            raise InputError(
-                f"callbacks must take (completed steps, numbers by name), but {name}{signature} does not: "
-                f"{error}. Give it these two parameters."
-            ) from error
 
 
 def _folder(config: Config, resume: bool) -> Path:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
+
+from fedsim import programs
 
 
 def program(name: str) -> str:
     """Return how a program of this environment is called from here: by its name where the shell finds this
     environment's, else by its path, relative where it is below the working folder."""
-    own = Path(sys.executable).parent / name
-    found = shutil.which(name)
-    if found is not None and (not own.exists() or os.path.samefile(found, own)):
+    own, found = programs.find(name), shutil.which(name)
+    if found is not None and (own is None or os.path.samefile(found, own)):
         return name
-    return short(own)
+    return short(own or programs.folders()[0] / name)
 
 
 def short(path: Path) -> str:
