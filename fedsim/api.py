@@ -70,7 +70,8 @@ def train(
         **overrides: settings by section, as privacy={"target_epsilon": 3.0}, train={"steps": 100}, seed=1;
             functions and classes may stand where names of objects of your own may.
 
-    Shows a bar in a terminal and one line in a notebook, unless monitor={"progress": False}.
+    Shows a bar in a terminal and one line in a notebook, unless monitor={"progress": False}. The global
+    generators of Python, numpy and torch are left as they are: draws follow from `seed` alone.
 
     Raises:
         InputError: something is wrong; nothing was started.
