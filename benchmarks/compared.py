@@ -40,10 +40,13 @@ from fedsim.study.compare import Comparison
 from fedsim.study.tuned import Tuned
 from fedsim.validate import FedsimError, InputError, RunError
 
+FIRST = "quickstart"
+"""The comparison that the tour shows, which has no table here: that of trust_models says more."""
+
 
 def names() -> list[str]:
-    """Return the comparisons of configs/compare/."""
-    return sorted(path.stem for path in (CONFIG_DIR / "compare").glob("*.yaml"))
+    """Return the comparisons of configs/compare/ that have a table."""
+    return sorted({path.stem for path in (CONFIG_DIR / "compare").glob("*.yaml")} - {FIRST})
 
 
 def collect(cells: Sequence[Cell], command: str, search: dict[str, Any] | None = None) -> dict[str, Any]:

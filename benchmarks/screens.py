@@ -23,17 +23,6 @@ from pathlib import Path
 from benchmarks.executed import ROOT, output
 
 IMAGES = ROOT / "docs" / "img"
-COMPARISON = """\
-title: trust
-recipe: quickstart
-overrides: [train.steps=30, train.eval_every=10, monitor.tensorboard=false]
-seeds: [0, 1, 2]
-epsilons: [1, 3]
-variants:
-  central: []
-  local: [strategy=local, optimizer.learning_rate=0.1]
-  nonprivate: [preset=nonprivate, privacy.target_epsilon=null, optimizer.learning_rate=0.1]
-"""
 
 
 def photograph(browser: str, address: str, path: Path, width: int, height: int) -> None:
@@ -99,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tensorboard(folder / "runs") as address:
             photograph(browser, f"{address}#timeseries", IMAGES / "tensorboard.png", 1400, 1000)
             photograph(browser, f"{address}#hparams", IMAGES / "hparams.png", 1400, 700)
-        (folder / "trust.yaml").write_text(COMPARISON, encoding="utf-8")
-        output("fedsim compare trust.yaml --out compared", folder)
+        output("fedsim compare compare/quickstart --out compared", folder)
         page = (folder / "compared" / "report.html").as_uri()
         photograph(browser, page, IMAGES / "report.png", 1200, 1400)
         photograph(browser, page, IMAGES / "report_phone.png", 500, 1100)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from fedsim import given, loading, rules, validate
 from fedsim.config import Config
 from fedsim.data.from_python import Data
+from fedsim.engine.metrics import Callbacks
 from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.merging import Choice
 from fedsim.partitions.base import as_numbers
@@ -59,7 +59,9 @@ def train(
         data: examples from Python (`fedsim.Data`), or what a configuration may say.
         task: a task, or what a configuration may say.
         partition: the holder of each training example, (N,) of any words or numbers; a function (material,
-            holders, rng) -> holders; or what a configuration may say.
+            holders, rng) -> (N,) holders 0 .. holders - 1, whose material has `examples` (N), `strata` (their
+            labels) and `groups` (their owners), as `fedsim.partitions.base.Material`; or what a configuration
+            may say.
         callbacks: functions of (completed steps, numbers by name), called after every step.
         out: folder of the run; default: a new one below runs/, with resume the newest of this configuration.
         resume: continue what the folder holds; a finished run is returned as it is.
@@ -68,7 +70,8 @@ def train(
         **overrides: settings by section, as privacy={"target_epsilon": 3.0}, train={"steps": 100}, seed=1;
             functions and classes may stand where names of objects of your own may.
 
-    Shows a bar in a terminal and one line in a notebook, unless monitor={"progress": False}.
+    Shows a bar in a terminal and one line in a notebook, unless monitor={"progress": False}. The global
+    generators of Python, numpy and torch are left as they are: draws follow from `seed` alone.
 
     Raises:
         InputError: something is wrong; nothing was started.
@@ -88,14 +91,9 @@ def train(
         >>> run.ledger.steps, run.result["holders"], round(run.epsilon, 2)
         (2, 100, 1.0)
     """
-    _check_callbacks(callbacks)
+    watchers: list[Watcher] = [Callbacks(callbacks)] if callbacks else []
     chosen = _configured(config, model, data, task, partition, overrides)
     folder = RunFolder(_folder(chosen, resume) if out is None else Path(out))
-    watchers: list[Watcher] = []
-    if callbacks:
-        from fedsim.engine.metrics import Callbacks
-
-        watchers.append(Callbacks(callbacks))
     try:
         run(chosen, folder, backend, resume, watchers)
     except KeyboardInterrupt as stopped:
@@ -367,27 +365,6 @@ def _refuse_lazy(model: nn.Module) -> None:
             f"model must have the shapes of all its parameters, but {lazy[0]} gets its own in the first call."
             " Call the model on one example before you hand it in, or write the layer's size down."
         )
-
-
-def _check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
-    for function in callbacks:
-        if not callable(function):
-            raise InputError(
-                f"callbacks must be functions of (completed steps, numbers by name), got "
-                f"{type(function).__name__}."
-            )
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # of a function that is not Python's
-            continue
-        try:
-            signature.bind(1, {})
-        except TypeError as error:
-            name = getattr(function, "__name__", type(function).__name__)
-            raise InputError(
-                f"callbacks must take (completed steps, numbers by name), but {name}{signature} does not: "
-                f"{error}. Give it these two parameters."
-            ) from error
 
 
 def _folder(config: Config, resume: bool) -> Path:

@@ -184,6 +184,17 @@ def _shown(make: Callable[..., Any]) -> str:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep Python's global generator as it is within the block, for imports that draw from it: rich's styles
+    do, and a user's numbers must not depend on who imported it first."""
+    held = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(held)
+
+
+@contextmanager
 def generators(key: bytes) -> Iterator[None]:
     """Let the global generators of torch, numpy and Python start from a key within the block.
 

@@ -18,6 +18,7 @@ from fedsim.config import Config
 from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, normalise, wanted
 from fedsim.data.sources.arrays import finite
+from fedsim.engine import inputs as reading
 from fedsim.engine import model_card
 from fedsim.engine.metrics import numbers_of, read_steps
 from fedsim.engine.model_card import Card
@@ -40,11 +41,13 @@ class Predictions:
             unit; log-probabilities of the next token a place.
         best: (n, ...) the class or token of highest probability; 0 or 1 a label; the values themselves.
         names: of the classes, labels or values; empty where none were declared.
+        examples: (n,) names of the examples: files, relative to their folder, or numbers of rows.
     """
 
     outputs: NDArray[np.float32]
     best: NDArray[Any]
     names: tuple[str, ...]
+    examples: tuple[str, ...] = ()
 
 
 class Run:
@@ -181,13 +184,17 @@ def predict(run: Run | str | Path, inputs: Any) -> Predictions:
     Args:
         run: a run, or its folder.
         inputs: (n, ...) as the training inputs were before normalisation and feature maps: uint8 images
-            (n, H, W, C), or tensors (n, C, H, W) of bytes; features; tokens.
+            (n, H, W, C), or tensors (n, C, H, W) of bytes; features; tokens. Or the path of a file or folder
+            with them, read as the run read its data: an image, a folder of images, a table, texts, a .npy
+            array.
 
     Raises:
         InputError: inputs of another form than the model was trained on; says which.
     """
     run = run if isinstance(run, Run) else Run(run)
-    card, model = run.card, run.model
+    card, model, names = run.card, run.model, None
+    if isinstance(inputs, str | Path):
+        names, inputs = reading.read(card, Path(inputs))
     data = _as_trained(card, inputs)
     dtype = next(model.parameters()).dtype
     found: list[Tensor] = []
@@ -197,7 +204,7 @@ def predict(run: Run | str | Path, inputs: Any) -> Predictions:
             some, _ = data.read(own)
             inputs, blank = normalise(some, data, dtype), wanted(data.wanted_of(own), dtype)
             found.append(run.task.answered(model, inputs, blank).float())
-    return _said(card, run.task, torch.cat(found))
+    return _said(card, run.task, torch.cat(found), tuple(names or reading.rows(data)))
 
 
 def _as_trained(card: Card, inputs: Any) -> ArrayDataset:
@@ -237,7 +244,7 @@ def _kinds_fit(array: NDArray[Any], kind: str) -> bool:
     return array.dtype == np.uint8 if kind == "u" else array.dtype.kind in ("iu" if kind == "i" else "f")
 
 
-def _said(card: Card, task: Task, outputs: Tensor) -> Predictions:
+def _said(card: Card, task: Task, outputs: Tensor, examples: tuple[str, ...]) -> Predictions:
     kind = card.targets.kind
     if kind == "labels":
         shown, best = outputs.sigmoid(), (outputs > 0).to(torch.uint8)
@@ -250,4 +257,4 @@ def _said(card: Card, task: Task, outputs: Tensor) -> Predictions:
     else:
         shown = outputs.softmax(1)
         best = shown.argmax(1)
-    return Predictions(shown.numpy(), best.numpy(), card.targets.names)
+    return Predictions(shown.numpy(), best.numpy(), card.targets.names, examples)

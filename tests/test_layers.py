@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own layer and from those before it.
 LAYERS = [
     ["fedsim.validate", "fedsim.unknown", "fedsim.visibility", "fedsim.headline", "fedsim"],
-    ["fedsim.types", "fedsim.seeds", "fedsim.digest", "fedsim.given"],
+    ["fedsim.types", "fedsim.seeds", "fedsim.digest", "fedsim.given", "fedsim.programs"],
     ["fedsim.imports", "fedsim.references", "fedsim.provenance"],
     ["fedsim.rules", "fedsim.merging", "fedsim.presets", "fedsim.config", "fedsim.registry"],
     ["fedsim.loading"],

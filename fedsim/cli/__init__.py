@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -25,11 +24,9 @@ from fedsim.cli import (
     training,
     tuning,
 )
-from fedsim.cli.arguments import Parser
+from fedsim.cli.arguments import SETTING, Parser
 from fedsim.report.plain import as_json
 from fedsim.validate import FedsimError, InputError
-
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +91,8 @@ def _without_dashes(rest: Sequence[str], options: argparse.Namespace) -> str:
 def _parse(top: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse; overrides may also stand after options, where argparse alone would not look for them."""
     options, rest = top.parse_known_args(arguments)
-    if rest and not (hasattr(options, "overrides") and all(_OVERRIDE.match(item) for item in rest)):
+    rest = [item for item in rest if item != "--"]
+    if rest and not (hasattr(options, "overrides") and all(SETTING.match(item) for item in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}. {_without_dashes(rest, options)}".rstrip(" ."))
     if rest:
         options.overrides = [*options.overrides, *rest]

@@ -1,17 +1,20 @@
-"""`predict` and `export`: what becomes of a run's model; `list`: what can be chosen."""
+"""`predict` and `export`: what becomes of a run's model; `examples`: files to try it on; `list`: what can be
+chosen."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.cli import show
-from fedsim.cli.arguments import command
-from fedsim.validate import InputError
+from fedsim.cli.arguments import command, config_arguments, importing, load
 
 if TYPE_CHECKING:
-    from fedsim.engine.model_card import Card
+    from fedsim.run import Predictions
 
 
 def add(commands: Any) -> None:
@@ -21,7 +24,8 @@ def add(commands: Any) -> None:
         "predict",
         _predict,
         "what a run's model says of examples",
-        "Needs the run's folder alone, neither its data nor its configuration.",
+        "Needs the run's folder alone, neither its data nor its configuration. Prints CSV whose first line "
+        "names its columns: the input, and its class and probability, labels, values or caption.",
     )
     predict.add_argument("run", type=Path, metavar="RUN")
     predict.add_argument(
@@ -31,6 +35,18 @@ def add(commands: Any) -> None:
         help="a .npy array of examples; an image, or a folder of images; a table, or texts",
     )
     predict.add_argument("--out", type=Path, metavar="FILE", help="also write all outputs here, as .npy")
+    examples = command(
+        commands,
+        "examples",
+        _examples,
+        "a few test examples of a configuration's data as files, to try predict on",
+        "Images become PNG files named by row and class, anything else one .npy array.",
+    )
+    config_arguments(examples)
+    examples.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="new folder for the files"
+    )
+    examples.add_argument("--count", type=int, default=10, metavar="N", help="how many (default 10)")
     export = command(
         commands, "export", _export, "a run's model for other programs: safetensors, torch.export, model.json"
     )
@@ -43,66 +59,63 @@ def add(commands: Any) -> None:
 def _predict(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
-    from fedsim.run import Run, predict
+    from fedsim.run import Run
 
     run = Run(options.run)
-    names, inputs = _inputs(options.input, run.card)
-    found = predict(run, inputs)
+    found = run.predict(options.input)
     if options.out is not None:
         np.save(options.out, found.outputs)
-    said = [
-        _words(best, outputs, found.names) for best, outputs in zip(found.best, found.outputs, strict=True)
-    ]
     if not options.json:
-        for name, words in zip(names, said, strict=True):
-            print(f"{name}\t{words}")
-    return {"inputs": names, "predictions": found.best.tolist(), "outputs": found.outputs.tolist()}
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(["input", *_columns(found, run.card.targets.kind)])
+        for name, best, outputs in zip(found.examples, found.best, found.outputs, strict=True):
+            table.writerow([name, *_cells(best, outputs, found.names)])
+    return {
+        "inputs": list(found.examples),
+        "predictions": found.best.tolist(),
+        "outputs": found.outputs.tolist(),
+    }
 
 
-def _words(best: Any, outputs: Any, names: tuple[str, ...]) -> str:
-    """One prediction as a line: the class and its probability, the labels that are present, the values, the
-    caption."""
+def _columns(found: Predictions, kind: str) -> list[str]:
+    """What `_cells` has: the class and its probability, the labels that are present, each value, the caption
+    or tokens."""
+    if kind == "class":
+        return ["class", "probability"]
+    if kind == "values":
+        several = found.best.shape[1] > 1
+        return list(found.names) or [f"value {n}" if several else "value" for n in range(found.best.shape[1])]
+    if kind == "labels":
+        return ["labels"]
+    return ["caption" if found.names else "tokens"]
+
+
+def _cells(best: Any, outputs: Any, names: tuple[str, ...]) -> list[str]:
+    """What is said of one example."""
     from fedsim.data.byte_pairs import words as caption
 
     if best.ndim == 0:
         index = int(best)
-        return f"{names[index] if names else index}\t{float(outputs[index]):.4f}"
+        return [str(names[index] if names else index), f"{float(outputs[index]):.4f}"]
     if best.dtype.kind == "f":
-        return " ".join(f"{float(value):.6g}" for value in best)
+        return [f"{float(value):.6g}" for value in best]
     if best.dtype.kind == "u":
-        return " ".join(names[i] if names else str(i) for i in best.nonzero()[0]) or "-"
-    if names:
-        return caption(best.tolist(), names)
-    return " ".join(map(str, best.tolist()))
+        return [" ".join(names[i] if names else str(i) for i in best.nonzero()[0])]
+    return [caption(best.tolist(), names) if names else " ".join(map(str, best.tolist()))]
 
 
-def _inputs(path: Path, card: Card) -> tuple[list[str], Any]:
-    """Return names and examples of a file or folder, read as the run read its data, images in their shape."""
-    import numpy as np
+def _examples(options: argparse.Namespace) -> dict[str, list[str]]:
+    with importing():
+        from fedsim import validate
+        from fedsim.data import as_files, datasets
 
-    if not path.exists():
-        raise InputError(f"INPUT must be a file or folder, and {path} is not there.")
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} must be a .npy array of examples: {error}") from error
-        return [str(row) for row in range(len(array))], array
-    if not card.mean:
-        from fedsim.data.sources import SOURCES
-
-        if card.source is None:
-            raise InputError(f"INPUT must be a .npy array for a model of these data, got {path}.")
-        return SOURCES.make(card.source).inputs(path)
-    from fedsim.data.sources.image_files import pixels
-
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"{path} must hold images, and is empty.")
-    options = {} if card.source is None else card.source.options
-    fit, short = str(options.get("fit", "crop")), options.get("short_side")
-    names = [p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files]
-    return names, np.stack([pixels(p, card.example_shape, fit, short) for p in files])
+    validate.positive(options.count, "--count")
+    # As they are before feature maps; of the test split, whatever a run of the configuration is judged by.
+    data = dataclasses.replace(load(options).data, features=None, holdout_examples=0)
+    files = [str(path) for path in as_files.write(datasets.load(data).test, options.out, options.count)]
+    if not options.json:
+        print("\n".join(files))
+    return {"files": files}
 
 
 def _export(options: argparse.Namespace) -> dict[str, str]:

@@ -48,6 +48,8 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in _rows(plan) if options.all else _leading(plan):
             table.add_row(name, value)
         console.print(table)
+        if options.all and plan["sensitive"]:
+            print("What is marked sensitive follows from private examples, and is not to be published.")
         if not options.all:
             print("Every number and the whole configuration: --all")
     return {"config": dataclasses.asdict(config), "plan": plan}
@@ -57,7 +59,7 @@ def _leading(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """What a run is judged by before it starts: its epsilons, its noise, its steps, and what it costs; beside
     them what the paper says, and what is unusual."""
     spent = {kind: value for kind, value in plan["epsilon"].items() if not kind.endswith(("_check", "_rdp"))}
-    rows = [(f"epsilon per {kind}", show.spent(value)) for kind, value in spent.items()]
+    rows = show.epsilons(spent, plan["sensitive"])
     sigma, spread = plan["noise_multiplier"], plan["noise_std_of_mean"]
     if sigma is not None:
         noise = f"{show.number(sigma)} times the bound on one {plan['unit']}'s contribution"
@@ -79,20 +81,26 @@ def _leading(plan: dict[str, Any]) -> list[tuple[str, str]]:
     )
     rows += _published(plan["published"]) if plan["published"] is not None else []
     unusual = ("own_code", "undecodable")
-    return rows + [row for name in unusual if plan[name] for row in _rows({name: plan[name]})]
+    chosen = {name: plan[name] for name in unusual if plan[name]} | {"sensitive": plan["sensitive"]}
+    return rows + _rows(chosen)
 
 
 def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The plan as lines; what the paper says stands under what is accounted here."""
     rows: list[tuple[str, str]] = []
     for name, value in plan.items():
-        label = name.replace("_", " ")
+        label = name.replace("_", " ") + (" (sensitive)" if name in plan["sensitive"] else "")
         if name == "epsilon":
-            rows += [(f"epsilon ({kind})", show.spent(spent)) for kind, spent in value.items()]
+            rows += show.epsilons(value, plan["sensitive"])
         elif name == "published":
             rows += _published(value) if value is not None else []
-        elif isinstance(value, dict):
-            rows += [(f"{label}: {key}", show.number(inner)) for key, inner in value.items()]
+        elif name == "sensitive":
+            continue  # said at each
+        elif isinstance(value, list):
+            rows.append((label, "\n".join(value) or "-"))
+        elif isinstance(value, dict):  # the number of holders itself is assumed public
+            heads = {key: name.replace("_", " ") if key == name else label for key in value}
+            rows += [(f"{heads[key]}: {key}", show.number(inner)) for key, inner in value.items()]
         else:
             rows.append((label, show.number(value)))
     return rows

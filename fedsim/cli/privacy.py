@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from fedsim import validate
 from fedsim.cli import show
 from fedsim.cli.arguments import command, importing
 from fedsim.validate import InputError
@@ -52,6 +53,11 @@ def _mechanism_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _epsilon(options: argparse.Namespace) -> Any:
     if options.published is not None:
+        if options.ledger is not None:
+            validate.conflicts(
+                f"--published shows published settings, and {options.ledger} is taken for a run.",
+                "Give one of the two; a TEXT with blanks goes into quotes.",
+            )
         return _published(options)
     if options.ledger is not None:
         answer = _ledger_epsilon(options)
@@ -82,7 +88,7 @@ def _ledger_epsilon(options: argparse.Namespace) -> dict[str, Any]:
 
 def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
     with importing():
-        from fedsim import rules, validate
+        from fedsim import rules
         from fedsim.privacy import accountant, events
 
     if options.noise_multiplier is None or options.steps is None:
@@ -108,7 +114,7 @@ def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
 
 def _mechanism(options: argparse.Namespace) -> tuple[float, int, float]:
     """Return (sampling rate, steps, delta) from the command line."""
-    from fedsim import rules, validate
+    from fedsim import rules
     from fedsim.samplers.keyed import sampling_rate
 
     if (options.sampling_rate is None) == (options.population is None or options.batch is None):
@@ -158,7 +164,7 @@ def _published(options: argparse.Namespace) -> Any:
 
 def _calibrate(options: argparse.Namespace) -> Any:
     with importing():
-        from fedsim import rules, validate
+        from fedsim import rules
         from fedsim.privacy import search
         from fedsim.privacy.family import EventFamily
 

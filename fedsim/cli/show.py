@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedsim.report.claim import claim
+from fedsim.report.claim import claim, meaning
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +28,24 @@ def spent(epsilon: Any) -> str:
     if dataclasses.is_dataclass(epsilon) and not isinstance(epsilon, type):
         epsilon = dataclasses.asdict(epsilon)
     return claim(epsilon)
+
+
+def epsilons(spent: Mapping[str, Any], sensitive: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Return every epsilon of a run or plan as a row: what it is of, and the number with what it says.
+
+    Args:
+        spent: by "example" or "holder"; "UNIT_check" and the like are the same by other accountants.
+        sensitive: names "epsilon.UNIT" of those that are not to be published.
+    """
+    rows = []
+    for name, found in spent.items():
+        held = found if isinstance(found, Mapping) else dataclasses.asdict(found)
+        unit, again = held["unit"], name != held["unit"]
+        lines = [claim(held)] if again else [claim(held), meaning(held)]
+        if f"epsilon.{name}" in sensitive:
+            lines.append("sensitive: it follows from the size of the largest holder")
+        rows.append((f"epsilon per {unit}{', again' if again else ''}", "\n".join(lines)))
+    return rows
 
 
 def value(epsilon: float | None) -> str:

@@ -52,6 +52,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     result = _train(config, folder, options.backend, options)
     if not options.json:
         _print_result(result, config.data.judged_by, folder, before)
+        if compared := hints.comparison(options.config):
+            print(f"Trust models side by side, as a page: {compared}")
     return result
 
 
@@ -160,7 +162,11 @@ def _next_runs(name: str, config: Config) -> str:
         smaller = 1.0 if budget > 1 else budget / 2
         changes = {f"privacy.target_epsilon={smaller:g}": "what stronger privacy costs"} | changes
     fedsim = hints.program("fedsim")
-    return "\n".join(f"  {fedsim} run {name} {new:33}  # {why}" for new, why in changes.items())
+    proposed = {f"{fedsim} run {name} {new}": why for new, why in changes.items()}
+    if compared := hints.comparison(name):
+        proposed[compared] = "trust models side by side: a page for the browser"
+    wide = max(map(len, proposed), default=0)
+    return "\n".join(f"  {line:{wide}}  # {why}" for line, why in proposed.items())
 
 
 def _print_result(result: dict[str, Any], judged_by: str, folder: RunFolder, before: str) -> None:
@@ -170,8 +176,8 @@ def _print_result(result: dict[str, Any], judged_by: str, folder: RunFolder, bef
     headline = Metric.of(result)
     if headline.name in result:
         table.add_row(f"{judged_by} {headline.name}", headline.shown(result[headline.name]))
-    for name, spent in result["epsilon"].items():
-        table.add_row(f"epsilon ({name})", show.spent(spent))
+    for row in show.epsilons(result["epsilon"], result.get("sensitive", ())):
+        table.add_row(*row)
     table.add_row(
         "steps", f"{result['steps']}" + (" (stopped by the budget)" if result["stopped_by_budget"] else "")
     )

@@ -107,16 +107,23 @@ def _tell_of_pictures(config: Config, splits: examples.Splits) -> None:
 
 
 def planned(method: Method, facts: DataFacts) -> Mechanism:
-    """Return the mechanism on data of these sizes, with a warning where delta is large for them.
+    """Return the mechanism on data of these sizes, with a warning where delta is large for as many units as
+    there are of those that it protects.
 
     Raises:
-        InputError: as `Mechanism.of`.
+        InputError: as `Mechanism.of`, and a delta that is much too large.
     """
     mechanism = Mechanism.of(method, facts)
     if method.private:
-        delta = method.at.config.privacy.delta
-        if accountant.check_delta(delta, facts.examples) > accountant.WARNED_N_DELTA:
-            _log.warning("privacy.delta %g is above 1 / %d, the number of examples", delta, facts.examples)
+        delta, unit = method.at.config.privacy.delta, mechanism.unit
+        units = facts.examples if unit == "example" else facts.holders
+        if accountant.check_delta(delta, units, unit) > accountant.WARNED_N_DELTA:
+            _log.warning(
+                "privacy.delta %g is above 1 / %d, the number of %ss, whose presence is protected",
+                delta,
+                units,
+                unit,
+            )
     return mechanism
 
 

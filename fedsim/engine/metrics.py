@@ -7,6 +7,7 @@ times) are useful in simulation and never to be published: `public_only` drops t
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -107,9 +108,14 @@ class Watcher(Writer, Protocol):
 
 
 class Callbacks:
-    """Calls functions with (completed steps, numbers by name) after every step."""
+    """Calls functions with (completed steps, numbers by name) after every step.
+
+    Raises:
+        InputError: one of them does not take these.
+    """
 
     def __init__(self, functions: Sequence[Callable[[int, dict[str, float | None]], Any]]) -> None:
+        _check_callbacks(functions)
         self._functions = list(functions)
 
     def write(self, record: StepRecord) -> None:
@@ -123,6 +129,27 @@ class Callbacks:
 
     def close(self) -> None:
         """See `Writer`."""
+
+
+def _check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
+    for function in callbacks:
+        if not callable(function):
+            raise InputError(
+                f"callbacks must be functions of (completed steps, numbers by name), got "
+                f"{type(function).__name__}."
+            )
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # of a function that is not Python's
+            continue
+        try:
+            signature.bind(1, {})
+        except TypeError as error:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise InputError(
+                f"callbacks must take (completed steps, numbers by name), but {name}{signature} does not: "
+                f"{error}. Give it these two parameters."
+            ) from error
 
 
 class Metrics:

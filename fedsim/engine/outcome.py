@@ -13,16 +13,12 @@ from typing import Any
 from fedsim import provenance
 from fedsim.config import Config
 from fedsim.engine import checkpoint, scoring
+from fedsim.engine.assumed import assumed_public
 from fedsim.engine.experiment import Experiment
 from fedsim.engine.state import State
 from fedsim.privacy.accountant import EpsilonResult
 from fedsim.report.plain import plain
 from fedsim.visibility import Numbers, Public, Sensitive, Tagged, sensitive_names, shown
-
-ASSUMED_PUBLIC = (
-    "the number of training examples that are used, and of holders",
-    "which of its example slots a holder above federation.examples_per_holder_at_most uses",
-)
 
 
 def result_of(
@@ -44,6 +40,7 @@ def result_of(
         backend: where this process's part of the run executed.
     """
     config, mechanism, released = experiment.config, experiment.mechanism, state.released()
+    train = experiment.splits.train
     public_only = bool(config.monitor.public_only)
     stated = {
         "title": config.title,
@@ -60,7 +57,7 @@ def result_of(
         "examples": experiment.facts.examples,
         "holders": config.federation.holders,
         "examples_per_holder_at_most": config.federation.examples_per_holder_at_most,
-        "assumed_public": list(ASSUMED_PUBLIC),
+        "assumed_public": assumed_public(config, train.declared, train.vocabulary),
         "tuning": tuning_of(config),
         "trust": _trust(experiment),
         "backend": backend,

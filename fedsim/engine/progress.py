@@ -14,13 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
+from fedsim import references
 from fedsim.headline import Metric
 from fedsim.types import StepRecord
 from fedsim.visibility import shown
+
+with references.undisturbed():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
     from fedsim.engine.experiment import Experiment
@@ -141,15 +143,23 @@ class NotebookProgress(Progress):
         self._completed = 0
         self._began: tuple[float, int] | None = None  # the first step takes longer: it is not measured
         self._drawn = -math.inf
+        self._there = repr(self._line())
         self._handle = display(self._line(), display_id=True)
 
     def _show(self, completed: int, *, evaluated: bool) -> None:
         self._completed = completed
         now = self._clock()
         self._began = self._began or (now, completed)
-        if evaluated or now - self._drawn >= REDRAWN_EVERY:
-            self._handle.update(self._line(self._left(now)))
+        if evaluated or completed == self._total or now - self._drawn >= REDRAWN_EVERY:
+            self._draw(self._line(self._left(now)))
             self._drawn = now
+
+    def _draw(self, line: _Line) -> None:
+        """Put a line into the place, where it says something else than the one there: nothing tells when what
+        comes after the last step is done."""
+        if repr(line) != self._there:
+            self._handle.update(line)
+            self._there = repr(line)
 
     def _left(self, now: float) -> str:
         began, first = self._began or (now, self._completed)
@@ -165,7 +175,7 @@ class NotebookProgress(Progress):
 
     def close(self) -> None:
         """See `Progress`."""
-        self._handle.update(self._line())
+        self._draw(self._line())
 
 
 class _Line:

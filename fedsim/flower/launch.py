@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -28,13 +27,13 @@ from typing import Any
 
 import psutil
 
-from fedsim import loading, provenance, references, validate
+from fedsim import loading, programs, provenance, references, validate
 from fedsim.config import Config
 from fedsim.data import datasets
 from fedsim.engine import device
 from fedsim.engine.metrics import Watcher, numbers_of, read_steps
 from fedsim.engine.run_folder import RunFolder
-from fedsim.validate import RunError
+from fedsim.validate import InputError, RunError
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between looks at a run's state: every look starts a Python process
@@ -81,6 +80,13 @@ def simulate(config: Config, folder: RunFolder, resume: bool, watchers: Sequence
         RunError: Flower could not start, or the run failed; says the cause and where the log is.
     """
     device.check_simulation(config)
+    for name in ("flwr", "flower-superlink"):
+        if shutil.which(name, path=programs.search_path()) is None:
+            raise InputError(
+                f"backend=simulation needs the program {name}, and it is neither in "
+                f"{', '.join(map(str, programs.folders()))} nor on PATH. "
+                "Run pip install 'flwr[simulation]' in this environment."
+            )
     remedy = f"Mend that, then continue with --resume --out {folder.root}."
     with validate.failures_as(RunError, "Flower's simulation could not go on", remedy):
         return _simulate(config, folder, resume, watchers)
@@ -150,7 +156,7 @@ def _environment(base: Path, config: Config) -> dict[str, str]:
     data_root = datasets.resolve(config.data).root
     return {
         **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PATH": programs.search_path(),  # Flower starts programs of its own by their names
         "FLWR_HOME": str(base / "home"),
         "TMPDIR": str(base / "tmp"),
         "RAY_TMPDIR": str(base),

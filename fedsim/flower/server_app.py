@@ -27,6 +27,7 @@ from fedsim.flower import deployment
 from fedsim.flower.transport import GridTransport
 from fedsim.headline import Metric
 from fedsim.models import weights
+from fedsim.run import Run
 from fedsim.validate import FedsimError, InputError, RunError
 
 app = ServerApp()
@@ -49,7 +50,19 @@ logging.getLogger("flwr").addFilter(_WithoutWay())
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run `config` with `overrides` into `out` (keys of [tool.flwr.app.config])."""
+    """See `run`."""
+    run(grid, context)
+
+
+def run(grid: Grid, context: Context) -> Run:
+    """Run `config` with `overrides` into `out` (keys of [tool.flwr.app.config]) and return the finished run.
+
+    What this ServerApp does, for ServerApps of one's own to call.
+
+    Raises:
+        InputError: something is wrong; nothing was started.
+        RunError: the run stopped and can be resumed.
+    """
     wanted = context.run_config
     overrides = _words(str(wanted["overrides"]))
     config = loading.load(str(wanted["config"]), overrides, folder=None)
@@ -72,6 +85,7 @@ def main(grid: Grid, context: Context) -> None:
     headline = Metric.of(result)
     score = f"{headline.name} {headline.shown(result[headline.name])}, " if headline.name in result else ""
     print(f"fedsim: {score}results in {out}", flush=True)
+    return Run(folder.root)
 
 
 def _words(overrides: str) -> list[str]:

@@ -18,12 +18,18 @@ Ints = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a scheme may spread by.
+    """What a scheme may spread by: of the N training examples, in their order, what is no input.
+
+    The partition is made by whoever coordinates a simulation, and is no part of what is protected.
 
     Attributes:
         examples: their number N.
-        strata: (N,) label of each example by which holders are skewed (`Task.strata`), or None.
-        groups: (N,) natural owner of each example, or None.
+        strata: (N,) label of each example, integers >= 0 of any width, by which holders are skewed
+            (`Task.strata`): its class; of several labels the first one, and their number where it has none;
+            of values the decile, 0 .. 9, of the first; None for tokens and pictures without labels.
+        groups: (N,) natural owner of each example, integers of any width: 0, 1, ... in the sorted order of
+            names (the column `holder` of a table, `fedsim.Data(holders=...)`), or as the data have them; None
+            where they have no owners.
 
     Raises:
         InputError: other lengths.
@@ -92,7 +98,8 @@ class Function(Scheme):
         except Exception as error:
             raise InputError(
                 f"federation.partition: the function fails by {type(error).__name__}: {error}. It is called "
-                "with (material, holders, rng): see fedsim.partitions.base."
+                "with (material, holders, rng), material.examples being the number of examples, "
+                "material.strata their labels or None, and material.groups their owners or None."
             ) from error
 
 

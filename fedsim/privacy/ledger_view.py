@@ -7,6 +7,7 @@ ledger the run would write.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -208,5 +209,12 @@ class LedgerView:
         return self._stated(EpsilonResult(math.inf, delta, relation, name, unit, "no amplification", note))
 
     def _stated(self, spent: EpsilonResult) -> EpsilonResult:
+        """Say N x delta beside an epsilon. A run's delta is chosen for its own unit: where it is much too
+        large for the other one, of which there may be many more, nothing is claimed of that one."""
         units = self.header.examples if spent.unit == "example" else self.header.holders
-        return spent if units is None else spent.among(units)
+        if units is None:
+            return spent
+        if spent.unit != self.header.unit and (n_delta := units * spent.delta) > accountant.MOST_N_DELTA:
+            note = f"delta is for {self.header.unit}s, and much too large for {units} {spent.unit}s"
+            return dataclasses.replace(spent, value=math.inf, note=note, n_delta=n_delta)
+        return spent.among(units)

@@ -8,7 +8,15 @@ from typing import Any
 
 NO_CLAIM_ABOVE = 1000.0
 """From here on an epsilon is no guarantee, and no number is shown: e to the 1,000th protects nobody."""
+MEANINGLESS_ABOVE = 100.0
+"""From here on an epsilon hides nobody; the number is shown, because it is exact."""
 NONE = "none"
+_HIDDEN = {
+    ("example", True): "whether one example took part",
+    ("example", False): "which of two examples took part",
+    ("holder", True): "whether a holder took part, with all its examples",
+    ("holder", False): "which of two holders took part, with all their examples",
+}
 
 
 def claim(spent: Mapping[str, Any]) -> str:
@@ -21,6 +29,15 @@ def claim(spent: Mapping[str, Any]) -> str:
     if value > NO_CLAIM_ABOVE:
         return f"no claimable epsilon: above {NO_CLAIM_ABOVE:g} nobody is protected ({basis}{note})"
     return f"{value:.4g} ({basis}{note})"
+
+
+def meaning(spent: Mapping[str, Any]) -> str:
+    """Return in words what an epsilon (the mapping of an `EpsilonResult`) is about, by its unit and relation,
+    and whether it is small enough to mean anything."""
+    value = _finite(spent["value"])
+    hides = "hides" if value is not None and value <= MEANINGLESS_ABOVE else "does not hide"
+    added = spent["relation"] != "replace one"
+    return f"{hides} {_HIDDEN[spent['unit'], added]}"
 
 
 def delta(spent: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from fedsim.data.examples import ArrayDataset
 from fedsim.data.pictures.pictures import Pictures
 from fedsim.data.sources import SOURCES
 from fedsim.data.targets import Targets
+from fedsim.engine.assumed import assumed_public
 from fedsim.engine.experiment import Experiment, epsilons, facts_of, planned, prepare
 from fedsim.grads import batch
 from fedsim.grads.batch import Batch
@@ -42,7 +43,7 @@ from fedsim.queries import Part
 from fedsim.strategies.base import Release
 from fedsim.tasks import TASKS, Task
 from fedsim.validate import InputError
-from fedsim.visibility import Public, Sensitive, Tagged, shown
+from fedsim.visibility import Public, Sensitive, Tagged, sensitive_names, shown
 
 FLOPS_PER_SECOND = 5e13
 """Default rate: 50 teraflops sustained, about a third of an A100's TF32 peak."""
@@ -72,6 +73,8 @@ class _Known:
     task: Task
     view: tuple[Batch, Batch]
     source: str
+    declared: Targets
+    vocabulary: int | None
     undecodable: Tagged[dict[str, Any]] = Public(dict[str, Any]())  # noqa: RUF009
 
 
@@ -93,7 +96,11 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
     else:
         known = _from_sizes(config, size)
     public_only = bool(config.monitor.public_only)
-    spent = shown(_spent(known, config), public_only=public_only)
+    epsilons_of_plan = _spent(known, config)
+    spent = shown(epsilons_of_plan, public_only=public_only)
+    sensitive = sensitive_names(
+        {"epsilon": epsilons_of_plan, "undecodable": known.undecodable, "holders": known.holders}
+    )
     mechanism, train = known.mechanism, config.train
     facts, release = mechanism.facts, mechanism.release()
     noise_std = mechanism.stds_of_sums(release).get(release.statistic.main.name)
@@ -104,6 +111,8 @@ def describe(config: Config, flops_per_second: float = FLOPS_PER_SECOND) -> dict
         "data": known.source,
         "own_code": {name: provenance.reference_hash(name) or "this process" for name in config.references()},
         "examples": facts.examples,
+        "assumed_public": assumed_public(config, known.declared, known.vocabulary),
+        "sensitive": sensitive,
         "undecodable": shown({"": known.undecodable}, public_only=public_only).get("", {}),
         "holders": shown({"": known.holders}, public_only=public_only).get("", {}),
         "steps": mechanism.steps,
@@ -183,6 +192,8 @@ def _from_data(experiment: Experiment) -> _Known:
         task=task,
         view=(batch.each(lambda array: array[0], views), target),
         source=f"{train.name}, read",
+        declared=train.declared,
+        vocabulary=train.vocabulary,
         undecodable=_undecodable(train),
     )
 
@@ -217,7 +228,7 @@ def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     form = {"labels": (1, size.classes), "tokens": (1, size.places)}.get(kind, (1,))
     target = torch.zeros(form, dtype=torch.long)
     view = task.shown(torch.zeros(1, *size.shape), target), target
-    return _Known(planned(method, facts), Public(summary), skeleton, task, view, source)
+    return _Known(planned(method, facts), Public(summary), skeleton, task, view, source, declared, None)
 
 
 def _spread(

@@ -499,7 +499,7 @@ def test_a_prediction_job_needs_the_folder_of_the_run_alone(
     with open(tmp_path / "said.csv", encoding="utf-8", newline="") as handle:
         table = list(csv.DictReader(handle))
     said = run.predict(images)
-    assert [int(line["row"]) for line in table] == list(range(len(images)))
+    assert [int(line["input"]) for line in table] == list(range(len(images)))
     assert [line["class"] for line in table] == [
         said.names[best] if said.names else str(best) for best in said.best
     ]

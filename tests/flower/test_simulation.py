@@ -22,6 +22,7 @@ import torch
 from fedsim.flower.launch import ADOPTED
 from tests.conftest import SMALL, command, final, small, train
 from tests.flower.processes import adopted, strays
+from tests.unit.test_pages import own_app
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(400)]
@@ -69,6 +70,7 @@ def private_flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "FLWR_HOME": str(tmp_path / "home"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -83,16 +85,17 @@ def private_flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     _end_all(0, mark)
 
 
-def test_plain_flwr_run_with_overrides_and_with_a_mistake(
+def test_plain_flwr_run_with_a_mistake_and_of_an_app_of_ones_own(
     tmp_path: Path, private_flower: dict[str, str]
 ) -> None:
+    """The app is that of docs/use.md, outside of the checkout; its server calls fedsim's."""
     neutral = tmp_path / "cwd"
     neutral.mkdir()
     out = tmp_path / "out"
 
-    def flwr_run(settings: str) -> subprocess.CompletedProcess[str]:
+    def flwr_run(app: Path, settings: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            ["flwr", "run", str(ROOT), "--stream", "--run-config", settings],
+            ["flwr", "run", str(app), "--stream", "--run-config", settings],
             env=private_flower,
             cwd=neutral,
             capture_output=True,
@@ -103,13 +106,15 @@ def test_plain_flwr_run_with_overrides_and_with_a_mistake(
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
-    said = flwr_run("config='quikstart'").stdout
+    said = flwr_run(ROOT, "config='quikstart'").stdout
     assert "got 'quikstart'. Did you mean 'quickstart'?" in said
     assert "Traceback" not in said
 
     overrides = "train.steps=3 privacy.target_epsilon=4 monitor.tensorboard=false"
-    done = flwr_run(f"config='smoke/central_dpsgd' overrides='{overrides}' out='{out}'")
+    own_app(tmp_path / "my-app")
+    done = flwr_run(tmp_path / "my-app", f"config='smoke/central_dpsgd' overrides='{overrides}' out='{out}'")
     result = json.loads((out / "result.json").read_text())
     assert result["steps"] == 3
     assert result["epsilon"]["example"]["value"] == pytest.approx(4.0, rel=1e-3)
     assert "fedsim: accuracy" in done.stdout
+    assert f"accuracy {result['accuracy']:.3f} at epsilon 4.00" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedsim.cli import hints, training
 from fedsim.config import FederationConfig
 from fedsim.engine.server import Server
 from fedsim.merging import Choice
+from fedsim.study import compare
 from tests.conftest import SMALL, command, small, train
 
 
@@ -119,6 +121,22 @@ def test_programs_are_named_as_they_can_be_called_from_here(
     monkeypatch.chdir(other)
     monkeypatch.setenv("PATH", "")
     assert hints.program("tensorboard") == f"'{own}/tensorboard'"
+
+
+def test_a_first_run_leads_to_the_page_of_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where configs/compare has one of the recipe; that command is whole, and writes report.html."""
+    for name, there in (("quickstart", True), ("base", False), (str(tmp_path / "quickstart"), False)):
+        assert bool(hints.comparison(name)) is there, name
+    assert command(["run", "quickstart", *SMALL, "--out", str(tmp_path / "run")]) == 0
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if "as a page: " in one)
+    asked: list[Any] = []
+    monkeypatch.setattr(compare, "run", lambda wanted, *_: asked.append(wanted) or [])
+    words = shlex.split(line.partition("as a page: ")[2])
+    assert command([*words[1:], "--json"]) == 0
+    assert Path(asked[0].recipe).stem == "quickstart"
+    assert f"compare {words[2]}" in training._next_runs("quickstart", small())
 
 
 @pytest.mark.parametrize("strategy", ["central_dpsgd", "dp_mf"])

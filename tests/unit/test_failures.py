@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim import loading
+from fedsim import loading, programs
 from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import launch
 from fedsim.validate import RunError
@@ -307,6 +308,40 @@ def test_a_superlink_that_ends_at_once_gives_its_cause(
     text = capsys.readouterr().err
     assert "Address already in use" in text
     assert str(out / "flower.log") in text
+
+
+@pytest.mark.parametrize("beside_python", [True, False])
+def test_flowers_programs_are_found_in_an_environment_that_is_not_activated(
+    beside_python: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside Python, or where pip puts them; also by those that it starts itself, by their names."""
+    (own := tmp_path / "own").mkdir()
+    for name in ("flwr", "flower-superlink", "flower-superexec"):
+        (own / name).write_text("#!/bin/sh\n")
+        (own / name).chmod(0o755)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(sys, "executable", str((own if beside_python else tmp_path) / "python"))
+    if not beside_python:
+        monkeypatch.setattr(programs.sysconfig, "get_path", lambda *_: str(own))
+    with launch._workspace() as base:
+        environment = launch._environment(base, loading.load("base"))
+    for name in ("flwr", "flower-superlink", "flower-superexec"):
+        assert shutil.which(name, path=environment["PATH"]) == str(own / name)
+        assert programs.find(name) == own / name
+    assert programs.find("flower-supernothing") is None
+
+
+def test_a_missing_program_of_flower_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(programs, "folders", lambda: [tmp_path])
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    out = tmp_path / "run"
+    assert command(["run", "base", *SMALL, "--backend", "simulation", "--out", str(out)]) == 2
+    text = capsys.readouterr().err
+    assert "needs the program flwr, and it is neither in" in text
+    assert "pip install 'flwr[simulation]'" in text
+    assert not out.exists()
 
 
 def test_a_superlink_that_dies_under_a_run_stops_it_with_what_it_said(

@@ -189,7 +189,9 @@ def test_a_run_folder_stands_alone(
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["predictions"]) == 2
     assert command(["predict", str(folder), str(tmp_path / "grey.png")]) == 0
-    name, label, probability = capsys.readouterr().out.split("\t")
+    head, line = capsys.readouterr().out.splitlines()
+    assert head == "input,class,probability"
+    name, label, probability = line.split(",")
     assert name == "grey.png"
     assert label in trained.card.targets.names
     assert 0.1 <= float(probability) <= 1.0

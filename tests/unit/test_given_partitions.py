@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedsim
 from fedsim.config import FederationConfig
 from fedsim.data.partition import Partition, partition
 from fedsim.merging import Choice
@@ -185,3 +187,44 @@ def test_owners_of_any_words_are_numbered_and_nobody_is_no_owner() -> None:
     assert as_numbers([7.5, -1.0]).tolist() == [1, 0]
     with pytest.raises(InputError, match="every example must have a holder"):
         as_numbers([0.0, float("nan")])
+
+
+# --- what a function gets -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "declared", "targets", "strata"),
+    [
+        ("classification", {"classes": 3}, [2, 0, 1, 2, 2, 0], [2, 0, 1, 2, 2, 0]),
+        ("multi_label", {"labels": 2}, [[0, 1], [1, 1], [0, 0], [1, 0], [0, 1], [0, 0]], [1, 0, 2, 0, 1, 2]),
+        ("regression", {"values": 1}, [[v] for v in (0.5, 9.0, 3.0, 1.0, 7.0, 2.0)], [0, 9, 6, 2, 8, 4]),
+    ],
+)
+def test_material_holds_labels_and_owners_and_no_inputs(
+    task: str, declared: dict[str, int], targets: list[Any], strata: list[int]
+) -> None:
+    """As docs/data.md says. Deciles of six values are checked by hand: edges lie at every half place."""
+    got: list[Material] = []
+
+    def spread(material: Material, holders: int, rng: np.random.Generator) -> np.ndarray:
+        got.append(material)
+        return np.arange(material.examples) % holders
+
+    inputs = np.arange(12, dtype=np.float32).reshape(6, 2)
+    wanted = np.array(targets, np.float32 if task == "regression" else np.int64)
+    for owners, groups in (None, None), (list("cabbac"), [2, 0, 1, 1, 0, 2]):
+        data = fedsim.Data((inputs, wanted), (inputs, wanted), holders=owners, **declared)
+        fedsim.check(
+            data=data,
+            task=task,
+            model="linear",
+            partition=spread,
+            federation={"holders": 2},
+            privacy={"noise_multiplier": 1.0},
+            train={"steps": 1, "expected_batch_size": 3},
+        )
+        assert got[-1].examples == 6
+        assert got[-1].strata is not None
+        assert got[-1].strata.tolist() == strata
+        assert (None if got[-1].groups is None else got[-1].groups.tolist()) == groups
+    assert {field.name for field in dataclasses.fields(Material)} == {"examples", "strata", "groups"}

@@ -151,9 +151,9 @@ def test_a_run_predicts_images_of_a_folder(
     train(shrunk("eyepacs_none", root), tmp_path / "run")
     capsys.readouterr()
     assert command(["predict", str(tmp_path / "run"), str(root / "eyepacs" / "test")]) == 0
-    lines = capsys.readouterr().out.split("\n")[:10]
-    assert [line.split("\t")[0] for line in lines][:2] == ["1_left.jpeg", "1_right.jpeg"]
-    assert {line.split("\t")[1] for line in lines} <= set("01234")
+    lines = capsys.readouterr().out.split("\n")[1:11]
+    assert [line.split(",")[0] for line in lines][:2] == ["1_left.jpeg", "1_right.jpeg"]
+    assert {line.split(",")[1] for line in lines} <= set("01234")
 
 
 @pytest.mark.parametrize("size", [32, 48])

@@ -21,12 +21,43 @@ from fedsim.validate import InputError
 from tests.conftest import SMALL, command, small, train
 
 
-@pytest.mark.parametrize("strategy", ["central_dpsgd", "dp_fedavg"])
-def test_a_delta_that_gives_away_more_than_ten_examples_is_refused(strategy: str) -> None:
-    given = [f"preset={strategy}", "data.train_examples=200"]
-    with pytest.raises(InputError, match=r"privacy\.delta must be at most 0\.05 for 200 examples, got 0\.4"):
+@pytest.mark.parametrize("preset", ["central_dpsgd", "dp_fedavg"])
+def test_a_delta_that_gives_away_more_than_ten_examples_is_refused(
+    preset: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or ten holders, where their presence is protected: here 200 examples, or 100 holders with 4 each."""
+    unit = "example" if preset == "central_dpsgd" else "holder"
+    examples, units = (200, 200) if unit == "example" else (400, 100)
+    given = [f"preset={preset}", f"data.train_examples={examples}", "federation.holders=100"]
+    most = 10 / units
+    with pytest.raises(
+        InputError, match=rf"privacy\.delta must be at most {most} for {units} {unit}s, got 0\.4"
+    ):
         prepare(small(*given, "privacy.delta=0.4"))
-    prepare(small(*given, "privacy.delta=0.05"))
+    prepare(small(*given, f"privacy.delta={most}"))
+    assert f"is above 1 / {units}, the number of {unit}s" in caplog.text
+    caplog.clear()
+    prepare(small(*given, f"privacy.delta={1 / units}"))
+    assert "privacy.delta" not in caplog.text
+
+
+def test_where_holders_are_the_unit_examples_claim_nothing_by_a_delta_that_is_too_large_for_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """400 examples of 10 holders at delta 0.05: half a holder, and 20 examples; at 0.02 8 examples."""
+    for delta, finite in ((0.05, False), (0.02, True)):
+        config = small("preset=dp_fedavg", f"privacy.delta={delta}")
+        result = train(config, tmp_path / str(delta))
+        of_holder, of_example = result["epsilon"]["holder"], result["epsilon"]["example"]
+        assert "privacy.delta" not in caplog.text
+        assert of_holder["value"] > 0
+        assert of_holder["n_delta"] == pytest.approx(10 * delta)
+        assert of_example["n_delta"] == pytest.approx(400 * delta)
+        assert (of_example["value"] is not None) is finite
+        if not finite:
+            assert claim(of_example) == (
+                "no claimable epsilon: delta is for holders, and much too large for 400 examples"
+            )
 
 
 def test_nothing_is_written_for_a_refused_delta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,18 +12,24 @@ import functools
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
+import torch
+from flwr.app import Context, RecordDict
+from torch import Tensor, nn
 
 import fedsim
 from benchmarks import compared, executed
 from benchmarks.mistakes import anchor
 from fedsim import loading
 from fedsim.cli import _parse, parser
+from fedsim.flower.local_grid import LocalGrid
+from fedsim.partitions.base import Function, Material
 from fedsim.study import compare, tune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,8 +173,6 @@ def fedsim_command(words: list[str]) -> None:
 
 def flwr_command(words: list[str]) -> None:
     """Keys of the run configuration are those of the app, and its settings load."""
-    import tomllib
-
     from flwr.common.config import parse_config_args
 
     assert words[1] == "run"
@@ -221,7 +225,7 @@ def test_every_file_of_settings_on_a_page_is_looked_at() -> None:
 
 def test_the_snippet_of_the_front_door_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (snippet,) = blocks("docs/use.md", "python")
+    (snippet,) = (one for one in blocks("docs/use.md", "python") if "fedsim.train(" in one)
     rng = np.random.default_rng(0)
     inputs, labels = rng.normal(size=(1500, 6)).astype(np.float32), rng.integers(0, 10, 1500)
     given = {
@@ -237,6 +241,85 @@ def test_the_snippet_of_the_front_door_runs(tmp_path: Path, monkeypatch: pytest.
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_the_loop_of_your_own_trains_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it adds up is bounded and noised as it says, and the model learns."""
+    (snippet,) = blocks("docs/gradients.md", "python")
+    real, asked = fedsim.clipped_gradient_sum, []
+
+    def watched(model: nn.Module, views: Tensor, *rest: Any, **more: Any) -> Any:
+        found = real(model, views, *rest, **more)
+        asked.append((tuple(views.shape), float(found.sum.norm()), found.count))
+        return found
+
+    monkeypatch.setattr(fedsim, "clipped_gradient_sum", watched)
+    held: dict[str, Any] = {}
+    exec(compile(snippet, "docs/gradients.md", "exec"), held)
+    assert len(asked) == held["steps"] == 40
+    for shape, length, count in asked:
+        assert shape[1:] == (1, 8)
+        assert length <= shape[0] * 1.000001
+        assert shape[0] == count
+    sizes = np.array([count for *_, count in asked])
+    assert sizes.std() > 5, "each example is drawn by itself"
+    assert abs(sizes.mean() - 250) < 5 * (1000 * 0.25 * 0.75 / 40) ** 0.5
+    spent = fedsim.epsilon(held["noise"].noise_multiplier, 0.25, 40, 1e-4)
+    assert 2.9 < spent.value == held["noise"].achieved.value <= 3.0
+    assert held["std"] == held["noise"].noise_multiplier * held["clip"].clip_norm
+    added = held["noised"] - held["found"].sum
+    assert float(added.std()) == pytest.approx(held["std"], rel=5 * (2 * added.numel()) ** -0.5)
+    assert torch.equal(torch.cat([one.grad.flatten() for one in held["parameters"]]), held["noised"] / 250)
+    right = held["model"](held["inputs"]).argmax(1) == held["targets"]
+    assert right.float().mean() > 0.9
+
+
+def test_the_partition_of_your_own_spreads_as_it_says() -> None:
+    (snippet,) = blocks("docs/data.md", "python")
+    held: dict[str, Any] = {}
+    exec(compile(snippet, "docs/data.md", "exec"), held)
+    labels = np.random.default_rng(0).integers(0, 10, 4000)
+    for holders in (30, 100):
+        material = Material(4000, labels)
+        found = Function(held["mostly_one_kind"]).spread(material, holders, np.random.default_rng(1))
+        assert set(found) == set(range(holders))
+        share = np.mean(found % 10 == labels)
+        assert abs(share - (0.8 + 0.2 * 0.1)) < 5 * (0.82 * 0.18 / 4000) ** 0.5
+
+
+def own_app(folder: Path) -> dict[str, Any]:
+    """Write the Flower app of docs/use.md into a folder; return its [tool.flwr.app]."""
+    (settings,) = blocks("docs/use.md", "toml")
+    (server,) = (one for one in blocks("docs/use.md", "python") if "ServerApp()" in one)
+    (folder / "my_app").mkdir(parents=True)
+    (folder / "my_app" / "server.py").write_text(server)
+    (folder / "my_app" / "__init__.py").write_text("")
+    (folder / "pyproject.toml").write_text(settings)
+    app: dict[str, Any] = tomllib.loads(settings)["tool"]["flwr"]["app"]
+    return app
+
+
+def test_an_app_of_your_own_trains_by_fedsims_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower accepts it; on a grid it trains, and goes on with the run. Flower's runtime itself starts it in
+    tests/flower/test_simulation.py."""
+    from flwr.cli.config_utils import load_and_validate
+    from flwr.supercore.object_ref import load_app
+
+    app = own_app(tmp_path / "my-app")
+    load_and_validate(tmp_path / "my-app" / "pyproject.toml")
+    ours = tomllib.loads(text_of("pyproject.toml"))["tool"]["flwr"]["app"]["config"]
+    assert app["config"].keys() - {"report"} == ours.keys()
+    monkeypatch.syspath_prepend(str(tmp_path / "my-app"))
+    parts = [load_app(app["components"][name], LookupError) for name in ("serverapp", "clientapp")]
+    small = "train.steps=2 monitor.progress=false monitor.tensorboard=false"
+    settings = app["config"] | {"overrides": small, "out": str(tmp_path / "run")}
+    settings["report"] = str(tmp_path / "said.txt")
+    parts[0](LocalGrid(parts[1], 2), Context(1, 1, {}, RecordDict(), settings))
+    run = fedsim.load_run(tmp_path / "run")
+    assert run.ledger.steps == 2
+    assert (tmp_path / "said.txt").read_text() == f"accuracy {run.score:.3f} at epsilon {run.epsilon:.2f}"
+
+
 def test_every_snippet_is_run_somewhere() -> None:
-    assert {page for page in PAGES if blocks(page, "python")} == {"docs/use.md", *RUN_ELSEWHERE}
-    assert len(blocks("docs/use.md", "python")) == 1
+    here = {"docs/use.md": 2, "docs/gradients.md": 1, "docs/data.md": 1}
+    assert {page for page in PAGES if blocks(page, "python")} == {*here, *RUN_ELSEWHERE}
+    assert {page: len(blocks(page, "python")) for page in here} == here
+    assert [page for page in PAGES if blocks(page, "toml")] == ["docs/use.md"]

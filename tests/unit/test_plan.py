@@ -147,14 +147,44 @@ def test_check_of_a_paper_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in everything, part
 
 
+@pytest.mark.usefixtures("_wide")
+def test_check_marks_what_follows_from_private_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes of holders, and their epsilon without a cap; what was drawn from public sizes is public."""
+    cap = ["federation.examples_per_holder_at_most=100"]
+    for given, marked in (
+        (["quickstart"], ["epsilon.holder", "holders"]),
+        (["quickstart", *cap], ["holders"]),
+        (["kurakin2022/large_batch_64x"], ["epsilon.holder"]),
+    ):
+        assert command(["check", *given, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["plan"]["sensitive"] == marked
+        assert command(["check", *given, "--all"]) == 0
+        text = capsys.readouterr().out
+        head = "holders (sensitive): " if "holders" in marked else "holders: "
+        for name in ("min_size", "median_size", "max_size", "mean_label_entropy_bits"):
+            assert f"{head}{name} " in text
+        assert "holders: holders " in text, "their number is assumed public"
+        assert ("sensitive: it follows from the size" in text) is ("epsilon.holder" in marked)
+        assert "is not to be published" in text
+    assert command(["check", "quickstart", "--json", "monitor.public_only=true"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["holders"], "holder" in plan["epsilon"]) == ({}, False)
+    assert plan["sensitive"] == ["epsilon.holder", "holders"], "names what is withheld"
+
+
 _STOPPED = ["privacy.target_epsilon=null", "privacy.noise_multiplier=3", "privacy.stop_at_epsilon=1"]
 
 
 @pytest.mark.usefixtures("_wide")
 def test_check_leads_with_epsilon_noise_steps_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["check", "quickstart", *_STOPPED]) == 0
-    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line[:1] == "│"]
-    leading = {name.strip(): said.strip() for name, said in lines}
+    lines = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if line[:1] == "│"]
+    leading = {name.strip(): said.strip() for name, said in lines if name.strip()}
+    assert [said.strip() for name, said in lines if not name.strip()] == [
+        "hides whether one example took part",
+        "does not hide whether a holder took part, with all its examples",
+        "sensitive: it follows from the size of the largest holder",
+    ]
     assert list(leading) == ["epsilon per example", "epsilon per holder", "noise", "steps", "cost"]
     assert leading["epsilon per example"].startswith(("1 (", "0.9"))
     assert leading["noise"].startswith("3 times the bound on one example's contribution")

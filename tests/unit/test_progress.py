@@ -27,6 +27,7 @@ from fedsim.visibility import Public, Sensitive
 from tests.conftest import small
 
 ACCURACY = Metric("accuracy", "%")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Shown:
@@ -76,6 +77,22 @@ def test_a_notebook_shows_step_time_left_epsilon_and_score_in_one_line() -> None
     assert 'value="10" max="40"' in shown.lines[-1]._repr_html_()
     line.close()
     assert shown.words[-1] == "demo  step 10/40  epsilon 1.25 (N x delta 0.1)  test accuracy 50.00%"
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_nothing_is_drawn_after_the_last_step_but_to_take_times_away(timed: bool) -> None:
+    """When a run that writes public numbers only has computed its result is nobody's business."""
+    shown, clock = Shown(), Clock()
+    line = NotebookProgress(3, ACCURACY, display=shown, clock=clock, timed=timed)
+    for step in (1, 2, 3):
+        clock.now += 0.01
+        line.write(record(step, epsilon=Public(1.0 + step), n_delta=Public(0.1)))
+    assert "step 3/3" in shown.words[-1], "the last step is drawn however soon it comes"
+    drawn = len(shown.lines)
+    for _ in range(3):
+        line.close()
+    assert len(shown.lines) - drawn == timed
+    assert shown.words[-1] == "training  step 3/3  epsilon 4 (N x delta 0.1)  test accuracy -"
 
 
 def test_a_notebook_is_not_flooded_and_sees_every_evaluation() -> None:
@@ -206,6 +223,47 @@ def test_calls_are_independent_of_each_other_and_leave_the_process_as_it_was(tmp
     assert threads == {1}, "its nodes were there already"
     assert all(map(torch.equal, first.model.parameters(), second.model.parameters()))
     assert first.history("epsilon")[1].tolist() == second.history("epsilon")[1].tolist()
+
+
+_STATES = """
+import random, sys
+import numpy as np, torch
+from tests.conftest import small
+import fedsim
+
+def states():
+    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+
+out, images = sys.argv[1], np.zeros((1, 28, 28, 1), np.uint8)
+calls = {
+    "check": lambda: fedsim.check(small()),
+    "train": lambda: fedsim.train(small("monitor.progress=true", "monitor.tensorboard=true"), out=out),
+    "load": lambda: fedsim.load_run(out).model,
+    "predict": lambda: fedsim.predict(out, images),
+    "export": lambda: fedsim.export(out, out + "-exported"),
+    "epsilon": lambda: fedsim.epsilon(1.0, 0.1, 10, 1e-5),
+    "calibrate": lambda: fedsim.calibrate(3.0, 0.1, 10, 1e-5),
+    "server_app": lambda: __import__("fedsim.flower.server_app"),
+    "resume": lambda: fedsim.train(small(), out=out, resume=True),
+}
+for name, call in calls.items():
+    before = states()
+    call()
+    assert states() == before, name
+
+random.seed(7)
+drawn = []
+fedsim.train(small(), out=out + "-2", callbacks=[lambda *_: drawn.append(random.random())])
+random.seed(7)
+assert drawn == [random.random() for _ in drawn] and len(drawn) == 6, "what a callback draws stays drawn"
+"""
+
+
+def test_no_call_moves_global_generators_not_even_by_what_it_imports(tmp_path: Path) -> None:
+    """In a process of its own, where nothing has been imported before: rich draws when it is."""
+    code = [sys.executable, "-c", _STATES, str(tmp_path / "run")]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_history_has_arrays_by_name(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_smoke_runs_and_claims_nothing(
         command(["run", f"{family}/smoke", "monitor.tensorboard=false", "--out", str(tmp_path / "run")]) == 0
     )
     shown = " ".join(capsys.readouterr().out.split())
-    assert "epsilon (example) │ no claimable epsilon" in shown
+    assert "epsilon per example │ no claimable epsilon" in shown
 
 
 def test_smoke_with_enough_noise_claims_its_epsilon(
@@ -267,7 +267,7 @@ def test_smoke_with_enough_noise_claims_its_epsilon(
     given = ["privacy.noise_multiplier=4", "monitor.tensorboard=false", "train.steps=2"]
     assert command(["run", "kurakin2022/smoke", *given, "--out", str(tmp_path / "run")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "epsilon (example) │ no claimable" not in shown
+    assert "epsilon per example │ no claimable" not in shown
 
 
 CAPTIONING = {

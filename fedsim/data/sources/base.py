@@ -35,6 +35,11 @@ class Source(ABC):
         """
         raise InputError(f"{path} must be a .npy array of examples for a model of this data.")
 
+    def assumed_public(self) -> tuple[str, ...]:
+        """Return what the options declare of examples, or name, that is taken as public; the form of the
+        targets, and vocabularies, are said by others."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Ready(Source):

@@ -49,6 +49,10 @@ class Captioned(ImageFiles):
                 f"Use {AT_ONCE}, or data.name=caption_shards: tar files, decoded on demand.",
             )
 
+    def assumed_public(self) -> tuple[str, ...]:
+        """See `Source.assumed_public`."""
+        return (*super().assumed_public(), "the captions or texts that the tokenizer was learned from")
+
     def tokens(self, root: Path, public: Iterable[str]) -> Any:
         """Return the tokenizer.
 

@@ -53,6 +53,10 @@ class Named(Source):
         validate.one_of(self.side, SIDES, "data.options.side")
         validate.in_range(self.public_share, 1e-6, 1.0 - 1e-6, "data.options.public_share")
 
+    def assumed_public(self) -> tuple[str, ...]:
+        """See `Source.assumed_public`."""
+        return (*super().assumed_public(), "the pictures of the public side")
+
     def both(self, root: Path) -> dict[str, NamedPictures]:
         """Return the pictures of each side.
 

@@ -79,6 +79,17 @@ class Table(Source):
         """The target's columns."""
         return [self.target] if isinstance(self.target, str) else list(self.target or [])
 
+    def assumed_public(self) -> tuple[str, ...]:
+        """See `Source.assumed_public`."""
+        said = []
+        if self.numbers:
+            said.append(f"the declared ranges of {', '.join(self.numbers)}")
+        if self.words:
+            said.append(f"the declared words of {', '.join(self.words)}")
+        if self.target_range:
+            said.append(f"the declared range of {', '.join(self.targets)}")
+        return tuple(said)
+
     def load(self, root: Path) -> Splits:
         """See `Source.load`.
 

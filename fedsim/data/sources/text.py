@@ -60,6 +60,11 @@ class Text(Source):
         validate.in_range(self.vocabulary, 2, 2**31, "data.options.vocabulary")
         validate.in_range(self.places, 2, 2**20, "data.options.places")
 
+    def assumed_public(self) -> tuple[str, ...]:
+        """See `Source.assumed_public`."""
+        own = self.tokenizer not in ("bytes", "words")
+        return ("the texts that the tokenizer was made from",) if own else ()
+
     def load(self, root: Path) -> Splits:
         """See `Source.load`.
 

@@ -1,0 +1,57 @@
+"""Examples without targets, read from files as a run read its data: what a finished model is asked about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.data.sources import SOURCES
+from fedsim.engine.model_card import Card
+from fedsim.validate import InputError
+
+
+def read(card: Card, path: Path) -> tuple[list[str], Any]:
+    """Return names and inputs (n, ...) of the examples in a file or folder.
+
+    Args:
+        card: what the model takes.
+        path: a .npy array of examples; an image, or a folder of images, which get the shape that the model
+            takes; or what the run's own source reads: a table, texts.
+
+    Returns:
+        Names are files, relative to a folder, or numbers of rows.
+
+    Raises:
+        InputError: nothing there, or what the model's data are not.
+    """
+    if not path.exists():
+        raise InputError(f"examples to predict must be a file or folder, and {path} is not there.")
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} must be a .npy array of examples: {error}") from error
+        return rows(array), array
+    if not card.mean:
+        if card.source is None:
+            raise InputError(
+                f"examples to predict must be a .npy array for a model of these data, got {path}: they came "
+                "from Python or a function, and nothing tells how to read others."
+            )
+        return SOURCES.make(card.source).inputs(path)
+    from fedsim.data.sources.image_files import pixels
+
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path} must hold images, and is empty.")
+    options = {} if card.source is None else card.source.options
+    fit, short = str(options.get("fit", "crop")), options.get("short_side")
+    names = [p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files]
+    return names, np.stack([pixels(p, card.example_shape, fit, short) for p in files])
+
+
+def rows(array: Any) -> list[str]:
+    """Return the names of examples that have none: their numbers, from 0."""
+    return [str(row) for row in range(len(array))]
