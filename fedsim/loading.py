@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -49,23 +50,20 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
 def _from_file(source: str | Path) -> DictConfig:
     """What a file and those it extends say; not to be changed, for it may be one for all."""
     files = [path for path, _ in reversed(_chain(find(source)))]
-    if all(
-        path.is_relative_to(CONFIG_DIR) for path in files
-    ):  # wherever the process works, they say the same
-        return _own_files(tuple((path, path.read_text(encoding="utf-8")) for path in files))
-    return _of_files(files)
+    # Those of fedsim say the same wherever the process works.
+    own = tuple(itertools.takewhile(lambda path: path.is_relative_to(CONFIG_DIR), files))
+    merged = _own_files(tuple((path, path.read_text(encoding="utf-8")) for path in own))
+    return functools.reduce(_over, files[len(own) :], merged)
 
 
 @functools.lru_cache(maxsize=256)
 def _own_files(held: tuple[tuple[Path, str], ...]) -> DictConfig:
-    return _of_files([path for path, _ in held])
+    """What files say, each merged over those before it; many extend the same."""
+    return _over(_own_files(held[:-1]), held[-1][0]) if held else _schema()
 
 
-def _of_files(files: Sequence[Path]) -> DictConfig:
-    merged = _schema()
-    for path in files:
-        merged = _layered(merged, read(path), str(path), path.parent)
-    return merged
+def _over(merged: DictConfig, path: Path) -> DictConfig:
+    return _layered(merged, read(path), str(path), path.parent)
 
 
 def _layered(merged: DictConfig, given: DictConfig, where: str, folder: Path | None) -> DictConfig:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsim import rules, unknown
@@ -76,7 +76,9 @@ def parse_options(
     """
     given = given or {}
     typed = _options_of(schema, tuple(given))  # type: ignore[arg-type]
-    parsed = to_dataclass(merge(typed, OmegaConf.create(options), where), schema, given)
+    if options:
+        typed = merge(typed, OmegaConf.create(options), where)
+    parsed = to_dataclass(typed, schema, given)
     rules.refuse_unread(parsed, setting or where)
     return parsed
 
@@ -138,13 +140,38 @@ def dotlist(overrides: Sequence[str]) -> DictConfig:
             )
         if item.startswith("extends="):
             raise InputError(f"extends must stand in a configuration file, got the override {item!r}.")
+    tree: dict[str, Any] = {}
     try:
-        return OmegaConf.from_dotlist(_in_order(overrides))
+        for item in _in_order(overrides):
+            path, _, text = item.partition("=")
+            _put(tree, path.split("."), copy.deepcopy(_value(text)))
+        return OmegaConf.create(tree)
     except Exception as error:
         raise InputError(
             f"override must have a YAML value, got {_unreadable(overrides)!r}: {_yaml_problem(error)}. Close "
             "its brackets and quotes."
         ) from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _value(text: str) -> Any:
+    """What stands behind the = of an override, as OmegaConf reads it: a class of readers a time."""
+    held: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    return held["value"]
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set what stands at a path; a mapping is merged into one that is there."""
+    *sections, last = path
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    if isinstance(value, dict) and isinstance(tree.get(last), dict):
+        for key, inner in value.items():
+            _put(tree[last], [key], inner)
+    else:
+        tree[last] = value
 
 
 def _unreadable(overrides: Sequence[str]) -> str:
@@ -203,12 +230,12 @@ def merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
                 raise InputError(f"{where} is {kind}: its key '{key}' means nothing here.")
             raise InputError(f"{where}: unknown key '{key}'. {unknown.remedy(key, valid)}".rstrip())
     try:
-        merged = OmegaConf.merge(base, update)
-        OmegaConf.resolve(merged)
+        with read_write(base):
+            base.merge_with(update)
+        OmegaConf.resolve(base)
     except OmegaConfBaseException as error:
         raise InputError(f"{where}: {_misfit(error, base, update)}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
+    return base
 
 
 _WANTED = {
@@ -246,16 +273,17 @@ def _replaced_section(base: DictConfig, update: DictConfig) -> str:
 
 
 def _chosen(base: DictConfig, update: DictConfig) -> tuple[DictConfig, DictConfig]:
-    """Write every choice that `update` makes as name and options, and clear those of another in `base`."""
+    """Write every choice that `update` makes as name and options, and clear those of another in `base`, which
+    is a copy in any case."""
     schema = OmegaConf.get_type(base)
     made = [
         path
         for path in (choices(schema) if dataclasses.is_dataclass(schema) else ())
         if _node(update, path) is not None and not _node(update, path)._is_none()
     ]
-    if not made:
-        return base, update
-    base, update = copy.deepcopy(base), copy.deepcopy(update)
+    base = copy.deepcopy(base)
+    if made:
+        update = copy.deepcopy(update)
     for path in made:
         given, held = _node(update, path), _node(base, path)
         short = not isinstance(given, DictConfig)

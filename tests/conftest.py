@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["FEDSIM_CALIBRATIONS"] = "off"  # a test that passes must not owe it to an earlier run
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,12 +50,26 @@ SMALL = (
 
 
 FULL_GRID = loss_distribution._MAX_SINGLE_MIXTURE
+_numbers = itertools.count()
 _of_the_last_test = [False]  # whether it was marked `exact`
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _disks_that_do_not_wait() -> Iterator[None]:
+    """To synchronise what a small run writes takes longer than the run, and no test pulls a plug: descriptors
+    are looked at, and not waited for. Commands in processes of their own do wait."""
+
+    def looked_at(descriptor: int) -> None:
+        os.fstat(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", looked_at)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -97,8 +112,15 @@ def epsilon_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _private_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDSIM_SECRETS", str(tmp_path / "secrets"))
+def _private_secrets(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every test has a place for secrets of its own: in its folder, if it asks for one."""
+    if "tmp_path" in request.fixturenames:
+        folder = request.getfixturevalue("tmp_path") / "secrets"
+    else:
+        folder = tmp_path_factory.getbasetemp() / f"secrets {next(_numbers)}"
+    monkeypatch.setenv("FEDSIM_SECRETS", str(folder))
 
 
 def small(*overrides: str) -> Config:

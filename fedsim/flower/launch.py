@@ -310,8 +310,10 @@ def _follow(
     run_id: str, folder: RunFolder, environment: dict[str, str], base: Path, watchers: Sequence[Watcher]
 ) -> str:
     """Wait for the run's end, showing the steps it writes; return Flower's status."""
-    shown, next_look = -1, time.monotonic() + LOOK_SECONDS
+    shown, written, next_look = -1, 0, time.monotonic() + LOOK_SECONDS
     while True:
+        if folder.metrics.exists() and (size := folder.metrics.stat().st_size) > written:
+            written, next_look = size, time.monotonic() + LOOK_SECONDS  # a run that takes steps is there
         for line in read_steps(folder.metrics) if watchers else ():
             if line["step"] > shown:
                 for watcher in watchers:

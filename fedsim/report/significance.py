@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from scipy import stats
+from scipy import special, stats
 
 from fedsim.headline import Metric
 
@@ -55,7 +55,8 @@ def half_width(values: Sequence[float]) -> float | None:
     """
     if len(values) < FEWEST or _same(values):
         return None
-    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = float(special.stdtrit(len(values) - 1, 0.975))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def mean_with_interval(
@@ -105,7 +106,8 @@ def paired(own: Sequence[float], other: Sequence[float]) -> Difference:
     # The t-test divides by the spread, which here is nothing but rounding: a sign test instead.
     if max(changes) - min(changes) <= ROUNDING * max(map(abs, (*own, *other))):
         return Difference(mean, None, 1.0 if mean == 0 else 2.0 ** (1 - len(changes)))
-    return Difference(mean, half_width(changes), float(stats.ttest_rel(own, other).pvalue))
+    t = mean * math.sqrt(len(changes)) / statistics.stdev(changes)
+    return Difference(mean, half_width(changes), 2.0 * float(special.stdtr(len(changes) - 1, -abs(t))))
 
 
 def welch(own: Sequence[float], other: Sequence[float]) -> Difference:

@@ -239,6 +239,8 @@ def run(
         _chosen(comparison_, planned),
         taken_up=taken_up.told({c.name: taken_up.as_strings(others[c.folder]) for c in planned}),
     )
+    there = [RunFolder(out / "runs" / cell.folder).result.exists() for cell in planned]
+    following = dict(zip((cell.folder for cell in planned), [*there[1:], False], strict=True))
     for cell, folder, result in finish(planned, out, forgiving(runner), log, judges=judges):
         about = dataclasses.replace(about, inputs=judges.inputs())
         if why := unscored(result):
@@ -248,6 +250,8 @@ def run(
         curve, held_out = _curve(folder, Metric.of(result)), bool(cell.config.data.holdout_examples)
         settings = taken_up.of_run([*lost, *cell.settings], others[cell.folder])
         done.append(Cell(cell.variant, cell.epsilon, cell.seed, result, curve, settings, held_out))
+        if following[cell.folder]:  # it is there already: the next report follows at once
+            continue
         with validate.failures_as(RunError, f"the report in {out} was not written", "Repeat the command."):
             comparison.write(done, about, out)
     if not done:

@@ -169,7 +169,7 @@ def check(
     assert own_clipped.tolist() == over
 
 
-@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", MODELS)
 def test_per_layer_equals_the_loop(name: str, dtype: torch.dtype, views: int) -> None:

@@ -102,14 +102,17 @@ def test_death_at_every_moment_leaves_a_run_that_goes_on_and_no_secret(tmp_path:
     assert set(reached) == {0, 1, 2, 3}
 
 
-def test_death_at_moments_of_a_resumed_run(tmp_path: Path) -> None:
+def test_death_at_moments_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same from the middle: a run that died after its second ledger line, resumed and dying again
     at every third moment."""
     prepare(CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setenv(secret.FOLDER_VARIABLE, str(tmp_path / "of the search"))
+        second = moment_of_second_line(tmp_path)
     moment, died = 1, True
     while died:
         out = tmp_path / str(moment)
-        assert dies_at(moment_of_second_line(tmp_path), out, resume=False)
+        assert dies_at(second, out, resume=False)
         died = dies_at(moment, out, resume=True)
         check(out)
         assert train(CONFIG, out, resume=True)["steps_repeated_to_rounding"] == []
@@ -118,20 +121,10 @@ def test_death_at_moments_of_a_resumed_run(tmp_path: Path) -> None:
     assert moment > 20
 
 
-_found: list[int] = []
-
-
 def moment_of_second_line(base: Path) -> int:
-    if not _found:
-        moment = 20
-        while True:
-            out = base / f"search {moment}"
-            assert dies_at(moment, out, resume=False)
-            path = out / "ledger.jsonl"
-            steps = ledger.read(path).steps if path.exists() else 0
-            train(CONFIG, out, resume=True)
-            if steps == 2:
-                _found.append(moment)
-                break
-            moment += 1
-    return _found[0]
+    for moment in range(20, 100):
+        assert dies_at(moment, base / f"search {moment}", resume=False)
+        path = base / f"search {moment}" / "ledger.jsonl"
+        if path.exists() and ledger.read(path).steps == 2:
+            return moment
+    raise AssertionError("a run of three steps has a second line")

@@ -52,23 +52,32 @@ def factor(rule: ClipRule, norm: float) -> float:
     return 1.0
 
 
-def reference(model: nn.Module, inputs: Tensor, targets: Tensor, rule: ClipRule) -> ClippedSum:
-    """One example at a time: mean loss over its views, one backward pass, clip, add."""
+def one_at_a_time(model: nn.Module, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, float]]:
+    """Gradient in float64, and loss, of one example at a time: mean over its views, one backward pass."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
-    found_norms: list[float] = []
-    found_losses: list[float] = []
+    out = []
     for views, target in zip(inputs, targets, strict=True):
         loss = torch.stack([F.cross_entropy(model(v[None]), target[None]) for v in views]).mean()
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
-        gradient = torch.cat([g.reshape(-1) for g in parts]).double()
-        found_norms.append(gradient.norm().item())
-        found_losses.append(loss.item())
-        if math.isfinite(found_norms[-1]):
-            total += factor(rule, found_norms[-1]) * gradient
-    norms, losses = (torch.tensor(v, dtype=torch.float64) for v in (found_norms, found_losses))
-    return ClippedSum(total, len(targets), rule.sensitivity, norms, losses)
+        out.append((torch.cat([g.reshape(-1) for g in parts]).double(), loss.item()))
+    return out
+
+
+def added_up(found: list[tuple[Tensor, float]], rule: ClipRule) -> ClippedSum:
+    """Clip, add."""
+    total = torch.zeros_like(found[0][0])
+    norms = torch.tensor([gradient.norm().item() for gradient, _ in found], dtype=torch.float64)
+    for (gradient, _), norm in zip(found, norms.tolist(), strict=True):
+        if math.isfinite(norm):
+            total += factor(rule, norm) * gradient
+    losses = torch.tensor([loss for _, loss in found], dtype=torch.float64)
+    return ClippedSum(total, len(found), rule.sensitivity, norms, losses)
+
+
+def reference(model: nn.Module, inputs: Tensor, targets: Tensor, rule: ClipRule) -> ClippedSum:
+    """One example at a time, clipped and added."""
+    return added_up(one_at_a_time(model, inputs, targets), rule)
 
 
 def assert_same(got: ClippedSum, expected: ClippedSum, dtype: torch.dtype) -> None:
@@ -93,8 +102,9 @@ PHYSICAL = (1, 7, 256)
 def test_engines_equal_the_loop(name: str, dtype: torch.dtype, views: int) -> None:
     model = build(name, dtype)
     inputs, targets = batch(MODELS[name][1], 8, views, dtype)
+    alone = one_at_a_time(model, inputs, targets)
     for place, rule in enumerate(RULES.values()):
-        expected = reference(model, inputs, targets, rule)
+        expected = added_up(alone, rule)
         if isinstance(rule, FlatClip):  # otherwise clipping would not be tested
             assert (expected.norms > rule.clip_norm).any()
         physical = PHYSICAL[(place + views) % len(PHYSICAL)]

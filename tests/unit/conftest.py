@@ -34,9 +34,9 @@ def _write_tiny(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a comparison of six runs; `tiny.yaml` lies beside it."""
+    """The folder of a comparison of six runs, to be read only; `tiny.yaml` lies beside it."""
     folder = tmp_path_factory.mktemp("comparison")
     _write_tiny(folder / "tiny.yaml")
     with contextlib.redirect_stderr(io.StringIO()) as log:

@@ -362,6 +362,7 @@ def test_a_superlink_that_dies_under_a_run_stops_it_with_what_it_said(
 
     monkeypatch.setattr(launch, "_superlink", superlink)
     monkeypatch.setattr(launch, "_flwr", flwr)
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 0.1)
     assert command(["run", "base", *SMALL, "--backend", "simulation", "--out", str(out)]) == 3
     text = capsys.readouterr().err
     assert "MemoryError: 12 GiB" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import fedsim
 from fedsim import given
 from fedsim.tasks.classification import Classification
+from fedsim.tasks.regression import Regression
 
 INPUTS = np.random.default_rng(0).normal(size=(120, 5)).astype(np.float32)
 TARGETS = (INPUTS[:, 0] > 0).astype(np.int64)
@@ -100,19 +102,20 @@ def test_a_module_is_trained_from_its_own_weights_and_stays_as_it_is(tmp_path: P
     torch.testing.assert_close(still, torch.cat([value.flatten() for value in before.values()]))
 
 
+def several_digests() -> list[str]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [given.digest_of(t) for t in (Scaled(2.0), made(2.0), signed(1.0), Regression([made]))]
+
+
 def test_digests_are_the_same_in_another_process() -> None:
-    program = (
-        "import torch; from fedsim import given; from tests.unit.test_given import Scaled, made, signed\n"
-        "from fedsim.tasks.regression import Regression; torch.manual_seed(0)\n"
-        "print([given.digest_of(t) for t in (Scaled(2.0), made(2.0), signed(1.0), Regression([made]))])"
-    )
+    program = "from tests.unit import test_given; print(test_given.several_digests())"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
     root = Path(__file__).resolve().parents[2]
-    said = {
-        subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True).stdout
-        for _ in range(2)
-    }
-    assert len(said) == 1
-    assert said != {""}
+    said = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert said.stdout == f"{several_digests()}\n", said.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from tests.conftest import command
 
 
 def test_without_a_gpu_nothing_is_measured(
@@ -29,6 +30,13 @@ def test_stages_are_written_as_they_end_and_one_that_fails_does_not_end_the_rest
     monkeypatch.setitem(gpu.STAGES, "memory", gpu.Stage(5.0, fails))
     little = ("train.steps=1", "federation.holders=1000", "federation.partition=iid")  # of one example each
     monkeypatch.setattr(gpu, "SHORT", (*gpu.SHORT, *little))
+
+    def here(seconds: float, module: str, *words: str) -> str:
+        assert 0 < seconds <= gpu.STAGES["differs"].limit
+        assert (module, command(words)) == ("fedsim.cli", 0)
+        return ""
+
+    monkeypatch.setattr(gpu, "_ran", here)  # in processes of their own: below
     out = tmp_path / "gpu.json"
     assert gpu.main(["--device", "cpu", "--json", str(out), "--only", "memory", "differs"]) == 1
     held = json.loads(out.read_text(encoding="utf-8"))
@@ -43,6 +51,7 @@ def test_a_stage_that_takes_too_long_is_ended() -> None:
         gpu._ran(1.0, "timeit", "-n", "1", "-r", "1", "import time; time.sleep(30)")
     with pytest.raises(RuntimeError, match="exit code"):
         gpu._ran(30.0, "timeit", "-x")
+    assert gpu._ran(60.0, "fedsim.cli", "--version").startswith("fedsim")
 
 
 def test_all_stages_end_within_25_minutes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,3 +35,25 @@ def test_no_more_actors_start_than_flower_can_feed(
     federation = dict(item.split("=") for item in asked[asked.index("--federation-config") + 1].split())
     assert federation["num-supernodes"] == str(nodes)
     assert federation["init-args-num-cpus"] == str(slots)
+
+
+def test_a_run_that_takes_steps_is_not_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask starts a Python process; once nothing more is written it is asked every five seconds."""
+    clock, asked, folder = [0.0], [], RunFolder(tmp_path)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] <= 30:
+            with open(folder.metrics, "a", encoding="utf-8") as handle:
+                handle.write("{}\n")
+        if clock[0] > 43:
+            folder.write_result({})
+
+    def listed(*_: object) -> dict[str, str]:
+        asked.append(clock[0])
+        return {"status": "finished:completed" if folder.result.exists() else "running"}
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(launch, "_listed", listed)
+    assert launch._follow("7", folder, {}, tmp_path, []) == "finished:completed"
+    assert asked == [35.0, 40.0, 43.5]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from fedsim import loading
 from fedsim.config import Config
-from fedsim.merging import Choice, choices
+from fedsim.merging import Choice, choices, dotlist
 from fedsim.validate import InputError
 
 
@@ -25,6 +26,23 @@ def test_all_that_is_chosen_is_known() -> None:
         *("data", "data.features", "task", "model", "federation.partition", "strategy", "optimizer"),
         *("query", "sampler", "noise", "learner", "privacy.clipping", "optimizer.schedule"),
     }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=3", "train.steps=7", "seed=4", "title=a: b"],
+        ["data.root=null", "data.root=", "title='5'", "title=1e-3", "model.fix=true", "a.b=${data.root}"],
+        ["optimizer={name: adam, options: {a: {b: 1, c: [1, 2]}}}", "optimizer.options.a.b=[{x: 1}, two]"],
+        ["task.options={a: {b: 1}, c: 2}", "task.options={a: {d: 3}, c: {e: 4}}", "task.options.a={b: 5}"],
+        ["odd=7", "odd.steps=8", "odd.more={1: a, 2.5: b}", "odd.more={1: c}"],
+    ],
+)
+def test_overrides_become_what_omegaconf_makes_of_them(overrides: list[str]) -> None:
+    """A later mapping changes, and does not replace, an earlier one."""
+    expected = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    assert OmegaConf.to_container(dotlist(overrides)) == expected
+    assert OmegaConf.to_container(dotlist(overrides)) == expected, "what is read twice is not one thing"
 
 
 @pytest.mark.parametrize("text", ["iid", "{name: iid}", "{name: iid, options: {}}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -36,12 +37,18 @@ STATUSES = {"verified", "recalled", "secondary", "computed"}
 BUDGETS = (0.1, 0.5, 1, 2, 4, 8)
 
 
+@functools.cache
+def load(path: Path) -> Config:
+    """A recipe, read once for all tests, which change nothing in it."""
+    return loading.load(path)
+
+
 def name(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-ROWS = [path for path in RECIPES if loading.load(path).reference.get("epsilon") is not None]
-CLOSED = [path for path in ROWS if loading.load(path).reference["accountant"] == "closed_form"]
+ROWS = [path for path in RECIPES if load(path).reference.get("epsilon") is not None]
+CLOSED = [path for path in ROWS if load(path).reference["accountant"] == "closed_form"]
 ACCOUNTED = [path for path in ROWS if path not in CLOSED]
 
 
@@ -59,7 +66,7 @@ def epsilon_of(config: Config) -> accountant.EpsilonResult:
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_model_and_data_fit(path: Path) -> None:
-    config = loading.load(path)
+    config = load(path)
     size = sizes.of(config)
     assert size is not None, "planned without the data"
     model = models.skeleton(config.model, size.shape, size.classes)
@@ -69,19 +76,19 @@ def test_model_and_data_fit(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ROWS, ids=name)
 def test_a_row_says_where_it_is_from_and_how_sure_that_is(path: Path) -> None:
-    reference = loading.load(path).reference
+    reference = load(path).reference
     assert {"paper", "table", "row", "epsilon", "delta", "status", "note"} <= set(reference)
     assert reference["status"] in STATUSES
     assert ("accuracy" in reference) == ("accuracy_status" in reference)
     assert reference.get("accuracy_status", "verified") in STATUSES - {"computed"}
     without = path.parent.name in ("mehta2023", "dpcap2024")
     assert "accuracy" in reference or without, "only their code was found, not tables"
-    assert reference["delta"] == loading.load(path).privacy.delta
+    assert reference["delta"] == load(path).privacy.delta
 
 
 @pytest.mark.parametrize("path", ACCOUNTED, ids=name)
 def test_epsilon_is_the_published_one(path: Path) -> None:
-    config = loading.load(path)
+    config = load(path)
     reference = config.reference
     spent = epsilon_of(config)
     tolerance = reference.get("tolerance", published.AGREEMENT)
@@ -91,7 +98,7 @@ def test_epsilon_is_the_published_one(path: Path) -> None:
 @pytest.mark.parametrize("path", ACCOUNTED, ids=name)
 def test_settings_are_those_of_the_golden_table(path: Path) -> None:
     """Population, batch, steps, noise and delta agree with a row of published.csv, so with its sources."""
-    config = loading.load(path)
+    config = load(path)
     size = sizes.of(config)
     assert size is not None
     sigma = config.privacy.noise_multiplier
@@ -132,7 +139,7 @@ EXACT = {
 @pytest.mark.parametrize("path", CLOSED, ids=name)
 def test_budgets_are_those_of_the_closed_form(path: Path) -> None:
     """A row has the noise of the paper's formula; in all it spends what theirs do."""
-    config = loading.load(path)
+    config = load(path)
     reference, delta = config.reference, config.privacy.delta
     releases, sigma, stated = reference["releases"], reference["sigma"], reference["epsilon"]
     assert releases == RELEASES[reference["method"]]
@@ -163,7 +170,7 @@ def test_noise_of_one_release_left_out_is_noticed() -> None:
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name in HEADS], ids=name)
 def test_heads_start_at_zero_and_everybody_is_in_every_step(path: Path) -> None:
-    config = loading.load(path)
+    config = load(path)
     assert config.model.name == "linear"
     assert config.model.options.get("zero_init", True)
     if path.stem != "base":
@@ -187,7 +194,7 @@ END_TO_END = {("Papernot et al. 2021", 2.7): 86.1}
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_anchors_are_what_their_sources_say_and_name_their_accountant(path: Path) -> None:
-    config = loading.load(path)
+    config = load(path)
     known = {*ACCOUNTANTS.own(), "closed_form"} if path.parent.name == "mehta2023" else ACCOUNTANTS.own()
     assert config.reference["accountant"] in known
     claims = config.reference.get("claims", [])
