@@ -176,7 +176,7 @@ def _print_result(result: dict[str, Any], judged_by: str, folder: RunFolder, bef
     headline = Metric.of(result)
     if headline.name in result:
         table.add_row(f"{judged_by} {headline.name}", headline.shown(result[headline.name]))
-    for row in show.epsilons(result["epsilon"], result.get("sensitive", ())):
+    for row in show.epsilons(result["epsilon"]):
         table.add_row(*row)
     table.add_row(
         "steps", f"{result['steps']}" + (" (stopped by the budget)" if result["stopped_by_budget"] else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,9 @@ def svg(figure: Figure, name: str) -> str:
     """
     FigureCanvasSVG(figure)
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}), warnings.catch_warnings():
+        # Text stays text, for the fonts of whoever reads it: what those here lack is no matter.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     drawn = text.getvalue()
     return drawn[drawn.index("<svg") :].replace("#000000", "currentColor")
@@ -54,11 +57,16 @@ def _colours(found: Sequence[Group]) -> dict[str, str]:
     return {variant: f"C{i % 10}" for i, variant in enumerate(dict.fromkeys(g.variant for g in found))}
 
 
+def _words(name: str) -> str:
+    """A name as matplotlib is to show it: dollars are no formulas, and underscores in front hide nothing."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def _axes(x: str, y: str, height: float = 3.6) -> tuple[Figure, Any]:
     figure = Figure(figsize=(5.2, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_xlabel(_words(x))
+    axes.set_ylabel(_words(y))
     axes.grid(alpha=0.3)
     return figure, axes
 
@@ -77,13 +85,13 @@ def _budgets(found: Sequence[Group], colours: dict[str, str]) -> Figure:
                 f"{group.variant} (budget of its own)" if group.protected else f"{group.variant} (no privacy)"
             )
             colour = colours[group.variant]
-            axes.axhline(headline.scale * group.mean, linestyle="--", color=colour, label=label)
+            axes.axhline(headline.scale * group.mean, linestyle="--", color=colour, label=_words(label))
         else:
             half = headline.scale * (significance.half_width(group.scores) or math.nan)
             lines.setdefault(group.variant, []).append((group.epsilon, headline.scale * group.mean, half))
     for variant, points in lines.items():
         x, y, error = zip(*sorted(points), strict=True)
-        axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=variant, color=colours[variant])
+        axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=_words(variant), color=colours[variant])
     axes.set_xscale("log")
     budgets = sorted({group.epsilon for group in found if group.epsilon is not None})
     axes.set_xticks(budgets, [f"{epsilon:g}" for epsilon in budgets])
@@ -101,7 +109,7 @@ def _curves(rivals: Sequence[Group], colours: dict[str, str]) -> Figure:
         curves = [[score for _, score in c.curve] for c in group.cells if len(c.curve) == len(steps)]
         means = [headline.scale * statistics.mean(at) for at in zip(*curves, strict=True)]
         style = "--" if group.epsilon is None and rivals[0].epsilon is not None else "-"
-        axes.plot(steps, means, style, color=colours[group.variant], label=group.variant)
+        axes.plot(steps, means, style, color=colours[group.variant], label=_words(group.variant))
     _legend(axes)
     return figure
 
@@ -111,7 +119,7 @@ def _costs(found: Sequence[Group], colours: dict[str, str]) -> Figure:
     for variant, colour in colours.items():
         mine = [group for group in found if group.variant == variant]
         kilobytes = mine[0].result["trust"]["bytes_per_holder"] / 1e3
-        axes.scatter(kilobytes, statistics.mean(g.seconds for g in mine), label=variant, color=colour)
+        axes.scatter(kilobytes, statistics.mean(g.seconds for g in mine), label=_words(variant), color=colour)
     _legend(axes)
     return figure
 
@@ -126,7 +134,8 @@ def _holders(found: Sequence[Group], colours: dict[str, str]) -> Figure:
         low, middle, high = (headline.scale * value for value in group.holders)
         error, colour = [[middle - low], [high - middle]], colours[group.variant]
         axes.errorbar(middle, row, xerr=error, marker="o", capsize=3, color=colour)
-        names.append(group.variant if group.epsilon is None else f"{group.variant}, {group.epsilon:g}")
+        name = group.variant if group.epsilon is None else f"{group.variant}, {group.epsilon:g}"
+        names.append(_words(name))
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     return figure

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from benchmarks import notebooks, site_links, site_notebooks
+from tests.unit.test_pages import anchors
 
 NAMES = notebooks.names()
 CLAIMS = {"images": 18, "tabular": 15, "text_lora": 12}
@@ -101,7 +102,10 @@ def test_a_notebook_teaches(name: str) -> None:
 def test_links_of_a_notebook_lead_somewhere(name: str) -> None:
     text = json.dumps(notebooks.read(name)["cells"])
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        assert (notebooks.FOLDER / target.partition("#")[0]).exists(), target
+        path, _, part = target.partition("#")
+        file = notebooks.FOLDER / path
+        assert file.exists(), target
+        assert not part or part in anchors(file.resolve().relative_to(notebooks.ROOT).as_posix()), target
 
 
 @pytest.mark.parametrize("name", NAMES)

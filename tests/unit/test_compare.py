@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import html
 import io
 import json
 import re
@@ -209,6 +210,24 @@ def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
     legend = axes.get_legend()
     assert legend is not None
     assert {t.get_text() for t in legend.get_texts()} == {"central", "nonprivate"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["中文 设置", "🙂", "العربية", "$5 and $6", r"$\bad{$", "a $x^2$ b", "_hidden", "a_b^c", "<b>&amp;"],
+)
+def test_any_name_stands_on_every_plot_as_it_is_written(
+    name: str, finished: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As text, which the reader's own fonts show: no formula, and no word on fonts that are missing here."""
+    held = json.loads((finished / "cells.json").read_text())
+    cells = [Cell(**{**one, "variant": one["variant"].replace("central", name)}) for one in held]
+    drawn = figures.figures(cells)
+    assert len(drawn) == 5
+    for caption, figure in drawn:
+        text = " ".join(re.findall(r">([^<>]+)</(?:text|tspan)>", figures.svg(figure, caption)))
+        assert name in html.unescape(text), caption
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_public_only_runs_are_reported_without_the_spread_over_holders(finished: Path) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib.util
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +78,34 @@ def test_links_lead_somewhere(page: str) -> None:
         assert ROOT in file.resolve().parents
         if part:
             assert part in anchors(file.resolve().relative_to(ROOT).as_posix()), f"[{said}]({target})"
+
+
+def test_the_test_of_links_sees_a_section_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "to.md").write_text("# One\n\n## A `b` section\n\n```\n# no heading\n```\n")
+    for target, there in (("to.md#a-b-section", True), ("to.md#no-heading", False), ("to.md#two", False)):
+        (tmp_path / "from.md").write_text(f"[said]({target})\n")
+        text_of.cache_clear()
+        anchors.cache_clear()
+        with contextlib.nullcontext() if there else pytest.raises(AssertionError):
+            test_links_lead_somewhere("from.md")
+    text_of.cache_clear()
+    anchors.cache_clear()
+
+
+def test_pages_that_code_and_settings_name_are_there() -> None:
+    """In messages, docstrings and comments, with their sections."""
+    found = set()
+    for folder, ending in (("fedsim", "py"), ("strategies", "py"), ("configs", "yaml"), ("examples", "py")):
+        for path in (ROOT / folder).rglob(f"*.{ending}"):
+            found |= set(re.findall(r"\bdocs/[\w/]+\.md(?:#[\w-]+)?", path.read_text(encoding="utf-8")))
+    assert len(found) >= 5
+    for name in found:
+        page, _, part = name.partition("#")
+        assert (ROOT / page).is_file(), name
+        assert not part or part in anchors(page), name
 
 
 @functools.cache
