@@ -46,6 +46,7 @@ def test_shipped_comparisons_are_valid(path: Path) -> None:
     planned = cells_of(path)
     assert len({cell.folder for cell in planned}) == len(planned) >= 2
     for cell in planned:
+        assert cell.config.seed == cell.seed
         first = cell.seed == planned[0].seed and cell.epsilon in (None, planned[0].epsilon)
         if first and wanted.recipe == "quickstart":  # of the embedded data
             assert prepare(cell.config).mechanism.steps > 0
