@@ -16,11 +16,19 @@ def followed(files: Iterable[Path], root: Path) -> set[Path]:
     Of a package that is imported all files, of a module its own. By import statements wherever they stand;
     what is imported in other ways is not seen.
     """
+
+    @functools.cache  # thousands of names begin with a few
+    def kind(first: str) -> str:
+        if (root / first / "__init__.py").is_file():
+            return "package"
+        return "other" if (root / first).is_dir() or (root / f"{first}.py").is_file() else ""
+
     found = set(files)
     new, seen = set(found), set[str]()
     while new:
         named = (_imports(path, path.relative_to(root), path.stat().st_mtime_ns) for path in new)
-        names = {_whole(name, root) for held in named for name in held} - seen
+        parts = ((name, name.partition(".")[0]) for name in set[str]().union(*named))
+        names = {first if kind(first) == "package" else name for name, first in parts if kind(first)} - seen
         seen |= names
         new = {file for name in names for file in _local(name, root)} - found
         found |= new
@@ -43,12 +51,6 @@ def _imports(path: Path, place: Path, changed: int) -> frozenset[str]:
             base = ".".join([*above, *([node.module] if node.module else [])])
             names |= {base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)} - {""}
     return frozenset(names)
-
-
-def _whole(name: str, root: Path) -> str:
-    """The name of the package that a module is part of, which is taken as a whole; else the name."""
-    first = name.partition(".")[0]
-    return first if (root / first / "__init__.py").is_file() else name
 
 
 def _local(name: str, root: Path) -> set[Path]:

@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["FEDSIM_CALIBRATIONS"] = "off"  # a test that passes must not owe it to an earlier run
 
+import copy
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedsim import loading
+from fedsim.accountants import renyi
 from fedsim.config import Config
 from fedsim.privacy import accountant, loss_distribution
 from fedsim.privacy.accountant import EpsilonResult
@@ -50,6 +53,7 @@ SMALL = (
 
 
 FULL_GRID = loss_distribution._MAX_SINGLE_MIXTURE
+FULL_ORDERS = {kind: kind.orders for kind in (renyi.Rdp, renyi.RdpInteger)}
 _numbers = itertools.count()
 _of_the_last_test = [False]  # whether it was marked `exact`
 
@@ -73,22 +77,24 @@ def _disks_that_do_not_wait() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _epsilon_of_holders_on_a_coarse_grid() -> Iterator[None]:
-    """The grids of whole holders take seconds each; a coarse one bounds epsilon too. For the whole session:
-    also for the runs that fixtures of a module make."""
+def _epsilon_on_coarse_grids() -> Iterator[None]:
+    """The grids of whole holders take seconds each, and Renyi DP at all orders a tenth of one; coarse ones
+    bound epsilon too. For the whole session: also for the runs that fixtures of a module make."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", 250)
+        for kind, orders in FULL_ORDERS.items():
+            patch.setattr(kind, "orders", (*orders[:-1:8], orders[-1]))
         yield
 
 
 @pytest.fixture(autouse=True)
-def _epsilon_of_holders_on_its_own_grid(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _epsilon_on_its_own_grids(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of epsilon itself are marked `exact`."""
     exact = request.node.get_closest_marker("exact") is not None
     if exact:
         monkeypatch.setattr(loss_distribution, "_MAX_SINGLE_MIXTURE", FULL_GRID)
+        for kind, orders in FULL_ORDERS.items():
+            monkeypatch.setattr(kind, "orders", orders)
     if exact is not _of_the_last_test[0]:
         _of_the_last_test[0] = exact
         accountant.epsilon_of_parts.cache_clear()  # does not ask for the grid of what it holds
@@ -125,7 +131,12 @@ def _private_secrets(
 
 def small(*overrides: str) -> Config:
     """Return a configuration that trains in about a second."""
-    return loading.load("base", [*SMALL, *overrides])
+    return copy.deepcopy(_small(os.getcwd(), overrides))
+
+
+@functools.lru_cache(maxsize=512)  # many tests ask for the same ones
+def _small(folder: str, overrides: tuple[str, ...]) -> Config:
+    return loading.load("base", [*SMALL, *overrides], Path(folder))
 
 
 def train(

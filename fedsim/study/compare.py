@@ -118,20 +118,22 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
     out: list[Planned] = []
     tuned = _tuned(comparison_)
     for variant, changes in comparison_.variants.items():
-        for epsilon, seed in _grid(comparison_, changes):
+        for epsilon in _budgets(comparison_, changes):
             budget = [] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]
             given = [*comparison_.overrides, *budget, *changes]
-            last = [f"seed={seed}", *overrides]
+            last = [f"seed={comparison_.seeds[0]}", *overrides]
             chosen: list[str] = []
             if tuned is not None:
                 own = epsilon or _loaded(comparison_, variant, [*given, *last]).privacy.target_epsilon
                 chosen = tuned.overrides(variant, own)
             config = _loaded(comparison_, variant, [*given, *chosen, *last])
-            _check_place(config, variant, epsilon, seed)
+            _check_place(config, variant, epsilon, comparison_.seeds[0])
             if out:
                 _check_comparable(out[0], variant, config)
             settings = [item for item in (*changes, *chosen) if not _replaced(item, overrides)]
-            out.append(Planned(variant, epsilon, seed, config, settings))
+            for seed in comparison_.seeds:
+                rules.check(one := dataclasses.replace(config, seed=seed))
+                out.append(Planned(variant, epsilon, seed, one, list(settings)))
     names.refuse_shared(((cell.folder, cell.name) for cell in out), "run a folder")
     return out
 
@@ -191,12 +193,10 @@ _JUDGED: dict[str, Callable[[Config], Any]] = {
 }
 
 
-def _grid(comparison_: Comparison, changes: list[str]) -> Iterator[tuple[float | None, int]]:
-    """(epsilon, seed) of a variant; one that sets its own budget, or has none, is run once a seed."""
+def _budgets(comparison_: Comparison, changes: list[str]) -> Sequence[float | None]:
+    """Those a variant is run at; one that sets its own budget, or has none, is run once a seed."""
     own = any(c.startswith(("privacy.target_epsilon=", "privacy.noise_multiplier=")) for c in changes)
-    for epsilon in [None] if own or not comparison_.epsilons else comparison_.epsilons:
-        for seed in comparison_.seeds:
-            yield epsilon, seed
+    return [None] if own or not comparison_.epsilons else comparison_.epsilons
 
 
 def run(

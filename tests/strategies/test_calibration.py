@@ -79,6 +79,7 @@ def spent(noise_multiplier: float, steps: int) -> float:
 TARGET = ("privacy.noise_multiplier=null", "privacy.target_epsilon=8", "privacy.accountant=rdp")
 
 
+@pytest.mark.exact
 def test_a_trust_model_with_its_own_event_is_calibrated_by_it(tmp_path: Path) -> None:
     config = of_outside(Outside, *TARGET)
     plan = prepare(config).mechanism

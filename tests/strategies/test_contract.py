@@ -325,7 +325,7 @@ def test_noise_is_added_once_whatever_the_number_of_holders(
         return made
 
     monkeypatch.setattr(Mechanism, "means", spy)
-    for holders in (2, 30):
+    for holders in (2, 12):
         of_holders = [f"federation.holders={holders}", f"federation.nodes={min(holders, 4)}"]
         phases = len(BOUNDS[chosen[1]])
         one = [f"train.steps={phases}"]

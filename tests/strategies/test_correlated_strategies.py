@@ -129,6 +129,7 @@ def test_the_ledger_records_one_release_a_period(name: str, tmp_path: Path) -> N
     assert view.epsilon().value == result["epsilon"]["example"]["value"] == expected
 
 
+@pytest.mark.exact
 def test_ftrl_epsilon_is_that_of_the_trees_in_dp_accounting() -> None:
     """dp_accounting's tree event takes noise over clip norm; four passes, the last cut short.
 

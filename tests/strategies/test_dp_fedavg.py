@@ -92,6 +92,7 @@ def test_sum_and_count_together_spend_the_stated_multiplier(count_noise: float) 
     assert multiplier > 1.0
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("sigma", "batch", "steps"), [(1.0, 60, 20), (0.7, 4, 200), (3.0, 400, 5)])
 def test_epsilon_of_a_holder_is_that_of_dp_accounting(sigma: float, batch: float, steps: int) -> None:
     """The holder-level event against dp_accounting's own accountants, called directly; also with adaptive

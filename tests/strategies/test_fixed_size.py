@@ -48,6 +48,7 @@ def test_the_whole_population_is_everybody_and_draws_differ_over_steps() -> None
 REPLACE = dp.NeighboringRelation.REPLACE_ONE
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("population", "sample", "sigma"), [(1000, 50, 2.0), (400, 100, 3.0)])
 def test_epsilon_is_that_of_the_library_for_sampling_without_replacement(
     population: int, sample: int, sigma: float
@@ -68,6 +69,7 @@ def test_epsilon_is_that_of_the_library_for_sampling_without_replacement(
     assert wanted > tight, "no less than what dominates it in one direction"
 
 
+@pytest.mark.exact
 def test_the_conventions_of_the_library_for_replace_one() -> None:
     """Its Renyi side takes the multiplier as noise / 2 C, its loss distributions as noise / C. Everybody in
     every step is one Gaussian, for which loss distributions answer."""
@@ -103,6 +105,7 @@ def exact_delta(epsilon: float, sigma: float, rest: tuple[float, ...], sample: i
     return max(float(integrate.trapezoid(above, x)), float(integrate.trapezoid(below, x)))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("rest", [(0.0, 0.0, 0.0), (1.0, -1.0, 0.5), (-1.0, -1.0, -1.0)])
 @pytest.mark.parametrize("sample", [1, 2, 4])
 def test_no_data_loses_more_than_is_stated(rest: tuple[float, ...], sample: int) -> None:

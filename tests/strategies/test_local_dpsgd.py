@@ -124,6 +124,7 @@ def test_one_local_step_and_full_local_rate_are_the_same_update(
     assert torch.allclose(final(tmp_path / "a"), final(tmp_path / "b"), atol=1e-10)
 
 
+@pytest.mark.exact
 def test_the_event_is_every_local_release_and_epsilon_that_of_dp_accounting(tmp_path: Path) -> None:
     config = silo()
     experiment = prepare(config)

@@ -290,6 +290,7 @@ def uniform(words: NDArray[np.uint32]) -> bool:
     return bool(stats.chisquare(counts).pvalue > 1e-6)
 
 
+@pytest.mark.exact
 def test_target_epsilon_is_met_by_the_recorded_event_with_more_real_noise() -> None:
     config = small(SHARES, "privacy.noise_multiplier=null", "privacy.target_epsilon=3")
     plan = prepare(config).mechanism
@@ -302,6 +303,7 @@ def test_target_epsilon_is_met_by_the_recorded_event_with_more_real_noise() -> N
     assert 1.0 < plan.noise_multiplier / central.noise_multiplier < 1.15, "Renyi instead of PLD"
 
 
+@pytest.mark.exact
 def test_budget_stops_the_run() -> None:
     plan = prepare(small(SHARES, "privacy.stop_at_epsilon=3", "train.steps=500")).mechanism
     assert plan.stopped_by_budget

@@ -16,6 +16,7 @@ from fedsim.privacy.loss_distribution import Part
 from fedsim.validate import InputError
 from tests.conftest import command, small, train
 
+pytestmark = pytest.mark.exact
 DELTA = 1e-5
 EVENT = events.composed(events.gaussian_step(1.0, 0.01), 1000)
 

@@ -205,6 +205,7 @@ def gaussian_epsilon(sigma: float, rate: float, steps: int) -> float:
     return value
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("kind", discrete.KINDS)
 @pytest.mark.parametrize(("sigma", "rate", "steps"), [(1.0, 0.02, 1000), (0.7, 0.1, 50), (6.0, 1.0, 10)])
 def test_fine_scales_reach_the_gaussian_limit(kind: str, sigma: float, rate: float, steps: int) -> None:
@@ -245,6 +246,7 @@ def test_discrete_gaussian_shares_pay_for_a_coarse_scale() -> None:
     )
 
 
+@pytest.mark.exact
 def test_the_event_is_answered_by_whole_orders_whoever_asks() -> None:
     step = events.renyi_gaussian_step(1.0, 0.1)
     assert events.from_json(events.to_json(step)) == step

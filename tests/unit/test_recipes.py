@@ -86,6 +86,7 @@ def test_a_row_says_where_it_is_from_and_how_sure_that_is(path: Path) -> None:
     assert reference["delta"] == load(path).privacy.delta
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("path", ACCOUNTED, ids=name)
 def test_epsilon_is_the_published_one(path: Path) -> None:
     config = load(path)
@@ -136,6 +137,7 @@ EXACT = {
 """(epsilon of the closed form, delta) -> exact epsilon, by dp_accounting."""
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("path", CLOSED, ids=name)
 def test_budgets_are_those_of_the_closed_form(path: Path) -> None:
     """A row has the noise of the paper's formula; in all it spends what theirs do."""
@@ -160,6 +162,7 @@ def test_budgets_are_those_of_the_closed_form(path: Path) -> None:
     assert config.train.expected_batch_size == size.train, "everybody is in every step"
 
 
+@pytest.mark.exact
 def test_noise_of_one_release_left_out_is_noticed() -> None:
     """The judge above: two releases in place of three, at the noise of each, would spend less."""
     config = loading.load(
@@ -228,6 +231,7 @@ def test_every_row_of_the_tables_has_a_recipe() -> None:
         }
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("recipe", "printed", "pld"),
     [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def real_images() -> NDArray[np.uint8]:
     return np.array(datasets.load(DataConfig(test_examples=60)).test.inputs)
+
+
+def child_that(works: Callable[[], None]) -> int:
+    """Start a process that does something, and return its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            works()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
 
 
 def computed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -193,19 +206,22 @@ def test_the_folder_must_be_absolute_and_writable(tmp_path: Path, monkeypatch: p
 
 def test_processes_that_ask_at_once_compute_once(tmp_path: Path) -> None:
     """Two processes, one cache: one of them says that it computes, both read the same features."""
-    code = (
-        "import numpy as np, logging, sys\n"
-        "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
-        "from fedsim.data import features\nfrom fedsim.merging import Choice\n"
-        "images = (np.arange(200 * 64) % 251).astype(np.uint8).reshape(200, 8, 8, 1)\n"
-        "print(float(features.of_images(Choice('scattering'), images).astype(np.float64).sum()))\n"
-    )
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ)
-        for _ in range(2)
-    ]
-    answers = [process.communicate(timeout=120)[0].split() for process in started]
-    assert sum("computing" in " ".join(answer) for answer in answers) == 1
+    images = (np.arange(200 * 64) % 251).astype(np.uint8).reshape(200, 8, 8, 1)
+    began = time.monotonic() + 0.3
+
+    def ask(answer: Path) -> None:
+        handler = logging.FileHandler(answer)
+        logging.getLogger("fedsim").addHandler(handler)
+        logging.getLogger("fedsim").setLevel(logging.INFO)
+        time.sleep(max(0.0, began - time.monotonic()))
+        found = features.of_images(Choice("scattering"), images)
+        logging.getLogger("fedsim").info("%r", float(found.astype(np.float64).sum()))
+
+    places = [tmp_path / "one", tmp_path / "other"]
+    children = [child_that(lambda place=place: ask(place)) for place in places]  # type: ignore[misc]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    answers = [place.read_text().split() for place in places]
+    assert sum("computing" in answer for answer in answers) == 1
     assert len({answer[-1] for answer in answers}) == 1
 
 

@@ -47,6 +47,7 @@ def by_the_paper(curve: np.ndarray, selection: Selection) -> float:
     return float(dp.rdp.compute_epsilon(list(ORDERS), list(total), DELTA)[0])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("mean", [1.5, 10.0, 50.0])
 @pytest.mark.parametrize(("sigma", "rate", "steps"), [(2.0, 0.1, 100), (4.0, 1.0, 3)])
@@ -61,6 +62,7 @@ def test_epsilon_is_the_papers_formula(
     assert found.value == pytest.approx(by_the_paper(curve, selection), rel=1e-6)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("distribution", "cost"), [("geometric", 5.0), ("logarithmic", 4.3), ("poisson", 5.5)]
 )
@@ -102,6 +104,7 @@ def _log_series(mean: float) -> float:
     return low
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
 def test_epsilon_holds_where_the_truth_is_known_and_that_of_one_run_does_not(

@@ -123,6 +123,7 @@ def test_levels_cut_the_run_into_equal_parts() -> None:
             NoiseLevels(factors, steps)
 
 
+@pytest.mark.exact
 def test_levels_compose_like_the_library() -> None:
     """Epsilon of a scheduled run against a composition written out step by step, by the library's RDP."""
     levels, rate = NoiseLevels((1.5, 1.0, 0.75), 10), 0.05
