@@ -9,7 +9,7 @@ further in is found when it is decoded. Either keeps its place.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -171,7 +171,7 @@ def _shards(
 ) -> tuple[Columns, dict[str, Any]]:
     starts, sizes, seen = Growing(), Growing(), _Seen()
     columns: dict[str, Growing] = {}
-    table: list[tuple[str, int, int, int]] = []
+    table: list[tuple[str, int, int]] = []
     for path in shards:
         name = os.path.relpath(path, root)
         try:
@@ -179,8 +179,7 @@ def _shards(
         except OSError as error:
             raise InputError(f"{path} must be a tar file that can be read: {error}.") from error
         try:
-            status = os.fstat(descriptor)
-            table.append((name, status.st_size, status.st_mtime_ns, len(starts)))
+            table.append((name, short_stamp(os.fstat(descriptor)), len(starts)))
             for sample in _samples(descriptor, path, endings, texts):
                 picture = sample.picture
                 starts.add(0 if picture is None else picture.start // tar.BLOCK)
@@ -200,12 +199,21 @@ def _shards(
 
 
 def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequence[str]) -> Iterable[Sample]:
-    """Yield the samples of one tar file: members of one key, which stand together."""
+    """Yield the samples of one tar file: members of one key, which stand together. A key is what a name has
+    before its first dot, and the ending all that follows, as WebDataset has it."""
     done: set[str] = set()
     key: str | None = None
     picture: tar.Member | None = None
     held: dict[str, bytes] = {}
     where: dict[str, tar.Member] = {}
+    others: set[str] = set()
+
+    def whole() -> Sample:
+        assert key is not None
+        if picture is None:
+            _check_endings(path, key, endings, texts, held, others)
+        return Sample(key, picture, held, where)
+
     for member in tar.members(descriptor, path):
         folder, base = os.path.split(member.name)
         if base.startswith("."):
@@ -214,11 +222,11 @@ def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequenc
         ending, own = ending.lower(), os.path.join(folder, stem)
         if own != key:
             if key is not None:
-                yield Sample(key, picture, held, where)
+                yield whole()
                 done.add(key)
             if own in done:
                 raise _wrong(path, own, "members of one key must stand together, each key once in a tar file")
-            key, picture, held, where = own, None, {}, {}
+            key, picture, held, where, others = own, None, {}, {}, set()
         if ending in endings:
             if picture is not None:
                 raise _wrong(path, own, "a sample must have one picture (data.options.picture: its ending)")
@@ -227,9 +235,38 @@ def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequenc
             if ending in held:
                 raise _wrong(path, own, "a sample must have one member of an ending")
             held[ending], where[ending] = os.pread(descriptor, member.size, member.start), member
+        else:
+            others.add(ending)
     if key is not None:
-        yield Sample(key, picture, held, where)
+        yield whole()
 
 
-def _wrong(path: Path, key: str, expected: str) -> PrivateInputError:
-    return PrivateInputError(f"{path}, {key}: {expected}. Pack it anew.", f"{path}: {expected}.")
+def _check_endings(
+    path: Path,
+    key: str,
+    endings: Sequence[str],
+    texts: Sequence[str],
+    held: Collection[str],
+    others: Collection[str],
+) -> None:
+    """Refuse a key without a picture that would have one but for a dot in it, by which several samples are
+    one, or of whose members none is known."""
+    if hidden := sorted(other for other in others if other.rpartition(".")[2] in endings):
+        raise _wrong(
+            path,
+            key,
+            "a key must have no dot, since the ending of a member starts at the first one",
+            f"members with the endings {', '.join(hidden[:NAMED])}. Write another sign for that dot",
+        )
+    if not held:
+        raise _wrong(
+            path,
+            key,
+            f"every key must have a picture or one of the members {', '.join(texts)}",
+            f"members with the endings {', '.join(sorted(others)[:NAMED])}. Convert them, or leave them out",
+        )
+
+
+def _wrong(path: Path, key: str, expected: str, got: str = "") -> PrivateInputError:
+    found = f", got {got}. Pack it anew." if got else ". Pack it anew."
+    return PrivateInputError(f"{path}, {key}: {expected}{found}", f"{path}: {expected}.")
