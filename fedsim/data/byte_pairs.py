@@ -31,7 +31,8 @@ def learned(captions: Iterable[str], vocabulary: int) -> Any:
 
     Args:
         captions: public ones.
-        vocabulary: tokens at most, the special ones among them; fewer where the captions give no more.
+        vocabulary: tokens up to which pairs are joined: the special ones and every letter of the captions have
+            one each, however many they are; fewer than `vocabulary` where there are no more pairs.
 
     Raises:
         InputError: the package is not installed, or no caption has a word.

@@ -425,3 +425,14 @@ def test_a_list_of_captions_is_none(tmp_path: Path) -> None:
     np.testing.assert_array_equal(train.targets, expected)
     for caption, text in zip(said, ["a dog", None, None, None, "5", None], strict=True):
         assert tar_files.word(json.dumps({"caption": caption}).encode(), "json.caption") == text
+
+
+def test_owners_are_asked_of_the_training_table_alone(tmp_path: Path) -> None:
+    """Whatever the tables are called."""
+    folder_of(tmp_path, "files")
+    row = {"image": "../files/b.png", "caption": "a dog"}
+    for split, more in (("train", {"who": "x"}), ("test", {})):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "rows.jsonl").write_text(json.dumps({**row, **more}))
+    train = train_of(tmp_path, train="train/rows.jsonl", test="test/rows.jsonl", holder="who")
+    assert train.groups is not None

@@ -26,8 +26,9 @@ from fedsim.data import augment, datasets
 from fedsim.data.examples import Splits
 from fedsim.data.partition import Partition, partition
 from fedsim.data.pictures import index, stores, tar
-from fedsim.data.pictures.decode import Encoded, Undecodable
+from fedsim.data.pictures.decode import Encoded
 from fedsim.data.pictures.pictures import Pictures
+from fedsim.data.pictures.shown import Undecodable
 from fedsim.merging import Choice
 from fedsim.partitions import Material
 from fedsim.validate import InputError, PrivateInputError, RunError

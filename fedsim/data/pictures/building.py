@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 
 from fedsim.data.pictures import index, tar
 from fedsim.data.pictures import workers as threads
-from fedsim.data.pictures.decode import Encoded, Undecodable
+from fedsim.data.pictures.decode import Encoded
 from fedsim.data.pictures.index import Columns, Growing, Index
 from fedsim.data.pictures.pictures import SIZE, fingerprint
+from fedsim.data.pictures.shown import Undecodable
 from fedsim.data.pictures.stores import short_stamp
 from fedsim.validate import InputError, PrivateInputError
 

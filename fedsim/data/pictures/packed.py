@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from fedsim.data import cache
 from fedsim.data.pictures import index
 from fedsim.data.pictures import workers as threads
-from fedsim.data.pictures.decode import Encoded, Picture, Pixels, Undecodable, shrunk_to
+from fedsim.data.pictures.decode import Encoded, Picture, Pixels, shrunk_to
 from fedsim.data.pictures.index import Index, narrow
 from fedsim.data.pictures.pictures import InFiles
+from fedsim.data.pictures.shown import Undecodable
 
 UNIT = 64
 """Pictures start at multiples of so many bytes."""

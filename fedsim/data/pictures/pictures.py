@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from fedsim.augmentations.base import Part, Words
 from fedsim.data.chosen import Chosen, Rows
 from fedsim.data.pictures import workers as threads
-from fedsim.data.pictures.decode import Encoded, Picture, Undecodable
+from fedsim.data.pictures.decode import Encoded, Picture
+from fedsim.data.pictures.shown import Undecodable
 from fedsim.data.pictures.stores import Store
 
 Read = tuple[NDArray[np.uint8], NDArray[np.bool_]]

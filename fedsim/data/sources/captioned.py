@@ -30,7 +30,8 @@ class Captioned(ImageFiles):
         tokenizer: "learned": byte pairs, learned from the public captions when data are loaded; or a
             tokenizer.json below data.root, made from public texts, whose tokens 0, 1 and 2 are padding,
             begin and end.
-        vocabulary: of "learned": tokens at most.
+        vocabulary: of "learned": tokens up to which pairs are joined; every letter of the public captions has
+            one besides.
         places: tokens a caption has, its end among them; longer ones are cut, and count as cut.
     """
 

@@ -56,15 +56,16 @@ class Captions(WithPublicTexts):
                 many pictures for the memory.
         """
         tokenizer = self.tokens(root, self.public_captions(root))
-        return Splits(*(self._split(root / name, tokenizer) for name in (self.train, self.test)))
+        parts = ((self.train, True), (self.test, False))
+        return Splits(*(self._split(root / name, tokenizer, own) for name, own in parts))
 
     def private_files(self, root: Path) -> Iterable[Path]:
         """See `WithPublicTexts.private_files`."""
         path = root / self.train
         return [path, *folders.files(path, "captions")] if path.is_dir() else [path]
 
-    def _split(self, path: Path, tokenizer: Any) -> ArrayDataset:
-        pictures, captions, owners = self._folder(path) if path.is_dir() else self._table(path)
+    def _split(self, path: Path, tokenizer: Any, own: bool) -> ArrayDataset:
+        pictures, captions, owners = self._folder(path) if path.is_dir() else self._table(path, own)
         if not pictures:
             raise InputError(f"captions: {path} must hold at least one picture with a caption, got none.")
         assert self.size is not None
@@ -111,8 +112,8 @@ class Captions(WithPublicTexts):
         said = [_line(texts.get(p.with_suffix(""))) for p in files]
         return list[Path | bytes](files), said, None
 
-    def _table(self, path: Path) -> tuple[list[Path | bytes], list[str], NDArray[np.int64] | None]:
-        owner = [self.holder] if self.holder is not None and path.name == Path(self.train).name else []
+    def _table(self, path: Path, own: bool) -> tuple[list[Path | bytes], list[str], NDArray[np.int64] | None]:
+        owner = [self.holder] if self.holder is not None and own else []
         found = rows.read(path, [self.image, self.caption, *owner])
         pictures = [_picture(cell, path.parent) for cell in found[self.image]]
         captions = [rows.spoken(cell) or "" for cell in found[self.caption]]
