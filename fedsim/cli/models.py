@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,15 +95,27 @@ def _inputs(path: Path, card: Card) -> tuple[list[str], Any]:
         if card.source is None:
             raise InputError(f"INPUT must be a .npy array for a model of these data, got {path}.")
         return SOURCES.make(card.source).inputs(path)
+    from fedsim import validate
+    from fedsim.data.sources import folders
     from fedsim.data.sources.image_files import pixels
 
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = folders.files(path, "INPUT") if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} must hold images, and is empty.")
     options = {} if card.source is None else card.source.options
     fit, short = str(options.get("fit", "crop")), options.get("short_side")
-    names = [p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files]
-    return names, np.stack([pixels(p, card.example_shape, fit, short) for p in files])
+    found: dict[str, Any] = {}
+    for file in files:
+        name = validate.printable(file.relative_to(path).as_posix() if path.is_dir() else file.name)
+        try:
+            found[name] = pixels(file, card.example_shape, fit, short)
+        except InputError as error:
+            if not path.is_dir():
+                raise
+            print(f"fedsim: left out: {error}", file=sys.stderr)
+    if not found:
+        raise InputError(f"{path} must hold images, and none of its {len(files)} files is one.")
+    return list(found), np.stack(list(found.values()))
 
 
 def _export(options: argparse.Namespace) -> dict[str, str]:

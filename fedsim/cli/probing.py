@@ -48,8 +48,8 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     if options.captions:
         if options.overrides:
             raise InputError(
-                "--captions looks at the evaluation split that the run was judged by, so no settings of data go "
-                f"with it, got {' '.join(options.overrides)}. Leave them out, or leave out --captions."
+                "--captions looks at the evaluation split that the run was judged by, so no settings of data "
+                f"go with it, got {' '.join(options.overrides)}. Leave them out, or leave out --captions."
             )
         splits = datasets.load(loading.loaded(run.config, {}).data)
         said = probe.told_apart(probe.captioner_of(run), splits.test, options.among)

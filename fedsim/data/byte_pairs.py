@@ -6,6 +6,7 @@ declared apart from them, and a tokenizer from a file is believed to be public.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ SPECIAL = ("<pad>", "<begin>", "<end>", "<unknown>")
 """The first tokens of a vocabulary that is learned here: PADDING, BEGIN, END, and what has no token."""
 BLANK = "\u2581"
 """What stands for the blank before a word in a token."""
+BYTE_BLANK = "\u0120"
+"""The same in byte-level tokens, whose letters are bytes."""
 
 
 def learned(captions: Iterable[str], vocabulary: int) -> Any:
@@ -31,8 +34,8 @@ def learned(captions: Iterable[str], vocabulary: int) -> Any:
 
     Args:
         captions: public ones.
-        vocabulary: tokens up to which pairs are joined: the special ones and every letter of the captions have
-            one each, however many they are; fewer than `vocabulary` where there are no more pairs.
+        vocabulary: tokens up to which pairs are joined: the special ones and every letter of the captions
+            have one each, however many they are; fewer than `vocabulary` where there are no more pairs.
 
     Raises:
         InputError: the package is not installed, or no caption has a word.
@@ -113,7 +116,21 @@ def words(ids: Iterable[int], named: Sequence[str]) -> str:
             said.append(named[token])
     if any(BLANK in token for token in named):
         return "".join(said).replace(BLANK, " ").strip()
+    if any(token.startswith(BYTE_BLANK) for token in named):
+        letters = _bytes_of_letters()
+        held = b"".join(letters.get(sign, sign.encode()) for sign in "".join(said))
+        return held.decode("utf-8", "replace").strip()
     return " ".join(said).replace(" ##", "")
+
+
+@functools.cache
+def _bytes_of_letters() -> dict[str, bytes]:
+    """The byte that each letter of byte-level tokens stands for (Radford et al. 2019): printable ones of
+    Latin-1 for themselves, the others for letters from U+0100 on, in their order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    shown = {chr(byte): bytes([byte]) for byte in plain}
+    return shown | {chr(256 + place): bytes([byte]) for place, byte in enumerate(others)}
 
 
 def _package() -> Any:

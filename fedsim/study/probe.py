@@ -204,8 +204,8 @@ def few_shot(
         own = np.flatnonzero(train_labels.numpy() == label)
         if len(own) < shots:
             raise InputError(
-                f"few-shot probes (--shots) need {shots} examples a class, class {label} has {len(own)}. Ask for "
-                "fewer, or set other data."
+                f"few-shot probes (--shots) need {shots} examples a class, class {label} has {len(own)}. "
+                "Ask for fewer, or set other data."
             )
         chosen.append(random.choice(own, shots, replace=False))
     rows = torch.from_numpy(np.concatenate(chosen))

@@ -436,3 +436,19 @@ def test_owners_are_asked_of_the_training_table_alone(tmp_path: Path) -> None:
         (tmp_path / split / "rows.jsonl").write_text(json.dumps({**row, **more}))
     train = train_of(tmp_path, train="train/rows.jsonl", test="test/rows.jsonl", holder="who")
     assert train.groups is not None
+
+
+@given(said=st.lists(st.text("abcé猫😀.,", min_size=1, max_size=6), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_a_caption_of_byte_level_tokens_comes_back(said: list[str]) -> None:
+    """Its letters are bytes, and its blanks a letter of their own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<pad>", "<begin>", "<end>"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=letters, show_progress=False)
+    made.train_from_iterator(PUBLIC, trainer)
+    (row,) = byte_pairs.targets(made, [" ".join(said)], 400)
+    assert byte_pairs.words(row.tolist(), byte_pairs.names(made)) == " ".join(said)

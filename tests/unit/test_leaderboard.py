@@ -154,6 +154,16 @@ def test_a_run_predicts_images_of_a_folder(
     lines = capsys.readouterr().out.split("\n")[:10]
     assert [line.split("\t")[0] for line in lines][:2] == ["1_left.jpeg", "1_right.jpeg"]
     assert {line.split("\t")[1] for line in lines} <= set("01234")
+    (root / "eyepacs" / "test" / "0\x1b[31m.txt").write_text("no picture")
+    (root / "eyepacs" / "test" / ".hidden").write_text("no picture")
+    assert command(["predict", str(tmp_path / "run"), str(root / "eyepacs" / "test")]) == 0
+    said = capsys.readouterr()
+    assert said.out.split("\n")[:10] == lines
+    assert "left out: " in said.err
+    assert "0\\x1b[31m.txt must be a readable image" in said.err
+    (alone := tmp_path / "alone").mkdir()
+    (alone / "a.txt").write_text("no picture")
+    assert command(["predict", str(tmp_path / "run"), str(alone)]) == 2
 
 
 @pytest.mark.parametrize("size", [32, 48])

@@ -1,18 +1,21 @@
-"""Making the index of a folder of pictures or of tar files: once, by reading every file once; nothing is
-decoded.
+"""Making the index of a folder of pictures or of tar files: once, by reading every file; nothing is decoded.
 
 Of each picture it keeps where it is, 16 bytes that stand for its content, its class and its owner. Headers of
 pictures are looked at, so that a file that is none is counted (`meta["refused"]`); one that is damaged
-further in is found when it is decoded. Either keeps its place.
+further in is found when it is decoded, if the decoder finds it: most JPEGs in which a few bytes changed
+decode to other pixels without an error. Either keeps its place.
 """
 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from fedsim.data.pictures import index, tar
 from fedsim.data.pictures import workers as threads
@@ -202,7 +205,7 @@ def _shards(
 def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequence[str]) -> Iterable[Sample]:
     """Yield the samples of one tar file: members of one key, which stand together. A key is what a name has
     before its first dot, and the ending all that follows, as WebDataset has it."""
-    done: set[str] = set()
+    done = array("q")  # hashes of the keys, for memory's sake
     key: str | None = None
     picture: tar.Member | None = None
     held: dict[str, bytes] = {}
@@ -216,17 +219,13 @@ def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequenc
         return Sample(key, picture, held, where)
 
     for member in tar.members(descriptor, path):
-        folder, base = os.path.split(member.name)
-        if base.startswith("."):
+        if (found := _key(member)) is None:
             continue
-        stem, _, ending = base.partition(".")
-        ending, own = ending.lower(), os.path.join(folder, stem)
+        own, ending = found
         if own != key:
             if key is not None:
                 yield whole()
-                done.add(key)
-            if own in done:
-                raise _wrong(path, own, "members of one key must stand together, each key once in a tar file")
+            done.append(hash(own))
             key, picture, held, where, others = own, None, {}, {}, set()
         if ending in endings:
             if picture is not None:
@@ -240,6 +239,33 @@ def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequenc
             others.add(ending)
     if key is not None:
         yield whole()
+    if twice := _twice(done, descriptor, path):
+        raise _wrong(path, twice, "members of one key must stand together, each key once in a tar file")
+
+
+def _key(member: tar.Member) -> tuple[str, str] | None:
+    """Return key and ending of a member; None: it is a hidden one."""
+    folder, base = os.path.split(member.name)
+    if base.startswith("."):
+        return None
+    stem, _, ending = base.partition(".")
+    return os.path.join(folder, stem), ending.lower()
+
+
+def _twice(hashes: Sequence[int], descriptor: int, path: Path) -> str:
+    """Return a key of a tar file that comes again after others, or ""; `hashes` of its keys as they came."""
+    values, counts = np.unique(np.asarray(hashes, np.int64), return_counts=True)
+    again = set(values[counts > 1].tolist())
+    seen: set[str] = set()
+    before = ""
+    for member in tar.members(descriptor, path) if again else ():
+        key, _ = _key(member) or (before, "")
+        if key != before and hash(key) in again:
+            if key in seen:
+                return key
+            seen.add(key)
+        before = key
+    return ""
 
 
 def _check_endings(

@@ -1,5 +1,4 @@
-"""Pictures that were made smaller once, as pixels in one file that is memory-mapped: nothing is decoded
-again.
+"""Pictures made smaller once, as pixels in one file that is memory-mapped: nothing is decoded again.
 
 The shorter side of each is brought to a given length, bilinearly with antialiasing; smaller ones stay as they
 are. Parts and fits are then those of the smaller pictures, so that results are not those of the files. The
