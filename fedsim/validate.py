@@ -7,16 +7,41 @@ from __future__ import annotations
 
 import difflib
 import math
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 
+def printable(text: str, kept: str = "") -> str:
+    """Return a text with what a terminal takes as an order (control characters, changes of direction, bytes
+    that are no text) written as an escape, such as "\\x1b"; names of files may hold them.
+
+    Args:
+        text: any.
+        kept: signs that stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        sign.encode("unicode_escape").decode()
+        if sign not in kept and (unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign in _TURNING)
+        else sign
+        for sign in text
+    )
+
+
+_TURNING = "\u061c\u200e\u200f" + "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+
+
 class FedsimError(Exception):
     """Base of all errors fedsim raises on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message), "\n\t"))
 
 
 class InputError(FedsimError, ValueError):
@@ -30,7 +55,7 @@ class PrivateInputError(InputError):
 
     def __init__(self, message: str, public: str) -> None:
         super().__init__(message)
-        self.public = public
+        self.public = printable(public, "\n\t")
 
 
 def with_place(error: InputError, before: str = "", after: str = "") -> InputError:

@@ -42,9 +42,15 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
         from fedsim.data import datasets
         from fedsim.run import Run
         from fedsim.study import probe
+        from fedsim.validate import InputError
 
     run = Run(options.run)
     if options.captions:
+        if options.overrides:
+            raise InputError(
+                "--captions looks at the evaluation split that the run was judged by, so no settings of data "
+                f"go with it, got {' '.join(options.overrides)}. Leave them out, or leave out --captions."
+            )
         splits = datasets.load(loading.loaded(run.config, {}).data)
         said = probe.told_apart(probe.captioner_of(run), splits.test, options.among)
         if not options.json:
@@ -54,10 +60,11 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
             )
         return said
     splits = datasets.load(loading.load("base", options.overrides).data)
-    found = probe.probes(run, splits.train, splits.test, options.shots, options.draws)
-    if not options.json:
-        from rich.console import Console
+    from rich.console import Console
 
+    with Console(stderr=True).status("probes") as status:  # of minutes, and nothing where nobody looks on
+        found = probe.probes(run, splits.train, splits.test, options.shots, options.draws, status.update)
+    if not options.json:
         heads, *rows = probe.rows_of(found)
         table = show.table(*heads)
         for row in rows:

@@ -104,7 +104,7 @@ def prepared(
     if isinstance(dataset.inputs, Pictures):
         raw, there = augment.views_of(dataset.inputs, *asked, workers)
     else:
-        raw = augment.views(dataset.inputs[ids], *asked)
+        raw, there = augment.views(dataset.inputs[ids], *asked), dataset.there(ids)
     targets = dataset.wanted_of(ids)
     if there is not None:
         raw, targets = raw[there], targets[there]

@@ -84,7 +84,7 @@ def load(config: DataConfig, public_only: bool = False) -> Splits:
         InputError: unknown name, files missing or malformed, or more examples asked for than there are. With
             `public_only` its message says nothing of what examples hold.
     """
-    with _telling(public_only):
+    with telling(public_only):
         return _load(_described(config))
 
 
@@ -101,7 +101,7 @@ def extract(
     Raises:
         InputError: as `load`.
     """
-    with _telling(public_only):
+    with telling(public_only):
         cuts = _cuts(merging.parse_options(json.loads(_described(config)), DataConfig, "data"))
         if ids is None:
             return [_file(data, config, rows) for data, rows in cuts]
@@ -114,7 +114,7 @@ def _described(config: DataConfig) -> str:
 
 
 @contextlib.contextmanager
-def _telling(public_only: bool) -> Iterator[None]:
+def telling(public_only: bool) -> Iterator[None]:
     """Let messages say what examples hold only where they may."""
     try:
         yield

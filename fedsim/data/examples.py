@@ -47,6 +47,8 @@ class ArrayDataset:
         mean, std: C numbers each, applied to pixels on the [0, 1] scale: published constants for the standard
             sets, 0.5 and 0.5 for other images (statistics of private images would leak), empty for others.
         vocabulary: number of tokens there can be in the inputs, declared; None: the inputs are no tokens.
+        whole: (N,) which inputs of an array are there: others could not be read, and contribute nothing;
+            None: all of them. Pictures that stay in their files are asked when they are read.
 
     Raises:
         InputError: shapes, dtypes, lengths or targets that do not fit together. Whether features are finite
@@ -61,6 +63,7 @@ class ArrayDataset:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     vocabulary: int | None = None
+    whole: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         _check_inputs(self.name, self.inputs, self.vocabulary)
@@ -123,7 +126,12 @@ class ArrayDataset:
         if isinstance(self.inputs, Pictures):
             found, whole = self.inputs.read(rows, workers)
             return found, None if whole.all() else whole
-        return self.inputs[rows], None
+        return self.inputs[rows], self.there(rows)
+
+    def there(self, rows: Rows) -> NDArray[np.bool_] | None:
+        """Return which of these rows of an array are there, (n,); None: all of them."""
+        there = None if self.whole is None else self.whole[rows]
+        return None if there is None or there.all() else there
 
     def blank(self, count: int) -> NDArray[Any]:
         """Return (count, ...) zeros in the form of the inputs; no example is read."""
@@ -164,7 +172,8 @@ class ArrayDataset:
         groups = None if self.groups is None else self.groups[rows]
         inputs = self.inputs.take(rows) if isinstance(self.inputs, Pictures) else self.inputs[rows]
         targets = self.targets.take(rows) if isinstance(self.targets, TokenRows) else self.targets[rows]
-        return dataclasses.replace(self, inputs=inputs, targets=targets, groups=groups)
+        whole = None if self.whole is None else self.whole[rows]
+        return dataclasses.replace(self, inputs=inputs, targets=targets, groups=groups, whole=whole)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedsim import digest
 from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
-from fedsim.data.pictures.decode import rgb
+from fedsim.data.pictures.shown import rgb
 from fedsim.data.sources.arrays import check_channels_last, finite
 from fedsim.data.sources.base import declared_one
 from fedsim.data.targets import Targets

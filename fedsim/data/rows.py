@@ -72,7 +72,7 @@ def _csv(path: Path) -> Columns:
 
 
 def _jsonl(path: Path) -> Columns:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if any(not isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: every line must be a JSON object.")
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -91,6 +91,12 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Columns:
         _check_names(path, wanted, file.schema_arrow.names)
         found = file.read(columns=list(wanted))
     return {name: found.column(name).to_pylist() for name in wanted}
+
+
+def spoken(cell: Any) -> str | None:
+    """Return a cell as a text, or None where it is neither a text nor a number: of a list of texts, nobody
+    says which is meant."""
+    return str(cell) if isinstance(cell, str | int | float) and not isinstance(cell, bool) else None
 
 
 def number(cell: Any, where: str) -> float:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +19,7 @@ from fedsim import given, models, provenance, references, seeds
 from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.data.pictures.pictures import Pictures
-from fedsim.engine import device, trials
+from fedsim.engine import device, scoring, trials
 from fedsim.grads.batch import call
 from fedsim.grads.flat import get_flat, spec
 from fedsim.learners import optimizer
@@ -55,8 +56,11 @@ class Experiment:
     @functools.cached_property
     def noticed(self) -> Sensitive[dict[str, int]] | None:
         """Return how many training examples have odd targets (`Task.noticed`); None where none has."""
-        found: Counter[str] = Counter()
-        for counts in self.splits.train.of_targets(self.task.noticed):
+        found, train = Counter[str](), self.splits.train
+        if train.whole is not None:  # their targets say nothing
+            found["pictures that cannot be read"] = int((~train.whole).sum())
+            train = train.take(np.flatnonzero(train.whole))
+        for counts in train.of_targets(self.task.noticed):
             found.update(counts)
         return Sensitive({name: n for name, n in found.items() if n}) if any(found.values()) else None
 
@@ -73,6 +77,8 @@ def prepare(config: Config) -> Experiment:
     splits = datasets.load(config.data, bool(config.monitor.public_only))
     task = task_of(config, splits)
     _tell_of_pictures(config, splits)
+    with datasets.telling(bool(config.monitor.public_only)):
+        scoring.check(splits.test, held_out=bool(config.data.holdout_examples))
     augment.check(config.train.augmentations, splits.train.blank(1)[0])
     holders = partition_of(config, splits.train, task, config.seed)
     model = build_model(config, splits.train, task, config.seed)
@@ -94,8 +100,10 @@ def prepare(config: Config) -> Experiment:
 
 def _tell_of_pictures(config: Config, splits: examples.Splits) -> None:
     """Say how many pictures are known to be none, of private ones only where that may be said."""
-    told = {"test": splits.test} if config.monitor.public_only else vars(splits)
-    for split, data in told.items():
+    told = [] if config.monitor.public_only else [("training", splits.train)]
+    if not config.data.holdout_examples:  # held-out examples are of the training files
+        told.append(("test", splits.test))
+    for split, data in told:
         count, how = data.inputs.frames.known if isinstance(data.inputs, Pictures) else (0, "")
         if count:
             _log.warning(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedsim.data.sources import SOURCES
+from fedsim import validate
+from fedsim.data.sources import SOURCES, folders
 from fedsim.engine.model_card import Card
 from fedsim.validate import InputError
+
+_log = logging.getLogger(__name__)
 
 
 def read(card: Card, path: Path) -> tuple[list[str], Any]:
@@ -18,7 +22,7 @@ def read(card: Card, path: Path) -> tuple[list[str], Any]:
     Args:
         card: what the model takes.
         path: a .npy array of examples; an image, or a folder of images, which get the shape that the model
-            takes; or what the run's own source reads: a table, texts.
+            takes, other files are left out with a warning; or what the run's own source reads: a table, texts.
 
     Returns:
         Names are files, relative to a folder, or numbers of rows.
@@ -43,13 +47,23 @@ def read(card: Card, path: Path) -> tuple[list[str], Any]:
         return SOURCES.make(card.source).inputs(path)
     from fedsim.data.sources.image_files import pixels
 
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = folders.files(path, "INPUT") if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} must hold images, and is empty.")
     options = {} if card.source is None else card.source.options
     fit, short = str(options.get("fit", "crop")), options.get("short_side")
-    names = [p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files]
-    return names, np.stack([pixels(p, card.example_shape, fit, short) for p in files])
+    found: dict[str, Any] = {}
+    for file in files:
+        name = validate.printable(file.relative_to(path).as_posix() if path.is_dir() else file.name)
+        try:
+            found[name] = pixels(file, card.example_shape, fit, short)
+        except InputError as error:
+            if not path.is_dir():
+                raise
+            _log.warning("left out: %s", error)
+    if not found:
+        raise InputError(f"{path} must hold images, and none of its {len(files)} files is one.")
+    return list(found), np.stack(list(found.values()))
 
 
 def rows(array: Any) -> list[str]:

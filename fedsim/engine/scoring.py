@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from fedsim.data import batches, examples
 from fedsim.data.partition import Partition
 from fedsim.data.pictures.pictures import Pictures
+from fedsim.data.targets import IGNORED
 from fedsim.engine import evaluate
 from fedsim.engine.ahead import ahead
 from fedsim.tasks import Task
+from fedsim.validate import InputError, PrivateInputError
 from fedsim.visibility import Numbers, Public, Sensitive
 
 EVALUATION_BATCH = 500
+LOOKED_AT = 16
 
 
 def scores_of(
@@ -32,6 +35,36 @@ def scores_of(
     if any(lost):
         measured["undecodable_test"] = float(sum(lost))
     return {name: kind(value) for name, value in measured.items()}
+
+
+def check(data: examples.ArrayDataset, *, held_out: bool) -> None:
+    """Refuse an evaluation split of which no example counts: no picture of it can be decoded, or no caption
+    has a token. It is looked at up to the first that does.
+
+    Args:
+        data: the split.
+        held_out: whether it is of the training examples, so that a message must say nothing of it.
+
+    Raises:
+        InputError: says what is wrong with the first.
+    """
+    why = ""
+    for start in range(0, len(data), LOOKED_AT):
+        rows = np.arange(start, min(start + LOOKED_AT, len(data)))
+        if data.declared.kind == "tokens":
+            rows = rows[(data.wanted_of(rows) != IGNORED).any(1)]
+            why = why or "the first of them has no word that counts"
+        if not len(rows):
+            continue
+        _, there = data.read(rows)
+        if there is None or there.any():
+            return
+        why = data.inputs.said(int(rows[0])) if isinstance(data.inputs, Pictures) else why
+    expected = f"{data.name}: evaluation must have an example that counts, a picture that can be decoded"
+    expected += " and a caption with a word" if data.declared.kind == "tokens" else ""
+    remedy = "Mend its files, or set other ones."
+    message = f"{expected}, got none of {len(data)}: {why}. {remedy}"
+    raise PrivateInputError(message, f"{expected}. {remedy}") if held_out else InputError(message)
 
 
 def holder_scores(

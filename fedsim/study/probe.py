@@ -96,7 +96,12 @@ def pixels(images: NDArray[np.uint8]) -> Tensor:
 
 
 def probes(
-    run: Run, train: ArrayDataset, test: ArrayDataset, shots: Sequence[int] = (1, 5, 10), draws: int = 3
+    run: Run,
+    train: ArrayDataset,
+    test: ArrayDataset,
+    shots: Sequence[int] = (1, 5, 10),
+    draws: int = 3,
+    told: Callable[[str], None] = lambda now: None,
 ) -> dict[str, dict[str, Any]]:
     """Return the accuracy of linear and few-shot probes on features of the run's encoder, on those of the
     same architecture as drawn from other seeds, and on pixels.
@@ -106,6 +111,7 @@ def probes(
         train, test: pictures with classes.
         shots: examples a class of the few-shot probes.
         draws: of the few examples, and of the encoder as drawn: seeds 0, 1, ...
+        told: gets what is done next, in words.
 
     Returns:
         {"encoder" | "drawn" | "pixels": {"linear": [accuracy, ...], "1 shot": [...], ...}}: of the encoder
@@ -131,7 +137,8 @@ def probes(
     found: dict[str, dict[str, Any]] = {}
     for name, several in ways.items():
         scores: dict[str, list[float]] = {}
-        for way in several:
+        for number, way in enumerate(several, 1):
+            told(f"probes on {name} ({number} of {len(several)})")
             own = standardised(way(train_images), way(test_images))
             scores.setdefault("linear", []).append(linear(*own, *labels, classes))
             for few in shots:
@@ -196,7 +203,10 @@ def few_shot(
     for label in range(classes):
         own = np.flatnonzero(train_labels.numpy() == label)
         if len(own) < shots:
-            raise InputError(f"few-shot probes need {shots} examples a class, class {label} has {len(own)}.")
+            raise InputError(
+                f"few-shot probes (--shots) need {shots} examples a class, class {label} has {len(own)}. "
+                "Ask for fewer, or set other data."
+            )
         chosen.append(random.choice(own, shots, replace=False))
     rows = torch.from_numpy(np.concatenate(chosen))
     head = fitted_head(train[rows], train_labels[rows], classes, FEW_DECAY)

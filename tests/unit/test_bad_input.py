@@ -11,6 +11,7 @@ from torch import nn
 from fedsim import models
 from fedsim.engine import checkpoint
 from fedsim.flower import launch
+from fedsim.validate import InputError, PrivateInputError, RunError, printable
 from tests.conftest import SMALL, command, small, train
 
 
@@ -171,3 +172,16 @@ def test_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureF
     assert command(["run", "base", *SMALL, "--out", str(tmp_path)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "result.json").read_bytes() == before
+
+
+def test_what_a_terminal_takes_as_an_order_is_written_out() -> None:
+    """In every message of ours, also of names with a newline; other letters and signs stay as they are."""
+    name = "a\x1b[31m\u202eb\x07\udcff\u2028é猫👩\u200d👧 c"
+    plain = "a\\x1b[31m\\u202eb\\x07\\udcff\\u2028é猫👩\u200d👧 c"
+    for error in (InputError(name), RunError(name), PrivateInputError(name, name)):
+        assert str(error) == plain
+    assert PrivateInputError("x", name).public == plain
+    assert str(InputError("two\nlines\tkept")) == "two\nlines\tkept"
+    assert printable("two\nlines") == "two\\nlines"
+    assert printable(plain) == plain
+    str(InputError(name)).encode()  # what no encoding has would end a command

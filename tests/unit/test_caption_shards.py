@@ -26,8 +26,10 @@ from fedsim.data.token_rows import TokenRows
 from fedsim.engine import setup
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node
+from fedsim.engine.scoring import scores_of
 from fedsim.types import StepTask
 from fedsim.validate import InputError, PrivateInputError
+from fedsim.visibility import Public
 from tests import pictures as made
 from tests.conftest import final, small, train
 
@@ -348,6 +350,79 @@ def test_a_run_is_bound_to_its_captions(tmp_path: Path) -> None:
     second = digests()
     assert second[0] != first[0]
     assert second[1] == first[1]
+
+
+def broken_shards(root: Path, broken: dict[str, set[int]]) -> None:
+    """Pairs of which these have a picture whose first bytes already are none."""
+    for split in ("train", "test"):
+        rows = enumerate(pairs())
+        shards(root, split, [(b"?" if row in broken[split] else one[0], one[1]) for row, one in rows])
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+@pytest.mark.parametrize("public_only", [True, False])
+def test_how_many_private_pictures_are_none_is_said_where_it_may_be(
+    held_out: int, public_only: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Held-out examples lie in the private files."""
+    broken_shards(tmp_path, {"train": {0, 3, 5}, "test": {1, 2}})
+    chosen = [f"monitor.public_only={public_only}", f"data.holdout_examples={held_out}"]
+    prepare(run_config(tmp_path, *chosen, "train.expected_batch_size=4"))
+    assert ("3 pictures of the training files" in caplog.text) is not public_only
+    assert ("2 pictures of the test files" in caplog.text) == (not held_out)
+    assert ("3 pictures" in caplog.text) is not public_only
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+@pytest.mark.parametrize("public_only", [True, False])
+def test_an_evaluation_split_without_an_example_is_refused_before_anything_starts(
+    held_out: int, public_only: bool, tmp_path: Path
+) -> None:
+    """All of its pictures are cut off, which shows only when they are decoded, or their captions empty."""
+    held = pairs()
+    cut = [(content[:-200] if row != EMPTY else content, text) for row, (content, text) in enumerate(held)]
+    shards(tmp_path, "train", cut if held_out else held)
+    shards(tmp_path, "test", cut)
+    chosen = [f"monitor.public_only={public_only}", f"data.holdout_examples={held_out}"]
+    with pytest.raises(InputError, match="evaluation must have an example that counts") as refused:
+        prepare(run_config(tmp_path, *chosen))
+    assert ("is truncated" in str(refused.value)) == (not (public_only and held_out))
+
+
+def test_an_evaluation_split_of_empty_captions_is_refused(tmp_path: Path) -> None:
+    shards(tmp_path, "train", pairs())
+    shards(tmp_path, "test", pairs()[EMPTY : EMPTY + 1])
+    with pytest.raises(InputError, match="a caption with a word"):
+        prepare(run_config(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["caption_shards", "captions"])
+def test_a_split_of_which_one_example_counts_is_judged_by_it(name: str, tmp_path: Path) -> None:
+    held = pairs()
+    cut = [(content[:-200], text) for content, text in held[:4]]
+    for split, some in (("train", held), ("test", [*cut, held[6]])):
+        shards(tmp_path, split, some)
+        folder(tmp_path / split, some)
+    given = {} if name == "caption_shards" else {"train": "train", "test": "test"}
+    made_of = prepare(run_config(tmp_path, name=name, **given))
+    scores = scores_of(made_of.model, made_of.task, made_of.splits, torch.float64, held_out=False)
+    assert scores["undecodable_test"] == Public(4.0)
+
+
+def test_unreadable_pictures_of_a_folder_count_apart_from_empty_captions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = pairs()
+    held[5] = (held[5][0][:-200], held[5][1])
+    for split in ("train", "test"):
+        folder(tmp_path / split, held)
+    chosen = run_config(tmp_path, name="captions", train="train", test="test")
+    noticed = prepare(chosen).noticed
+    assert noticed is not None
+    assert noticed.value == {"pictures that cannot be read": 1, "empty captions": 1, "captions cut": 1}
+    assert "1 pictures that cannot be read" in caplog.text
+    found = sums_of(Node(chosen, 0, 0), np.arange(len(held)))
+    assert (found.count, found.undecodable) == (len(held), 1)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from PIL import Image
 
 from fedsim.config import DataConfig
 from fedsim.data import byte_pairs, cache, datasets
+from fedsim.data.examples import ArrayDataset
+from fedsim.data.sources import tar_files
 from fedsim.data.targets import BEGIN, END, IGNORED, PADDING
-from fedsim.validate import InputError
+from fedsim.validate import InputError, PrivateInputError
 
 PUBLIC = ["a red apple left of a small dog on grass", "Two  DOGS and an apple", "a dog on sand below a cat"]
 
@@ -96,6 +99,66 @@ def test_a_tokenizer_file_must_keep_the_first_tokens_free(
         byte_pairs.read(tmp_path / "none.json")
 
 
+ASKED = {
+    "padding to the longest": lambda made: made.enable_padding(pad_token="<pad>"),
+    "padding in front": lambda made: made.enable_padding(length=9, direction="left"),
+    "cutting": lambda made: made.enable_truncation(2),
+    "dropout": lambda made: setattr(made.model, "dropout", 0.9),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@given(beside=st.lists(st.sampled_from([*PUBLIC, "", "cat"]), max_size=4), places=st.integers(2, 20))
+@settings(max_examples=15, deadline=None)
+def test_a_captions_tokens_follow_from_it_alone(asked: str, beside: list[str], places: int) -> None:
+    """Whatever a tokenizer pads, cuts or draws: the same beside any others and again; empty ones stay empty,
+    cut ones count as cut, and the tokenizer goes on asking what it asked."""
+    plain, made = (byte_pairs.learned(PUBLIC, 60) for _ in range(2))
+    ASKED[asked](made)
+    before = made.to_str()
+    captions = [PUBLIC[2], *beside, ""]
+    expected = byte_pairs.targets(plain, captions, places)
+    for _ in range(3):
+        np.testing.assert_array_equal(byte_pairs.targets(made, captions, places), expected)
+    assert bool((expected[-1] == IGNORED).all())
+    assert made.to_str() == before
+    assert made.encode_special_tokens is plain.encode_special_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(f"{folder}/tokenizer.json")
+        read = byte_pairs.read(Path(folder) / "tokenizer.json")
+    np.testing.assert_array_equal(byte_pairs.targets(read, captions, places), expected)
+
+
+def test_a_tokenizer_of_the_package_is_not_changed_by_being_used() -> None:
+    made = byte_pairs.learned(PUBLIC, 60)
+    made.encode_special_tokens = False
+    (found,) = byte_pairs.targets(made, ["a <end> dog"], 20)
+    assert int((found == END).sum()) == 1
+    assert made.encode_special_tokens is False
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 300, 3], [0, 1, 2, 4]])
+def test_a_tokenizer_file_whose_numbers_have_a_gap_is_refused(numbers: list[int], tmp_path: Path) -> None:
+    """They would be others in the file of tokens, whose dtype is for as many as there are."""
+    from tokenizers import Tokenizer, models
+
+    words = dict(zip(["<pad>", "<begin>", "<end>", "a", "b"], numbers, strict=False))
+    Tokenizer(models.WordLevel(words, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="without a gap"):
+        byte_pairs.read(tmp_path / "tokenizer.json")
+
+
+def test_what_has_no_token_is_never_padding_begin_or_end() -> None:
+    """Of a vocabulary of words, where the first tokens stand for unknown ones or are words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<begin>": 1, "<end>": 2, "dog": 3}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found = byte_pairs.targets(made, ["cat dog", "cat", "<end> dog <begin>"], 4)
+    assert found.tolist() == [[3, END, *[IGNORED] * 2], [IGNORED] * 4, [3, END, *[IGNORED] * 2]]
+
+
 def test_public_captions_without_words_are_refused() -> None:
     with pytest.raises(InputError, match="must have words"):
         byte_pairs.learned(["", "  "], 60)
@@ -151,6 +214,12 @@ def check_pairs(found: datasets.Splits, said: list[tuple[str, str]]) -> None:
         shade = 0 if bad or name == "without.png" else 40 * row
         assert abs(int(train.inputs[row].mean()) - shade) <= 2, name
     assert int((train.targets == IGNORED).all(1).sum()) == 4
+    there = train.read(slice(None))[1]
+    assert there is not None
+    assert np.flatnonzero(~there).tolist() == [2, 5], "they count apart from empty captions"
+    some = train.take(np.array([5, 0]))
+    assert (some.whole is not None, some.there(slice(None)).tolist()) == (True, [False, True])  # type: ignore[union-attr]
+    assert train.take(slice(0, 2)).there(slice(None)) is None
 
 
 def test_a_folder_of_pictures_with_texts_beside_them(tmp_path: Path) -> None:
@@ -245,7 +314,6 @@ def test_the_vocabulary_does_not_depend_on_private_captions(tmp_path: Path) -> N
     ("options", "said"),
     [
         ({"public": []}, "data.options.public must list"),
-        ({"public": ["train"]}, "must not name the training examples"),
         ({"size": None}, "data.options.size"),
         ({"places": 1}, "data.options.places"),
         ({"public": ["nothing.txt"]}, "must be a file of public captions"),
@@ -255,3 +323,132 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], said: s
     write_pairs(tmp_path / "train")
     with pytest.raises(InputError, match=said):
         datasets.load(config(tmp_path, **options))
+
+
+def folder_of(root: Path, split: str = "train") -> Path:
+    """A folder of one picture with a text."""
+    (here := root / split).mkdir(parents=True)
+    Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(here / "b.png")
+    (here / "b.txt").write_text("a dog")
+    return here
+
+
+def train_of(root: Path, **options: object) -> ArrayDataset:
+    datasets._load.cache_clear()
+    return datasets.load(config(root, **options)).train
+
+
+def captions_of(train: ArrayDataset) -> list[str]:
+    return [byte_pairs.words(row, train.declared.names) for row in train.wanted_of(slice(None)).tolist()]
+
+
+def test_links_are_followed_and_lost_files_keep_their_place(tmp_path: Path) -> None:
+    """A linked folder's pairs, a link to nowhere, a text without a picture, names in any case."""
+    here = folder_of(tmp_path)
+    folder_of(tmp_path, "test")
+    other = folder_of(tmp_path, "elsewhere")
+    (other / "b.txt").rename(other / "b.TXT")
+    (here / "a.png").symlink_to("nowhere.png")
+    (here / "a.txt").write_text("two dogs")
+    (here / "c.txt").write_text("an apple")
+    (here / "linked").symlink_to(other)
+    (here / ".hidden").mkdir()
+    (here / ".hidden" / "d.png").write_bytes(b"")
+    train = train_of(tmp_path)
+    assert captions_of(train) == ["", "a dog", "", "a dog"]
+    there = train.read(slice(None))[1]
+    assert there is not None
+    assert there.tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["Thumbs.db", "README.md", "metadata.json", "b.TXT"])
+def test_files_that_are_no_pairs_are_no_examples(name: str, tmp_path: Path) -> None:
+    here = folder_of(tmp_path)
+    folder_of(tmp_path, "test")
+    (here / name).write_text("x")
+    with pytest.raises(PrivateInputError, match=name) as refused:
+        train_of(tmp_path)
+    assert name not in refused.value.public
+    (here / name).unlink()
+    (here / f".{name}").write_text("x")
+    assert len(train_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_text_may_say_its_encoding_in_front(encoding: str, tmp_path: Path) -> None:
+    """Of a picture, of a JSON line, and of the public captions."""
+    here = folder_of(tmp_path)
+    folder_of(tmp_path, "test")
+    (here / "b.txt").write_bytes("A dog\r\non grass".encode(encoding))
+    plain = train_of(tmp_path)
+    assert captions_of(plain) == ["a dog on grass"]
+    (tmp_path / "coded.txt").write_bytes("\n".join(PUBLIC).encode(encoding))
+    coded = train_of(tmp_path, public=["coded.txt"])
+    assert coded.declared == plain.declared
+    assert tar_files.word('{"caption": "a dog"}'.encode(encoding), "json.caption") == "a dog"
+
+
+@pytest.mark.parametrize(
+    "public",
+    [
+        "train",
+        "train/b.txt",
+        "./train/../train/b.txt",
+        "linked.txt",
+        "hard.txt",
+        "folder/b.txt",
+        "table.jsonl",
+    ],
+)
+def test_no_public_captions_are_private_ones_by_another_name(public: str, tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    folder_of(tmp_path, "test")
+    (tmp_path / "linked.txt").symlink_to("train/b.txt")
+    (tmp_path / "hard.txt").hardlink_to(tmp_path / "train" / "b.txt")
+    (tmp_path / "folder").symlink_to("train")
+    (tmp_path / "real.jsonl").write_text('{"image": "train/b.png", "caption": "a dog"}')
+    (tmp_path / "table.jsonl").symlink_to("real.jsonl")
+    options = {"train": "real.jsonl"} if public == "table.jsonl" else {}
+    with pytest.raises(InputError, match="must not name the training examples"):
+        train_of(tmp_path, public=["public.txt", public], **options)
+
+
+def test_a_list_of_captions_is_none(tmp_path: Path) -> None:
+    """As in tar files: which of them is meant is not said."""
+    folder_of(tmp_path, "files")
+    said = ["a dog", ["a dog", "a cat"], {"en": "a dog"}, True, 5, None]
+    lines = [json.dumps({"image": "files/b.png", "caption": caption}) for caption in said]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    train = train_of(tmp_path, train="train.jsonl", test="test.jsonl")
+    expected = byte_pairs.targets(byte_pairs.learned(PUBLIC, 60), ["a dog", "", "", "", "5", ""], 12)
+    np.testing.assert_array_equal(train.targets, expected)
+    for caption, text in zip(said, ["a dog", None, None, None, "5", None], strict=True):
+        assert tar_files.word(json.dumps({"caption": caption}).encode(), "json.caption") == text
+
+
+def test_owners_are_asked_of_the_training_table_alone(tmp_path: Path) -> None:
+    """Whatever the tables are called."""
+    folder_of(tmp_path, "files")
+    row = {"image": "../files/b.png", "caption": "a dog"}
+    for split, more in (("train", {"who": "x"}), ("test", {})):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "rows.jsonl").write_text(json.dumps({**row, **more}))
+    train = train_of(tmp_path, train="train/rows.jsonl", test="test/rows.jsonl", holder="who")
+    assert train.groups is not None
+
+
+@given(said=st.lists(st.text("abcé猫😀.,", min_size=1, max_size=6), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_a_caption_of_byte_level_tokens_comes_back(said: list[str]) -> None:
+    """Its letters are bytes, and its blanks a letter of their own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<pad>", "<begin>", "<end>"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=letters, show_progress=False)
+    made.train_from_iterator(PUBLIC, trainer)
+    (row,) = byte_pairs.targets(made, [" ".join(said)], 400)
+    assert byte_pairs.words(row.tolist(), byte_pairs.names(made)) == " ".join(said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from fedsim.data.datasets import load, resolve
 from fedsim.data.examples import ArrayDataset, Splits, normalise
 from fedsim.data.sources import standard
 from fedsim.data.targets import Targets
-from fedsim.validate import InputError
+from fedsim.validate import InputError, PrivateInputError
 
 RNG = np.random.default_rng(7)
 
@@ -519,3 +520,65 @@ def test_a_tokenizer_whose_first_token_is_a_word_is_refused(tmp_path: Path) -> N
         else:
             with pytest.raises(InputError, match="must have its padding as token 0"):
                 load(config)
+
+
+@pytest.mark.parametrize("asked", ["padding in front", "cutting", "dropout"])
+def test_a_texts_tokens_follow_from_it_alone(asked: str, tmp_path: Path) -> None:
+    """Whatever its tokenizer.json pads, cuts or draws."""
+    tokenizers = pytest.importorskip("tokenizers")
+    rows_of(tmp_path, ["the room room,no", "room,yes"], "text,target")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[PAD]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["[PAD]"], show_progress=False)
+    made.train_from_iterator(["the room"] * 9, trainer)
+    expected = [made.encode(text).ids for text in ("the room room", "room")]
+    if asked == "padding in front":
+        made.enable_padding(length=6, direction="left")
+    elif asked == "cutting":
+        made.enable_truncation(1)
+    else:
+        made.model.dropout = 0.9
+    made.save(str(tmp_path / "tokenizer.json"))
+    options = {"classes": ["no", "yes"], "tokenizer": "tokenizer.json", "places": 6}
+    found = load(DataConfig("text", options, str(tmp_path))).train.inputs.tolist()
+    assert found == [[*ids, *[0] * (6 - len(ids))] for ids in expected]
+
+
+@pytest.mark.parametrize("cell", [["a", "b"], {"en": "a"}, True])
+def test_a_cell_that_is_no_text_is_refused(cell: object, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        lines = [{"text": text, "target": "no"} for text in ("a", None, 5, cell)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {"classes": ["no", "yes"], "train": "train.jsonl", "test": "test.jsonl"}
+    with pytest.raises(PrivateInputError, match="text must hold texts") as refused:
+        load(DataConfig("text", options, str(tmp_path)))
+    assert "got" not in refused.value.public
+
+
+def test_folders_of_texts_are_read_as_those_of_pictures(tmp_path: Path) -> None:
+    """Links followed, hidden folders left out, a mark of the encoding no text; a link to nowhere refused."""
+    for split in ("train", "test"):
+        (here := tmp_path / split / "no").mkdir(parents=True)
+        (here / "a.txt").write_bytes("a".encode("utf-16"))
+        (here / ".hidden").mkdir()
+        (here / ".hidden" / "c.txt").write_text("c")
+        (other := tmp_path / f"{split} elsewhere").mkdir()
+        (other / "b.txt").write_bytes(b"\xef\xbb\xbfb")
+        (here / "linked").symlink_to(other)
+    options = {"classes": ["no"], "train": "train", "test": "test", "tokenizer": "bytes", "places": 2}
+    config = DataConfig("text", options, str(tmp_path))
+    assert load(config).train.inputs.tolist() == [[98, 0], [99, 0]]
+    (tmp_path / "train" / "no" / "d.txt").symlink_to("nowhere")
+    datasets._load.cache_clear()
+    with pytest.raises(InputError, match="must be a readable text"):
+        load(config)
+
+
+def test_a_tokenizer_with_a_gap_in_its_numbers_is_refused(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    rows_of(tmp_path, ["the room,no"], "text,target")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "a": 5}, unk_token="a")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    with pytest.raises(InputError, match="without a gap"):
+        load(DataConfig("text", {"classes": ["no", "yes"], "tokenizer": "tokenizer.json"}, str(tmp_path)))

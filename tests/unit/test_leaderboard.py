@@ -145,6 +145,7 @@ def test_a_run_predicts_images_of_a_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     epsilon_takes_no_time: None,
 ) -> None:
     root = written("eyepacs", tmp_path / "data", monkeypatch)
@@ -154,6 +155,15 @@ def test_a_run_predicts_images_of_a_folder(
     lines = capsys.readouterr().out.split("\n")[1:11]
     assert [line.split(",")[0] for line in lines][:2] == ["1_left.jpeg", "1_right.jpeg"]
     assert {line.split(",")[1] for line in lines} <= set("01234")
+    (root / "eyepacs" / "test" / "0\x1b[31m.txt").write_text("no picture")
+    (root / "eyepacs" / "test" / ".hidden").write_text("no picture")
+    assert command(["predict", str(tmp_path / "run"), str(root / "eyepacs" / "test")]) == 0
+    assert capsys.readouterr().out.split("\n")[1:11] == lines
+    assert "left out: " in caplog.text
+    assert "0\\x1b[31m.txt must be a readable image" in caplog.text
+    (alone := tmp_path / "alone").mkdir()
+    (alone / "a.txt").write_text("no picture")
+    assert command(["predict", str(tmp_path / "run"), str(alone)]) == 2
 
 
 @pytest.mark.parametrize("size", [32, 48])

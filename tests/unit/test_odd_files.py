@@ -18,6 +18,8 @@ from PIL import Image
 from fedsim.config import DataConfig
 from fedsim.data.datasets import load
 from fedsim.data.examples import Splits, normalise
+from fedsim.data.pictures.decode import Encoded
+from fedsim.data.pictures.shown import Undecodable
 from fedsim.data.sources.arrays import finite
 from fedsim.validate import InputError
 
@@ -100,6 +102,131 @@ def test_what_shows_the_same_is_the_same(image: Image.Image, tmp_path: Path) -> 
 def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
     held = images(tmp_path, saved(Image.fromarray(GREY > 99))).train
     assert np.array_equal(held.inputs[held.targets == 1][0][..., 0], np.where(GREY > 99, 255, 0))
+
+
+SAVED = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "TIFF": ".tif"}
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """By EXIF: what row 0 and column 0 of the file are in what is shown."""
+    return {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: pixels[::-1].swapaxes(0, 1),
+        7: pixels[::-1, ::-1].swapaxes(0, 1),
+        8: pixels[:, ::-1].swapaxes(0, 1),
+    }[orientation]
+
+
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_shown_the_way_up_that_it_says(kind: str, orientation: int) -> None:
+    """Its size by the header, whole, and parts at every scale: as if turned before it was saved."""
+    content, plain = io.BytesIO(), io.BytesIO()
+    high, wide = 160, 256  # whole blocks of JPEG, so that turning and compressing hardly meet
+    across, down = np.meshgrid(np.arange(wide), np.arange(high))
+    pixels = np.dstack([across * 255 // wide, down * 255 // high, (across + down) // 2]).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    how: dict[str, Any] = {"exif": exif} if kind != "TIFF" else {"tiffinfo": {274: orientation}}
+    how |= {"lossless": True} if kind == "WEBP" else {}
+    others = {"save_all": True, "append_images": [Image.fromarray(255 - pixels)]} if kind == "MPO" else {}
+    Image.fromarray(pixels).save(content, kind, quality=95, **how, **others)
+    Image.fromarray(turned(pixels, orientation)).save(plain, "PNG")
+    found, expected = Encoded(content.getvalue()), Encoded(plain.getvalue())
+    assert found.size == expected.size
+    near = 8 if kind in ("JPEG", "MPO") else 0
+    for scale in (1, 2, 4, 8) if near else (1,):
+        shown = np.asarray(found.image(scale)).astype(int)
+        assert np.abs(shown - np.asarray(expected.image())[::scale, ::scale]).max() <= near + 3 * (scale - 1)
+    for box, edge in (((8, 16, 64, 96), 16), ((0, 0, *found.size), 8), ((40, 40, 80, 80), 80)):
+        parts = [one.cut(box, edge).astype(int) for one in (found, expected)]
+        assert np.abs(parts[0] - parts[1]).max() <= near
+    assert np.abs(found.fitted(8, "crop", 8).astype(int) - expected.fitted(8, "crop", 8)).max() <= near
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def test_a_png_may_say_its_way_up_after_its_pixels() -> None:
+    content, exif = io.BytesIO(), Image.Exif()
+    Image.fromarray(GREY).save(content, "PNG")
+    exif[0x0112] = 6
+    end = content.getvalue().index(b"IEND") - 4
+    late = content.getvalue()[:end] + chunk(b"eXIf", exif.tobytes()[6:]) + content.getvalue()[end:]
+    assert np.array_equal(np.asarray(Encoded(late).image())[..., 0], turned(GREY, 6))
+
+
+@pytest.mark.parametrize("said", [b"", b"junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM"])
+def test_damaged_exif_data_turn_nothing(said: bytes) -> None:
+    content = io.BytesIO()
+    Image.fromarray(GREY).save(content, "JPEG", exif=said)
+    assert Encoded(content.getvalue()).size == GREY.shape
+
+
+def deep_png(values: np.ndarray, kind: int) -> bytes:
+    """A PNG of 16 bits a channel, (H, W, C)."""
+    high, wide = values.shape[:2]
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", wide, high, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*part) for part in ((b"IHDR", head), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
+    )
+
+
+def deep_tiff(values: np.ndarray, order: str, white: bool = False, alpha: bool = False) -> bytes:
+    """A TIFF of 16 bits a channel, (H, W, C), in one strip."""
+    high, wide, channels = values.shape
+    pixels = values.astype(f"{order}u2").tobytes()
+    bits = 8 + len(pixels)
+    entries = [(256, 3, 1, wide), (257, 3, 1, high), (258, 3, channels, 16 if channels == 1 else bits)]
+    entries += [(259, 3, 1, 1), (262, 3, 1, 2 if channels > 1 else int(not white)), (273, 4, 1, 8)]
+    entries += [(277, 3, 1, channels), (278, 3, 1, high), (279, 4, 1, len(pixels))]
+    table = struct.pack(f"{order}H", len(entries))
+    for tag, kind, count, value in entries:
+        short = kind == 3 and count == 1
+        packed = struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
+        table += struct.pack(f"{order}HHI", tag, kind, count) + packed
+    extra = struct.pack(f"{order}{channels}H", *[16] * channels)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", bits + len(extra))
+    return head + pixels + extra + table + bytes(4)
+
+
+DEEP = RNG.integers(0, 2**16, (6, 9, 3)).astype(np.uint16)
+SOLID = np.full((6, 9, 1), 65535, np.uint16)
+SIXTEEN: dict[str, tuple[bytes, np.ndarray]] = {
+    "png grey": (deep_png(DEEP[..., :1], 0), DEEP[..., :1]),
+    "png grey, opaque": (deep_png(np.concatenate([DEEP[..., :1], SOLID], 2), 4), DEEP[..., :1]),
+    "png colour": (deep_png(DEEP, 2), DEEP),
+    "png colour, opaque": (deep_png(np.concatenate([DEEP, SOLID], 2), 6), DEEP),
+    "pgm": (b"P5 9 6 65535\n" + DEEP[..., :1].astype(">u2").tobytes(), DEEP[..., :1]),
+    "ppm": (b"P6 9 6 65535\n" + DEEP.astype(">u2").tobytes(), DEEP),
+    "tiff colour": (deep_tiff(DEEP, "<"), DEEP),
+    "tiff colour, big-endian": (deep_tiff(DEEP, ">"), DEEP),
+    "tiff grey": (deep_tiff(DEEP[..., :1], "<"), DEEP[..., :1]),
+    "tiff white is zero": (deep_tiff(DEEP[..., :1], "<", white=True), 65535 - DEEP[..., :1]),
+}
+
+
+@pytest.mark.parametrize("name", SIXTEEN)
+def test_sixteen_bits_are_rounded_to_eight_in_every_format(name: str) -> None:
+    content, values = SIXTEEN[name]
+    expected = np.broadcast_to(np.rint(values / 257).astype(int), DEEP.shape)
+    assert np.array_equal(np.asarray(Encoded(content).image()), expected)
+
+
+@pytest.mark.parametrize("kind", [4, 6])
+@pytest.mark.parametrize("alpha", [0, 65279, 65534])
+def test_sixteen_bits_that_are_nearly_opaque_are_not(kind: int, alpha: int) -> None:
+    cover = SOLID.copy()
+    cover[3, 4] = alpha
+    with pytest.raises(Undecodable, match="must not be transparent"):
+        Encoded(deep_png(np.concatenate([DEEP[..., : kind - 3], cover], 2), kind)).image()
 
 
 def test_cmyk_is_converted(tmp_path: Path) -> None:

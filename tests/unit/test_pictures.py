@@ -10,7 +10,7 @@ import tarfile
 import threading
 import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from fedsim.data import augment, datasets
 from fedsim.data.examples import Splits
 from fedsim.data.partition import Partition, partition
 from fedsim.data.pictures import index, stores, tar
-from fedsim.data.pictures.decode import Encoded, Undecodable
+from fedsim.data.pictures.decode import Encoded
 from fedsim.data.pictures.pictures import Pictures
+from fedsim.data.pictures.shown import Undecodable
 from fedsim.merging import Choice
 from fedsim.partitions import Material
 from fedsim.validate import InputError, PrivateInputError, RunError
@@ -110,6 +111,47 @@ def test_tar_files_that_are_none_are_refused(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with open(path, "rb") as handle, pytest.raises(InputError, match=why):
             list(tar.members(handle.fileno(), path))
+
+
+def zeroed(content: bytes, start: int, length: int | None = None) -> bytes:
+    """The bytes with zeros from a place on."""
+    count = len(content) - start if length is None else length
+    return content[:start] + bytes(count) + content[start + count :]
+
+
+PAIRS = [(f"{number}.{ending}", bytes([7]) * 3000) for number in range(8) for ending in ("jpg", "cls")]
+ENDED: dict[str, Callable[[bytes, list[int]], bytes]] = {
+    "a header of zeros": lambda whole, heads: zeroed(whole, heads[3], tar.BLOCK),
+    "the last header of zeros": lambda whole, heads: zeroed(whole, heads[-1], tar.BLOCK),
+    "nothing but zeros from the middle on": lambda whole, heads: zeroed(whole, heads[8]),
+    "cut off between members": lambda whole, heads: whole[: heads[5]],
+    "cut off before its end": lambda whole, heads: whole[: heads[-1] + 3584],
+    "cut off in its end": lambda whole, heads: whole[: heads[-1] + 3584 + tar.BLOCK],
+    "two joined": lambda whole, heads: whole + whole,
+    "two joined without padding": lambda whole, heads: whole[: heads[-1] + 3584 + 2 * tar.BLOCK] + whole,
+    "text after its end": lambda whole, heads: whole[:-1] + b"x",
+}
+
+
+@pytest.mark.parametrize("harm", ENDED)
+def test_a_tar_file_that_does_not_end_as_one_loses_no_sample_in_silence(harm: str, tmp_path: Path) -> None:
+    path = made.packed(tmp_path / "train-0.tar", PAIRS)
+    with tarfile.open(path) as theirs:
+        heads = [member.offset for member in theirs.getmembers()]
+    path.write_bytes(ENDED[harm](path.read_bytes(), heads))
+    with open(path, "rb") as handle, pytest.raises(InputError, match=r"tar -cf"):
+        list(tar.members(handle.fileno(), path))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 30_000), max_size=6), st.sampled_from([1, 2, 5, 20]))
+def test_whole_tar_files_of_any_size_are_read(tmp_path: Path, sizes: list[int], record: int) -> None:
+    """Whatever the record that their end is filled up to, from two blocks of zeros alone to the usual one."""
+    path = made.packed(tmp_path / "a.tar", [(f"{n}.jpg", bytes([7]) * size) for n, size in enumerate(sizes)])
+    end = sum(tar.BLOCK * (1 + -(-size // tar.BLOCK)) for size in sizes) + 2 * tar.BLOCK
+    path.write_bytes(path.read_bytes()[:end] + bytes(-end % (record * tar.BLOCK)))
+    with open(path, "rb") as handle:
+        assert [member.size for member in tar.members(handle.fileno(), path)] == sizes
 
 
 def test_every_store_has_the_bytes_of_its_files(tmp_path: Path) -> None:
@@ -200,6 +242,21 @@ def test_a_file_that_changes_under_a_run_stops_it(tmp_path: Path) -> None:
                 fresh.read(np.array([3]))
 
 
+def test_a_file_that_changes_in_size_and_time_as_it_was_stops_a_run(tmp_path: Path) -> None:
+    both(tmp_path)
+    for name, options, path in (
+        ("image_folder", {}, sorted((tmp_path / "train").rglob("*.jpg"))[3]),
+        ("image_shards", {"classes": 3}, tmp_path / "train-00000.tar"),
+    ):
+        held = in_files(loaded(name, tmp_path, **options))
+        held.read(np.array([3]))
+        status, content = path.stat(), path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(RunError, match="changed after its pictures were indexed"):
+            held.read(np.array([3]))
+
+
 def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
     both(tmp_path)
     first = in_files(loaded("image_shards", tmp_path, classes=3)).fingerprints[slice(None)]
@@ -216,8 +273,11 @@ def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
         ([("a.jpg", b"x")], "must have a member cls"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"0")], "one picture"),
         ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.cls", b"0"), ("a.cls", b"0")], "stand together"),
+        ([("a.v1.jpg", b"x"), ("a.cls", b"0")], r"no dot.*v1.jpg"),
+        ([("a.b.v1.jpg", b"x"), ("a.b.v2.jpg", b"x"), ("a.b.v1.cls", b"0")], r"no dot.*b.v1.jpg, b.v2.jpg"),
+        ([("a.heic", b"x"), ("a.meta", b"0")], r"members cls, .*heic, meta"),
     ],
-    ids=["class", "no class", "two pictures", "key twice"],
+    ids=["class", "no class", "two pictures", "key twice", "a dot", "dots", "no known ending"],
 )
 def test_samples_that_are_not_in_the_form_are_refused(
     tmp_path: Path, members: list[tuple[str, bytes]], why: str

@@ -151,6 +151,10 @@ def test_the_command_prints_probes_and_captions(
     assert found["pixels"]["linear"][0] > 0.5, "chance is 0.1"
     assert command(["probe", str(run.folder), "--captions", "--among", "5"]) == 0
     assert "the likeliest of 5" in capsys.readouterr().out
+    assert command(["probe", str(run.folder), "data.test_examples=9", "--captions"]) == 2
+    assert "no settings of data" in capsys.readouterr().err
+    assert command(["probe", str(run.folder), *some, "--shots", "999", "--draws", "1"]) == 2
+    assert "(--shots) need 999" in capsys.readouterr().err
 
 
 def test_what_has_no_captioner_or_no_classes_is_refused(run: Run, tmp_path: Path) -> None:

@@ -1,24 +1,28 @@
-"""Making the index of a folder of pictures or of tar files: once, by reading every file once; nothing is
-decoded.
+"""Making the index of a folder of pictures or of tar files: once, by reading every file; nothing is decoded.
 
 Of each picture it keeps where it is, 16 bytes that stand for its content, its class and its owner. Headers of
 pictures are looked at, so that a file that is none is counted (`meta["refused"]`); one that is damaged
-further in is found when it is decoded. Either keeps its place.
+further in is found when it is decoded, if the decoder finds it: most JPEGs in which a few bytes changed
+decode to other pixels without an error. Either keeps its place.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from fedsim.data.pictures import index, tar
 from fedsim.data.pictures import workers as threads
-from fedsim.data.pictures.decode import Encoded, Undecodable
+from fedsim.data.pictures.decode import Encoded
 from fedsim.data.pictures.index import Columns, Growing, Index
 from fedsim.data.pictures.pictures import SIZE, fingerprint
+from fedsim.data.pictures.shown import Undecodable
 from fedsim.data.pictures.stores import short_stamp
 from fedsim.validate import InputError, PrivateInputError
 
@@ -171,7 +175,7 @@ def _shards(
 ) -> tuple[Columns, dict[str, Any]]:
     starts, sizes, seen = Growing(), Growing(), _Seen()
     columns: dict[str, Growing] = {}
-    table: list[tuple[str, int, int, int]] = []
+    table: list[tuple[str, int, int]] = []
     for path in shards:
         name = os.path.relpath(path, root)
         try:
@@ -179,8 +183,7 @@ def _shards(
         except OSError as error:
             raise InputError(f"{path} must be a tar file that can be read: {error}.") from error
         try:
-            status = os.fstat(descriptor)
-            table.append((name, status.st_size, status.st_mtime_ns, len(starts)))
+            table.append((name, short_stamp(os.fstat(descriptor)), len(starts)))
             for sample in _samples(descriptor, path, endings, texts):
                 picture = sample.picture
                 starts.add(0 if picture is None else picture.start // tar.BLOCK)
@@ -200,25 +203,30 @@ def _shards(
 
 
 def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequence[str]) -> Iterable[Sample]:
-    """Yield the samples of one tar file: members of one key, which stand together."""
-    done: set[str] = set()
+    """Yield the samples of one tar file: members of one key, which stand together. A key is what a name has
+    before its first dot, and the ending all that follows, as WebDataset has it."""
+    done = array("q")  # hashes of the keys, for memory's sake
     key: str | None = None
     picture: tar.Member | None = None
     held: dict[str, bytes] = {}
     where: dict[str, tar.Member] = {}
+    others: set[str] = set()
+
+    def whole() -> Sample:
+        assert key is not None
+        if picture is None:
+            _check_endings(path, key, endings, texts, held, others)
+        return Sample(key, picture, held, where)
+
     for member in tar.members(descriptor, path):
-        folder, base = os.path.split(member.name)
-        if base.startswith("."):
+        if (found := _key(member)) is None:
             continue
-        stem, _, ending = base.partition(".")
-        ending, own = ending.lower(), os.path.join(folder, stem)
+        own, ending = found
         if own != key:
             if key is not None:
-                yield Sample(key, picture, held, where)
-                done.add(key)
-            if own in done:
-                raise _wrong(path, own, "members of one key must stand together, each key once in a tar file")
-            key, picture, held, where = own, None, {}, {}
+                yield whole()
+            done.append(hash(own))
+            key, picture, held, where, others = own, None, {}, {}, set()
         if ending in endings:
             if picture is not None:
                 raise _wrong(path, own, "a sample must have one picture (data.options.picture: its ending)")
@@ -227,9 +235,65 @@ def _samples(descriptor: int, path: Path, endings: Sequence[str], texts: Sequenc
             if ending in held:
                 raise _wrong(path, own, "a sample must have one member of an ending")
             held[ending], where[ending] = os.pread(descriptor, member.size, member.start), member
+        else:
+            others.add(ending)
     if key is not None:
-        yield Sample(key, picture, held, where)
+        yield whole()
+    if twice := _twice(done, descriptor, path):
+        raise _wrong(path, twice, "members of one key must stand together, each key once in a tar file")
 
 
-def _wrong(path: Path, key: str, expected: str) -> PrivateInputError:
-    return PrivateInputError(f"{path}, {key}: {expected}. Pack it anew.", f"{path}: {expected}.")
+def _key(member: tar.Member) -> tuple[str, str] | None:
+    """Return key and ending of a member; None: it is a hidden one."""
+    folder, base = os.path.split(member.name)
+    if base.startswith("."):
+        return None
+    stem, _, ending = base.partition(".")
+    return os.path.join(folder, stem), ending.lower()
+
+
+def _twice(hashes: Sequence[int], descriptor: int, path: Path) -> str:
+    """Return a key of a tar file that comes again after others, or ""; `hashes` of its keys as they came."""
+    values, counts = np.unique(np.asarray(hashes, np.int64), return_counts=True)
+    again = set(values[counts > 1].tolist())
+    seen: set[str] = set()
+    before = ""
+    for member in tar.members(descriptor, path) if again else ():
+        key, _ = _key(member) or (before, "")
+        if key != before and hash(key) in again:
+            if key in seen:
+                return key
+            seen.add(key)
+        before = key
+    return ""
+
+
+def _check_endings(
+    path: Path,
+    key: str,
+    endings: Sequence[str],
+    texts: Sequence[str],
+    held: Collection[str],
+    others: Collection[str],
+) -> None:
+    """Refuse a key without a picture that would have one but for a dot in it, by which several samples are
+    one, or of whose members none is known."""
+    if hidden := sorted(other for other in others if other.rpartition(".")[2] in endings):
+        raise _wrong(
+            path,
+            key,
+            "a key must have no dot, since the ending of a member starts at the first one",
+            f"members with the endings {', '.join(hidden[:NAMED])}. Write another sign for that dot",
+        )
+    if not held:
+        raise _wrong(
+            path,
+            key,
+            f"every key must have a picture or one of the members {', '.join(texts)}",
+            f"members with the endings {', '.join(sorted(others)[:NAMED])}. Convert them, or leave them out",
+        )
+
+
+def _wrong(path: Path, key: str, expected: str, got: str = "") -> PrivateInputError:
+    found = f", got {got}. Pack it anew." if got else ". Pack it anew."
+    return PrivateInputError(f"{path}, {key}: {expected}{found}", f"{path}: {expected}.")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedsim.data import cache
 from fedsim.validate import InputError
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "pictures"
 _MARK = b"fedsimix"
 _FOOT = struct.Struct("<8sQ")

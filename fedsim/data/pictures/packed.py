@@ -1,5 +1,4 @@
-"""Pictures that were made smaller once, as pixels in one file that is memory-mapped: nothing is decoded
-again.
+"""Pictures made smaller once, as pixels in one file that is memory-mapped: nothing is decoded again.
 
 The shorter side of each is brought to a given length, bilinearly with antialiasing; smaller ones stay as they
 are. Parts and fits are then those of the smaller pictures, so that results are not those of the files. The
@@ -19,9 +18,10 @@ from numpy.typing import NDArray
 from fedsim.data import cache
 from fedsim.data.pictures import index
 from fedsim.data.pictures import workers as threads
-from fedsim.data.pictures.decode import Encoded, Picture, Pixels, Undecodable, shrunk_to
+from fedsim.data.pictures.decode import Encoded, Picture, Pixels, shrunk_to
 from fedsim.data.pictures.index import Index, narrow
 from fedsim.data.pictures.pictures import InFiles
+from fedsim.data.pictures.shown import Undecodable
 
 UNIT = 64
 """Pictures start at multiples of so many bytes."""

@@ -1,8 +1,7 @@
 """Pictures of a data set that are decoded when somebody asks: what stands in the place of an array of images.
 
 To everybody else they are (N, edge, edge, 3) uint8, of which rows can be read. A picture that cannot be
-decoded
-keeps its place: whoever reads it is told so (`whole`), and its example contributes nothing.
+decoded keeps its place: whoever reads it is told so (`whole`), and its example contributes nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from numpy.typing import NDArray
 from fedsim.augmentations.base import Part, Words
 from fedsim.data.chosen import Chosen, Rows
 from fedsim.data.pictures import workers as threads
-from fedsim.data.pictures.decode import Encoded, Picture, Undecodable
+from fedsim.data.pictures.decode import Encoded, Picture
+from fedsim.data.pictures.shown import Undecodable
 from fedsim.data.pictures.stores import Store
+from fedsim.validate import printable
 
 Read = tuple[NDArray[np.uint8], NDArray[np.bool_]]
 Cut = Callable[[Picture], NDArray[np.uint8]]
@@ -178,6 +179,9 @@ class Pictures:
 
         Returns:
             (n, edge, edge, 3), zero where a picture cannot be decoded, and which could be, (n,).
+
+        Raises:
+            RunError: a file cannot be read, or changed since it was indexed.
         """
 
         def whole(which: NDArray[np.int64], found: list[Picture]) -> list[Cut]:
@@ -196,6 +200,9 @@ class Pictures:
 
         Returns:
             (n, K, edge, edge, 3), zero where a picture cannot be decoded, and which could be, (n,).
+
+        Raises:
+            RunError: as `read`.
         """
         edge = self.rule.edge
 
@@ -246,7 +253,7 @@ class Pictures:
 
     def said(self, row: int) -> str:
         """Say which picture a row is, and why it was not decoded where that is known."""
-        name = self.frames.name(int(self.places(np.array([row]))[0]))
+        name = printable(self.frames.name(int(self.places(np.array([row]))[0])))
         return f"{name} ({self.refused[row]})" if row in self.refused else name
 
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.data.pictures.index import Index
+from fedsim.data.pictures.index import Index, stamp_of
 from fedsim.data.pictures.tar import BLOCK
 from fedsim.validate import RunError
 
@@ -103,14 +103,14 @@ class Shards:
     Args:
         root: where the names of the tar files start.
         index: with the columns `start` (N,), in blocks of 512 bytes from the start of the tar file, `size`
-            (N,) and `sum` (N, 16); meta has `shards`: [name, bytes, time of the last change, first place].
+            (N,) and `sum` (N, 16); meta has `shards`: [name, stamp (`short_stamp`), first place].
         start, size: instead, columns of other members, such as the texts beside pictures.
     """
 
     def __init__(self, root: Path, index: Index, start: str = "start", size: str = "size") -> None:
         self.root, self.index = root, index
         self._start, self._size = index.column(start), index.column(size)
-        self._shards: list[tuple[str, int, int, int]] = [tuple(row) for row in index.meta["shards"]]
+        self._shards: list[tuple[str, int, int]] = [tuple(row) for row in index.meta["shards"]]
         self._first = np.array([first for *_, first in self._shards], np.int64)
         self._open = _Open(OPEN)
 
@@ -124,7 +124,7 @@ class Shards:
 
     def read(self, place: int) -> bytes:
         """See `Store.read`."""
-        name, size, changed, _ = self._shards[self._shard(place)]
+        name, stamp, _ = self._shards[self._shard(place)]
         path, count = self.root / name, int(self._size[place])
         if not count:
             return b""
@@ -134,7 +134,7 @@ class Shards:
             content = os.pread(handle.descriptor, count, int(self._start[place]) * BLOCK)
         except OSError as error:
             raise RunError(_unreadable(path, error)) from error
-        if (found.st_size, found.st_mtime_ns) != (size, changed) or len(content) != count:
+        if short_stamp(found) != stamp or len(content) != count:
             raise RunError(_changed(path))
         return content
 
@@ -181,8 +181,8 @@ class _Open:
 
 
 def short_stamp(status: os.stat_result) -> int:
-    """Return 32 bits of a file's size and the time of its last change."""
-    return zlib.crc32(b"%d %d" % (status.st_size, status.st_mtime_ns))
+    """Return 32 bits of a file's size and of when its content and anything of it last changed."""
+    return zlib.crc32(b"%d %d %d" % stamp_of(status))
 
 
 def _unreadable(path: Path, error: OSError) -> str:

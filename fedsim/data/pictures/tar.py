@@ -1,8 +1,8 @@
 """Members of tar files and where their bytes are, found by reading headers alone.
 
 POSIX.1-1988 (ustar) with the long names and sizes of GNU tar and of POSIX.1-2001 (pax). Links, sparse files
-and
-devices are refused: what they stand for is not in the file.
+and devices are refused: what they stand for is not in the file. So is a file without an end, or with anything
+after it: what would be lost there, nobody would miss.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 from fedsim.validate import InputError
 
 BLOCK = 512
+RECORD = 20 * BLOCK
+"""What writers fill the end of a tar file up to, with zeros."""
+
 _FILES, _FOLDER, _LONG, _LONG_LINK = b"0\0", b"5", b"L", b"K"
 _PAX, _PAX_ALL = b"x", b"g"
 
@@ -32,13 +35,15 @@ def members(descriptor: int, path: Path) -> Iterator[Member]:
     """Yield the files of an open tar file in their order.
 
     Raises:
-        InputError: it is no whole tar file, or holds something else than files and folders; names it.
+        InputError: it is no whole tar file, ends before its end or goes on after it, or holds something else
+            than files and folders; names it.
     """
     end, at = os.fstat(descriptor).st_size, 0
     told: dict[str, str] = {}
     while True:
         head = os.pread(descriptor, BLOCK, at)
-        if not head.strip(b"\0"):  # two such blocks end a tar file; nothing at all is accepted for them
+        if not head.strip(b"\0"):
+            _check_end(descriptor, path, at, end)
             return
         kind = _checked(head, path, at)
         size = _number(head[124:136], path, at)
@@ -65,6 +70,27 @@ def members(descriptor: int, path: Path) -> Iterator[Member]:
                 f"{path} must hold files and folders only, got {_name(head, told)!r} of type "
                 f"{kind.decode('latin-1')!r} (a link, say). Pack what it stands for."
             )
+
+
+def _check_end(descriptor: int, path: Path, at: int, end: int) -> None:
+    """Refuse a tar file that does not end here: by two blocks of zeros, and zeros up to a whole record."""
+    if end - at < 2 * BLOCK:
+        raise InputError(
+            f"{path} is cut off, or was never closed: a tar file ends with {2 * BLOCK} zero bytes, and it "
+            f"has {end - at} at byte {at}. Restore it, or pack it anew (tar -cf)."
+        )
+    if end - at >= 2 * BLOCK + RECORD:
+        raise InputError(
+            f"{path} has its end at byte {at} of {end}, and should have less than {2 * BLOCK + RECORD} bytes "
+            "from there. Its rest was overwritten or never written (as after an interrupted download), "
+            "several tar files were joined (cat), or it has large records (tar -b). Restore it, or pack it "
+            "anew (tar -cf)."
+        )
+    if os.pread(descriptor, end - at, at).strip(b"\0"):
+        raise InputError(
+            f"{path} has its end at byte {at} of {end}, and goes on after it: a header was overwritten, or "
+            "several tar files were joined (cat). Restore it, or pack it anew (tar -cf)."
+        )
 
 
 def _checked(head: bytes, path: Path, at: int) -> bytes:

@@ -9,6 +9,7 @@ caption that is missing, empty or unreadable; either keeps its place, and is cou
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,6 +66,10 @@ class CaptionShards(WithPublicTexts):
         tokenizer = self.tokens(root, self.public_captions(root))
         train, test = ((self.train, True), (self.test, False))
         return Splits(self._split(root, *train, tokenizer), self._split(root, *test, tokenizer))
+
+    def private_files(self, root: Path) -> Iterable[Path]:
+        """See `WithPublicTexts.private_files`."""
+        return tar_files.found(root, self.train, "caption_shards")
 
     def _split(self, root: Path, pattern: str, own: bool, tokenizer: Any) -> ArrayDataset:
         shards = tar_files.found(root, pattern, "caption_shards")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
-from fedsim.data import byte_pairs
+from fedsim.data import byte_pairs, plain_text
 from fedsim.data.sources.image_files import AT_ONCE, ImageFiles
 from fedsim.data.targets import Targets
 from fedsim.rules import read_with
@@ -28,7 +30,8 @@ class Captioned(ImageFiles):
         tokenizer: "learned": byte pairs, learned from the public captions when data are loaded; or a
             tokenizer.json below data.root, made from public texts, whose tokens 0, 1 and 2 are padding,
             begin and end.
-        vocabulary: of "learned": tokens at most.
+        vocabulary: of "learned": tokens up to which pairs are joined; every letter of the public captions has
+            one besides.
         places: tokens a caption has, its end among them; longer ones are cut, and count as cut.
     """
 
@@ -99,20 +102,46 @@ class WithPublicTexts(Captioned):
                 "none: one learned from private captions would tell what they hold. Or set "
                 "data.options.tokenizer to a tokenizer.json made from public texts."
             )
-        if same := {self.train} & set(self.public):
-            raise InputError(
-                f"data.options.public must not name the training examples, which are private, got {same}."
-            )
+
+    def private_files(self, root: Path) -> Iterable[Path]:
+        """Return files and folders that the training examples lie in, as far as they are there."""
+        return [root / self.train]
 
     def public_captions(self, root: Path) -> Iterator[str]:
         """Yield the public captions, a line each.
 
         Raises:
-            InputError: a file that cannot be read.
+            InputError: a file that cannot be read, or that is one of the training examples' or in their
+                folder, by whatever name and link.
         """
+        if self.public:
+            self._check_apart(root)
         for name in self.public:
             try:
-                with open(root / name, encoding="utf-8", errors="replace") as handle:
-                    yield from handle
+                with open(root / name, "rb") as handle:
+                    start = handle.read(plain_text.LONGEST)
+                with open(root / name, encoding=plain_text.encoding_of(start), errors="replace") as lines:
+                    yield from lines
             except OSError as error:
                 raise InputError(f"{root / name} must be a file of public captions: {error}.") from error
+
+    def _check_apart(self, root: Path) -> None:
+        """Refuse public files that are private ones: a vocabulary learned from them would tell of them."""
+        inodes: set[tuple[int, int]] = set()
+        folders: list[Path] = []
+        for path in self.private_files(root):
+            with contextlib.suppress(OSError):  # what is not there is said by who reads it
+                status, real = os.stat(path), Path(os.path.realpath(path))
+                inodes.add((status.st_dev, status.st_ino))
+                folders.append(real)
+        for name in self.public:
+            real = Path(os.path.realpath(root / name))
+            try:
+                status = os.stat(real)
+            except OSError:
+                continue
+            if (status.st_dev, status.st_ino) in inodes or any(real.is_relative_to(f) for f in folders):
+                raise InputError(
+                    "data.options.public must not name the training examples, which are private, and "
+                    f"{name} is among them or in their folder. Put public captions elsewhere."
+                )

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from fedsim import validate
 from fedsim.data.examples import Inputs
 from fedsim.data.pictures import building
-from fedsim.data.pictures.decode import MOST_PIXELS, Encoded, Undecodable, check_pixels, fitted
+from fedsim.data.pictures.decode import MOST_PIXELS, Encoded, check_pixels, fitted
 from fedsim.data.pictures.packed import packed
 from fedsim.data.pictures.pictures import Fit, InFiles, Pictures
+from fedsim.data.pictures.shown import Undecodable
 from fedsim.data.pictures.stores import Files, Store
 from fedsim.data.sources.base import Source
 from fedsim.rules import SET, read_with

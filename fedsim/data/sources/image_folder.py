@@ -1,13 +1,12 @@
 """Images in folders: ROOT/train/CLASS/FILE and ROOT/test/CLASS/FILE.
 
 The folders in train are the classes, empty ones too: their list is public, which images they hold is not.
-No file is skipped; how one is read is said in fedsim.data.sources.image_files.
+No file is skipped but hidden ones (.NAME); how one is read is said in fedsim.data.sources.image_files.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.pictures.index import narrow
-from fedsim.data.sources import SOURCES
+from fedsim.data.sources import SOURCES, folders
 from fedsim.data.sources.image_files import ImageFiles
 from fedsim.data.targets import Targets
 from fedsim.partitions.base import as_numbers
@@ -72,7 +71,7 @@ class ImageFolder(ImageFiles):
     def _split(self, folder: Path, names: Sequence[str], shape: tuple[int, ...] | None) -> ArrayDataset:
         """Return the examples of a split; images that are decoded at once have `shape`, by default that of
         the first. The files of one class at a time are listed."""
-        listed = [functools.partial(_files, folder / name) for name in names]
+        listed = [functools.partial(folders.files, folder / name, "image_folder") for name in names]
         if not any(files() for files in listed):
             raise InputError(
                 f"image_folder: {folder} must hold at least one image at CLASS/FILE, got none. Set data.root "
@@ -113,27 +112,3 @@ def _classes(folder: Path) -> list[str]:
             "Images belong at CLASS/FILE."
         )
     return names
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files below a class folder, of any depth, links followed, hidden ones left out, sorted by path."""
-    found: list[Path] = []
-    seen = {os.path.realpath(folder)}
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"image_folder: {error.filename} must be readable. {error}.") from error
-
-    if not folder.is_dir():
-        return []
-    for here, below, files in os.walk(folder, followlinks=True, onerror=refuse):
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in below:
-            real = os.path.realpath(os.path.join(here, name))
-            if real in seen:
-                raise InputError(
-                    f"image_folder: {os.path.join(here, name)} leads to a folder that was there already, "
-                    "so its images would count twice. Remove the link."
-                )
-            seen.add(real)
-        found += [Path(here, name) for name in files if not name.startswith(".")]
-    return sorted(found)

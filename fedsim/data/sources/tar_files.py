@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim import validate
+from fedsim.data import plain_text, rows
 from fedsim.data.pictures.building import Sample
 from fedsim.data.sources.image_files import AT_ONCE, ON_DEMAND
 from fedsim.validate import InputError, PrivateInputError
@@ -71,14 +72,14 @@ def ending(given: str) -> str:
 def word(content: bytes, where: str) -> str | None:
     """Return what a member says, or its field where the option is json.FIELD; None: there is no such field
     with a word or a number."""
-    text, field = content.decode("utf-8", "replace"), where.partition(".")[2]
+    text, field = plain_text.decoded(content), where.partition(".")[2]
     if not field:
         return text
     try:
         held = json.loads(text)[field]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return str(held) if isinstance(held, str | int | float) else None
+    return rows.spoken(held)
 
 
 def said(shard: str, sample: Sample, where: str) -> str:

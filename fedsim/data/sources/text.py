@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import validate
-from fedsim.data import rows
+from fedsim.data import plain_text, rows, tokenizer_files
 from fedsim.data.examples import ArrayDataset, Splits
-from fedsim.data.sources import SOURCES
+from fedsim.data.sources import SOURCES, folders
 from fedsim.data.sources.base import Source
 from fedsim.data.targets import IGNORED, Targets
 from fedsim.rules import SET, read_with
-from fedsim.validate import InputError
+from fedsim.validate import InputError, PrivateInputError
 
 PADDING = 0
 BYTES = 257  # padding, and a token a byte
@@ -31,7 +31,8 @@ class Text(Source):
 
     A vocabulary learned from private texts would leak, so tokenizers are fixed: "bytes", a token a byte of
     UTF-8; "words", words in lower case by a hash into `vocabulary` tokens; or a tokenizer.json of the
-    package tokenizers, made from public texts. Token 0 is padding.
+    package tokenizers, made from public texts. Token 0 is padding. What a file says of padding, truncation
+    and random choices is not done: a text's tokens follow from it alone, and `places` says how many.
 
     Attributes:
         train, test: files below data.root: .csv, .jsonl or .parquet, or .txt with one text a line; or a
@@ -110,14 +111,23 @@ class Text(Source):
         if path.suffix == ".txt":
             texts = [line for line in _content(path).splitlines() if line.strip()]
         else:
-            texts = ["" if cell is None else str(cell) for cell in rows.read(path, [self.text])[self.text]]
+            texts = self._said(rows.read(path, [self.text])[self.text], path)
         return [str(row) for row in range(len(texts))], self._tokens(texts, tokenize)
+
+    def _said(self, cells: Sequence[Any], path: Path) -> list[str]:
+        """Texts of a column; an empty cell is an empty one."""
+        texts = ["" if cell is None else rows.spoken(cell) for cell in cells]
+        if None in texts:
+            expected = f"{path}: {self.text} must hold texts"
+            got = cells[texts.index(None)]
+            raise PrivateInputError(f"{expected}, got {got!r}. Make one text of it.", f"{expected}.")
+        return [text for text in texts if text is not None]
 
     def _read(self, path: Path, own: bool) -> tuple[list[str], list[Any], NDArray[np.int64] | None]:
         """Return texts, their classes, and their owners where there are any."""
         if path.is_dir():
-            folders = [path / str(name) for name in self.classes] if self.classes else [path]
-            files = [(file, folder.name) for folder in folders for file in _files(folder)]
+            among = [path / str(name) for name in self.classes] if self.classes else [path]
+            files = [(file, folder.name) for folder in among for file in _files(folder)]
             return [_content(file) for file, _ in files], [name for _, name in files], None
         if path.suffix == ".txt":
             if self.classes:
@@ -126,7 +136,7 @@ class Text(Source):
         extra = [self.target] if self.classes else []
         owner = [self.holder] if self.holder is not None and own else []
         found = rows.read(path, [self.text, *extra, *owner])
-        texts = ["" if cell is None else str(cell) for cell in found[self.text]]
+        texts = self._said(found[self.text], path)
         owners = rows.numbered(found[owner[0]], f"{path}: {owner[0]}") if owner else None
         return texts, found[self.target] if extra else [], owners
 
@@ -140,19 +150,14 @@ class Text(Source):
                 lambda text: [1 + zlib.crc32(word.encode()) % buckets for word in _words(text)]
             ), self.vocabulary
         try:
-            from tokenizers import Tokenizer
+            import tokenizers
         except ImportError as error:
             raise InputError(
                 f"data.options.tokenizer={self.tokenizer} needs the package tokenizers: {error}. Run pip "
                 "install 'fedsim[transformers]', or use bytes or words."
             ) from error
-        try:
-            made = Tokenizer.from_file(str(root / self.tokenizer))
-        except Exception as error:
-            raise InputError(
-                f"data.options.tokenizer must be bytes, words, or a tokenizer.json below {root}, got "
-                f"{self.tokenizer!r}: {error}."
-            ) from error
+        expected = "bytes, words, or a tokenizer.json below data.root"
+        made = tokenizer_files.read(root / self.tokenizer, tokenizers, special=True, expected=expected)
         first = made.id_to_token(PADDING)
         if first is not None and "pad" not in first.lower():
             raise InputError(
@@ -181,11 +186,11 @@ def _words(text: str) -> list[str]:
 def _files(folder: Path) -> Sequence[Path]:
     if not folder.is_dir():
         raise InputError(f"text: expected a folder of texts at {folder}, one a file, and there is none.")
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return folders.files(folder, "text")
 
 
 def _content(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return plain_text.decoded(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} must be a readable text: {error}.") from error
