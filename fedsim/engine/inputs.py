@@ -22,7 +22,8 @@ def read(card: Card, path: Path) -> tuple[list[str], Any]:
     Args:
         card: what the model takes.
         path: a .npy array of examples; an image, or a folder of images, which get the shape that the model
-            takes, other files are left out with a warning; or what the run's own source reads: a table, texts.
+            takes, where files that are no images are left out with a warning; or what the run's own source
+            reads: a table, texts.
 
     Returns:
         Names are files, relative to a folder, or numbers of rows.
