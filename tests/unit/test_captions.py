@@ -100,7 +100,7 @@ def test_a_tokenizer_file_must_keep_the_first_tokens_free(
 
 
 ASKED = {
-    "padding to the longest": lambda made: made.enable_padding(pad_token="<pad>"),
+    "padding to the longest": lambda made: made.enable_padding(pad_id=5, pad_token="a"),
     "padding in front": lambda made: made.enable_padding(length=9, direction="left"),
     "cutting": lambda made: made.enable_truncation(2),
     "dropout": lambda made: setattr(made.model, "dropout", 0.9),
@@ -350,15 +350,16 @@ def test_links_are_followed_and_lost_files_keep_their_place(tmp_path: Path) -> N
     (other / "b.txt").rename(other / "b.TXT")
     (here / "a.png").symlink_to("nowhere.png")
     (here / "a.txt").write_text("two dogs")
+    (here / "aa.png").symlink_to("nowhere.png")
     (here / "c.txt").write_text("an apple")
     (here / "linked").symlink_to(other)
     (here / ".hidden").mkdir()
     (here / ".hidden" / "d.png").write_bytes(b"")
     train = train_of(tmp_path)
-    assert captions_of(train) == ["", "a dog", "", "a dog"]
+    assert captions_of(train) == ["", "", "a dog", "", "a dog"]
     there = train.read(slice(None))[1]
     assert there is not None
-    assert there.tolist() == [False, True, False, True]
+    assert there.tolist() == [False, False, True, False, True]
 
 
 @pytest.mark.parametrize("name", ["Thumbs.db", "README.md", "metadata.json", "b.TXT"])
@@ -397,6 +398,7 @@ def test_a_text_may_say_its_encoding_in_front(encoding: str, tmp_path: Path) -> 
         "linked.txt",
         "hard.txt",
         "folder/b.txt",
+        "folder/.hidden",
         "table.jsonl",
     ],
 )
@@ -406,6 +408,7 @@ def test_no_public_captions_are_private_ones_by_another_name(public: str, tmp_pa
     (tmp_path / "linked.txt").symlink_to("train/b.txt")
     (tmp_path / "hard.txt").hardlink_to(tmp_path / "train" / "b.txt")
     (tmp_path / "folder").symlink_to("train")
+    (tmp_path / "train" / ".hidden").write_text("a dog")
     (tmp_path / "real.jsonl").write_text('{"image": "train/b.png", "caption": "a dog"}')
     (tmp_path / "table.jsonl").symlink_to("real.jsonl")
     options = {"train": "real.jsonl"} if public == "table.jsonl" else {}
