@@ -5,7 +5,8 @@
 A captioner learns scenes of public pictures without privacy (dpcap2024/scenes_public), and goes on from there
 on 60,000 scenes of other pictures over 1,000 holders (dpcap2024/scenes_cpu), for equal steps and batches,
 with next to no noise and with shares of the noise that epsilon 8 asks for. At a quarter of the scenes
-epsilon 8 asks for more: if noise over batch is what counts, that point lies on the line of the others.
+epsilon 8 asks for more: if noise over batch is what counts, that point lies on the line of the others. It
+has two seeds.
 
 What is measured is the accuracy of linear and few-shot probes on frozen features: single private pictures on
 backgrounds, told apart by category (data.name=named_pictures). Beside it: the encoder as drawn, and pixels.
@@ -74,7 +75,7 @@ class Case:
 
 CASES = (
     *(Case(share, SCENES, seed) for seed in SEEDS for share in SHARES[::-1]),
-    *(Case(1.0, FEWER, seed) for seed in SEEDS),
+    *(Case(1.0, FEWER, seed) for seed in SEEDS[:2]),
 )
 
 
