@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import final, small, train, without_epsilon
 
-STEPS = {"float32": "train.steps=12", "float64": "train.steps=6"}
+STEPS = "train.steps=12"
 MODEL = {"float32": "mlp", "float64": "small_cnn"}
 VARIANTS = {
     "1 holder": ["federation.holders=1", "federation.nodes=1"],
@@ -40,7 +40,7 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int],
     for dtype in ("float32", "float64"):
         for examples in (400, 1000):
             folder = tmp_path_factory.mktemp("baseline")
-            base = [STEPS[dtype], f"model.dtype={dtype}", f"model.name={MODEL[dtype]}"]
+            base = [STEPS, f"model.dtype={dtype}", f"model.name={MODEL[dtype]}"]
             train(small(*base, f"data.train_examples={examples}"), folder)
             out[dtype, examples] = final(folder)
     return out
@@ -51,7 +51,7 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int],
 def test_same_parameters(
     variant: str, dtype: str, baselines: dict[tuple[str, int], torch.Tensor], tmp_path: Path
 ) -> None:
-    config = small(STEPS[dtype], f"model.dtype={dtype}", f"model.name={MODEL[dtype]}", *VARIANTS[variant])
+    config = small(STEPS, f"model.dtype={dtype}", f"model.name={MODEL[dtype]}", *VARIANTS[variant])
     train(config, tmp_path)
     expected = baselines[dtype, config.data.train_examples or 0]
     tolerance = 1e-5 if dtype == "float32" else 1e-10
@@ -62,7 +62,7 @@ def test_same_parameters(
 def test_what_defines_the_run_does_change_them(
     change: str, baselines: dict[tuple[str, int], torch.Tensor], tmp_path: Path
 ) -> None:
-    train(small(STEPS["float32"], change), tmp_path)
+    train(small(STEPS, change), tmp_path)
     assert torch.max(torch.abs(final(tmp_path) - baselines["float32", 400])) > 1e-3
 
 
