@@ -86,6 +86,7 @@ def picture(held: dict[str, Any]) -> Figure:
     axes.axhline(0.0, linestyle=":", color="gray", label="public initialisation")
     least = min(row["noise_over_batch"] for row in held["rows"] if row["share"] > NONE)
     axes.set_xscale("symlog", linthresh=least / 2)
+    axes.set_xlim(-least / 16, 1.5 * max(row["noise_over_batch"] for row in held["rows"]))
     axes.set_xlabel("noise multiplier over batch")
     axes.set_ylabel("points of the linear probe gained")
     axes.grid(alpha=0.3)
