@@ -34,7 +34,7 @@ LAYERS = [
     ["fedsim.run", "fedsim.exporting", "fedsim.flower"],
     ["fedsim.study"],
     ["fedsim.api"],
-    ["fedsim.cli"],
+    ["fedsim.cli", "fedsim.__main__"],
 ]
 RECIPES = sorted(p for p in CONFIG_DIR.rglob("*.yaml") if p.parent.name not in ("compare", "tune", "tuned"))
 SOURCES = sorted([*(ROOT / "fedsim").rglob("*.py"), *(ROOT / "strategies").rglob("*.py")])

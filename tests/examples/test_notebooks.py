@@ -33,6 +33,7 @@ def test_there_are_three() -> None:
     assert set(NAMES) == set(CLAIMS)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("name", NAMES)
 def test_every_claim_of_a_notebook_holds(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
