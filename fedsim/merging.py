@@ -7,6 +7,7 @@ mean nothing to it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -109,7 +111,7 @@ def read(path: Path) -> DictConfig:
         InputError: the file holds none.
     """
     try:
-        loaded = _parsed(path.read_text(encoding="utf-8"))
+        loaded = _parsed(text := path.read_text(encoding="utf-8"))
     except Exception as error:
         raise InputError(
             f"{path} must be a readable YAML file of settings by name, but: {_yaml_problem(error)}. Mend "
@@ -117,6 +119,7 @@ def read(path: Path) -> DictConfig:
         ) from error
     if not isinstance(loaded, DictConfig):
         raise InputError(f"{path} must hold settings by name, such as title: mine, got a list.")
+    _refuse_other_bases(text, str(path))
     return loaded
 
 
@@ -124,6 +127,27 @@ def read(path: Path) -> DictConfig:
 def _parsed(text: str) -> DictConfig | ListConfig:
     """What YAML text holds; parsing takes longer than all the rest of loading."""
     return OmegaConf.load(io.StringIO(text))
+
+
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+")
+
+
+@functools.lru_cache(maxsize=1024)
+def _refuse_other_bases(text: str, where: str) -> None:
+    """Refuse numbers that YAML 1.1 reads as nobody means them: 0100 as 64, 1:40 as 100.
+
+    Raises:
+        InputError: one that is not in quotes.
+    """
+    if re.search(r"\b0[0-9_]|[0-9]:[0-9]", text) is None:  # to scan takes as long as to parse
+        return
+    with contextlib.suppress(yaml.YAMLError):  # what is no YAML is refused elsewhere
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.ScalarToken) and token.plain and _OTHER_BASE.fullmatch(token.value):
+                raise InputError(
+                    f"{where}: {token.value} must be a decimal number, and YAML reads it to another base. "
+                    "Write it without leading zeros and colons, or in quotes if it is a word."
+                )
 
 
 def dotlist(overrides: Sequence[str]) -> DictConfig:
@@ -140,6 +164,7 @@ def dotlist(overrides: Sequence[str]) -> DictConfig:
             )
         if item.startswith("extends="):
             raise InputError(f"extends must stand in a configuration file, got the override {item!r}.")
+        _refuse_other_bases(item.partition("=")[2], f"override {item!r}")
     tree: dict[str, Any] = {}
     try:
         for item in _in_order(overrides):

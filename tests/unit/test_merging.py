@@ -193,3 +193,20 @@ def test_options_change_the_digest() -> None:
 def test_malformed_choices_are_refused(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         loading.load("base", [override])
+
+
+@pytest.mark.parametrize("number", ["010", "-0100", "08", "1:40", "0_10"])
+def test_numbers_of_other_bases_are_refused(number: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads 0100 as 64 and 1:40 as 100."""
+    with pytest.raises(InputError, match=rf"override .*: {number} must be a decimal number"):
+        loading.load("base", [f"train.steps={number}"])
+    with pytest.raises(InputError, match=rf"override .*: {number} must be a decimal number"):
+        dotlist([f"data.options={{train: {number}}}"])
+    (file := tmp_path / "own.yaml").write_text(f"extends: base\n# from 010 on\ntrain: {{steps: {number}}}\n")
+    with pytest.raises(InputError, match=rf"own.yaml: {number} must be a decimal number"):
+        loading.load(file)
+
+
+def test_numbers_in_quotes_times_and_fractions_are_what_they_were() -> None:
+    held = dotlist(["title='010'", "a=0.05", "b=-0", "c=1e-05", "d=x:010", "e=2026-01-02"])
+    assert list(held.values()) == ["010", 0.05, 0, 1e-05, "x:010", "2026-01-02"]
