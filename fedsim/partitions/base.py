@@ -107,9 +107,18 @@ def as_numbers(owners: Any) -> Ints:
     """Return owners (N,) of any words or numbers as 0, 1, ... in their sorted order.
 
     Raises:
-        InputError: an owner that is not a number where all others are (NaN): nobody holds such an example.
+        InputError: an owner that is not a number where all others are (NaN), or none: nobody holds such an
+            example; words among numbers, of which 1 and "1" would be one owner.
     """
     held = np.asarray(owners)
+    if held.dtype.kind not in "biuf":
+        kinds = {str if isinstance(one, str) else type(one) for one in (held if owners is held else owners)}
+        if len(kinds) > 1 or type(None) in kinds:
+            found = " and ".join(sorted(kind.__name__ for kind in kinds))
+            raise InputError(
+                f"every example must have a holder, and all of them words, or all numbers, got {found}. Name "
+                "each in the same way everywhere, str(...) for example."
+            )
     if held.dtype.kind == "f" and not np.isfinite(held).all():
         raise InputError("every example must have a holder, and some have NaN or infinity. Name theirs.")
     whole = held.ndim == 1 and held.size and held.dtype.kind in "iu"

@@ -273,7 +273,7 @@ class Task(ABC):
         found = {**self.measures(outputs, targets), "loss": self.loss(outputs, targets)}
         for metric, measure in self.measured:
             with _failing(metric.name):
-                values = measure(outputs.clone(), targets.clone())  # which may write into what it is given
+                values = measure(self.predicted(outputs.clone()), targets.clone())  # and may write into them
             if not isinstance(values, Tensor) or values.shape != (len(targets),):
                 shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise InputError(

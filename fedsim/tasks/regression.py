@@ -68,14 +68,9 @@ class Regression(Task):
         """Return predictions in the targets' own unit."""
         return outputs * self.scale + self.center
 
-    def all_measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """See `Task.all_measures`; metrics get predictions in the targets' own unit."""
-        found = super().all_measures(self.predicted(outputs), targets)
-        return found | {"loss": self.loss(outputs, targets)}
-
     def measures(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """See `Task.measures`: of "rmse" the squared error, whose root the meter takes."""
-        difference = (outputs - targets).double()
+        difference = (self.predicted(outputs) - targets).double()
         return {"rmse": difference.square().mean(1), "mae": difference.abs().mean(1)}
 
     def meter(self) -> _Rooted:

@@ -312,3 +312,46 @@ def test_a_metric_that_writes_into_what_it_gets_changes_nothing() -> None:
     found = with_own.all_measures(outputs.clone(), targets.clone())
     for name, values in plain.all_measures(outputs, targets).items():
         assert torch.equal(found[name], values)
+
+
+class _Off:
+    """What `_off` says of each example, on average."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        self.seen.append(_off(outputs, targets))
+
+    def result(self) -> float:
+        return float(torch.cat(self.seen).mean())
+
+
+def _off(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).abs().mean(1)
+
+
+class _Tens(Classification):
+    def predicted(self, outputs: Tensor) -> Tensor:
+        return 10 * outputs
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets / 10).square().sum(1)
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.loss(outputs, targets)}
+
+
+@pytest.mark.parametrize("kind", [_Tens, lambda **given: Regression(center=50.0, scale=10.0, **given)])
+def test_metrics_of_both_kinds_get_what_is_predicted(kind: Any) -> None:
+    task = kind(metrics=[_off, _Off])
+    outputs, targets = torch.randn(20, 2), 50 + 10 * torch.randn(20, 2)
+    meter = task.meter() if isinstance(task, Regression) else tasks.base.Means(task)
+    held = tasks.base.WithGauges(task)
+    for part in (slice(0, 7), slice(7, 20)):
+        meter.add(outputs[part], targets[part])
+        held.add(outputs[part], targets[part])
+    wanted = float(_off(task.predicted(outputs), targets).mean())
+    assert meter.result()["_off"] == pytest.approx(wanted)
+    assert held.result()["_Off"] == pytest.approx(wanted)
+    assert held.result()["_off"] == pytest.approx(wanted)
