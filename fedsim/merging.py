@@ -129,7 +129,7 @@ def _parsed(text: str) -> DictConfig | ListConfig:
     return OmegaConf.load(io.StringIO(text))
 
 
-_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+")
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 @functools.lru_cache(maxsize=1024)

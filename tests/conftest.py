@@ -181,3 +181,21 @@ def forked(arguments: Sequence[str], output: Path) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def child_that(works: Callable[[], Any]) -> int:
+    """Start a process that does something, and return its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            works()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def end_of(child: int) -> int:
+    """Wait for a process, and return how it ended: 0, or less for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

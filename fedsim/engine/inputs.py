@@ -53,18 +53,21 @@ def read(card: Card, path: Path) -> tuple[list[str], Any]:
         raise InputError(f"{path} must hold images, and is empty.")
     options = {} if card.source is None else card.source.options
     fit, short = str(options.get("fit", "crop")), options.get("short_side")
-    found: dict[str, Any] = {}
+    names: list[str] = []
+    found: list[Any] = []
     for file in files:
         name = validate.printable(file.relative_to(path).as_posix() if path.is_dir() else file.name)
         try:
-            found[name] = pixels(file, card.example_shape, fit, short)
+            found.append(pixels(file, card.example_shape, fit, short))
         except InputError as error:
             if not path.is_dir():
                 raise
             _log.warning("left out: %s", error)
+        else:
+            names.append(name)
     if not found:
         raise InputError(f"{path} must hold images, and none of its {len(files)} files is one.")
-    return list(found), np.stack(list(found.values()))
+    return names, np.stack(found)
 
 
 def rows(array: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, ClassVar
 
 import numpy as np
@@ -112,9 +113,9 @@ def as_numbers(owners: Any) -> Ints:
     """
     held = np.asarray(owners)
     if held.dtype.kind not in "biuf":
-        kinds = {str if isinstance(one, str) else type(one) for one in (held if owners is held else owners)}
-        if len(kinds) > 1 or type(None) in kinds:
-            found = " and ".join(sorted(kind.__name__ for kind in kinds))
+        kinds = {_kind(one) for one in (held if owners is held else owners)}
+        if len(kinds) > 1 or "NoneType" in kinds:
+            found = " and ".join(sorted(kinds))
             raise InputError(
                 f"every example must have a holder, and all of them words, or all numbers, got {found}. Name "
                 "each in the same way everywhere, str(...) for example."
@@ -130,6 +131,12 @@ def as_numbers(owners: Any) -> Ints:
         numbers = numbers.astype(np.min_scalar_type(numbers[-1]))
         return np.concatenate([numbers[held[start : start + BLOCK]] for start in range(0, len(held), BLOCK)])
     return np.unique(held, return_inverse=True)[1].astype(np.int64, copy=False)
+
+
+def _kind(owner: Any) -> str:
+    if isinstance(owner, str):
+        return "word"
+    return "number" if isinstance(owner, Number) else type(owner).__name__
 
 
 def even_sizes(n: int, parts: int) -> Ints:

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fedsim.data.feature_maps import FeatureMap
 from fedsim.engine.experiment import partition_of, prepare, task_of
 from fedsim.merging import Choice
 from fedsim.validate import InputError
-from tests.conftest import command, small, train
+from tests.conftest import child_that, command, end_of, small, train
 
 WIDTH = 12
 IMAGES = np.random.default_rng(5).integers(0, 256, (300, 4, 4, 1)).astype(np.uint8)
@@ -79,19 +79,6 @@ def blocks() -> int:
 # --- deaths
 
 
-def in_child(job: Callable[[], Any]) -> int:
-    """Do the job in a process of its own, and return how that ended."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            job()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def killed_at(moment: int) -> None:
     """Compute, and be killed at the given write, half of which is done; the first is that of the header."""
     left = [moment]
@@ -117,7 +104,7 @@ def killed_at(moment: int) -> None:
 
 @pytest.mark.parametrize("moment", range(12))
 def test_killed_at_any_write_it_goes_on_after_the_last_finished_block(moment: int) -> None:
-    ended = in_child(lambda: killed_at(moment))
+    ended = end_of(child_that(lambda: killed_at(moment)))
     assert ended == (-signal.SIGKILL if moment < 11 else 0)  # a header, 5 blocks of rows and record
     blocks()
     np.testing.assert_array_equal(computed(), expected())
@@ -130,7 +117,7 @@ def test_killed_at_any_write_it_goes_on_after_the_last_finished_block(moment: in
 def test_killed_many_times_over_it_comes_to_the_same_end() -> None:
     moments = np.random.default_rng(3).integers(1, 4, 30)
     for moment in moments:
-        if in_child(lambda moment=moment: killed_at(int(moment))) == 0:  # type: ignore[misc]
+        if end_of(child_that(lambda moment=moment: killed_at(int(moment)))) == 0:  # type: ignore[misc]
             break
     np.testing.assert_array_equal(computed(), expected())
 
@@ -325,19 +312,13 @@ def test_processes_with_overlapping_parts_at_once(folder: Path, monkeypatch: pyt
 
     monkeypatch.setattr(features, "_block", slow)
     parts = [np.arange(300)[::2], np.arange(100, 300), np.arange(0, 300, 3), np.arange(300)]
-    children = []
-    for part in parts:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                time.sleep(max(0.0, began - time.monotonic()))
-                right = (computed(part)[part] == expected()[part]).all()
-                code = 0 if right else 2
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+
+    def right(part: NDArray[np.int64]) -> None:
+        time.sleep(max(0.0, began - time.monotonic()))
+        assert (computed(part)[part] == expected()[part]).all()
+
+    children = [child_that(lambda part=part: right(part)) for part in parts]  # type: ignore[misc]
+    assert [end_of(child) for child in children] == [0] * 4
     blocks()
     np.testing.assert_array_equal(computed(), expected())
     assert blocks() == 1

@@ -187,6 +187,7 @@ def test_owners_of_any_words_are_numbered_and_nobody_is_no_owner() -> None:
     assert as_numbers([7.5, -1.0]).tolist() == [1, 0]
     with pytest.raises(InputError, match="every example must have a holder"):
         as_numbers([0.0, float("nan")])
+    assert as_numbers(np.array([2, np.int64(1)], object)).tolist() == [1, 0]
     for mixed in ([1, "1"], ["a", None], np.array(["a", 1], object), [None, None]):
         with pytest.raises(InputError, match="all of them words, or all numbers, got"):
             as_numbers(mixed)

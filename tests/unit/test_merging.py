@@ -195,7 +195,7 @@ def test_malformed_choices_are_refused(override: str, message: str) -> None:
         loading.load("base", [override])
 
 
-@pytest.mark.parametrize("number", ["010", "-0100", "08", "1:40", "0_10"])
+@pytest.mark.parametrize("number", ["010", "-0100", "08", "1:40", "1:30.5", "0_10"])
 def test_numbers_of_other_bases_are_refused(number: str, tmp_path: Path) -> None:
     """YAML 1.1 reads 0100 as 64 and 1:40 as 100."""
     with pytest.raises(InputError, match=rf"override .*: {number} must be a decimal number"):

@@ -223,14 +223,20 @@ def test_an_index_is_made_once_and_anew_where_a_file_changed(
         assert np.flatnonzero((before != after).any(1)).tolist() == [5]
 
 
-def test_a_file_that_changes_under_a_run_stops_it(tmp_path: Path) -> None:
-    both(tmp_path)
+def opened(folder: Path) -> Iterator[tuple[str, Path, Pictures]]:
+    """Pictures of a folder and of tar files that a run has read from, and the file that one of them is in."""
+    both(folder)
     for name, options, path in (
-        ("image_folder", {}, sorted((tmp_path / "train").rglob("*.jpg"))[3]),
-        ("image_shards", {"classes": 3}, tmp_path / "train-00000.tar"),
+        ("image_folder", {}, sorted((folder / "train").rglob("*.jpg"))[3]),
+        ("image_shards", {"classes": 3}, folder / "train-00000.tar"),
     ):
-        held = in_files(loaded(name, tmp_path, **options))
+        held = in_files(loaded(name, folder, **options))
         held.read(np.array([3]))
+        yield name, path, held
+
+
+def test_a_file_that_changes_under_a_run_stops_it(tmp_path: Path) -> None:
+    for name, path, held in opened(tmp_path):
         content = path.read_bytes()
         path.write_bytes(content + bytes(512))
         with pytest.raises(RunError, match="changed after its pictures were indexed"):
@@ -243,13 +249,7 @@ def test_a_file_that_changes_under_a_run_stops_it(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_in_size_and_time_as_it_was_stops_a_run(tmp_path: Path) -> None:
-    both(tmp_path)
-    for name, options, path in (
-        ("image_folder", {}, sorted((tmp_path / "train").rglob("*.jpg"))[3]),
-        ("image_shards", {"classes": 3}, tmp_path / "train-00000.tar"),
-    ):
-        held = in_files(loaded(name, tmp_path, **options))
-        held.read(np.array([3]))
+    for _, path, held in opened(tmp_path):
         status, content = path.stat(), path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

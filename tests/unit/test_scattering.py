@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from fedsim.data.cache import folder
 from fedsim.engine.experiment import prepare
 from fedsim.merging import Choice
 from fedsim.validate import InputError
-from tests.conftest import final, small, train
+from tests.conftest import child_that, end_of, final, small, train
 
 RNG = np.random.default_rng(11)
 
@@ -34,19 +33,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def real_images() -> NDArray[np.uint8]:
     return np.array(datasets.load(DataConfig(test_examples=60)).test.inputs)
-
-
-def child_that(works: Callable[[], None]) -> int:
-    """Start a process that does something, and return its id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            works()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def computed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -219,7 +205,7 @@ def test_processes_that_ask_at_once_compute_once(tmp_path: Path) -> None:
 
     places = [tmp_path / "one", tmp_path / "other"]
     children = [child_that(lambda place=place: ask(place)) for place in places]  # type: ignore[misc]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert [end_of(child) for child in children] == [0, 0]
     answers = [place.read_text().split() for place in places]
     assert sum("computing" in answer for answer in answers) == 1
     assert len({answer[-1] for answer in answers}) == 1
