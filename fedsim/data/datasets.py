@@ -27,6 +27,7 @@ from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.feature_file import FeatureFile
 from fedsim.data.features import Rows
+from fedsim.data.pictures.pictures import Pictures
 from fedsim.data.sources import SOURCES
 from fedsim.merging import Choice
 from fedsim.validate import InputError, PrivateInputError
@@ -159,7 +160,9 @@ def _seen(data: ArrayDataset, config: DataConfig, rows: Rows) -> ArrayDataset:
     """Return the examples as a model sees them, in these rows."""
     if config.features is None:
         return data
-    return dataclasses.replace(data, inputs=_file(data, config, rows).array(), mean=(), std=())
+    held = _file(data, config, rows).array()
+    lost = isinstance(data.inputs, Pictures)
+    return dataclasses.replace(data, inputs=held, mean=(), std=(), nan_is_lost=lost)
 
 
 def _file(data: ArrayDataset, config: DataConfig, rows: Rows) -> FeatureFile:

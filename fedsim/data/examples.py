@@ -49,6 +49,7 @@ class ArrayDataset:
         vocabulary: number of tokens there can be in the inputs, declared; None: the inputs are no tokens.
         whole: (N,) which inputs of an array are there: others could not be read, and contribute nothing;
             None: all of them. Pictures that stay in their files are asked when they are read.
+        nan_is_lost: whether the inputs are features of pictures, NaN for one that cannot be decoded.
 
     Raises:
         InputError: shapes, dtypes, lengths or targets that do not fit together. Whether features are finite
@@ -64,6 +65,7 @@ class ArrayDataset:
     std: tuple[float, ...] = ()
     vocabulary: int | None = None
     whole: NDArray[np.bool_] | None = None
+    nan_is_lost: bool = False
 
     def __post_init__(self) -> None:
         _check_inputs(self.name, self.inputs, self.vocabulary)
@@ -131,6 +133,12 @@ class ArrayDataset:
     def there(self, rows: Rows) -> NDArray[np.bool_] | None:
         """Return which of these rows of an array are there, (n,); None: all of them."""
         there = None if self.whole is None else self.whole[rows]
+        if self.nan_is_lost:
+            assert isinstance(self.inputs, np.ndarray)
+            first = self.inputs[
+                (rows, *(0 for _ in self.inputs.shape[1:]))
+            ]  # no more of a mapped row is read
+            there = ~np.isnan(first)
         return None if there is None or there.all() else there
 
     def blank(self, count: int) -> NDArray[Any]:

@@ -63,7 +63,7 @@ def check(data: examples.ArrayDataset, *, held_out: bool) -> None:
     expected = f"{data.name}: evaluation must have an example that counts, a picture that can be decoded"
     expected += " and a caption with a word" if data.declared.kind == "tokens" else ""
     remedy = "Mend its files, or set other ones."
-    message = f"{expected}, got none of {len(data)}: {why}. {remedy}"
+    message = f"{expected}, got none of {len(data)}{why and f': {why}'}. {remedy}"
     raise PrivateInputError(message, f"{expected}. {remedy}") if held_out else InputError(message)
 
 

@@ -45,6 +45,13 @@ COMMON = (
     "train.augment_multiplicity=2",
 )
 
+FEATURES = (
+    "data.features={name: scattering}",
+    "model.name=linear",
+    "train.augmentations=[]",
+    "train.augment_multiplicity=1",
+)
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -237,23 +244,35 @@ def _stopping_after(steps: int) -> Any:
     return client
 
 
-def test_evaluation_leaves_out_and_counts_what_is_no_picture(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overrides", [(), FEATURES], ids=["pixels", "features"])
+def test_evaluation_leaves_out_and_counts_what_is_no_picture(
+    root: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
     import shutil
 
     own = tmp_path / "data"
     shutil.copytree(root, own, ignore=shutil.ignore_patterns("cache", "*.tar"))
     victims = sorted((own / "test").rglob("*.jpg"))
     victims[2].write_bytes(b"no picture")
-    train(config(own), tmp_path / "broken")
+    train(config(own, *overrides), tmp_path / "broken")
     numbers = numbers_of(read_steps(tmp_path / "broken" / "metrics.jsonl")[-1])
     assert numbers["undecodable_test"] == 1.0
     victims[2].unlink()
     datasets._load.cache_clear()
     setup.forget_nodes()
-    train(config(own), tmp_path / "removed")
+    train(config(own, *overrides), tmp_path / "removed")
     without = numbers_of(read_steps(tmp_path / "removed" / "metrics.jsonl")[-1])
-    assert numbers["loss"] == without["loss"]
+    assert np.isfinite(without["loss"])
+    assert (numbers["loss"], numbers["accuracy"]) == (without["loss"], without["accuracy"])
     assert "undecodable_test" not in without
+
+
+def test_features_of_what_is_no_picture_are_no_example(root: Path, tmp_path: Path) -> None:
+    made_of = config(root, *FEATURES, "train.expected_batch_size=48")
+    train(made_of, tmp_path / "run")
+    lines = read_steps(tmp_path / "run" / "metrics.jsonl")
+    assert [numbers_of(line)["undecodable"] for line in lines] == [1.0] * 3
+    assert bool(torch.isfinite(final(tmp_path / "run")).all())
 
 
 def test_predictions_of_files_are_those_that_were_scored(
