@@ -297,12 +297,24 @@ def _configured(
         federation = changes.setdefault("federation", {})
         federation["partition"] = _plain("partition", _named("partition", scheme))
         count = scheme.count if isinstance(scheme, Owners) else None
-        if isinstance(partition, str) and partition == "natural" and isinstance(data, Data):
-            count = data.holders
         if count is not None:
-            federation.setdefault("holders", count)
-            federation.setdefault("nodes", min(2, count))
+            _holders(changes, count)
+    if isinstance(data, Data) and data.holders is not None and _is_natural(changes):
+        _holders(changes, data.holders)
     return loading.loaded(config, changes)
+
+
+def _holders(changes: dict[str, Any], count: int) -> None:
+    """Set the number of holders, and of nodes that can host them, where nothing is said of it."""
+    federation = changes["federation"] = dict(changes.get("federation") or {})
+    federation.setdefault("holders", count)
+    federation.setdefault("nodes", min(2, count))
+
+
+def _is_natural(changes: Changes) -> bool:
+    """Whether what was handed in chooses the partition by natural owners."""
+    chosen = (changes.get("federation") or {}).get("partition")
+    return (chosen.get("name") if isinstance(chosen, Mapping) else chosen) == "natural"
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim import given, imports, validate
+from fedsim import given, imports, unknown, validate
 from fedsim.validate import InputError
 
 ALLOWED = "FEDSIM_REFERENCES"
@@ -42,7 +42,8 @@ def check(name: str, own: Collection[str], setting: str) -> None:
         try:
             validate.one_of(name, own, setting)
         except InputError as error:
-            raise InputError(f"{error} Or name an object of your own, {_colon(name)}.") from None
+            here = unknown.choice(setting, name) or f"Or name an object of your own, {_colon(name)}."
+            raise InputError(f"{error} {here}") from None
 
 
 def _colon(name: str) -> str:

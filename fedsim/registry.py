@@ -156,11 +156,14 @@ class Registry(Generic[T]):
         elif self._function is not None and _lacks_more(found, choice.options):  # a variant itself
             made = functools.partial(found, **choice.options)
         else:
-            if self._adapt is None and self._function is None and _is_other(found, self.base):
+            simpler = self._adapt is not None or self._function is not None
+            if not callable(found) or (not simpler and _is_other(found, self.base)):
+                kind = found if isinstance(found, type) else type(found)
                 raise InputError(
                     f"{self.setting} must name a {self.base.__module__}.{self.base.__name__} or what makes "
-                    f"one, but {_called(choice.name)} is the class {found.__module__}.{found.__name__}. "
-                    "Derive it from that one (docs/extend.md), or choose by name: `fedsim list`."
+                    f"one, but {_called(choice.name)} is {'the class' if kind is found else 'an object of'} "
+                    f"{kind.__module__}.{kind.__name__}. Derive it from that one (docs/extend.md), or choose "
+                    "by name: `fedsim list`."
                 )
             made = references.called(found, choice.options, known, self.options)
         if not isinstance(made, self.base) and self._adapt is not None:

@@ -11,10 +11,13 @@ ELSEWHERE = {
     "batch": "train.expected_batch_size",
     "batch_size": "train.expected_batch_size",
     "clients": "federation.holders",
+    "criterion": "task.name",
     "epochs": "train.steps",
     "epsilon": "privacy.target_epsilon",
     "eps": "privacy.target_epsilon",
     "gpus": "engine.gpus_per_node",
+    "loss": "task.name",
+    "loss_fn": "task.name",
     "lr": "optimizer.learning_rate",
     "max_grad_norm": "privacy.clip_norm",
     "num_clients": "federation.holders",
@@ -24,10 +27,32 @@ ELSEWHERE = {
     "sigma": "privacy.noise_multiplier",
 }
 """What other libraries call it: the setting here."""
+_A_LOSS = "a loss of your own is the method `loss` of a class that derives from fedsim.Task"
 _WHY = {
+    "criterion": _A_LOSS,
     "epochs": "an epoch is examples / expected_batch_size steps",
+    "loss": _A_LOSS,
+    "loss_fn": _A_LOSS,
     "sampling_rate": "the rate is expected_batch_size / examples",
 }
+_A_METHOD = "preset={}, a choice on every axis"
+_CHOICES = {
+    "strategy.name": {
+        "central_dp": "central",
+        "cdp": "central",
+        "distributed": "shares",
+        "fedavg": _A_METHOD.format("dp_fedavg"),
+        "fedprox": _A_METHOD.format("dp_fedavg"),
+        "ldp": "local",
+        "local_dp": "local",
+        "secagg": "shares",
+        "secagg+": "shares",
+        "secaggplus": "shares",
+        "secure_aggregation": "shares",
+        "secure_sum": "shares",
+    },
+}
+"""By setting, what others call a choice: the choice here."""
 _KINDS = {
     "a search for settings, which `fedsim tune` makes": {"space", "spaces", "trials"},
     "a comparison, which `fedsim compare` runs": {"recipe", "variants"},
@@ -59,6 +84,12 @@ def remedy(key: str, valid: Collection[str]) -> str:
     if not valid:
         return "There are no options."
     return f"There are {', '.join(sorted(valid))}." if len(valid) <= _FEW else ""
+
+
+def choice(setting: str, name: str) -> str:
+    """Return a sentence on what is no choice of a setting but goes by that name elsewhere, "" for others."""
+    here = _CHOICES.get(setting, {}).get(name.lower())
+    return f"Here it is {here}." if here else ""
 
 
 def another_kind(keys: Collection[str], valid: Collection[str]) -> str:

@@ -7,6 +7,7 @@ stopped with a cause and can be resumed; 130 interrupted (resumable too).
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ from fedsim.validate import FedsimError, InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # names from outside may be beyond what a terminal can show
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     top = parser()
     completion.complete(top)
     options = _parse(top, arguments)

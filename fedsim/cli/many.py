@@ -56,8 +56,6 @@ def add(commands: Any) -> None:
 
 def _compare(options: argparse.Namespace) -> Any:
     """Run the cells of a comparison that are not finished, and show the table."""
-    from rich.console import Console
-
     from fedsim.engine.run_folder import file_name
     from fedsim.report.findings import findings
     from fedsim.report.table import COSTS, RESULTS, costs, note, table
@@ -71,7 +69,7 @@ def _compare(options: argparse.Namespace) -> Any:
 
     done = compare.run(wanted, options.overrides, out, runner_of("local"), sys.stderr, typed)
     if not options.json:
-        console = Console()
+        console = show.console()
         print("\n".join(findings(done)), note(done), sep="\n")
         for columns, rows in ((RESULTS, table(done)), (COSTS, costs(done))):
             shown = show.table(*columns)
@@ -98,8 +96,6 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
         results=options.results,
     )
     if not options.json:
-        from rich.console import Console
-
         from fedsim.report.significance import of_scores
 
         headline = Metric.of(result)
@@ -107,7 +103,7 @@ def _repeat(options: argparse.Namespace) -> dict[str, Any]:
         for run in result["runs"]:
             table.add_row(str(run["seed"]), headline.shown(run["score"]), f"{run['minutes']:.1f}")
         table.add_row("all", of_scores(result["scores"], headline), f"{result['minutes']:.1f} each")
-        Console().print(table)
+        show.console().print(table)
         for unit, spent in result["epsilon"].items():
             print(f"epsilon ({unit}): {show.spent(spent)}")
         print(f"evaluated on {result['evaluated_on']}")

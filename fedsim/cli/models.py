@@ -137,8 +137,6 @@ def _list(options: argparse.Namespace) -> dict[str, Any]:
         setting: variants for setting, variants in axes.described().items() if options.axis in (None, setting)
     }
     if not options.json:
-        from rich.console import Console
-
         for setting, variants in found.items():
             table = show.table(setting, "", "options")
             for name, (about, given) in variants.items():
@@ -146,5 +144,5 @@ def _list(options: argparse.Namespace) -> dict[str, Any]:
             for name, reference in axes.offered()[setting].items():
                 table.add_row(name, f"{reference}, of an installed package", "its arguments")
             table.add_row("package.module:Object", "an object of your own", "its arguments")
-            Console(width=max(120, Console().width)).print(table)
+            show.console(120).print(table)
     return found

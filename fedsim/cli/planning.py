@@ -37,13 +37,11 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     rate = planning.FLOPS_PER_SECOND if options.flops_per_second is None else options.flops_per_second
     plan = planning.describe(config, rate)
     if not options.json:
-        from rich.console import Console
-
         from fedsim import loading
 
-        console = Console()
+        console = show.console()
         if options.all:
-            console.print(loading.to_yaml(config), markup=False, highlight=False)
+            console.print(loading.to_yaml(config), highlight=False)
         table = show.table(config.title or "plan", "")
         for name, value in _rows(plan) if options.all else _leading(plan):
             table.add_row(name, value)

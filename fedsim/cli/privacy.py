@@ -139,8 +139,6 @@ def _mechanism(options: argparse.Namespace) -> tuple[float, int, float]:
 
 
 def _published(options: argparse.Namespace) -> Any:
-    from rich.console import Console
-
     with importing():
         from fedsim.privacy import published
 
@@ -158,7 +156,7 @@ def _published(options: argparse.Namespace) -> Any:
             shown[0] += " (differs)" if item.differs else ""
             n_delta = f"{item.row.population * item.row.delta:.2g}"
             table.add_row(item.row.paper, item.row.setting, *shown, n_delta, item.note)
-        Console(width=max(160, Console().width)).print(table)
+        show.console(160).print(table)
     return compared
 
 

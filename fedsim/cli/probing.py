@@ -69,5 +69,5 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
         table = show.table(*heads)
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        show.console().print(table)
     return found

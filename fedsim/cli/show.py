@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedsim.report.claim import claim, meaning
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -21,6 +22,15 @@ def table(*columns: str) -> Table:
     for column in columns:
         empty.add_column(column, overflow="fold")
     return empty
+
+
+def console(least: int = 0) -> Console:
+    """Return a console, at least so many characters wide, that shows names as they are: "[a]" and ":b:" of
+    somebody's data are no markup and no emoji."""
+    from rich.console import Console
+
+    plain = Console(markup=False, emoji=False)
+    return plain if plain.width >= least else Console(markup=False, emoji=False, width=least)
 
 
 def spent(epsilon: Any) -> str:

@@ -86,7 +86,6 @@ def _folder(out: Path | None, config: Config, overrides: Sequence[str] = ()) -> 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
     """Train federated and centralized and compare accuracy, epsilon, time and every parameter."""
     import torch
-    from rich.console import Console
     from safetensors.torch import load_file
 
     from fedsim.engine.run_folder import default_folder
@@ -134,7 +133,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
                 str(result["steps"]),
                 f"{result['seconds']:.0f}",
             )
-        console = Console()
+        console = show.console()
         console.print(table)
         for name, (result, _) in rows.items():
             for unit in ("example", "holder"):
@@ -170,8 +169,6 @@ def _next_runs(name: str, config: Config) -> str:
 
 
 def _print_result(result: dict[str, Any], judged_by: str, folder: RunFolder, before: str) -> None:
-    from rich.console import Console
-
     table = show.table(result["title"] or "run", "")
     headline = Metric.of(result)
     if headline.name in result:
@@ -188,7 +185,7 @@ def _print_result(result: dict[str, Any], judged_by: str, folder: RunFolder, bef
     if before:
         table.add_row("this command", before)
     table.add_row("folder", hints.short(folder.root))
-    Console().print(table)
+    show.console().print(table)
     if result["noise_source"] == "seeded" and result["noise_multiplier"]:
         print(
             "Noise came from the seed: whoever knows it can remove it. In deployment use "

@@ -55,8 +55,6 @@ def _tune(options: argparse.Namespace) -> Any:
 
 def _free(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Run the trials that are not finished, and say what was chosen."""
-    from rich.console import Console
-
     from fedsim.study import scored, tune
     from fedsim.study.tuned import name_of
 
@@ -73,7 +71,7 @@ def _free(tuning: Tuning, options: argparse.Namespace, out: Path) -> dict[str, A
                 "\n".join(one.trial.settings),
                 "\n".join(one.trial.edges) or "-",
             )
-        Console().print(table)
+        show.console().print(table)
         for (_, epsilon), one in best.items():
             if said := scored.tied(done, one):
                 print(f"{'' if epsilon is None else f'At epsilon {epsilon:g}, '}{said}.")

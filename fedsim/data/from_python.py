@@ -81,6 +81,11 @@ class Data:
                 wanted = _numbers(where, wanted, declared)
             elif wanted.dtype.kind == "b" and declared.kind == "class":
                 wanted = wanted.astype(np.int64)
+            if owners is not None and len(owners) != len(inputs):
+                raise InputError(
+                    f"fedsim.Data: holders must name an owner for each of {len(inputs)} training examples, "
+                    f"got {len(owners)}. Give one for every example, in their order."
+                )
             image = inputs.dtype == np.uint8 and inputs.ndim == 4 and vocabulary is None
             if inputs.dtype.kind == "f":
                 finite(inputs, f"{where}: inputs")

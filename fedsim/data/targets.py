@@ -39,7 +39,10 @@ class Targets:
         validate.one_of(self.kind, KINDS, "kind of targets")
         validate.positive(self.size, f"number of {self.kind}")
         if self.names and len(self.names) != self.size:
-            raise InputError(f"names of targets must be {self.size}, got {len(self.names)}: {self.names}.")
+            raise InputError(
+                f"names of targets must be {self.size}, one for each as declared, got {len(self.names)}: "
+                f"{', '.join(self.names)}. Name all of them, or none."
+            )
 
     def checked(
         self, values: NDArray[Any], examples: int, where: str, as_they_are: bool = False

@@ -93,23 +93,28 @@ class ConsoleProgress(Progress):
         if self._console.is_terminal:
             times: list[ProgressColumn] = [TimeRemainingColumn()] if timed else []
             self._bar = Bar(
-                TextColumn(title or "training"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 *times,
-                TextColumn(f"epsilon {{task.fields[epsilon]}}  {self._what} {{task.fields[score]}}"),
+                TextColumn("epsilon {task.fields[epsilon]}  {task.fields[score]}", markup=False),
                 console=self._console,
             )
-            self._task = self._bar.add_task("run", total=total, epsilon="-", score="-")
+            score = f"{self._what} -"
+            self._task = self._bar.add_task(title or "training", total=total, epsilon="-", score=score)
             self._bar.start()
 
     def _show(self, completed: int, *, evaluated: bool) -> None:
         score = self._headline.shown(self._score)
         if self._bar is not None:
-            self._bar.update(self._task, completed=completed, epsilon=self._spent, score=score)
+            self._bar.update(
+                self._task, completed=completed, epsilon=self._spent, score=f"{self._what} {score}"
+            )
         elif evaluated:
             self._console.print(
-                f"step {completed}/{self._total}  epsilon {self._spent}  {self._what} {score}"
+                f"step {completed}/{self._total}  epsilon {self._spent}  {self._what} {score}",
+                markup=False,
+                emoji=False,
             )
 
     def close(self) -> None:

@@ -119,7 +119,8 @@ def ahead(task: Task, model: nn.Module, shown: Mapping[str, Tensor]) -> None:
 
 
 def apart(model: nn.Module, train: ArrayDataset, task: Task) -> None:
-    """Refuse a model in which made-up examples meet, or that is random.
+    """Refuse a model in which made-up examples meet, or that is random, or that says what the loss does not
+    take.
 
     `fedsim.grads.independence` looks again at the examples of the run."""
     dtype = get_flat(model).dtype
@@ -130,14 +131,17 @@ def apart(model: nn.Module, train: ArrayDataset, task: Task) -> None:
         made = some.integers(0, train.vocabulary or 256, blank.shape).astype(blank.dtype)
     inputs = examples.normalise(made, train, dtype)
     targets = examples.wanted(train.blank_targets(independence.EXAMPLES), dtype)
+    shown = task.shown(inputs, targets)
     problem = independence.problem(
         copy.deepcopy(model),
-        batch.each(lambda array: array[:, None], task.shown(inputs, targets)),
+        batch.each(lambda array: array[:, None], shown),
         targets,
         task.loss,
     )
     if problem:
         raise InputError(problem)
+    with torch.no_grad():
+        task.check_outputs(call(copy.deepcopy(model), shown))
 
 
 def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:

@@ -203,6 +203,13 @@ class Task(ABC):
             PrivateInputError: they do.
         """
 
+    def check_outputs(self, outputs: Tensor) -> None:  # noqa: B027 - most losses take any numbers
+        """Refuse what a new model says of made-up examples, (n, ...), where the loss takes something else.
+
+        Raises:
+            InputError: says what the loss takes.
+        """
+
     def noticed(self, targets: NDArray[Any]) -> dict[str, int]:
         """Return how many examples, by what is odd about their targets (N, ...), there are: none is left out
         for it, and all of it is as private as the targets."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,6 +18,7 @@ from fedsim.headline import Metric
 from fedsim.tasks import TASKS
 from fedsim.tasks.areas import AVERAGES, WithAreas
 from fedsim.tasks.base import Meter, Task, finite_rows
+from fedsim.validate import InputError
 
 
 @TASKS.register("classification")
@@ -56,6 +58,16 @@ class Classification(Task):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See `Task.loss`; targets are int64 (n,)."""
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.label_smoothing)
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """See `Task.check_outputs`; refuses probabilities, of which cross entropy takes the softmax again."""
+        own_loss = type(self).loss is not Classification.loss
+        ones = outputs.sum(-1)
+        if not own_loss and (outputs >= 0).all() and torch.allclose(ones, torch.ones_like(ones), atol=1e-5):
+            raise InputError(
+                f"model must give logits for task {type(self).__name__}, whose loss takes their softmax, but "
+                "gives probabilities, which sum to 1. Leave out its last softmax."
+            )
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """See `Task.measures`; an example whose logits are not finite counts as wrong."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shlex
 from pathlib import Path
@@ -43,6 +44,17 @@ def test_run_writes_everything_and_says_where(tmp_path: Path, capsys: pytest.Cap
     assert len(result["parameters_sha256"]) == 64
     assert result["commit"]
     assert result["seconds"] > 0
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No markup, no emoji; what a terminal cannot show is escaped, and ends nothing."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    out = tmp_path / "[bold]:cat:é"
+    assert command(["run", "base", *SMALL, "train.steps=1", "--out", str(out)]) == 0
+    shown.flush()
+    said = shown.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert "[bold]:cat:\\xe9" in said.replace("\n", "").replace(" ", "").replace("|", "")
 
 
 def test_a_run_says_what_the_command_did(

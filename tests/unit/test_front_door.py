@@ -9,6 +9,7 @@ import pkgutil
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedsim.cli import main as command
 from fedsim.data import datasets, examples
 from fedsim.data.from_python import Data
 from fedsim.engine import model_card
+from fedsim.tasks.classification import Classification
 from fedsim.tasks.regression import Regression
 from fedsim.validate import InputError
 from tests.conftest import SMALL
@@ -309,11 +311,60 @@ def test_what_is_handed_in_says_what_need_not_be_repeated() -> None:
     settings = {**SETTINGS, "task": "classification"}
     run = fedsim.train(model=model, data=data, partition="natural", **settings)
     assert run.config.federation.holders == 4
+    for federation in ({"partition": "natural"}, {"partition": {"name": "natural"}}):
+        again = fedsim.train(
+            model=model, data=data, federation=federation, out="again", resume=True, **settings
+        )
+        assert again.config.federation.holders == 4
+        assert again.folder.name == "again"
+    with pytest.raises(InputError, match=r"must be 4, the number of owners"):
+        fedsim.train(model=model, data=data, federation={"partition": "natural", "holders": 5}, **settings)
+    assert (
+        fedsim.check(model=model, data=data, **settings)["holders"]["holders"] == 100
+    )  # who they are was not asked for
     assert run.model.weight.dtype == torch.float64
     with pytest.raises(InputError, match=r"told the classes in their order: names="):
         Data(*pairs, classes=2)
     with pytest.raises(InputError, match=r"must be one of the declared classes short, high"):
         Data(*pairs, classes=2, names=["short", "high"])
+    with pytest.raises(InputError, match=r"an owner for each of 200 training examples, got 3\. Give"):
+        Data(*pairs, classes=2, names=["short", "tall"], holders=["a", "b", "c"])
+    with pytest.raises(InputError, match=r"must be 2, one for each as declared, got 1: short\. Name all"):
+        Data(*pairs, classes=2, names=["short"])
+
+
+def test_probabilities_are_no_logits(tmp_path: Path) -> None:
+    """Cross entropy takes the softmax of what a model says; log probabilities are logits."""
+    data = Data((INPUTS[:200], VALUES[:200, 0] > 1.0), (INPUTS[200:], VALUES[200:, 0] > 1.0), classes=2)
+    settings = {**SETTINGS, "task": "classification"}
+
+    def ends_in(last: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 2), last)
+
+    with pytest.raises(InputError, match=r"must give logits .* sum to 1\. Leave out its last softmax"):
+        fedsim.check(model=ends_in(nn.Softmax(1)), data=data, **settings)
+    fedsim.check(model=ends_in(nn.LogSoftmax(1)), data=data, **settings)
+    fedsim.check(model=ends_in(nn.Softplus()), data=data, **settings)
+    of_its_own = {**settings, "task": OfProbabilities()}
+    fedsim.check(model=ends_in(nn.Softmax(1)), data=data, **of_its_own)
+
+
+@dataclass(frozen=True)
+class OfProbabilities(Classification):
+    """A loss that takes probabilities."""
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return -outputs.gather(1, targets[:, None])[:, 0].log()
+
+
+def test_an_optimizer_of_torch_is_none_of_ours() -> None:
+    data, model = numbers(), net()
+    for handed, said in (
+        (torch.optim.SGD, "the class torch.optim.sgd.SGD"),
+        (torch.optim.SGD(model.parameters(), 0.1), "an object of torch.optim.sgd.SGD"),
+    ):
+        with pytest.raises(InputError, match=f"the object handed in is {said}. Derive it"):
+            fedsim.check(model=model, data=data, **{**SETTINGS, "optimizer": handed})
 
 
 def test_a_task_handed_in_is_kept_as_its_settings(tmp_path: Path) -> None:

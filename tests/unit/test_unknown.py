@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import loading, unknown
+from fedsim import loading, presets, unknown
 from fedsim.config import CONFIG_DIR
 from fedsim.merging import schema_of
+from fedsim.method import Method
+from fedsim.strategies import STRATEGIES
 from fedsim.study import compare, tune
 from fedsim.validate import InputError
 
@@ -23,12 +25,34 @@ from fedsim.validate import InputError
         ("train.LR", "Here it is 'optimizer.learning_rate'."),
         ("epochs", "Here it is 'train.steps': an epoch is examples / expected_batch_size steps."),
         ("privacy.epsilon", "Here it is 'privacy.target_epsilon'."),
+        (
+            "loss",
+            "Here it is 'task.name': a loss of your own is the method `loss` of a class that derives from "
+            "fedsim.Task.",
+        ),
     ],
 )
 def test_the_setting_that_was_meant_is_named(key: str, answer: str) -> None:
     with pytest.raises(InputError) as caught:
         loading.load("base", [f"{key}=1"])
     assert str(caught.value) == f"command line: unknown key '{key}'. {answer}"
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [("SecAgg+", "shares"), ("ldp", "local"), ("fedavg", "preset=dp_fedavg, a choice on every axis")],
+)
+def test_a_choice_that_goes_by_another_name_elsewhere_is_named(name: str, here: str) -> None:
+    with pytest.raises(InputError, match=rf"got {name!r}. Here it is {here}.$".replace("+", r"\+")):
+        Method.of(loading.load("base", [f"strategy={name}", "privacy.noise_multiplier=1"]))
+
+
+def test_choices_of_others_lead_to_some_that_exist() -> None:
+    for setting, names in unknown._CHOICES.items():
+        assert setting == "strategy.name"
+        for here in names.values():
+            preset = here.partition(",")[0].removeprefix("preset=")
+            assert here in STRATEGIES.own() or preset in presets.names(CONFIG_DIR), here
 
 
 def test_words_of_a_name_are_found_whole() -> None:
