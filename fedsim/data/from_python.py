@@ -70,7 +70,7 @@ class Data:
         std: Sequence[float] | None = None,
     ) -> None:
         targets = declared_one("fedsim.Data", classes=classes, labels=labels, values=values, tokens=tokens)
-        declared = type(targets)(targets.kind, targets.size, tuple(names))
+        declared = Targets(targets.kind, targets.size, tuple(names))
         groups = None
         if holders is not None:
             groups = as_numbers(holders)
@@ -78,7 +78,7 @@ class Data:
         def split(where: str, examples: Any, owners: NDArray[np.int64] | None) -> ArrayDataset:
             inputs, wanted = _arrays(where, examples)
             if wanted.dtype.kind == "U":
-                wanted = _numbers(where, wanted, declared)
+                wanted = rows.classes_of_words(wanted, declared, f"{where}: targets")
             elif wanted.dtype.kind == "b" and declared.kind == "class":
                 wanted = wanted.astype(np.int64)
             if owners is not None and len(owners) != len(inputs):
@@ -152,16 +152,6 @@ def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:
 def _dataset_of(given: Any) -> str:
     """What to give in place of a loader."""
     return " Give the data set that it loads from." if hasattr(given, "dataset") else ""
-
-
-def _numbers(where: str, words: NDArray[Any], declared: Targets) -> NDArray[np.int64]:
-    """Return classes that are words as their numbers among the declared names."""
-    if declared.kind != "class" or not declared.names:
-        raise InputError(
-            f"{where}: targets are words, so fedsim.Data must be told the classes in their order: "
-            "names=[...]."
-        )
-    return rows.classes(words.tolist(), declared.names, where)[0]
 
 
 def _is_array(value: Any) -> bool:

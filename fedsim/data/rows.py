@@ -155,6 +155,17 @@ def classes(cells: Sequence[Any], words: Sequence[str], where: str) -> tuple[NDA
     return np.array(found, dtype=np.int64), Targets("class", len(words), tuple(places))
 
 
+def classes_of_words(words: NDArray[Any], declared: Targets, where: str) -> NDArray[np.int64]:
+    """Return targets (N,) that are words as their numbers among the declared names.
+
+    Raises:
+        InputError: no classes with names are declared, or a word is none of them.
+    """
+    if declared.kind != "class" or not declared.names:
+        raise InputError(f"{where} are words, so the classes must be named, in their order: names=[...].")
+    return classes(words.tolist(), declared.names, where)[0]
+
+
 def numbered(cells: Sequence[Any], where: str) -> NDArray[np.int64]:
     """Return owners of any words as numbers (N,) in their sorted order.
 

@@ -315,6 +315,26 @@ def test_folder_of_npy_files_is_memory_mapped(tmp_path: Path) -> None:
         splits.train.targets[0] = 3
 
 
+def test_classes_and_owners_of_arrays_may_be_words(tmp_path: Path) -> None:
+    words = np.array(["oak", "ash", "elm"])
+    trees, woods = words[np.arange(20) % 3], np.array([f"wood {i % 7}" for i in range(20)])
+    npy_folder(tmp_path, train_targets=trees, test_targets=words[np.arange(8) % 3], train_groups=woods)
+    options = {"classes": 3, "names": ["elm", "oak", "ash"]}
+    splits = from_root("arrays", tmp_path, options=options)
+    assert splits.train.targets[:4].tolist() == [1, 2, 0, 1]
+    assert splits.train.declared.names == ("elm", "oak", "ash")
+    assert splits.train.groups is not None
+    assert splits.train.groups.tolist() == [i % 7 for i in range(20)]
+    with pytest.raises(
+        InputError, match=r"train split of arrays: targets are words, so the classes must be named"
+    ):
+        from_root("arrays", tmp_path, options={"classes": 3})
+    with pytest.raises(InputError, match=r"must be one of the declared classes elm, oak, fir, got 'ash'"):
+        from_root("arrays", tmp_path, options={"classes": 3, "names": ["elm", "oak", "fir"]})
+    with pytest.raises(InputError, match=r"names of targets must be 3"):
+        from_root("arrays", tmp_path, options={"classes": 3, "names": ["elm", "oak"]})
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_file(tmp_path: Path, save: Any) -> None:
     images = RNG.integers(0, 256, (10, 5, 5, 2), dtype=np.uint8)
@@ -347,6 +367,7 @@ def test_npz_file(tmp_path: Path, save: Any) -> None:
             r"test split of arrays: labels must lie in 0 \.\. 3.*got -1 \.\. 6",
         ),
         ({"train_groups": np.zeros(3, np.int64)}, "groups must be 20 integers"),
+        ({"train_groups": np.full(20, np.nan)}, "some have NaN or infinity"),
         ({"test_inputs": np.zeros((8, 7), np.float32)}, "same shape and dtype"),
         ({"test_inputs": np.zeros((8, 6), np.float64)}, "same shape and dtype"),
         ({"test_targets": None}, "without test_targets"),

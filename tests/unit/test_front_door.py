@@ -323,7 +323,7 @@ def test_what_is_handed_in_says_what_need_not_be_repeated() -> None:
         fedsim.check(model=model, data=data, **settings)["holders"]["holders"] == 100
     )  # who they are was not asked for
     assert run.model.weight.dtype == torch.float64
-    with pytest.raises(InputError, match=r"told the classes in their order: names="):
+    with pytest.raises(InputError, match=r"the classes must be named, in their order: names="):
         Data(*pairs, classes=2)
     with pytest.raises(InputError, match=r"must be one of the declared classes short, high"):
         Data(*pairs, classes=2, names=["short", "high"])

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
 from fedsim.data.sources import SOURCES
 from fedsim.data.sources.base import Source, declared_one
 from fedsim.data.targets import Targets
+from fedsim.partitions.base import as_numbers
 from fedsim.validate import InputError, PrivateInputError, with_place
 
 NEEDED = ("train_inputs", "train_targets", "test_inputs", "test_targets")
@@ -33,12 +35,14 @@ class Arrays(Source):
     """Numpy arrays from an .npz file or a folder of .npy files: images, features or tokens.
 
     data.root is the file, or the folder, whose arrays are memory-mapped. It holds train_inputs,
-    train_targets, test_inputs, test_targets, and train_groups where examples have owners.
+    train_targets, test_inputs, test_targets, and train_groups, any words or numbers, where examples have
+    owners.
 
     Attributes:
         classes, labels, values, tokens: exactly one declares the targets: classes there can be, (N,); labels
             an example can have, (N, labels) of 0 and 1; values it has, (N, values); tokens, (N, places).
         vocabulary: number of tokens there can be, where the inputs are tokens (N, places).
+        names: of the classes, labels or values; classes may then be these words.
     """
 
     classes: int | None = None
@@ -46,6 +50,7 @@ class Arrays(Source):
     values: int | None = None
     tokens: int | None = None
     vocabulary: int | None = None
+    names: tuple[str, ...] = ()
 
     def load(self, root: Path) -> Splits:
         """See `Source.load`.
@@ -64,6 +69,7 @@ class Arrays(Source):
         declared = declared_one(
             "arrays", classes=self.classes, labels=self.labels, values=self.values, tokens=self.tokens
         )
+        declared = Targets(declared.kind, declared.size, tuple(self.names))
         try:
             return Splits(*(_split(name, arrays, declared, self.vocabulary) for name in ("train", "test")))
         except InputError as error:
@@ -86,6 +92,10 @@ def _split(
         inputs = np.moveaxis(inputs, -1, 1) if inputs.ndim == 4 else inputs
     groups = arrays.get(f"{name}_groups")
     try:
+        if targets.dtype.kind == "U":
+            targets = rows.classes_of_words(targets, declared, "arrays: targets")
+        if groups is not None and groups.dtype.kind not in "iu":
+            groups = as_numbers(groups)
         return ArrayDataset("arrays", inputs, targets, groups, declared, half, half, vocabulary)
     except InputError as error:
         raise with_place(error, before=f"The {name} split of ") from error
