@@ -253,8 +253,9 @@ def _claimed(held: dict[str, Any]) -> str:
 
 def _value(held: dict[str, Any], unit: str) -> str:
     spent = held["epsilon"].get(unit)
-    if spent is None:
-        return "-"
+    if spent is None:  # a run without any has none of this unit either; of others it was not asked for
+        any_claim = any(number(other["value"]) != NONE for other in held["epsilon"].values())
+        return "-" if any_claim else NONE
     value, checked = number(spent["value"]), held["epsilon"].get(f"{unit}_check")
     if value == NONE:
         return value
