@@ -1,4 +1,7 @@
-"""Let a column of the table say who holds a row: every clinic is a holder, with its own patients."""
+"""Let a column of the table say who holds a row: every clinic is a holder, with its own patients.
+
+Needs data.py beside it.
+"""
 
 import data
 

@@ -1,4 +1,7 @@
-"""Train on a folder of images of mixed sizes, train/CLASS/FILE and test/CLASS/FILE, all brought to one."""
+"""Train on a folder of images of mixed sizes, train/CLASS/FILE and test/CLASS/FILE, all brought to one.
+
+Needs data.py beside it.
+"""
 
 import data
 

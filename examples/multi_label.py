@@ -1,4 +1,7 @@
-"""Tell which of several labels an image has: none, one or more of them."""
+"""Tell which of several labels an image has: none, one or more of them.
+
+Needs data.py beside it.
+"""
 
 import data
 

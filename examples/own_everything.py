@@ -1,6 +1,7 @@
-"""Bring a model, a trust model and a task of your own, in a file beside this script; edit nothing of fedsim.
+"""Bring a model, a trust model and a task of your own, in own_parts.py beside this script.
 
-Named as file:Class, they go to the processes of Flower's simulation as well: backend="simulation".
+Nothing of fedsim is edited. Named as file:Class, they go to the processes of Flower's simulation as well:
+backend="simulation".
 """
 
 import fedsim

@@ -1,6 +1,7 @@
 """Predict a number from a table, and judge the model by a metric of your own.
 
 What columns can hold is declared, as what they do hold is private; metrics are in the target's own unit.
+Needs data.py beside it.
 """
 
 import data

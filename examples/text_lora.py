@@ -2,6 +2,7 @@
 
 This one is small and drawn at random; {"path": "/a/folder"} in place of "architecture" and "config" starts
 from a published one, with the tokenizer.json beside its weights as the tokenizer of the data.
+Needs data.py beside it.
 """
 
 import data

@@ -2,6 +2,7 @@
 
 Batch norm mixes the examples of a batch, so that none has a gradient of its own to clip: `fix` replaces it.
 In float32 a net with such norms parts from itself by rounding at large rates; in float64 it does not.
+Needs data.py beside it.
 """
 
 import data

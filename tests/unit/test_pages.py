@@ -269,6 +269,27 @@ def test_the_snippet_of_the_front_door_runs(tmp_path: Path, monkeypatch: pytest.
     assert isinstance(given["run"], fedsim.Run)
     assert given["run"].epsilon <= 1.0
     assert len(list((tmp_path / "runs").iterdir())) == 2
+    (snippet,) = (one for one in blocks("docs/use.md", "python") if "torch.export.load(" in one)
+    fedsim.export(given["run"], "model")
+    exec(compile(snippet, "docs/use.md", "exec"), given)
+    said = given["run"].predict(given["images"]).outputs
+    np.testing.assert_allclose(given["logits"].softmax(1).detach().numpy(), said, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loop_over_settings_is_judged_by_held_out_examples_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = "train: {steps: 2, eval_every: 2}\nmonitor: {tensorboard: false, progress: false}\n"
+    (tmp_path / "my.yaml").write_text(f"extends: quickstart\n{few}", encoding="utf-8")
+    (snippet,) = blocks("docs/tuning.md", "python")
+    held: dict[str, Any] = {}
+    exec(compile(snippet, "docs/tuning.md", "exec"), held)
+    assert (held["tried"].result["examples"], held["run"].result["examples"]) == (9000, 10000)
+    assert "accuracy" in held["tried"].result["sensitive"]
+    assert held["run"].config.optimizer.learning_rate == held["best"]
+    assert held["scores"][held["best"]] == max(held["scores"].values())
+    assert "3 trials on 1000 held-out private examples" in held["run"].result["tuning"]
 
 
 def test_the_loop_of_your_own_trains_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +370,7 @@ def test_an_app_of_your_own_trains_by_fedsims_parts(tmp_path: Path, monkeypatch:
 
 
 def test_every_snippet_is_run_somewhere() -> None:
-    here = {"docs/use.md": 2, "docs/gradients.md": 1, "docs/data.md": 1}
+    here = {"docs/use.md": 3, "docs/tuning.md": 1, "docs/gradients.md": 1, "docs/data.md": 1}
     assert {page for page in PAGES if blocks(page, "python")} == {*here, *RUN_ELSEWHERE}
     assert {page: len(blocks(page, "python")) for page in here} == here
     assert [page for page in PAGES if blocks(page, "toml")] == ["docs/use.md"]
