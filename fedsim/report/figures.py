@@ -18,7 +18,8 @@ from fedsim.report.cells import Cell, Group, by_budget, groups
 
 
 def figures(cells: Sequence[Cell]) -> list[tuple[str, Figure]]:
-    """Return (caption, figure): scores against budgets, against steps at each budget, costs, holders."""
+    """Return (caption, figure): scores against budgets, against steps at each budget, costs where
+    their bytes differ, holders."""
     found = groups(cells)
     name, colours = found[0].headline.name.capitalize(), _colours(found)
     out = []
@@ -30,7 +31,8 @@ def figures(cells: Sequence[Cell]) -> list[tuple[str, Figure]]:
         at = "" if epsilon is None else f" at epsilon {epsilon:g}"
         if any(len(group.cells[0].curve) > 1 for group in rivals):
             out.append((f"{name} against steps{at}", _curves([*rivals, *beside], colours)))
-    out.append(("Cost of one run", _costs(found, colours)))
+    if len({_kilobytes(group) for group in found}) > 1:  # else the page's table of costs says it all
+        out.append(("Cost of one run", _costs(found, colours)))
     if all(group.holders for group in found):
         out.append((f"{name} over holders: median, 5% to 95%", _holders(found, colours)))
     return out
@@ -118,10 +120,15 @@ def _costs(found: Sequence[Group], colours: dict[str, str]) -> Figure:
     figure, axes = _axes("kilobytes per holder and step (up and down)", "seconds of a run")
     for variant, colour in colours.items():
         mine = [group for group in found if group.variant == variant]
-        kilobytes = mine[0].result["trust"]["bytes_per_holder"] / 1e3
-        axes.scatter(kilobytes, statistics.mean(g.seconds for g in mine), label=_words(variant), color=colour)
+        axes.scatter(
+            _kilobytes(mine[0]), statistics.mean(g.seconds for g in mine), label=_words(variant), color=colour
+        )
     _legend(axes)
     return figure
+
+
+def _kilobytes(group: Group) -> float:
+    return float(group.result["trust"]["bytes_per_holder"]) / 1e3
 
 
 def _holders(found: Sequence[Group], colours: dict[str, str]) -> Figure:

@@ -15,7 +15,8 @@ STYLE = """
 :root { color-scheme: light dark; --line: #d0d0d0; --quiet: #595959; }
 @media (prefers-color-scheme: dark) { :root { --line: #444; --quiet: #a6a6a6; } }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 70rem; padding: 0 1rem; }
-.lead { font-size: 1.25rem; max-width: 48rem; } li, dd, p { max-width: 48rem; }
+.lead { font-size: 1.25rem; max-width: 48rem; }
+ul.lead { font-size: 1.1rem; padding-left: 1.2em; } li, dd, p { max-width: 48rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; break-inside: avoid; } figure svg { width: 100%; height: auto; }
 figure svg text { fill: currentColor; } figcaption, .quiet { color: var(--quiet); font-size: .9rem; }
@@ -60,7 +61,7 @@ class About:
 def page(cells: Sequence[Cell], about: About) -> str:
     """Return the page: what came out, plots, promises, costs, the table, and how it was made."""
     found, rows = groups(cells), table(cells)
-    first, *others = findings(cells)
+    found_out = findings(cells)
     plots = "".join(
         f"<figure>{figures.svg(figure, caption)}<figcaption>{_text(caption)}</figcaption></figure>"
         for caption, figure in figures.figures(cells)
@@ -71,8 +72,12 @@ def page(cells: Sequence[Cell], about: About) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f'<body><h1>{title}</h1>{_warned(cells, about)}<p class="lead">{_text(first)}</p>'
-        + ("<ul>" + "".join(f"<li>{_text(o)}</li>" for o in others) + "</ul>" if others else "")
+        f"<body><h1>{title}</h1>{_warned(cells, about)}"
+        + (
+            f'<p class="lead">{_text(found_out[0])}</p>'
+            if len(found_out) == 1
+            else f'<ul class="lead">{"".join(f"<li>{_text(line)}</li>" for line in found_out)}</ul>'
+        )
         + f'<section class="plots">{plots}</section>'
         + f"<h2>What each row promises</h2><dl>{promises}</dl>"
         + f"<h2>Costs</h2>{_table(COSTS, costs(cells))}"

@@ -177,8 +177,8 @@ def test_the_page_needs_nothing_but_a_browser_and_shows_plots(finished: Path) ->
     assert not re.search(r"url\((?!#)", text), "only parts of its own plots"
     assert "@import" not in text
     assert all(address.startswith("#") for address in page.addresses), "nothing is fetched"
-    assert page.tags.count("svg") == page.tags.count("figure") == 5
-    for caption in ("target epsilon", "against steps at epsilon 2", "Cost of one run", "over holders"):
+    assert page.tags.count("svg") == page.tags.count("figure") == 4
+    for caption in ("target epsilon", "against steps at epsilon 2", "over holders"):
         assert re.search(f"<figcaption>[^<]*{caption}", text), caption
     assert page.tags.count("tr") == 4 + 3, "results and costs, with their heads"
     assert page.tags.count("th") == len(RESULTS) + len(COSTS)
@@ -214,7 +214,12 @@ def test_the_plots_show_what_the_cells_say(finished: Path) -> None:
     assert np.asarray(axes.lines[0].get_xdata()).tolist() == [2, 4, 6]
     (axes,) = pictures["Accuracy over holders: median, 5% to 95%"].axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["central, 2", "central, 20", "nonprivate"]
-    (axes,) = pictures["Cost of one run"].axes
+    assert "Cost of one run" not in pictures, "all send as many bytes: the table of costs says their seconds"
+    trust = {**cells[0].result["trust"], "bytes_per_holder": 5000}
+    kilobytes = cells[-1].result["trust"]["bytes_per_holder"] / 1e3
+    dearer = [dataclasses.replace(cells[0], variant="central", result={**cells[0].result, "trust": trust})]
+    (axes,) = dict(figures.figures([*dearer, *cells[1:]]))["Cost of one run"].axes
+    assert [float(points.get_offsets()[0][0]) for points in axes.collections] == [5.0, kilobytes]
     legend = axes.get_legend()
     assert legend is not None
     assert {t.get_text() for t in legend.get_texts()} == {"central", "nonprivate"}
@@ -231,7 +236,7 @@ def test_any_name_stands_on_every_plot_as_it_is_written(
     held = json.loads((finished / "cells.json").read_text())
     cells = [Cell(**{**one, "variant": one["variant"].replace("central", name)}) for one in held]
     drawn = figures.figures(cells)
-    assert len(drawn) == 5
+    assert len(drawn) == 4
     for caption, figure in drawn:
         text = " ".join(re.findall(r">([^<>]+)</(?:text|tspan)>", figures.svg(figure, caption)))
         assert name in html.unescape(text), caption
@@ -243,7 +248,7 @@ def test_public_only_runs_are_reported_without_the_spread_over_holders(finished:
     for cell in cells:
         cell.result["holder_scores"] = {}
     assert {row["holders' scores, 5% to 95%"] for row in table(cells)} == {"not computed"}
-    assert page(cells, About("t")).count("<svg") == 4
+    assert page(cells, About("t")).count("<svg") == 3
 
 
 def test_a_finished_comparison_becomes_a_result_file(
