@@ -9,6 +9,7 @@ import pkgutil
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fedsim.tasks.regression import Regression
 from fedsim.validate import InputError
 from tests.conftest import SMALL
 
+HERE = str(Path(fedsim.__file__).parent).encode()
 RNG = np.random.default_rng(3)
 INPUTS = RNG.normal(size=(260, 8)).astype(np.float32)
 VALUES = (INPUTS[:, :1] * 3.0 + 1.0).astype(np.float32)
@@ -224,6 +226,9 @@ def test_an_exported_program_gives_the_models_outputs(trained: fedsim.Run, tmp_p
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1, (
         "who may read one may read all"
     )
+    with zipfile.ZipFile(tmp_path / "out" / "model.pt2") as packed:
+        for name in packed.namelist():
+            assert not any(folder in packed.read(name) for folder in (b"site-packages", HERE)), name
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     test = np.array(datasets.load(trained.config.data).test.inputs)
     for count in (1, 7, 100):
