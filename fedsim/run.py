@@ -65,10 +65,12 @@ class Run:
     def __init__(self, folder: str | Path, model: nn.Module | None = None, task: Task | None = None) -> None:
         paths = RunFolder(Path(folder))
         if not paths.result.exists():
-            raise InputError(
-                f"{paths.root} must be the folder of a finished run, and has no result.json. Finish it with "
-                "fedsim run ... --resume."
+            begun = paths.config.exists()
+            found = (
+                "has no result.json. Finish it with fedsim run ... --resume." if begun else "holds no run."
             )
+            where = "" if begun else " Its path is what --out was, or what the run named as its folder."
+            raise InputError(f"{paths.root} must be the folder of a finished run, and {found}{where}")
         self.folder = paths.root
         self._paths = paths
         self._given, self._task = model, task

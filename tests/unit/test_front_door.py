@@ -243,6 +243,21 @@ def test_an_exported_program_gives_the_models_outputs(trained: fedsim.Run, tmp_p
         fedsim.export(trained, tmp_path / "out")
 
 
+def test_a_folder_without_a_finished_run_is_told_from_one_without_any(
+    trained: fedsim.Run, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError, match=r"nowhere must be the folder of a finished run, and holds no run\. Its path"
+    ):
+        fedsim.load_run(tmp_path / "nowhere")
+    shutil.copytree(trained.folder, tmp_path / "cut")
+    (tmp_path / "cut" / "result.json").unlink()
+    with pytest.raises(
+        InputError, match=r"has no result\.json\. Finish it with fedsim run \.\.\. --resume\.$"
+    ):
+        fedsim.load_run(tmp_path / "cut")
+
+
 def test_an_export_leaves_later_predictions_alone(trained: fedsim.Run, tmp_path: Path) -> None:
     """Also where it is the first thing a process does: what tracing makes must not stay behind."""
     test = np.array(datasets.load(trained.config.data).test.inputs)[:5]
