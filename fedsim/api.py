@@ -76,7 +76,8 @@ def train(
     Raises:
         InputError: something is wrong; nothing was started.
         RunError: the run stopped and can be resumed.
-        KeyboardInterrupt: it was interrupted, and can be resumed; a note says how.
+        KeyboardInterrupt: it was interrupted, and can be resumed; a note says how, as with whatever a
+            callback raises.
 
     Examples:
         Two steps of the main job, whose noise is calibrated so that they reach epsilon 1:
@@ -96,8 +97,8 @@ def train(
     folder = RunFolder(_folder(chosen, resume) if out is None else Path(out))
     try:
         run(chosen, folder, backend, resume, watchers)
-    except KeyboardInterrupt as stopped:
-        if folder.config.exists():
+    except BaseException as stopped:  # FedsimErrors say themselves what to do
+        if folder.config.exists() and not isinstance(stopped, validate.FedsimError):
             stopped.add_note(
                 f"fedsim: the run in {folder.root} was interrupted. To go on, call fedsim.train with the "
                 f"same arguments, out={str(folder.root)!r} and resume=True."

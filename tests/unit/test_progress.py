@@ -173,16 +173,17 @@ def test_nothing_of_ipython_is_imported() -> None:
     assert done.stdout == "False\n"
 
 
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, StopIteration, ValueError])
 def test_an_interrupted_call_says_how_to_go_on_and_going_on_is_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reason: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
     def stop(step: int, numbers: dict[str, Any]) -> None:
         if step == 3:
-            raise KeyboardInterrupt
+            raise reason
 
-    with pytest.raises(KeyboardInterrupt) as caught:
+    with pytest.raises(reason) as caught:
         fedsim.train(small(), callbacks=[stop])
     (folder,) = (tmp_path / "runs").iterdir()
     (note,) = caught.value.__notes__
