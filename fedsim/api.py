@@ -58,10 +58,10 @@ def train(
             one, or what a configuration may say of the model: a name, package.module:Object, or a mapping.
         data: examples from Python (`fedsim.Data`), or what a configuration may say.
         task: a task, or what a configuration may say.
-        partition: the holder of each training example, (N,) of any words or numbers; a function (material,
-            holders, rng) -> (N,) holders 0 .. holders - 1, whose material has `examples` (N), `strata` (their
-            labels) and `groups` (their owners), as `fedsim.partitions.base.Material`; or what a configuration
-            may say.
+        partition: the holder of each training example, (N,) of any words or numbers (default: the owners that
+            `fedsim.Data` has, if any); a function (material, holders, rng) -> (N,) holders 0 .. holders - 1,
+            whose material has `examples` (N), `strata` (their labels) and `groups` (their owners), as
+            `fedsim.partitions.base.Material`; or what a configuration may say.
         callbacks: functions of (completed steps, numbers by name), called after every step.
         out: folder of the run; default: a new one below runs/, with resume the newest of this configuration.
         resume: continue what the folder holds; a finished run is returned as it is.
@@ -94,7 +94,7 @@ def train(
     """
     watchers: list[Watcher] = [Callbacks(callbacks)] if callbacks else []
     chosen = _configured(config, model, data, task, partition, overrides)
-    folder = RunFolder(_folder(chosen, resume) if out is None else Path(out))
+    folder = RunFolder(_folder(chosen, resume) if out is None else Path(out).expanduser())
     try:
         run(chosen, folder, backend, resume, watchers)
     except BaseException as stopped:  # FedsimErrors say themselves what to do
@@ -147,7 +147,10 @@ def run(
         )
     retain_freed_memory()
     folder.check(config, resume)
+    if resume and not folder.config.exists():
+        _log.warning("%s holds no run to resume: a new one starts there.", folder.root)
     if (done := folder.finished()) is not None:
+        folder.check_code(config)
         held = loading.load(folder.config) if folder.config.exists() else config
         if held.data.root != config.data.root:
             _log.warning("%s is a finished run of the data in %s.", folder.root, held.data.root)
@@ -293,6 +296,9 @@ def _configured(
             _set(changes, section, _plain(section, _named(section, chosen)))
     if isinstance(model, nn.Module) and {p.dtype for p in model.parameters()} == {torch.float64}:
         changes["model"].setdefault("dtype", "float64")
+    said = overrides.get("federation")
+    if isinstance(said, Mapping) and isinstance(said.get("partition"), list | tuple | np.ndarray):
+        raise InputError("federation.partition must be a scheme. The holder of each example is partition=...")
     if partition is not None:
         scheme = _scheme(partition)
         federation = changes.setdefault("federation", {})
@@ -300,8 +306,13 @@ def _configured(
         count = scheme.count if isinstance(scheme, Owners) else None
         if count is not None:
             _holders(changes, count)
-    if isinstance(data, Data) and data.holders is not None and _is_natural(changes):
-        _holders(changes, data.holders)
+    if isinstance(data, Data) and data.holders is not None:
+        federation = changes["federation"] = dict(changes.get("federation") or {})
+        if "federation.partition" not in changes:
+            federation.setdefault("partition", "natural")
+        chosen = changes.get("federation.partition") or federation["partition"]
+        if (chosen.get("name") if isinstance(chosen, Mapping) else chosen) == "natural":
+            _holders(changes, data.holders)
     return loading.loaded(config, changes)
 
 
@@ -310,12 +321,6 @@ def _holders(changes: dict[str, Any], count: int) -> None:
     federation = changes["federation"] = dict(changes.get("federation") or {})
     federation.setdefault("holders", count)
     federation.setdefault("nodes", min(2, count))
-
-
-def _is_natural(changes: Changes) -> bool:
-    """Whether what was handed in chooses the partition by natural owners."""
-    chosen = (changes.get("federation") or {}).get("partition")
-    return (chosen.get("name") if isinstance(chosen, Mapping) else chosen) == "natural"
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -345,6 +350,10 @@ def _scheme(partition: Any) -> Any:
 
 def _named(section: str, chosen: Any) -> Any:
     """Return what a configuration says of something: itself, or the name of an object of this process."""
+    if isinstance(chosen, Mapping) and any(isinstance(value, torch.Tensor) for value in chosen.values()):
+        raise InputError(
+            "model must be a module, a name or settings, got weights. Give the module that has them."
+        )
     if isinstance(chosen, str | Mapping):
         return chosen
     if section == "model":

@@ -196,16 +196,27 @@ def find(source: str | Path, folder: Path = Path()) -> Path:
             f"{type(source).__name__}."
         )
     beside = folder / _expanded(source)
-    for path in (beside, CONFIG_DIR / f"{source}.yaml", Path(f"{beside}.yaml")):
-        with contextlib.suppress(OSError, ValueError):  # too long, or with a null byte: no such file
-            if path.is_file():
-                return path
+    named, here = CONFIG_DIR / f"{source}.yaml", Path(f"{beside}.yaml")
+    if all(map(_is_file, (named, here))) and not _is_file(beside) and not named.samefile(here):
+        raise InputError(
+            f"config must be one file, but {str(source)!r} is a configuration of fedsim's and a file here. "
+            f"Write {source}.yaml for {here}, or rename it."
+        )
+    for path in (beside, named, here):
+        if _is_file(path):
+            return path
     known = sorted(str(p.relative_to(CONFIG_DIR))[:-5] for p in CONFIG_DIR.rglob("*.yaml"))
     known += sorted(p.stem for p in folder.glob("*.yaml") if not p.name.startswith("."))
     raise InputError(
         f"config must be a YAML file{f' (from {folder} on)' if folder != Path() else ''} or a name under "
         f"{CONFIG_DIR.name}/, got {str(source)!r}. " + (validate.near(str(source), known) or _known(known))
     )
+
+
+def _is_file(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # too long, or with a null byte: no such file
+        return path.is_file()
+    return False
 
 
 def _known(names: Sequence[str]) -> str:

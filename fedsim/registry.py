@@ -146,6 +146,7 @@ class Registry(Generic[T]):
         if said := [name for name in self.given if name in choice.options]:
             raise InputError(f"{self.options} must leave out {said[0]}, which a setting of its own says.")
         if isinstance(found, type) and dataclasses.is_dataclass(found):
+            _refuse_undecorated(found, choice.name)
             where, fields = f"{self.options} of {choice.name}", options_of(found)
             told = {name: known[name] for name in self.given if name in fields}
             made = parse_options(choice.options, found, where, self.options, told)
@@ -217,6 +218,20 @@ def first_line(thing: Any) -> str:
 def _is_other(found: Any, base: type[Any]) -> bool:
     """Whether something is a class whose instances are none of `base`."""
     return isinstance(found, type) and not issubclass(found, base) and "__new__" not in vars(found)
+
+
+def _refuse_undecorated(found: type[Any], name: str) -> None:
+    """Refuse a class whose annotations are no fields, because it derives from a dataclass and is none."""
+    own = {
+        key: said
+        for key, said in vars(found).get("__annotations__", {}).items()
+        if "ClassVar" not in str(said)
+    }
+    if own and "__dataclass_fields__" not in vars(found):
+        raise InputError(
+            f"{_called(name)} must be decorated with @dataclass(frozen=True), or {', '.join(own)} would be "
+            "no options of it."
+        )
 
 
 def _called(name: str) -> str:

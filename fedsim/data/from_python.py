@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from fedsim.partitions.base import as_numbers
 from fedsim.validate import InputError
 
 NAME = "data from Python"
+LOOKED_AT = 8
+"""Items that are asked for twice: random ones are rarely the same so often."""
 
 
 class Data:
@@ -28,15 +30,15 @@ class Data:
 
     Args:
         train: a data set with a length whose items are (input, target), such as torch.utils.data.Dataset, or
-            a pair of arrays (inputs, targets). Every item is asked for once: draw augmented views by
-            train.augmentations, not in the data set.
-        test: likewise, public.
+            a pair of arrays (inputs, targets). Every item is read once, and must be the same whenever it is
+            asked for: draw augmented views by train.augmentations, not in the data set.
+        test: likewise, public: other examples than those of training.
         classes, labels, values, tokens: exactly one declares the targets, as `data.options` of arrays do:
             classes there can be; labels an example can have (targets of 0 and 1); values it has; tokens.
         vocabulary: number of tokens there can be, where inputs are integer tokens of one length.
         names: of the classes, labels or values; targets may then be these words.
-        holders: (N,) natural owner of each training example, any words or numbers, for
-            federation.partition=natural.
+        holders: (N,) natural owner of each training example, any words or numbers. They are the holders,
+            unless the call says another partition.
         mean, std: of image channels on the [0, 1] scale, published constants; default 0.5.
 
     Inputs are uint8 images (H, W, C), PIL images, uint8 tensors (C, H, W), float arrays or tensors of any one
@@ -73,6 +75,11 @@ class Data:
         declared = Targets(targets.kind, targets.size, tuple(names))
         groups = None
         if holders is not None:
+            if isinstance(holders, Mapping | int):
+                raise InputError(
+                    "fedsim.Data: holders must name the owner of each training example, (N,) words or "
+                    f"numbers, got {type(holders).__name__}. The number of holders is federation.holders."
+                )
             groups = as_numbers(holders)
 
         def split(where: str, examples: Any, owners: NDArray[np.int64] | None) -> ArrayDataset:
@@ -97,6 +104,12 @@ class Data:
             )
             return ArrayDataset(NAME, inputs, wanted, owners, declared, center, scale, vocabulary)
 
+        if test is train:
+            raise InputError(
+                "fedsim.Data: test must hold other examples than train, which scores on them would call "
+                "public. Give public ones, or judge by training examples that are held out: "
+                "data.holdout_examples."
+            )
         self.splits = Splits(split("train", train, groups), split("test", test, None))
 
     @property
@@ -128,6 +141,7 @@ def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     try:
         count = len(given)
         items = [given[index] for index in range(count)]
+        again = [given[index] for index in range(min(count, LOOKED_AT))]
     except Exception as error:
         raise InputError(
             f"{where} must be a pair of arrays (inputs, targets), or a data set with a length whose items "
@@ -144,9 +158,20 @@ def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:
                 f"{type(item).__name__}{size} as item {index}. Let its __getitem__ return the two, or give "
                 "(numpy.array(inputs), numpy.array(targets))."
             )
+    if not all(_same(one, other) for one, other in zip(items, again, strict=False)):
+        raise InputError(
+            f"{where} must give the same item whenever it is asked, and does not: every item is read once, "
+            "so that what is drawn there would stay. Leave out random augmentation there, and name "
+            "train.augmentations."
+        )
     found = [_channels_last(_array(item[0]), isinstance(item[0], torch.Tensor), 3) for item in items]
     wanted = [_array(item[1]) for item in items]
     return _stacked(where, "inputs", found), _stacked(where, "targets", wanted)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether an item (input, target) is what it was."""
+    return all(np.array_equal(_array(part), _array(then)) for part, then in zip(one, other, strict=True))
 
 
 def _dataset_of(given: Any) -> str:

@@ -81,6 +81,13 @@ def prepare(config: Config) -> Experiment:
         scoring.check(splits.test, held_out=bool(config.data.holdout_examples))
     augment.check(config.train.augmentations, splits.train.blank(1)[0])
     holders = partition_of(config, splits.train, task, config.seed)
+    scheme = config.federation.partition.name
+    if splits.train.groups is not None and scheme in PARTITIONS.own() and scheme not in ("natural", "file"):
+        _log.warning(
+            "the data have owners of their examples, and federation.partition=%s mixes these: what is said "
+            "of holders is not said of those owners. federation.partition=natural keeps them together.",
+            scheme,
+        )
     model = build_model(config, splits.train, task, config.seed)
     if references.is_reference(config.model.name):
         _check_fits(model, splits.train, task)

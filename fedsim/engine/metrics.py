@@ -132,6 +132,8 @@ class Callbacks:
 
 
 def _check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
+    if callable(callbacks):
+        raise InputError("callbacks must be a list of functions, got a single one. Write callbacks=[...].")
     for function in callbacks:
         if not callable(function):
             raise InputError(

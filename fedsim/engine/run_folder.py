@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim import loading
+from fedsim import loading, provenance
 from fedsim.config import Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
@@ -144,6 +144,19 @@ class RunFolder:
                 f"{self.result} is damaged: {error}. Delete it; with --resume the run writes it again."
             ) from error
         return result
+
+    def check_code(self, config: Config) -> None:
+        """Refuse to take up a run, finished or not, that other code of one's own made under the same name.
+
+        Raises:
+            InputError: says that it changed.
+        """
+        header = ledger.read_header(self.ledger)
+        if header is not None and header.code != provenance.reference_hash(*config.references()):
+            raise InputError(
+                f"{self.root} holds a run of other code of your own: {', '.join(config.references())}, or "
+                "what it imports, has changed since. Choose another --out, or restore the code."
+            )
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json; its presence means the run is finished."""

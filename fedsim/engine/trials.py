@@ -123,6 +123,7 @@ def apart(model: nn.Module, train: ArrayDataset, task: Task) -> None:
     take.
 
     `fedsim.grads.independence` looks again at the examples of the run."""
+    _registered(model)
     dtype = get_flat(model).dtype
     blank, some = train.blank(independence.EXAMPLES), seeds.generator(seeds.derive(0, "trial of a model"))
     if blank.dtype.kind == "f":
@@ -142,6 +143,29 @@ def apart(model: nn.Module, train: ArrayDataset, task: Task) -> None:
         raise InputError(problem)
     with torch.no_grad():
         task.check_outputs(call(copy.deepcopy(model), shown))
+
+
+def _registered(model: nn.Module) -> None:
+    """Refuse layers and parameters in lists and dictionaries of Python, which torch does not see: they would
+    not be trained, nor saved."""
+    known = {id(part) for part in (*model.modules(), *model.parameters())}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            parts = (
+                value.values()
+                if isinstance(value, dict)
+                else value
+                if isinstance(value, list | tuple)
+                else ()
+            )
+            if name.startswith("_") and name.endswith(("modules", "parameters", "buffers")):
+                continue
+            if any(isinstance(part, nn.Module | nn.Parameter) and id(part) not in known for part in parts):
+                raise InputError(
+                    f"model must train and save all of its layers, but torch does not see those in {name!r}, "
+                    f"a {type(value).__name__} of {type(module).__name__}. Keep them in nn.ModuleList, "
+                    "nn.ModuleDict or nn.ParameterList."
+                )
 
 
 def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:

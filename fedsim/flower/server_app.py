@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsim import loading, rules, validate
-from fedsim.config import Config
+from fedsim.config import CONFIG_DIR, Config
 from fedsim.data import datasets
 from fedsim.engine import probe
 from fedsim.engine.experiment import Experiment, prepare
@@ -65,7 +65,7 @@ def run(grid: Grid, context: Context) -> Run:
     """
     wanted = context.run_config
     overrides = _words(str(wanted["overrides"]))
-    config = loading.load(str(wanted["config"]), overrides, folder=None)
+    config = loading.load(_absolute(str(wanted["config"])), overrides, folder=None)
     out = Path(str(wanted["out"]) or default_out(config, overrides))
     if not out.is_absolute():
         raise InputError(f"out must be an absolute path (the runtime changes folders), got {str(out)!r}.")
@@ -86,6 +86,16 @@ def run(grid: Grid, context: Context) -> Run:
     score = f"{headline.name} {headline.shown(result[headline.name])}, " if headline.name in result else ""
     print(f"fedsim: {score}results in {out}", flush=True)
     return Run(folder.root)
+
+
+def _absolute(config: str) -> str:
+    """Refuse a file by a path from here on: here is where the SuperLink was once started."""
+    if not Path(config).expanduser().is_absolute() and not (CONFIG_DIR / f"{config}.yaml").is_file():
+        raise InputError(
+            "config must be the name of a configuration of fedsim's, or the absolute path of a file (the "
+            f"runtime changes folders), got {config!r}."
+        )
+    return config
 
 
 def _words(overrides: str) -> list[str]:

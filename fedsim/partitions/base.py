@@ -111,7 +111,20 @@ def as_numbers(owners: Any) -> Ints:
         InputError: an owner that is not a number where all others are (NaN), or none: nobody holds such an
             example; words among numbers, of which 1 and "1" would be one owner.
     """
-    held = np.asarray(owners)
+    try:
+        held = np.asarray(owners)
+    except ValueError:  # of unequal lists
+        held = np.empty((0, 0))
+    if held.ndim != 1:
+        raise InputError(
+            "the holder of each example must be one word or number, (N,) in all, got something of shape "
+            f"{held.shape if held.size else 'unequal lists'}. Turn lists of examples a holder around: one "
+            "entry an example."
+        )
+    if held.dtype.kind == "U" and len(np.unique(np.char.strip(held))) < len(np.unique(held)):
+        raise InputError(
+            "two holders must not differ by spaces around their names alone, and some do. Strip the names."
+        )
     if held.dtype.kind not in "biuf":
         kinds = {_kind(one) for one in (held if owners is held else owners)}
         if len(kinds) > 1 or "NoneType" in kinds:

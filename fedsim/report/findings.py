@@ -78,7 +78,7 @@ def _at(rivals: Sequence[Group]) -> str:
     if rivals[0].epsilon is not None:
         return f"At epsilon {rivals[0].epsilon:g}{_unlike(rivals)}, "
     spent = [_spent(group) for group in rivals]
-    own = sorted(set(spent) - {math.inf})
+    own = sorted({f"{value:.3g}": value for value in spent if value != math.inf}.values())
     if len(rivals) == 1 or not own:
         return ""
     some = f"epsilon {own[0]:.3g}" if len(own) == 1 else f"epsilons from {own[0]:.3g} to {own[-1]:.3g}"

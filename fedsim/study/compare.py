@@ -91,6 +91,13 @@ def load(source: str | Path, *, untuned: bool = False) -> Comparison:
     path = loading.find(source)
     content = OmegaConf.to_container(read(path))
     assert isinstance(content, dict)
+    variants = content.get("variants")
+    for name, settings in variants.items() if isinstance(variants, dict) else ():
+        if not isinstance(settings, list):
+            raise InputError(
+                f"{path}: variant '{name}' must be a list of settings, such as [strategy=local], got "
+                f"{settings!r}."
+            )
     comparison_: Comparison = parse_options({str(k): v for k, v in content.items()}, Comparison, str(path))
     if not comparison_.recipe or not comparison_.variants or not comparison_.seeds:
         raise InputError(f"{path}: a comparison needs recipe, variants and seeds.")
@@ -117,6 +124,12 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
     """
     out: list[Planned] = []
     tuned = _tuned(comparison_)
+    for variant, changes in comparison_.variants.items():
+        if any(change.partition("=")[0].strip() == "seed" for change in changes):
+            raise InputError(
+                f"variant '{variant}': seed must be left out, for every variant runs with each of the "
+                "`seeds` of the comparison."
+            )
     for variant, changes in comparison_.variants.items():
         for epsilon in _budgets(comparison_, changes):
             budget = [] if epsilon is None else [f"privacy.target_epsilon={epsilon}"]

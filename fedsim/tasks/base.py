@@ -264,7 +264,7 @@ class Task(ABC):
         """The headline.
 
         Raises:
-            InputError: `headline` names no metric.
+            InputError: `headline` names no metric, or one that does not say which way is better.
         """
         metrics = {metric.name: metric for metric in self.all_metrics}
         if not self.headline:
@@ -273,6 +273,14 @@ class Task(ABC):
             validate.one_of(self.headline, metrics, "task.options.headline")
         except InputError as error:
             raise InputError(f"{error} Add one of your own under task.options.metrics.") from None
+        for given in self.metrics:
+            metric, measure = _of_user(given)
+            if metric.name == self.headline and not isinstance(getattr(measure, "metric", None), Metric):
+                raise InputError(
+                    f"task.options.headline={self.headline} must say which way is better, by which models "
+                    "are judged and settings chosen. Write @fedsim.metric(higher_is_better=True), or False, "
+                    "above it."
+                )
         return metrics[self.headline]
 
     def all_measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

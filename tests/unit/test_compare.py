@@ -89,6 +89,12 @@ def test_a_wrong_variant_is_found_before_anything_runs(
         ([], "  other: [data.holdout_examples=100]", "data.holdout_examples must be the same"),
         ([], "  other: [data.test_examples=50]", "data.test_examples must be the same"),
         ([], "  other: [privacy.delta=1e-3]", "privacy.delta must be the same"),
+        ([], "  other: ['seed=3']", "variant 'other': seed must be left out"),
+        (
+            [],
+            "  other: train.steps=3",
+            "variant 'other' must be a list of settings, such as [strategy=local]",
+        ),
         ([], "  'a | b': []", "none of"),
         ([], '  "a\\nb": []', "no line break"),
         ([], "  '[/x]': []", "none of"),

@@ -94,6 +94,20 @@ def test_unreadable_files_are_refused(text: str, message: str, tmp_path: Path) -
         loading.load(write(tmp_path / "c.yaml", text))
 
 
+def test_a_name_of_two_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever copied a recipe and changed it means the copy, and whoever reads the pages means fedsim's."""
+    monkeypatch.chdir(tmp_path)
+    assert loading.find("quickstart").is_relative_to(loading.CONFIG_DIR)
+    Path("quickstart.yaml").write_text("title: mine")
+    with pytest.raises(
+        InputError, match=r"a configuration of fedsim's and a file here. Write quickstart.yaml for"
+    ):
+        loading.load("quickstart")
+    assert loading.load("quickstart.yaml").title == "mine"
+    monkeypatch.chdir(loading.CONFIG_DIR)
+    assert loading.load("quickstart").title != "mine", "where both are one"
+
+
 def test_unknown_name_lists_the_nearest() -> None:
     with pytest.raises(InputError, match="quickstart"):
         loading.load("quickstrat")

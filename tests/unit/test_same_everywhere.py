@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import fedsim
-from fedsim import provenance, references
+from fedsim import loading, provenance, references
 from fedsim.engine.experiment import prepare
 from fedsim.engine.setup import node_for, setup_of
 from fedsim.strategies import STRATEGIES
@@ -327,6 +327,27 @@ def test_a_study_takes_no_finished_run_of_other_data_or_code(
     assert command(arguments) == 2
     wanted = {"data": "training examples", "test data": "examples to judge it by", "code": "own code"}
     assert f"a finished run of other {wanted[changed]}" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(
+    write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = NET.replace("784", "6")
+    Path("data").mkdir()
+    _data(1)
+    write(own=net.format(how="from helper import act"), helper=ACT.format(how=""))
+    given = [*SMALL, "train.steps=2", "model.name=own:Net", "data.name=arrays", "data.options.classes=2",
+             f"data.root={Path('data').resolve()}"]  # fmt: skip
+    arguments = ["run", "base", *given, "--out", "out", "--resume"]
+    assert command(arguments) == 0
+    assert "out holds no run to resume: a new one starts there" in caplog.text
+    assert command(arguments) == 0
+    write(helper=ACT.format(how=".relu()"))
+    with pytest.raises(
+        InputError, match=r"holds a run of other code of your own: own:Net, or what it imports"
+    ):
+        fedsim.train(loading.load("base", given), out="out", resume=True)
+    assert command(arguments) == 2
 
 
 @pytest.mark.parametrize("wrong", [{"misspelled": 84}, {"sum": 1}])

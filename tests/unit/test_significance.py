@@ -218,6 +218,8 @@ def test_a_row_claims_the_epsilon_of_the_seed_that_spent_most() -> None:
     assert row["epsilon per holder"] == "none", "one seed that claims nothing is enough"
     free = [replace(cell, epsilon=None) for cell in (*cells, _spending("b", 0, value=2.0))]
     assert findings(free)[0].startswith("At epsilons from 2 to 32.5, ")
+    same = [_spending(name, 0, value=value) for name, value in (("a", 4.0), ("b", 4.0001))]
+    assert findings([replace(cell, epsilon=None) for cell in same])[0].startswith("At epsilon 4, ")
 
 
 def test_noise_without_a_claim_is_not_called_no_privacy() -> None:

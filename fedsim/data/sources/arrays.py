@@ -104,10 +104,11 @@ def _split(
 def check_channels_last(what: str, shape: tuple[int, ...]) -> None:
     """Raise InputError for images (N, H, W, C) whose channels seem to stand elsewhere."""
     height, width, channels = shape[1:]
-    if height <= CHANNELS < channels or width == channels != height:
+    if min(height, width) <= CHANNELS < channels or width == channels != height:
         raise InputError(
             f"{what} must have the channels of its images in the last axis, (N, H, W, C), got shape {shape}, "
-            f"whose axis 1 of length {height} looks like the channels. Save numpy.moveaxis(x, 1, -1)."
+            f"of which axis {1 if height <= width else 2} looks like the channels. Give numpy.moveaxis(x, 1, "
+            "-1); a uint8 tensor of torch is taken as (N, C, H, W)."
         )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedsim.data.examples import Splits
 from fedsim.data.targets import Targets
 from fedsim.validate import InputError
@@ -84,4 +86,9 @@ def declared_one(where: str, **given: int | None) -> Targets:
             f"private, and the model's shape is not. {_declare(where)}"
         )
     ((name, size),) = said.items()
+    if not isinstance(size, int | np.integer):
+        raise InputError(
+            f"{where}: {name} must be how many there can be, an integer, got {size!r}. Their names are "
+            "names=[...]."
+        )
     return Targets(kinds[name], size)
