@@ -197,7 +197,8 @@ def find(source: str | Path, folder: Path = Path()) -> Path:
         )
     beside = folder / _expanded(source)
     named, here = CONFIG_DIR / f"{source}.yaml", Path(f"{beside}.yaml")
-    if all(map(_is_file, (named, here))) and not _is_file(beside) and not named.samefile(here):
+    ours = here.resolve().is_relative_to(CONFIG_DIR.resolve())
+    if _is_file(named) and _is_file(here) and not ours and not _is_file(beside):
         raise InputError(
             f"config must be one file, but {str(source)!r} is a configuration of fedsim's and a file here. "
             f"Write {source}.yaml for {here}, or rename it."
