@@ -95,6 +95,7 @@ def train(
     watchers: list[Watcher] = [Callbacks(callbacks)] if callbacks else []
     chosen = _configured(config, model, data, task, partition, overrides)
     folder = RunFolder(_folder(chosen, resume) if out is None else Path(out).expanduser())
+    folder.expect(resume)
     try:
         run(chosen, folder, backend, resume, watchers)
     except BaseException as stopped:  # FedsimErrors say themselves what to do
@@ -147,8 +148,6 @@ def run(
         )
     retain_freed_memory()
     folder.check(config, resume)
-    if resume and not folder.config.exists():
-        _log.warning("%s holds no run to resume: a new one starts there.", folder.root)
     if (done := folder.finished()) is not None:
         folder.check_code(config)
         held = loading.load(folder.config) if folder.config.exists() else config

@@ -72,6 +72,7 @@ def _train(config: Config, folder: RunFolder, backend: str, options: argparse.Na
     with importing():
         from fedsim import api
 
+    folder.expect(options.resume)
     quiet = options.json or not config.monitor.progress
     with contextlib.nullcontext() if quiet else extraction.shown():
         return api.run(config, folder, backend, options.resume, progress=False if options.json else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from fedsim.engine.checkpoint import write_atomic
 from fedsim.privacy import ledger, secret
 from fedsim.report.plain import as_json
 from fedsim.validate import InputError, RunError
+
+_log = logging.getLogger(__name__)
 
 
 def default_name(config: Config, overrides: Sequence[str] = ()) -> str:
@@ -66,6 +69,11 @@ class RunFolder:
         self.samples = self.root / "samples.html"
         self.flower_log = self.root / "flower.log"
         self.lock = self.root / "lock"
+
+    def expect(self, resume: bool) -> None:
+        """Say so where somebody wants to resume a run that is not there: it may be in another folder."""
+        if resume and not self.config.exists():
+            _log.warning("%s holds no run to resume: a new one starts there.", self.root)
 
     def check(self, config: Config, resume: bool) -> None:
         """Refuse a folder of another configuration, or of a run that should be resumed; write nothing.

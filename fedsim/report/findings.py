@@ -15,8 +15,8 @@ def findings(cells: Sequence[Cell]) -> list[str]:
     """Return a sentence a budget: what scores best, what cannot be told from it, and what falls behind.
 
     Told apart is what `cells.pairwise` tells apart at 5 %; the best of the variants without privacy is named
-    beside those that have a budget. Budgets that stand for different relations or
-    accountants say so: equal numbers are not the same noise.
+    beside those that have a budget. Budgets that stand for different units, relations
+    or accountants say so: equal numbers are not the same promise.
     """
     found = groups(cells)
     known = pairwise(found)
@@ -40,7 +40,8 @@ def _sentence(found: Sequence[Group], rivals: Sequence[int], known: Tests, witho
     change = {i: between(known, place, i) for i in rivals if i != place}
     ranked = sorted(change, key=lambda i: abs(change[i].mean))
     behind = [i for i in ranked if change[i].significant]
-    same = [found[i].variant for i in ranked if not change[i].significant]
+    same = [found[i].variant for i in ranked if change[i].p is not None and not change[i].significant]
+    unknown = [i for i in ranked if change[i].p is None]
     if not change:
         text = f"{at}{best.variant} reaches a {best.judged_by} of {best.said()}"
     elif behind:
@@ -49,6 +50,9 @@ def _sentence(found: Sequence[Group], rivals: Sequence[int], known: Tests, witho
         unit = "points" if headline.unit == "%" else headline.unit
         told = [f"{found[i].variant} by {headline.number(abs(change[i].mean))}" for i in behind]
         text += f"; behind: {_list(told)} {unit}".rstrip()
+        if unknown:
+            why = _untested(change[i] for i in unknown)
+            text += f"; not tested{why}: {_list([found[i].variant for i in unknown])}"
     else:
         pairs = [between(known, i, j) for i in rivals for j in rivals if i > j]
         any_told = any(pair.significant for pair in pairs)
@@ -89,7 +93,11 @@ def _at(rivals: Sequence[Group]) -> str:
 def _unlike(rivals: Sequence[Group]) -> str:
     """Say that equal numbers are not one promise, or not one amount of noise."""
     protected = [group.claimed for group in rivals if group.protected]
-    relations, accountants = ({spent.get(key) for spent in protected} for key in ("relation", "accountant"))
+    units, relations, accountants = (
+        {spent.get(key) for spent in protected} for key in ("unit", "relation", "accountant")
+    )
+    if len(units) > 1:
+        return " of different units, one example and a whole holder"
     if len(relations) > 1:
         return " of different neighbouring relations"
     return f" by {_list(sorted(map(str, accountants)))}" if len(accountants) > 1 else ""

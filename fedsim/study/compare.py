@@ -139,6 +139,8 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
             if tuned is not None:
                 own = epsilon or _loaded(comparison_, variant, [*given, *last]).privacy.target_epsilon
                 chosen = tuned.overrides(variant, own)
+                if any(_replaced(item, overrides) for item in chosen):  # no row claims a search then
+                    chosen = [item for item in chosen if not item.startswith("tuning.")]
             config = _loaded(comparison_, variant, [*given, *chosen, *last])
             _check_place(config, variant, epsilon, comparison_.seeds[0])
             if out:
@@ -167,8 +169,12 @@ def _tuned(comparison_: Comparison) -> Tuned | None:
 
 
 def _replaced(item: str, overrides: Sequence[str]) -> bool:
-    """Whether an override, which comes last, says all that "key=value" says."""
-    return any(f"{item.partition('=')[0]}.".startswith(f"{o.partition('=')[0]}.") for o in overrides)
+    """Whether an override, which comes last, says all that "key=value" says; a mapping is merged, and does "
+    "not."""
+    said = [
+        key for key, _, value in (o.partition("=") for o in overrides) if not value.lstrip().startswith("{")
+    ]
+    return any(f"{item.partition('=')[0]}.".startswith(f"{key}.") for key in said)
 
 
 def _check_place(config: Config, variant: str, epsilon: float | None, seed: int) -> None:
@@ -249,7 +255,7 @@ def run(
         shared,
         command(taken_up.of_all(overrides, list(others.values()))[0]),
         len(planned),
-        _chosen(comparison_, planned),
+        _chosen(comparison_, planned, overrides),
         taken_up=taken_up.told({c.name: taken_up.as_strings(others[c.folder]) for c in planned}),
     )
     there = [RunFolder(out / "runs" / cell.folder).result.exists() for cell in planned]
@@ -286,14 +292,18 @@ def forgiving(runner: Runner) -> Runner:
     return run_one
 
 
-def _chosen(comparison_: Comparison, planned: Sequence[Planned]) -> str:
+def _chosen(comparison_: Comparison, planned: Sequence[Planned], overrides: Sequence[str]) -> str:
     """What is to be known of the settings that a search chose for these cells."""
     held = _tuned(comparison_)
     if held is None:
         return ""
     asked = [(cell.variant, cell.config.privacy.target_epsilon) for cell in planned]
     changed = held.of_recipe(comparison_.recipe, "")
-    return " ".join(filter(None, (changed, held.borrowed(asked), held.edges(asked))))
+    other = f"Settings were chosen without {', '.join(overrides)}." if overrides else ""
+    judged = "They were chosen by examples that are among those of these scores."
+    seen = judged if planned[0].config.data.holdout_examples else ""
+    edges = "" if overrides else held.edges(asked)
+    return " ".join(filter(None, (changed, other, held.borrowed(asked), edges, seen)))
 
 
 def finish(

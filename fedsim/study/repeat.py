@@ -26,6 +26,7 @@ The result of a recipe (one JSON object, written to results/NAME.json; `fedsim r
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedsim import loading, validate
-from fedsim.config import Config
+from fedsim.config import FREE, Config
 from fedsim.engine import places
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.engine.run_folder import RunFolder, file_name
@@ -100,6 +101,7 @@ def run(
         places.writable(results.absolute().parent, "the folder of --results", "Choose another file")
         if results.is_dir():
             raise InputError(f"--results must be a file, got the folder {results}.")
+        _refuse_another(results, source, overrides)
     root = out or Path("runs") / "repeat" / file_name(planned[0].config.title, "run")
     others = [taken_up.otherwise(RunFolder(root / "runs" / cell.folder), cell.config) for cell in planned]
     done = [(cell.seed, result) for cell, _, result in compare.finish(planned, root, runner, log)]
@@ -137,6 +139,26 @@ def run(
 
 def _backend(result: dict[str, Any]) -> str:
     return str(result.get("backend", taken_up.NOT_RECORDED))
+
+
+def _binding(overrides: Sequence[str]) -> set[str]:
+    """The overrides that a result depends on."""
+    free = tuple(f"{name}." for name in FREE)
+    return {item for item in overrides if not f"{item.partition('=')[0]}.".startswith(free)}
+
+
+def _refuse_another(results: Path, source: str, overrides: Sequence[str]) -> None:
+    """Refuse to write over the result of other settings."""
+    try:
+        held = json.loads(results.read_text(encoding="utf-8"))
+        other = held["config"], held["overrides"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none is there, or none that is worth keeping
+    if other[0] != source or _binding(other[1]) != _binding(overrides):
+        raise InputError(
+            f"--results {results} holds the result of {' '.join([other[0], *other[1]])}, and would be "
+            f"written over by that of {' '.join([source, *overrides])}. Choose another file, or delete it."
+        )
 
 
 def summary(

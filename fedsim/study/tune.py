@@ -29,6 +29,7 @@ from fedsim import loading, provenance, validate
 from fedsim.config import Config
 from fedsim.engine.checkpoint import write_atomic
 from fedsim.merging import parse_options, read
+from fedsim.method import Method
 from fedsim.report.plain import as_json
 from fedsim.study import compare, fixed, names, searched, space, whole
 from fedsim.study.compare import Comparison, Planned, Runner
@@ -169,6 +170,13 @@ def trials(tuning: Tuning, overrides: Sequence[str]) -> list[Trial]:
         for number in range(tuning.trials)
         for trial in _of_variant(tuning, variant, spaces[variant], number, places[number], overrides)
     ]
+    for variant in tuning.variants:
+        units = {Method.of(t.runs[0].config).unit for t in out if t.variant == variant}
+        if len(units) > 1:
+            raise InputError(
+                f"variant '{variant}': all trials must protect one unit, got {' and '.join(sorted(units))}: "
+                "a score must not choose what is promised. Make a variant of each."
+            )
     names.refuse_shared(((run.folder, t.variant) for t in out for run in t.runs), "run a folder")
     named = ((name_of(t.variant, t.epsilon), f"{t.variant} at {t.epsilon}") for t in out)
     names.refuse_shared(named, "choice a file")

@@ -310,6 +310,9 @@ def test_a_row_does_not_claim_settings_that_an_override_replaced(tmp_path: Path)
     path = _comparison(tmp_path, {"a": ["optimizer.learning_rate=0.1", "train.steps=3"]})
     (cell,) = compare.cells(compare.load(path), ["optimizer.learning_rate=5"])
     assert cell.settings == ["train.steps=3"]
+    (cell,) = compare.cells(compare.load(path), ["optimizer={name: sgd}"])
+    assert cell.settings == ["optimizer.learning_rate=0.1", "train.steps=3"], "it is merged, and says no rate"
+    assert cell.config.optimizer.learning_rate == 0.1
 
 
 @pytest.mark.parametrize(

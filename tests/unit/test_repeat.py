@@ -126,6 +126,22 @@ def test_records_name_the_backend_and_settings_that_runs_were_made_with(
     assert held["backend"] == "not recorded", "of a run from before results told"
 
 
+def test_the_result_of_other_settings_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = tmp_path / "held.json"
+    given = ["repeat", "base", *SMALL, "train.steps=2", "--seeds", "0", "--results", str(held)]
+    assert command([*given, "--out", str(tmp_path / "a")]) == 0
+    before = held.read_bytes()
+    assert command([*given, "engine.threads=1", "--out", str(tmp_path / "b")]) == 0, "it changes no result"
+    held.write_bytes(before)
+    capsys.readouterr()
+    assert command([*given, "train.steps=3", "--out", str(tmp_path / "c")]) == 2
+    assert "and would be written over by that of base" in " ".join(capsys.readouterr().err.split())
+    assert held.read_bytes() == before
+    assert not (tmp_path / "c").exists()
+
+
 def test_there_is_no_mean_over_runs_whose_loss_is_no_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,19 @@ def test_what_is_told_apart_is_said_with_its_size_and_the_rest_is_not() -> None:
     noisy = {"a": [0.70, 0.99, 0.72, 0.98, 0.75], "b": scores["a"], "c": scores["c"]}
     (said,) = findings(_cells(noisy))
     assert "the best is not told from any other" in said, "though b and c are"
+    lacks = {**scores, "d": [0.1, 0.11, 0.1, 0.1]}
+    (said,) = findings(_cells(lacks))
+    assert (
+        "not told from it: b; behind: c by 9.98 points; not tested, for runs of some seeds are missing: d"
+        in said
+    )
+    units = _cells({"a": scores["a"]}) + _cells({"c": scores["c"]})
+    for place, cell in enumerate(units):
+        spent = {**cell.result["epsilon"]["example"], "unit": "holder" if place >= 5 else "example"}
+        cell.result["epsilon"] = {spent["unit"]: spent}
+        cell.result["trust"] = {**cell.result["trust"], "unit": spent["unit"]}
+    (said,) = findings(units)
+    assert said.startswith("At epsilon 1 of different units, one example and a whole holder, a has the best")
     held = [replace(cell, held_out=True) for cell in _cells(scores)]
     assert "best held-out accuracy" in findings(held)[0]
     assert "held out" in note(held)

@@ -356,6 +356,12 @@ def test_a_variant_may_have_settings_of_its_own(tmp_path: Path) -> None:
     assert any("ema_decay=0.9" in setting for setting in by_variant["local"])
 
 
+def test_a_score_does_not_choose_the_unit_that_is_protected(tmp_path: Path) -> None:
+    space = {"preset": ["central_dpsgd", "dp_fedavg"]}
+    with pytest.raises(InputError, match=r"must protect one unit, got example and holder.*a variant of each"):
+        tune.trials(tune.load(written(tmp_path, space=space, variants={"any": []})), [])
+
+
 def test_a_comparison_takes_up_what_was_chosen_for_the_nearest_budget(tmp_path: Path) -> None:
     search(written(tmp_path), tmp_path / "out", Runner())
     held = Tuned.read(tmp_path / "out" / "tuned.yaml")
@@ -371,6 +377,15 @@ def test_a_comparison_takes_up_what_was_chosen_for_the_nearest_budget(tmp_path: 
         rate = float(of[cell.variant, nearest][0].partition("=")[2])
         assert cell.config.optimizer.learning_rate == rate
         assert cell.config.tuning.mode == "free"
+    loaded = compare.load(tmp_path / "c.yaml")
+    other = compare.cells(loaded, ["optimizer.learning_rate=3"])
+    assert {cell.config.tuning.mode for cell in other} == {None}, "what was chosen is not what runs"
+    more = ["train.steps=7", "data.holdout_examples=50"]
+    shorter = compare.cells(loaded, more)
+    assert {cell.config.tuning.mode for cell in shorter} == {"free"}
+    said = compare._chosen(loaded, shorter, more)
+    assert "Settings were chosen without train.steps=7, data.holdout_examples=50." in said
+    assert "among those of these scores" in said
     content["variants"] = {"others": []}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match="'others' has no tuned settings"):
