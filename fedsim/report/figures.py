@@ -83,9 +83,8 @@ def _budgets(found: Sequence[Group], colours: dict[str, str]) -> Figure:
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for group in found:
         if group.epsilon is None:
-            label = (
-                f"{group.variant} (budget of its own)" if group.protected else f"{group.variant} (no privacy)"
-            )
+            without = "no claimable epsilon" if group.noised else "no privacy"
+            label = f"{group.variant} ({'budget of its own' if group.protected else without})"
             colour = colours[group.variant]
             axes.axhline(headline.scale * group.mean, linestyle="--", color=colour, label=_words(label))
         else:

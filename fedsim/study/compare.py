@@ -91,6 +91,7 @@ def load(source: str | Path, *, untuned: bool = False) -> Comparison:
     path = loading.find(source)
     content = OmegaConf.to_container(read(path))
     assert isinstance(content, dict)
+    names.check_numbers(path, content)
     variants = content.get("variants")
     for name, settings in variants.items() if isinstance(variants, dict) else ():
         if not isinstance(settings, list):
@@ -292,7 +293,7 @@ def forgiving(runner: Runner) -> Runner:
     return run_one
 
 
-def _chosen(comparison_: Comparison, planned: Sequence[Planned], overrides: Sequence[str]) -> str:
+def _chosen(comparison_: Comparison, planned: Sequence[Planned], overrides: Sequence[str] = ()) -> str:
     """What is to be known of the settings that a search chose for these cells."""
     held = _tuned(comparison_)
     if held is None:

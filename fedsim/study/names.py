@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fedsim.engine.run_folder import file_name
 from fedsim.validate import InputError
@@ -65,6 +66,23 @@ def check(path: Path, title: str, variants: Iterable[str], epsilons: Iterable[fl
                 f"{path}: epsilons must differ in their first six digits, as tables show them, got "
                 f"{other_budget!r} and {epsilon!r}. Leave one out."
             )
+
+
+def check_numbers(path: Path, content: Mapping[Any, Any]) -> None:
+    """Refuse seeds that are no whole numbers, and budgets that are no numbers, as a file says them.
+
+    Raises:
+        InputError: names the first.
+    """
+    for key, kinds, what in (("seeds", (int,), "whole numbers"), ("epsilons", (int, float), "numbers")):
+        values = content.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, list):
+            raise InputError(f"{path}: {key} must be a list of {what}, got {values!r}.")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise InputError(f"{path}: {key} must be {what}, got {value!r}.")
 
 
 def refuse_shared(places: Iterable[tuple[str, str]], what: str) -> None:

@@ -22,7 +22,6 @@ from fedsim.config import Config
 from fedsim.data import augment, batches, datasets, partition, sizes
 from fedsim.data.examples import ArrayDataset
 from fedsim.data.pictures.pictures import Pictures
-from fedsim.data.sources import SOURCES
 from fedsim.data.targets import Targets
 from fedsim.engine.assumed import assumed_public
 from fedsim.engine.experiment import Experiment, epsilons, facts_of, planned, prepare
@@ -209,8 +208,6 @@ def _undecodable(train: ArrayDataset) -> Tagged[dict[str, Any]]:
 def _from_sizes(config: Config, size: sizes.Size) -> _Known:
     method = Method.of(config)
     datasets.resolve(config.data)  # refuses unknown names
-    if config.data.name in SOURCES.own():  # what is from outside may read its data at once
-        SOURCES.make(Choice(config.data.name, config.data.options))  # refuses wrong options
     augment.check(config.train.augmentations, _example(config, size))
     task = TASKS.make(config.task)
     kind = "tokens" if size.places else "labels" if task.kind == "labels" else "class"

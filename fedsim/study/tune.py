@@ -90,6 +90,7 @@ def load(source: str | Path) -> Tuning:
     path = loading.find(source)
     content = OmegaConf.to_container(read(path))
     assert isinstance(content, dict)
+    names.check_numbers(path, content)
     found: Tuning = parse_options({str(k): v for k, v in content.items()}, Tuning, str(path))
     if (found.recipe is None) == (found.comparison is None):
         raise InputError(f"{path}: a tuning file needs either recipe or comparison.")

@@ -27,7 +27,7 @@ from fedsim.report import figures, markers
 from fedsim.report.cells import Cell
 from fedsim.report.page import About, page
 from fedsim.report.table import COSTS, RESULTS, note, table
-from fedsim.study import compare
+from fedsim.study import compare, tune
 from fedsim.study.tuned import Chosen, Tuned, recipe_digest, recipe_name
 from fedsim.validate import InputError
 from tests.conftest import SMALL, command
@@ -77,6 +77,26 @@ def test_a_wrong_variant_is_found_before_anything_runs(
     assert command(["compare", str(tiny), "--out", str(tmp_path / "out")]) == 2
     assert "variant 'broken'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("seeds: [0, 1.5]", "seeds must be whole numbers, got 1.5"),
+        ("seeds: [true]", "seeds must be whole numbers, got True"),
+        ("seeds: [null]", "seeds must be whole numbers, got None"),
+        ("seeds: 3", "seeds must be a list of whole numbers, got 3"),
+        ("epsilons: [yes]", "epsilons must be numbers, got True"),
+        ("epsilons: ['1']", "epsilons must be numbers, got '1'"),
+    ],
+)
+def test_seeds_and_budgets_are_numbers(said: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"recipe: base\nvariants: {{a: []}}\n{said}\n")
+    with pytest.raises(InputError, match=re.escape(message)):
+        compare.load(tmp_path / "c.yaml")
+    (tmp_path / "t.yaml").write_text(f"recipe: base\nspace: {{train.steps: [1, 2]}}\n{said}\n")
+    with pytest.raises(InputError, match=re.escape(message)):
+        tune.load(tmp_path / "t.yaml")
 
 
 @pytest.mark.parametrize(
