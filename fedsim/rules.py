@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fedsim import validate
-from fedsim.validate import InputError
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -148,11 +147,6 @@ def check(c: Config) -> None:
         (e.cpus_per_node, "engine.cpus_per_node"),
     ):
         validate.positive(value, name)
-    if t.expected_batch_size < 1:
-        raise InputError(
-            f"train.expected_batch_size must be at least 1, got {t.expected_batch_size:g}: it is a number of "
-            "examples. Of a sampling rate it is the rate times the number of training examples."
-        )
     if isinstance(e.physical_batch_size, int):
         validate.positive(e.physical_batch_size, "engine.physical_batch_size")
     else:

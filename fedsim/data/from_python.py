@@ -50,8 +50,8 @@ class Data:
     Examples:
         >>> import numpy as np
         >>> inputs, words = np.zeros((4, 8), np.float32), np.array(["cat", "dog", "dog", "cat"])
-        >>> split = (inputs, words)
-        >>> data = Data(split, split, classes=2, names=["cat", "dog"], holders=list("AABB"))
+        >>> train, test = (inputs, words), (inputs[:2], words[:2])
+        >>> data = Data(train, test, classes=2, names=["cat", "dog"], holders=list("AABB"))
         >>> data.holders, data.splits.train.targets.tolist()
         (2, [0, 1, 1, 0])
     """

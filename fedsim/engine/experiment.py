@@ -81,6 +81,13 @@ def prepare(config: Config) -> Experiment:
         scoring.check(splits.test, held_out=bool(config.data.holdout_examples))
     augment.check(config.train.augmentations, splits.train.blank(1)[0])
     holders = partition_of(config, splits.train, task, config.seed)
+    if config.train.expected_batch_size < 1:
+        _log.warning(
+            "train.expected_batch_size=%g is a number of examples: most steps draw nobody. Of a sampling "
+            "rate it is the rate times the %d training examples.",
+            config.train.expected_batch_size,
+            len(splits.train),
+        )
     scheme = config.federation.partition.name
     if splits.train.groups is not None and scheme in PARTITIONS.own() and scheme not in ("natural", "file"):
         _log.warning(

@@ -142,7 +142,6 @@ class Undecorated(Classification):
         ),
         ({"task": {"name": Undecorated, "options": {"gamma": 1.0}}}, r"@dataclass\(frozen=True\), or gamma"),
         ({"model": nn.Linear(5, 3).state_dict()}, "got weights. Give the module"),
-        ({"train": {"expected_batch_size": 0.1}}, "at least 1, got 0.1: it is a number of examples"),
         ({"federation": {"partition": SCHOOLS}}, "The holder of each example is partition="),
         ({"partition": [[0, 1], [2, 3]]}, "one entry an example"),
     ],
@@ -150,6 +149,11 @@ class Undecorated(Classification):
 def test_settings_that_are_something_else_are_refused(settings: Mapping[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         checked(**settings)
+
+
+def test_a_batch_below_one_example_is_told_from_a_rate(caplog: pytest.LogCaptureFixture) -> None:
+    checked(train={"expected_batch_size": 0.1})
+    assert "it is the rate times the 240 training examples" in caplog.text
 
 
 def test_a_metric_that_says_its_direction_may_be_the_headline() -> None:

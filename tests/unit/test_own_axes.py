@@ -225,8 +225,7 @@ class Phased(Gradient):
 def test_the_noise_of_a_step_is_that_of_its_event_whatever_the_factors(
     strategy: str, factors: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With next to nobody drawn, the sums are the noise. False alarm 2e-9 each; rounding costs shares at "
-    "most 1 %."""
+    """With nobody drawn, the sums are the noise. False alarm 2e-9 each; rounding costs shares at most 1 %."""
     seen: list[np.ndarray] = []
     means = Mechanism.means
     monkeypatch.setattr(
@@ -237,7 +236,7 @@ def test_the_noise_of_a_step_is_that_of_its_event_whatever_the_factors(
     options = f"{{of_phases: {factors}, last_phase: {len(factors) - 1}}}"
     config = small(
         f"query={{name: '{HERE}:Phased', options: {options}}}", f"strategy={strategy}", "train.steps=3",
-        "privacy.noise_multiplier=5", "train.expected_batch_size=1", "model.name=linear",
+        "privacy.noise_multiplier=5", "train.expected_batch_size=1e-9", "model.name=linear",
         "optimizer.learning_rate=1e-9",
     )  # fmt: skip
     train(config, tmp_path)
