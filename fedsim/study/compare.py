@@ -170,7 +170,7 @@ def _tuned(comparison_: Comparison) -> Tuned | None:
 
 
 def _replaced(item: str, overrides: Sequence[str]) -> bool:
-    """Whether an override, which comes last, says all that "key=value" says; mappings are merged, and do not."""
+    """Whether an override, which comes last, says all that "key=value" says: a mapping does not."""
     said = [
         key for key, _, value in (o.partition("=") for o in overrides) if not value.lstrip().startswith("{")
     ]
