@@ -90,7 +90,8 @@ def run(grid: Grid, context: Context) -> Run:
 
 def _absolute(config: str) -> str:
     """Refuse a file by a path from here on: here is where the SuperLink was once started."""
-    if not Path(config).expanduser().is_absolute() and not (CONFIG_DIR / f"{config}.yaml").is_file():
+    here = Path(config).suffix in (".yaml", ".yml") or Path(f"{config}.yaml").is_file()
+    if here and not Path(config).expanduser().is_absolute() and not (CONFIG_DIR / f"{config}.yaml").is_file():
         raise InputError(
             "config must be the name of a configuration of fedsim's, or the absolute path of a file (the "
             f"runtime changes folders), got {config!r}."

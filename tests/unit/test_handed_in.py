@@ -88,7 +88,7 @@ class Drawn(torch.utils.data.Dataset[Any]):
         (lambda: Data(Drawn(), TEST, classes=3), "train must give the same item whenever it is asked"),
         (
             lambda: Data((torch.zeros(9, 20, 20, 3, dtype=torch.uint8), CLASSES[:9]), TEST, classes=3),
-            r"channels of its images in the last axis.*axis 2 looks like .* taken as \(N, C, H, W\)",
+            r"in the last axis.*axis 2 of length 3 looks like .* taken as \(N, C, H, W\)",
         ),
     ],
 )

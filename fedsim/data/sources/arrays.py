@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Arrays(Source):
     values: int | None = None
     tokens: int | None = None
     vocabulary: int | None = None
-    names: tuple[str, ...] = ()
+    names: list[str] = field(default_factory=list)
 
     def load(self, root: Path) -> Splits:
         """See `Source.load`.
@@ -104,10 +104,11 @@ def _split(
 def check_channels_last(what: str, shape: tuple[int, ...]) -> None:
     """Raise InputError for images (N, H, W, C) whose channels seem to stand elsewhere."""
     height, width, channels = shape[1:]
-    if min(height, width) <= CHANNELS < channels or width == channels != height:
+    axis = 1 if height <= CHANNELS < channels or width == channels != height else 2
+    if axis == 1 or width <= CHANNELS < channels:
         raise InputError(
             f"{what} must have the channels of its images in the last axis, (N, H, W, C), got shape {shape}, "
-            f"of which axis {1 if height <= width else 2} looks like the channels. Give numpy.moveaxis(x, 1, "
+            f"whose axis {axis} of length {shape[axis]} looks like the channels. Give numpy.moveaxis(x, 1, "
             "-1); a uint8 tensor of torch is taken as (N, C, H, W)."
         )
 
