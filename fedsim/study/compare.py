@@ -301,7 +301,7 @@ def _chosen(comparison_: Comparison, planned: Sequence[Planned], overrides: Sequ
     changed = held.of_recipe(comparison_.recipe, "")
     other = f"Settings were chosen without {', '.join(overrides)}." if overrides else ""
     judged = "They were chosen by examples that are among those of these scores."
-    seen = judged if planned[0].config.data.holdout_examples else ""
+    seen = judged if any(cell.config.data.holdout_examples for cell in planned) else ""
     found = [setting for entry in held.chosen for setting in entry.settings]
     edges = "" if any(_replaced(setting, overrides) for setting in found) else held.edges(asked)
     return " ".join(filter(None, (changed, other, held.borrowed(asked), edges, seen)))
