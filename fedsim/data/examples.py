@@ -135,9 +135,7 @@ class ArrayDataset:
         there = None if self.whole is None else self.whole[rows]
         if self.nan_is_lost:
             assert isinstance(self.inputs, np.ndarray)
-            first = self.inputs[
-                (rows, *(0 for _ in self.inputs.shape[1:]))
-            ]  # no more of a mapped row is read
+            first = self.inputs[(rows, *(0 for _ in self.inputs.shape[1:]))]  # no more of a row is read
             there = ~np.isnan(first)
         return None if there is None or there.all() else there
 

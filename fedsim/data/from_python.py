@@ -171,7 +171,12 @@ def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether an item (input, target) is what it was."""
-    return all(np.array_equal(_array(part), _array(then)) for part, then in zip(one, other, strict=True))
+
+    def equal(part: Any, then: Any) -> bool:
+        now = _array(part)
+        return np.array_equal(now, _array(then), equal_nan=now.dtype.kind == "f")
+
+    return all(map(equal, one, other))
 
 
 def _dataset_of(given: Any) -> str:

@@ -62,6 +62,12 @@ def test_owners_of_the_data_are_the_holders_unless_others_are_said(
     assert ("is not said of those owners" in caplog.text) == warned
 
 
+def test_a_number_that_is_none_is_not_taken_for_a_random_one() -> None:
+    gap = [(np.array([np.nan, 1.0], np.float32), 0), (np.ones(2, np.float32), 1)]
+    with pytest.raises(InputError, match="train: inputs must be finite"):
+        Data(gap, gap[:], classes=2)
+
+
 class Drawn(torch.utils.data.Dataset[Any]):
     """Draws a view whenever it is asked."""
 
