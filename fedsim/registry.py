@@ -222,11 +222,8 @@ def _is_other(found: Any, base: type[Any]) -> bool:
 
 def _refuse_undecorated(found: type[Any], name: str) -> None:
     """Refuse a class whose annotations are no fields, because it derives from a dataclass and is none."""
-    own = {
-        key: said
-        for key, said in vars(found).get("__annotations__", {}).items()
-        if "ClassVar" not in str(said)
-    }
+    annotated = vars(found).get("__annotations__", {})
+    own = [key for key, said in annotated.items() if "ClassVar" not in str(said)]
     if own and "__dataclass_fields__" not in vars(found):
         raise InputError(
             f"{_called(name)} must be decorated with @dataclass(frozen=True), or {', '.join(own)} would be "

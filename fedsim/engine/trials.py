@@ -151,14 +151,8 @@ def _registered(model: nn.Module) -> None:
     known = {id(part) for part in (*model.modules(), *model.parameters())}
     for module in model.modules():
         for name, value in vars(module).items():
-            parts = (
-                value.values()
-                if isinstance(value, dict)
-                else value
-                if isinstance(value, list | tuple)
-                else ()
-            )
-            if name.startswith("_") and name.endswith(("modules", "parameters", "buffers")):
+            parts = list(value.values()) if isinstance(value, dict) else value
+            if not isinstance(parts, list | tuple):
                 continue
             if any(isinstance(part, nn.Module | nn.Parameter) and id(part) not in known for part in parts):
                 raise InputError(
