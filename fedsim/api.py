@@ -307,9 +307,9 @@ def _configured(
             _holders(changes, count)
     if isinstance(data, Data) and data.holders is not None:
         federation = changes["federation"] = dict(changes.get("federation") or {})
-        if "federation.partition" not in changes:
+        if "federation.partition" not in changes and not loading.says(config, "federation.partition"):
             federation.setdefault("partition", "natural")
-        chosen = changes.get("federation.partition") or federation["partition"]
+        chosen = changes.get("federation.partition") or federation.get("partition")
         if (chosen.get("name") if isinstance(chosen, Mapping) else chosen) == "natural":
             _holders(changes, data.holders)
     return loading.loaded(config, changes)

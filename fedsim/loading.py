@@ -142,6 +142,21 @@ def _located(merged: DictConfig, written: Any, folder: Path | None) -> DictConfi
     return merged
 
 
+def says(source: str | Path | Mapping[str, Any] | Config, setting: str) -> bool:
+    """Whether a configuration, of those that `loaded` takes, chooses a dotted setting: a file, or one that it
+    extends, or a mapping says something of it; a Config says everything.
+
+    Raises:
+        InputError: as `load`.
+    """
+    if isinstance(source, Config):
+        return True
+    if isinstance(source, Mapping):
+        return _written(OmegaConf.to_container(_nested(source, "configuration")), setting) is not None
+    files = (content for path, content in _chain(find(source)) if path != CONFIG_DIR / "base.yaml")
+    return any(_written(OmegaConf.to_container(content), setting) is not None for content in files)
+
+
 def _written(written: Any, path: str) -> Any:
     """What the plain mapping of a file or command line says at a dotted path; None for nothing."""
     node = written

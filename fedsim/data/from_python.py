@@ -38,7 +38,7 @@ class Data:
         vocabulary: number of tokens there can be, where inputs are integer tokens of one length.
         names: of the classes, labels or values; targets may then be these words.
         holders: (N,) natural owner of each training example, any words or numbers. They are the holders,
-            unless the call says another partition.
+            unless the call or its configuration says another partition.
         mean, std: of image channels on the [0, 1] scale, published constants; default 0.5.
 
     Inputs are uint8 images (H, W, C), PIL images, uint8 tensors (C, H, W), float arrays or tensors of any one

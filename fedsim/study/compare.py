@@ -140,8 +140,9 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
             if tuned is not None:
                 own = epsilon or _loaded(comparison_, variant, [*given, *last]).privacy.target_epsilon
                 chosen = tuned.overrides(variant, own)
-                if any(_replaced(item, overrides) for item in chosen):  # no row claims a search then
-                    chosen = [item for item in chosen if not item.startswith("tuning.")]
+                own_settings = [item for item in chosen if not item.startswith("tuning.")]
+                if all(_replaced(item, overrides) for item in own_settings):  # nothing is left of a search
+                    chosen = own_settings
             config = _loaded(comparison_, variant, [*given, *chosen, *last])
             _check_place(config, variant, epsilon, comparison_.seeds[0])
             if out:
@@ -302,8 +303,7 @@ def _chosen(comparison_: Comparison, planned: Sequence[Planned], overrides: Sequ
     other = f"Settings were chosen without {', '.join(overrides)}." if overrides else ""
     judged = "They were chosen by examples that are among those of these scores."
     seen = judged if any(cell.config.data.holdout_examples for cell in planned) else ""
-    found = [setting for entry in held.chosen for setting in entry.settings]
-    edges = "" if any(_replaced(setting, overrides) for setting in found) else held.edges(asked)
+    edges = held.edges(asked, lambda setting: _replaced(f"{setting}=", overrides))
     return " ".join(filter(None, (changed, other, held.borrowed(asked), edges, seen)))
 
 

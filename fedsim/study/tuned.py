@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,14 @@ class Tuned:
         budgets = ", ".join(found)
         return f"Budgets that were not tuned have the settings of the nearest: {budgets}." if found else ""
 
-    def edges(self, asked: Iterable[tuple[str, float | None]]) -> str:
+    def edges(
+        self, asked: Iterable[tuple[str, float | None]], replaced: Callable[[str], bool] = lambda _: False
+    ) -> str:
         """Return the sentence that names settings at the edge of what was searched; "" where none is.
 
         Args:
             asked: variants and budgets that are run.
+            replaced: whether a setting, by name, is another one there than was chosen.
 
         Raises:
             InputError: nothing was chosen for a variant.
@@ -168,7 +171,7 @@ class Tuned:
         found: dict[str, dict[str, dict[str, None]]] = {}
         for variant, epsilon in asked:
             entry = self._nearest(variant, epsilon)
-            for setting in entry.at_the_edge:
+            for setting in (name for name in entry.at_the_edge if not replaced(name)):
                 budgets = found.setdefault(setting, {}).setdefault(variant, {})
                 budgets.update({} if entry.epsilon is None else {f"{entry.epsilon:g}": None})
         if not found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def data(**declared: Any) -> Data:
 
 
 def checked(**settings: Any) -> dict[str, Any]:
-    return fedsim.check(**{"data": data(), **SETTINGS, **settings})
+    given = {"data": data(), **SETTINGS, **settings}
+    return fedsim.check(given.pop("config", "base"), **given)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +52,26 @@ def checked(**settings: Any) -> dict[str, Any]:
         ({"federation.partition": "iid", "federation.holders": 10}, 10, True),
         ({"partition": "iid", "federation": {"holders": 10}}, 10, True),
         ({"partition": [i % 9 for i in range(240)]}, 9, False),
+        ({"config": "quickstart", "privacy": {"target_epsilon": None, "noise_multiplier": 1.0}}, 7, False),
+        ({"config": {"federation": {"partition": "iid", "holders": 10}}}, 10, True),
+        ({"config": {"federation.partition": "iid", "federation.holders": 10}}, 10, True),
+        ({"config": {"federation": {"holders": 7}}}, 7, False),
+        ({"config": "iid.yaml"}, 10, True),
+        ({"config": "of_iid.yaml"}, 10, True),
     ],
 )
 def test_owners_of_the_data_are_the_holders_unless_others_are_said(
-    settings: Mapping[str, Any], holders: int, warned: bool, caplog: pytest.LogCaptureFixture
+    settings: Mapping[str, Any],
+    holders: int,
+    warned: bool,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else epsilon per holder would be that of made-up holders."""
+    monkeypatch.chdir(tmp_path)
+    Path("iid.yaml").write_text("federation: {partition: iid, holders: 10}")
+    Path("of_iid.yaml").write_text("extends: iid.yaml")
     with caplog.at_level(logging.WARNING):
         plan = checked(data=data(holders=SCHOOLS), **settings)
     assert plan["holders"]["holders"] == holders

@@ -297,17 +297,21 @@ def _data(seed: int, splits: Sequence[str] = ("train", "test")) -> None:
         np.save(f"data/{split}_targets.npy", rng.integers(0, 2, n))
 
 
+def _of_own_code_and_data(write: Write) -> list[str]:
+    """Write a model with what it imports, and arrays; return the overrides that name them."""
+    Path("data").mkdir()
+    _data(1)
+    write(own=NET.replace("784", "6").format(how="from helper import act"), helper=ACT.format(how=""))
+    given = ["train.steps=2", "model.name=own:Net", "data.name=arrays", "data.options.classes=2"]
+    return [*SMALL, *given, f"data.root={Path('data').resolve()}"]
+
+
 @pytest.mark.parametrize("changed", ["data", "test data", "code"])
 @pytest.mark.parametrize("kind", ["compare", "repeat"])
 def test_a_study_takes_no_finished_run_of_other_data_or_code(
     write: Write, kind: str, changed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    net = NET.replace("784", "6")
-    Path("data").mkdir()
-    _data(1)
-    write(own=net.format(how="from helper import act"), helper=ACT.format(how=""))
-    given = [*SMALL, "train.steps=2", "model.name=own:Net", "data.name=arrays", "data.options.classes=2",
-             f"data.root={Path('data').resolve()}"]  # fmt: skip
+    given = _of_own_code_and_data(write)
     if kind == "compare":
         study = {"title": "s", "recipe": "base", "overrides": given, "variants": {"a": []}, "seeds": [0]}
         Path("study.yaml").write_text(yaml.safe_dump(study))
@@ -332,12 +336,7 @@ def test_a_study_takes_no_finished_run_of_other_data_or_code(
 def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(
     write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    net = NET.replace("784", "6")
-    Path("data").mkdir()
-    _data(1)
-    write(own=net.format(how="from helper import act"), helper=ACT.format(how=""))
-    given = [*SMALL, "train.steps=2", "model.name=own:Net", "data.name=arrays", "data.options.classes=2",
-             f"data.root={Path('data').resolve()}"]  # fmt: skip
+    given = _of_own_code_and_data(write)
     arguments = ["run", "base", *given, "--out", "out", "--resume"]
     assert command(arguments) == 0
     assert "out holds no run to resume: a new one starts there" in caplog.text

@@ -379,7 +379,10 @@ def test_a_comparison_takes_up_what_was_chosen_for_the_nearest_budget(tmp_path: 
         assert cell.config.tuning.mode == "free"
     loaded = compare.load(tmp_path / "c.yaml")
     other = compare.cells(loaded, ["optimizer.learning_rate=3"])
-    assert {cell.config.tuning.mode for cell in other} == {None}, "what was chosen is not what runs"
+    assert {cell.config.tuning.mode for cell in other} == {"free"}, "the rest of what was chosen still runs"
+    none = held.chosen[0].settings
+    alone = [cell for cell in compare.cells(loaded, none) if cell.variant == held.chosen[0].variant]
+    assert {cell.config.tuning.mode for cell in alone} == {None}, "nothing that was chosen runs"
     more = ["train.steps=7", "data.holdout_examples=50"]
     shorter = compare.cells(loaded, more)
     assert {cell.config.tuning.mode for cell in shorter} == {"free"}
