@@ -53,10 +53,24 @@ class Found:
         self._losses.append(losses)
         self._clipped.append(clipped)
 
-    def together(self, total: torch.Tensor, count: int) -> ClippedSum:
-        """Return the statistics with a sum of so many examples."""
-        norms, losses = torch.cat(self._norms), torch.cat(self._losses)
-        clipped = _joined(self._clipped)
+    def take(self, part: ClippedSum) -> None:
+        """Take in the statistics of a sum."""
+        self._undecodable += part.undecodable
+        self.add(part.norms, part.losses, part.clipped, None)
+
+    def together(
+        self, total: torch.Tensor, count: int, places: NDArray[np.int64] | None = None
+    ) -> ClippedSum:
+        """Return the statistics with a sum of so many examples.
+
+        Args:
+            places: where each of the examples belongs, in the order they came; None if it is that order.
+        """
+        values = torch.cat(self._norms), torch.cat(self._losses), _joined(self._clipped)
+        if places is not None:
+            order = torch.from_numpy(np.argsort(places)).to(values[0].device)
+            values = values[0][order], values[1][order], None if values[2] is None else values[2][order]
+        norms, losses, clipped = values
         return ClippedSum(total, count, self._bound, norms, losses, clipped, self._undecodable)
 
 

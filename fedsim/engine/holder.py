@@ -223,7 +223,8 @@ class Node:
     ) -> tuple[torch.Tensor, ClippedSum]:
         """Return one clipped gradient sum a holder of the node, (H, P), and their statistics together.
 
-        Examples of all holders share full physical batches: the time is that of one sum, not of H.
+        The time is that of one sum, not of H: examples of several holders share physical batches, but for
+        those of holders that fill one, which need no gradient of an example alone.
         """
         return self._in_memory(lambda: self._clipped_sums(ids, task, clip))
 
@@ -235,6 +236,27 @@ class Node:
             (len(self.holders), self.zero_sum().numel()), dtype=self.dtype, device=self.device
         )
         found = Found(clip.sensitivity)
+        filled = np.bincount(rows, minlength=len(self.holders)) >= self._chunk(task)
+        places = [np.flatnonzero(rows == row) for row in np.flatnonzero(filled)]
+        for here in places:
+            own = self._clipped_sum(ids[here], task, clip)
+            totals[rows[here[0]]] = own.sum
+            found.take(own)
+        places.append(np.flatnonzero(~filled[rows]))
+        if len(places[-1]) or not len(ids):
+            self._add_together(ids[places[-1]], rows[places[-1]], task, clip, totals, found)
+        return totals, found.together(totals.new_zeros(0), len(ids), np.concatenate(places))
+
+    def _add_together(
+        self,
+        ids: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        task: StepTask,
+        clip: ClipRule,
+        totals: torch.Tensor,
+        found: Found,
+    ) -> None:
+        """Add to `totals` (H, P) the examples of several holders, whose rows (n,) there are given."""
         for piece, parts, whole in self._pieces(ids, task):
             owners = torch.from_numpy(rows[piece] if whole is None else rows[piece][whole])
             fill = self._chunk(task) if self.device.type == "cuda" else 2
@@ -242,7 +264,6 @@ class Node:
                 self.model, *parts, clip, owners, totals, loss=self.task.loss, fill=fill
             )
             found.add(*answer, self._told(ids[piece], whole))
-        return totals, found.together(totals.new_zeros(0), len(ids))
 
     def _chunk(self, task: StepTask) -> int:
         """Examples of a physical batch: no more than a draw has in all likelihood.

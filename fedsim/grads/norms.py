@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _SMALL = 1e-30
+_AT_ONCE = 1 << 20  # entries in float64
 BLOCK = 64  # squares added in float32 before going on in float64
 
 
@@ -29,8 +30,11 @@ def squared_norms_of(parts: Sequence[Tensor]) -> Tensor:
     least, most = torch.aminmax(squares) if squares.numel() else (_SMALL, 0.0)
     if not (least >= _SMALL and most < math.inf):
         odd = ~((squares >= _SMALL) & torch.isfinite(squares))
-        for part, row in odd.nonzero().tolist():  # one at a time: they may be all, and long
-            squares[part, row] = parts[part][row].double().square().sum()
+        for found, part, strange in zip(squares, parts, odd, strict=True):
+            flat, rows = part.reshape(len(part), -1), strange.nonzero()[:, 0]
+            # Some at a time: they may be all, as where a model is sure of every example, and long.
+            for some in rows.split(max(1, _AT_ONCE // max(1, flat.shape[1]))):
+                found[some] = flat[some].double().square().sum(1)
     return squares
 
 

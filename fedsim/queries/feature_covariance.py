@@ -140,9 +140,10 @@ class FeatureCovariance(FeatureQuery):
                 second = block if second is None else second.add_(block)
             assert second is not None
             return {"second": second.numpy()}, self.result(len(ids), clip.sensitivity, norms)
-        mapping = _unpacked(torch.from_numpy(task.arrays[_MAP].copy())) if self._mapped else None
+        told = hashlib.sha256(task.arrays[_MAP].tobytes()).digest() if self._mapped else b""
+        mapping = node.kept("map of rows", told, lambda: _told_map(task)) if self._mapped else None
         gradient, weights = self._gradient(node.outputs, clip, mapping), self.weights(node)
-        lengths = self._lengths(node, gradient, task)[np.searchsorted(node.ids, ids)]
+        lengths = self._lengths(node, gradient, told)[np.searchsorted(node.ids, ids)]
         total = torch.zeros_like(weights)
         for place, features, labels in self.blocks(node, ids):
             block, found = gradient.sums(features, labels, weights, lengths[place])
@@ -151,14 +152,13 @@ class FeatureCovariance(FeatureQuery):
         total = gradient.mapped(total)
         return {"sum": total.reshape(-1).numpy()}, self.result(len(ids), gradient.bound, norms)
 
-    def _lengths(self, node: NodeView, gradient: Gradient, task: StepTask) -> Tensor:
-        """Return the length of every row of the node, (n,), which stays from step to step."""
+    def _lengths(self, node: NodeView, gradient: Gradient, told: bytes) -> Tensor:
+        """Return the length of every row of the node, (n,), which stays while nodes are told the same map."""
 
         def compute() -> Tensor:
             return torch.cat([gradient.lengths(features) for _, features, _ in self.blocks(node, node.ids)])
 
-        key = hashlib.sha256(task.arrays[_MAP].tobytes()).digest() if self._mapped else b""
-        return node.kept("lengths of rows", key, compute)
+        return node.kept("lengths of rows", told, compute)
 
     def arrays(self, state: State) -> Arrays:
         """See `Query.arrays`: the map of rows, once there is one and where nodes need it."""
@@ -194,6 +194,10 @@ class FeatureCovariance(FeatureQuery):
             ridge = _LEAST_RIDGE * float(second.values.mean())
         mapping = whitening(second, 1.0, ridge if self.ridge is None else self.ridge)
         return {_MAP: packing.pack(mapping).float()}
+
+
+def _told_map(task: StepTask) -> Tensor:
+    return _unpacked(torch.from_numpy(task.arrays[_MAP].copy()))
 
 
 def _unpacked(packed: Tensor) -> Tensor:

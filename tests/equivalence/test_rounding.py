@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bound import judge, reduced
 from benchmarks.bound.hostile import FILLS
-from fedsim.grads import FlatClip, clipped_gradient_sum, vmap
+from fedsim.grads import FlatClip, clipped_gradient_sum, norms, vmap
 from fedsim.grads.bookkeeping import Options, choose, clipped_sum, engine, gram, precision
 from fedsim.grads.bookkeeping.precision import SUMMED
 from fedsim.grads.bookkeeping.standardise import Origin, standardisations
@@ -210,6 +212,37 @@ def test_norms_are_exact_to_half_a_millionth(width: int) -> None:
 def test_norms_of_entries_whose_squares_float32_does_not_have(size: float) -> None:
     rows = torch.full((3, 700), size)
     torch.testing.assert_close(squared_norms(rows), rows.double().square().sum(1), rtol=2e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("at_once", [1, 1500, norms._AT_ONCE])
+def test_rows_that_float32_cannot_square_are_found_among_others(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms, "_AT_ONCE", at_once)
+    sizes = torch.tensor([1.0, 0.0, 1e-25, 1.0, 1e25, 0.0, 3.0, 1e-22, math.inf, math.nan])
+    rows = sizes[:, None] * torch.rand(10, 700, generator=torch.Generator().manual_seed(0)).add(0.1)
+    exact = torch.stack([row.double().square().sum() for row in rows])
+    found = norms.squared_norms_of([rows, rows.flip(0)])
+    for one, other in ((found[0], exact), (found[1], exact.flip(0))):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=0.0, equal_nan=True)
+
+
+def test_examples_without_a_gradient_cost_no_more_than_others() -> None:
+    """A model that is sure of its examples has many of them."""
+
+    class Launches(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for examples in (2, 200):
+        with Launches() as seen:
+            squared_norms(torch.zeros(examples, 300))
+        counts.append(seen.count)
+    assert counts[0] == counts[1]
 
 
 def excess_of_products(length: int, device: str, dtype: torch.dtype = torch.float32) -> float:

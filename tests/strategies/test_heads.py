@@ -22,6 +22,7 @@ from fedsim.privacy import accountant, events
 from fedsim.queries import Means
 from fedsim.strategies.base import Collected
 from fedsim.tasks.classification import Classification
+from fedsim.types import StepTask
 from fedsim.validate import InputError
 from tests.conftest import small, train
 from tests.strategies import combinations
@@ -227,6 +228,20 @@ def test_what_a_node_keeps_decides_nothing(tmp_path: Path, monkeypatch: pytest.M
     train(config, tmp_path / "anew")
     for one, two in zip(head(tmp_path / "kept"), head(tmp_path / "anew"), strict=True):
         assert np.array_equal(one, two)
+
+
+def test_a_node_that_is_told_another_map_takes_that() -> None:
+    """As one that stays there for the next run."""
+    config = of("preset=dp_fc", "train.steps=3")
+    found = []
+    for scales in ([1.0, 0.01], [0.01]):
+        node = holder.Node(config, 0, config.seed)
+        for scale in scales:
+            told = {"map": packing.pack(scale * torch.eye(50, dtype=torch.float64)).float().numpy()}
+            task = StepTask(1, 0, 1.0, node.method.keys(config.seed, 1), arrays=told)
+            sums, _ = node.method.at.sums(node, task)
+        found.append(sums["sum"])
+    assert np.array_equal(*found)
 
 
 def test_a_step_without_what_the_learner_takes_leaves_the_parameters() -> None:

@@ -53,13 +53,18 @@ def test_every_option_computes_the_same_sum(changes: dict[str, object], tmp_path
     assert torch.max(torch.abs(final(tmp_path / "a") - final(tmp_path / "b"))) < 1e-7
 
 
-def test_sums_of_all_holders_at_once_equal_those_of_each_alone() -> None:
-    config = small("model.dtype=float64", "federation.nodes=2", "engine.physical_batch_size=16", SHARES)
+@pytest.mark.parametrize(("batch", "filling"), [(1, "all"), (11, "some"), (1000, "none")])
+def test_sums_of_all_holders_at_once_equal_those_of_each_alone(batch: int, filling: str) -> None:
+    """Holders that fill a physical batch are summed apart, the others together."""
+    size = f"engine.physical_batch_size={batch}"
+    config = small("model.dtype=float64", "federation.nodes=2", size, SHARES)
     node = Node(config, 1, config.seed)
     root_keys = node.method.keys(config.seed, 0)
     task = StepTask(0, 0, 0.3, root_keys)
     clip = node.method.at.clip
     ids = node.drawn(task)
+    filled = {bool((node.owners(ids) == holder).sum() >= batch) for holder in node.holders}
+    assert filled == {"all": {True}, "some": {True, False}, "none": {False}}[filling]
     sums, together = node.clipped_sums(ids, task, clip)
     assert together.count == len(ids) == len(together.norms)
     for row, holder in enumerate(node.holders):
@@ -68,6 +73,7 @@ def test_sums_of_all_holders_at_once_equal_those_of_each_alone() -> None:
     whole = node.clipped_sum(ids, task, clip)
     assert torch.allclose(sums.sum(0), whole.sum, atol=1e-12)
     assert torch.allclose(together.norms, whole.norms, rtol=1e-12)  # two engines: equal to rounding
+    assert torch.allclose(together.losses, whole.losses, rtol=1e-12)
     nothing, empty = node.clipped_sums(ids[:0], task, clip)
     assert not nothing.any()
     assert empty.count == 0
