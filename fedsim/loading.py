@@ -28,7 +28,12 @@ PATHS = ("data.root", "model.init_from", "federation.partition.options.file")
 """Settings that name files."""
 
 
-def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None = Path()) -> Config:
+def load(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    folder: Path | None = Path(),
+    where: str = "command line",
+) -> Config:
     """Load a configuration.
 
     Args:
@@ -36,6 +41,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
         overrides: "key.path=value" strings, YAML values, applied last.
         folder: where relative paths in `overrides` start; None refuses them. Paths in a file (`extends`,
             data.root, model.init_from) start at that file's own folder.
+        where: the overrides were said, for errors.
 
     Raises:
         InputError: unknown key (with the nearest valid one), wrong type, value out of range, settings that
@@ -43,7 +49,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), folder: Path | None 
     """
     merged = _from_file(source)
     if overrides:
-        merged = _layered(merged, dotlist(overrides), "command line", folder)
+        merged = _layered(merged, dotlist(overrides), where, folder)
     return _freeze(merged)
 
 

@@ -67,7 +67,10 @@ class Run:
         if not paths.result.exists():
             begun = paths.config.exists()
             found = (
-                "has no result.json. Finish it with fedsim run ... --resume." if begun else "holds no run."
+                "has no result.json. Finish it by the same command with --resume, or from Python by the same "
+                f"fedsim.train(..., out={str(paths.root)!r}, resume=True)."
+                if begun
+                else "holds no run."
             )
             where = "" if begun else " Its path is what --out was, or what the run named as its folder."
             raise InputError(f"{paths.root} must be the folder of a finished run, and {found}{where}")
@@ -162,6 +165,11 @@ class Run:
         """
         if (said := self.result.get(self.headline.name)) is None:
             name = self.headline.name
+            if name in self.result:
+                raise InputError(
+                    f"{name} of {self.folder} must be a finite number to be a score, and was none on the "
+                    "evaluation split. Choose another task.options.headline, or mend what gives it."
+                )
             raise InputError(
                 f"{self.folder} must hold {name} for there to be a score, and does not: the run wrote public "
                 "numbers only, and what is computed from held-out private examples is none. Evaluate on the "
@@ -176,7 +184,8 @@ class Run:
     def __repr__(self) -> str:
         """Name the folder, the score and what it cost."""
         said = self.result.get(self.headline.name)
-        score = "withheld" if said is None else f"{said:.4g}"
+        missing = "not finite" if self.headline.name in self.result else "withheld"
+        score = missing if said is None else f"{said:.4g}"
         return f"Run({str(self.folder)!r}, {self.headline.name}={score}, epsilon={self.epsilon})"
 
 

@@ -36,6 +36,8 @@ _WHY = {
     "sampling_rate": "the rate is expected_batch_size / examples",
 }
 _A_METHOD = "preset={}, a choice on every axis"
+_OPTIONS = ("backend", "json", "out", "resume")
+"""Of commands: no settings."""
 _CHOICES = {
     "strategy.name": {
         "central_dp": "central",
@@ -71,6 +73,8 @@ def remedy(key: str, valid: Collection[str]) -> str:
         valid: dotted names of what there is.
     """
     last = key.rpartition(".")[2].lower()
+    if key in _OPTIONS:
+        return f"It is an option of the command: --{key}."
     if (known := ELSEWHERE.get(last)) in valid:
         return f"Here it is '{known}'{f': {_WHY[last]}' if last in _WHY else ''}."
     if alike := difflib.get_close_matches(key, valid, n=1, cutoff=_SURE):

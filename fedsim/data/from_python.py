@@ -39,7 +39,8 @@ class Data:
         names: of the classes, labels or values; targets may then be these words.
         holders: (N,) natural owner of each training example, any words or numbers. They are the holders,
             unless the call or its configuration says another partition.
-        mean, std: of image channels on the [0, 1] scale, published constants; default 0.5.
+        mean, std: of image channels on the [0, 1] scale, published constants: one number for all or one a
+            channel; default 0.5.
 
     Inputs are uint8 images (H, W, C), PIL images, uint8 tensors (C, H, W), float arrays or tensors of any one
     shape, or tokens. Floats are taken as they are.
@@ -68,8 +69,8 @@ class Data:
         vocabulary: int | None = None,
         names: Sequence[str] = (),
         holders: Any = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ) -> None:
         targets = declared_one("fedsim.Data", classes=classes, labels=labels, values=values, tokens=tokens)
         declared = Targets(targets.kind, targets.size, tuple(names))
@@ -99,9 +100,7 @@ class Data:
             if image:
                 check_channels_last(f"{where}: inputs", inputs.shape)
             channels = inputs.shape[-1] if image else 0
-            center, scale = (
-                tuple(map(float, (0.5,) * channels if given is None else given)) for given in (mean, std)
-            )
+            center, scale = _by_channel("mean", mean, channels), _by_channel("std", std, channels)
             return ArrayDataset(NAME, inputs, wanted, owners, declared, center, scale, vocabulary)
 
         if test is train:
@@ -127,6 +126,21 @@ class Data:
                 if array is not None:
                     found.update(digest.of_array(np.ascontiguousarray(array)))
         return found.hexdigest()
+
+
+def _by_channel(what: str, given: float | Sequence[float] | None, channels: int) -> tuple[float, ...]:
+    """Return one number a channel, 0.5 where none is said."""
+    if given is None:
+        return (0.5,) * channels
+    try:
+        found = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        found = np.empty((0, 0))
+    if not channels or found.shape not in ((), (channels,)):
+        wanted = f"one number, or {channels}, one a channel" if channels else "left out"
+        why = "" if channels else ": it is for images of bytes, and other inputs are taken as they are"
+        raise InputError(f"fedsim.Data: {what} must be {wanted}, got {given!r}{why}.")
+    return tuple(np.broadcast_to(found, channels).tolist())
 
 
 def _arrays(where: str, given: Any) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -195,6 +195,11 @@ def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
         raise InputError(
             f"measures of task {name} must give all of own_metrics, but not {', '.join(sorted(lacking))}."
         )
+    if unnamed := sorted(set(found) - {metric.name for metric in task.own_metrics}):
+        raise InputError(
+            f"own_metrics of task {name} must name all that its measures give, but not "
+            f"{', '.join(unnamed)}: nobody would see it. Add fedsim.headline.Metric({unnamed[0]!r})."
+        )
     WithGauges(task).add(outputs, targets)
 
 

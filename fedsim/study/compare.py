@@ -157,7 +157,7 @@ def cells(comparison_: Comparison, overrides: list[str]) -> list[Planned]:
 
 def _loaded(comparison_: Comparison, variant: str, given: list[str]) -> Config:
     try:
-        return loading.load(comparison_.recipe, given)
+        return loading.load(comparison_.recipe, given, where="settings")
     except InputError as error:
         raise InputError(f"variant '{variant}': {error}") from error
 

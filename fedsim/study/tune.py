@@ -149,7 +149,8 @@ def space_of(tuning: Tuning, variant: str, overrides: Sequence[str] = ()) -> Spa
     fixed.refuse(found.settings, f"space of {variant}")
 
     def config() -> Config:
-        return loading.load(str(tuning.recipe), [*tuning.overrides, *tuning.variants[variant], *overrides])
+        given = [*tuning.overrides, *tuning.variants[variant], *overrides]
+        return loading.load(str(tuning.recipe), given, where="settings")
 
     fixed.refuse_noise(found.settings, f"space of {variant}", tuning.epsilons, config)
     return found.with_integers(lambda name: whole.is_whole(name, config), f"space of {variant}")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -133,6 +133,12 @@ class Task(ABC):
     metrics: list[Any] = field(default_factory=list)
     headline: str = ""
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Give a task whose `__init__` is its own, and calls no other, the defaults of this class."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "metrics", [])
+        return made
+
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return one loss an example, (n,): what is differentiated, clipped and averaged over views.
@@ -173,8 +179,11 @@ class Task(ABC):
         return declared.size
 
     def strata(self, targets: NDArray[Any]) -> NDArray[np.int64] | None:
-        """Return a label (N,) an example, by which partitions skew holders; None where there is none."""
-        return None
+        """Return a label (N,) an example, by which partitions skew holders; None where there is none.
+
+        By default the classes of a task for classes, and none for others.
+        """
+        return targets.astype(np.int64, copy=False) if self.kind == "class" else None
 
     def strata_of(self, data: ArrayDataset) -> NDArray[np.int64] | None:
         """Return `strata` of all targets (N, ...) of a data set."""

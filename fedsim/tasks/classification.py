@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -83,10 +82,6 @@ class Classification(Task):
     def undefined(self, targets: NDArray[Any]) -> tuple[str, ...]:
         """The area, where all examples are of one class."""
         return ("auc",) if self.auc is not None and not (targets != targets[:1]).any() else ()
-
-    def strata(self, targets: NDArray[Any]) -> NDArray[np.int64]:
-        """The classes themselves."""
-        return targets.astype(np.int64, copy=False)
 
 
 def _against_the_rest(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 
 import fedsim
 from fedsim.data.from_python import Data
+from fedsim.headline import Metric
 from fedsim.tasks.classification import Classification
 from fedsim.validate import InputError
 
@@ -23,6 +24,8 @@ INPUTS = RNG.normal(size=(240, 5)).astype(np.float32)
 CLASSES = RNG.integers(0, 3, 240)
 SCHOOLS = [f"school {i % 7}" for i in range(240)]
 PAIR, TEST = (INPUTS, CLASSES), (INPUTS[:40], CLASSES[:40])
+IMAGES = np.zeros((9, 4, 4, 3), np.uint8), CLASSES[:9]
+IMAGES_TOO = np.zeros((6, 4, 4, 3), np.uint8), CLASSES[:6]
 SETTINGS: dict[str, Any] = {
     "model": "linear",
     "privacy": {"noise_multiplier": 1.0},
@@ -106,6 +109,12 @@ class Drawn(torch.utils.data.Dataset[Any]):
         (lambda: data(holders=[[0, 1], [2, 3]]), r"one word or number, \(N,\) in all, got .* \(2, 2\)"),
         (lambda: data(holders=[[0, 1], [2]]), "got something of shape unequal lists"),
         (lambda: data(classes=["a", "b", "c"]), r"classes must be how many there can be, .* names=\[...\]"),
+        (lambda: data(mean=0.5), "mean must be left out, got 0.5: it is for images of bytes"),
+        (
+            lambda: Data(IMAGES, IMAGES_TOO, classes=3, std=[1.0, 2.0]),
+            "std must be one number, or 3, one a channel",
+        ),
+        (lambda: Data(IMAGES, IMAGES_TOO, classes=3, mean="grey"), "mean must be one number.*got 'grey'"),
         (lambda: Data(PAIR, PAIR, classes=3), "test must hold other examples than train"),
         (lambda: Data(Drawn(), TEST, classes=3), "train must give the same item whenever it is asked"),
         (
@@ -187,3 +196,49 @@ def test_a_metric_that_says_its_direction_may_be_the_headline() -> None:
 def test_a_single_callback_is_no_list() -> None:
     with pytest.raises(InputError, match=r"got a single one. Write callbacks=\[...\]"):
         fedsim.train(data=data(), callbacks=lambda *given: None, **SETTINGS)  # type: ignore[arg-type]
+
+
+def test_one_constant_is_that_of_all_channels() -> None:
+    found = Data(IMAGES, IMAGES_TOO, classes=3, mean=0.25, std=[0.5, 1.0, 2.0]).splits
+    for part in (found.train, found.test):
+        assert part.mean == (0.25, 0.25, 0.25)
+        assert part.std == (0.5, 1.0, 2.0)
+
+
+class Weighted(fedsim.Task):
+    """Has an `__init__` of its own, that calls no other; its targets are classes."""
+
+    own_metrics = (Metric("accuracy", "%"),)
+
+    def __init__(self, weight: float, more: bool = False) -> None:
+        self.weight, self.more = weight, more
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.weight * nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def measures(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        right = (outputs.argmax(1) == targets).float()
+        return {"accuracy": right, "top": right} if self.more else {"accuracy": right}
+
+
+def test_a_task_with_its_own_init_has_the_defaults_and_its_classes(tmp_path: Path) -> None:
+    """Partitions that skew holders by label are the default."""
+    run = fedsim.train(data=data(), task=Weighted(2.0), out=tmp_path / "run", **SETTINGS)
+    assert run.headline.name == "accuracy"
+    assert 0.0 <= run.score <= 1.0
+    one, other = Weighted(2.0), Weighted(2.0)
+    assert one.metrics is not other.metrics
+
+
+def test_a_measure_that_nobody_would_see_is_refused() -> None:
+    with pytest.raises(InputError, match=r"own_metrics of task Weighted must name all .* but not top"):
+        checked(task=Weighted(1.0, more=True))
+
+
+def test_a_score_that_is_no_number_is_not_called_withheld(tmp_path: Path) -> None:
+    nan = fedsim.metric(name="odd")(lambda outputs, targets: torch.full((len(targets),), torch.nan))
+    task = {"name": "classification", "options": {"metrics": [nan], "headline": "odd"}}
+    run = fedsim.train(data=data(), task=task, out=tmp_path / "run", **SETTINGS)
+    assert "odd=not finite" in repr(run)
+    with pytest.raises(InputError, match=r"odd of .* must be a finite number to be a score"):
+        run.score  # noqa: B018

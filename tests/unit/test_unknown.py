@@ -24,6 +24,7 @@ from fedsim.validate import InputError
         ("batch_size", "Here it is 'train.expected_batch_size'."),
         ("train.LR", "Here it is 'optimizer.learning_rate'."),
         ("epochs", "Here it is 'train.steps': an epoch is examples / expected_batch_size steps."),
+        ("out", "It is an option of the command: --out."),
         ("privacy.epsilon", "Here it is 'privacy.target_epsilon'."),
         (
             "loss",
