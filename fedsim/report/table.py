@@ -27,7 +27,8 @@ def note(cells: Iterable[Cell]) -> str:
     count = f"{seeds} seed{'s' if seeds > 1 else ''}"
     count += ", fewer where a row says so" if any(len(group.cells) < seeds for group in found) else ""
     on = "private training examples that were held out" if held[0].held_out else "public test data"
-    return f"{count}, judged by {on}. {NOTE}{_accounted(held)}{_tuned(held)}{_versions(held)}"
+    lower = "" if found[0].headline.higher_is_better else f" Lower {found[0].headline.name} is better."
+    return f"{count}, judged by {on}.{lower} {NOTE}{_accounted(held)}{_tuned(held)}{_versions(held)}"
 
 
 def _accounted(cells: Iterable[Cell]) -> str:

@@ -25,9 +25,9 @@ from fedsim.merging import parse_options, read
 from fedsim.report import comparison
 from fedsim.report.cells import Cell
 from fedsim.report.page import About
-from fedsim.study import names, taken_up
+from fedsim.study import claimed, names, taken_up
 from fedsim.study.judged import Judges, all_unscored, unscored
-from fedsim.study.tuned import Tuned
+from fedsim.study.tuned import Tuned, recipe_name
 from fedsim.validate import Diverged, InputError, RunError
 
 
@@ -234,15 +234,16 @@ def run(
     Args:
         comparison_: what to compare.
         overrides: "key=value" strings for all cells, applied last.
-        out: folder of the comparison: runs/, report.html, table.md, table.csv, cells.json.
+        out: folder of the comparison: comparison.json, which says of which, runs/, report.html, table.md,
+            table.csv, cells.json.
         runner: trains one configuration into a folder and returns its result.
         log: where progress goes, a line a cell.
         command: gives, with those of `overrides` that all runs were made with, what the page names as the way
             to make it again.
 
     Raises:
-        InputError: a cell's configuration or folder is wrong, or it is judged by other examples than the
-            others, before the first run starts.
+        InputError: a cell's configuration or folder is wrong, it is judged by other examples than the
+            others, or the folder is another comparison's, before the first run starts.
         RunError: the report could not be written, no run has a score, or data changed meanwhile.
     """
     done: list[Cell] = []
@@ -261,7 +262,17 @@ def run(
     )
     there = [RunFolder(out / "runs" / cell.folder).result.exists() for cell in planned]
     following = dict(zip((cell.folder for cell in planned), [*there[1:], False], strict=True))
-    for cell, folder, result in finish(planned, out, forgiving(runner), log, judges=judges):
+    own = {"title": comparison_.title, "recipe": recipe_name(comparison_.recipe)}
+    claimed.check(claimed.COMPARISON, out, own)
+    finished = finish(
+        planned,
+        out,
+        forgiving(runner),
+        log,
+        judges=judges,
+        before=lambda: claimed.claim(claimed.COMPARISON, out, own),
+    )
+    for cell, folder, result in finished:
         about = dataclasses.replace(about, inputs=judges.inputs())
         if why := unscored(result):
             about = dataclasses.replace(about, left_out=[*about.left_out, (cell.name, why)])

@@ -31,7 +31,7 @@ from fedsim.engine.checkpoint import write_atomic
 from fedsim.merging import parse_options, read
 from fedsim.method import Method
 from fedsim.report.plain import as_json
-from fedsim.study import compare, fixed, names, searched, space, whole
+from fedsim.study import claimed, compare, fixed, names, space, whole
 from fedsim.study.compare import Comparison, Planned, Runner
 from fedsim.study.judged import Judges
 from fedsim.study.scored import Judged, Trial, chosen, judged, tied, ties
@@ -41,7 +41,7 @@ from fedsim.validate import InputError, RunError
 
 SEARCH = "search.json"
 """What is in the folder of a private search, and of no other."""
-TRIALS = "trials.json"
+TRIALS = claimed.SEARCH.before
 _WITHOUT_SEED = re.compile(r"-seed\d+-[0-9a-f]{8}$")
 
 
@@ -249,7 +249,7 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
             "one. Choose another --out."
         )
     search = _search(tuning, planned)
-    searched.check(out, search, TRIALS)
+    claimed.check(claimed.SEARCH, out, search)
     done: list[Judged] = []
     finished = compare.finish(
         [cell for trial in planned for cell in trial.runs],
@@ -257,7 +257,7 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
         compare.forgiving(runner),
         log,
         judges=Judges(apart=True),
-        before=lambda: searched.claim(out, search),
+        before=lambda: claimed.claim(claimed.SEARCH, out, search),
     )
     for trial in planned:
         results = [next(finished)[2] for _ in trial.runs]

@@ -61,7 +61,7 @@ class Tuned:
         """Read a file.
 
         Raises:
-            InputError: it is none of `fedsim tune`.
+            InputError: it is none of `fedsim tune`, or has a variant twice at one budget.
         """
         content = OmegaConf.to_container(read(path))
         assert isinstance(content, dict)
@@ -70,6 +70,14 @@ class Tuned:
         if not found.chosen or not all(isinstance(entry, dict) for entry in found.chosen):
             raise InputError(f"{path}: chosen must list what was chosen, as `fedsim tune` writes it.")
         entries = [parse_options(dict(entry), Chosen, f"{path}: chosen") for entry in found.chosen]
+        for entry in (entry for entry in entries if entry.epsilon is not None):
+            validate.positive(entry.epsilon, f"{path}: chosen: epsilon of '{entry.variant}'")
+        places = [(entry.variant, entry.epsilon) for entry in entries]
+        if twice := next((place for place in places if places.count(place) > 1), None):
+            raise InputError(
+                f"{path}: chosen must have one entry for a variant and budget, got several for '{twice[0]}' "
+                f"at epsilon {twice[1]}. Leave one."
+            )
         return replace(found, chosen=entries)
 
     def write(self) -> str:

@@ -174,6 +174,35 @@ def test_rows_of_several_versions_of_the_code_are_told(finished: Path) -> None:
     assert f"Runs of 2 versions of the code stand side by side {told}" in note(cells)
 
 
+def test_a_folder_is_of_one_comparison(
+    kept: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose page another one would write over; with other rows and seeds it is still that one."""
+    source, runs = Path(kept[0]), kept[1]
+    out, text = runs / "compare" / "tiny", source.read_text()
+    page = (out / "report.html").read_text()
+    for changed in (
+        text.replace("title: tiny", "title: other"),
+        text.replace("recipe: base", "recipe: small"),
+    ):
+        assert changed != text
+        source.write_text(changed)
+        (tmp_path / "small.yaml").write_text("extends: base\n")
+        assert command(["compare", str(source), "--out", str(out)]) == 2
+        assert "is the folder of another comparison" in capsys.readouterr().err
+    assert (out / "report.html").read_text() == page
+    source.write_text(text.replace("seeds: [0, 1]", "seeds: [1]"))
+    assert command(["compare", str(source), "--out", str(out)]) == 0
+
+
+def test_scores_that_are_better_when_smaller_say_so(finished: Path) -> None:
+    cells = [Cell(**held) for held in json.loads((finished / "cells.json").read_text())]
+    assert "is better" not in note(cells)
+    for cell in cells:
+        cell.result["headline"]["higher_is_better"] = False
+    assert "Lower accuracy is better." in note(cells)
+
+
 def test_unknown_key_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_text(tiny.read_text().replace("seeds:", "sedes:"))
     assert command(["compare", str(tiny)]) == 2
@@ -475,6 +504,22 @@ def test_settings_that_were_chosen_for_another_recipe_are_refused(tiny: Path) ->
             compare.cells(tuned_by(tiny, entries, recipe=other), [])
 
 
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ((0.0,), "epsilon of 'central' must be a positive"),
+        ((-1.0, 2.0), "epsilon of 'central' must be a positive"),
+        ((2.0, 2.0), "several for 'central' at epsilon 2.0"),
+        ((None, None), "several for 'central' at epsilon None"),
+    ],
+)
+def test_chosen_settings_that_are_of_no_budget_or_of_one_twice_are_refused(
+    budgets: tuple[float | None, ...], message: str, tiny: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        compare.cells(tuned_by(tiny, [Chosen("central", epsilon, []) for epsilon in budgets]), [])
+
+
 def test_what_a_recipe_is_called_and_what_it_sets(tmp_path: Path) -> None:
     """By its place among configurations; by its settings, in any order, but for free ones."""
     assert recipe_name(str(loading.find("smoke/dp_ls"))) == "smoke/dp_ls"
@@ -510,7 +555,8 @@ def test_the_page_of_a_tuned_comparison_says_what_its_search_left_open(tiny: Pat
 
 def test_unequal_numbers_of_trials_are_told_with_whose_they_were() -> None:
     def cell(variant: str, epsilon: float | None, how: str) -> Cell:
-        result = {"tuning": how, "code_hash": "h", "commit": "c", "epsilon": {}}
+        headline = {"name": "accuracy", "unit": "%", "higher_is_better": True}
+        result = {"tuning": how, "code_hash": "h", "commit": "c", "epsilon": {}, "headline": headline}
         return Cell(variant, epsilon, 0, result, [], [], False)
 
     alike = [cell("a", 1, "12 trials"), cell("b", 1, "12 trials")]

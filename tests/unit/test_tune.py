@@ -22,7 +22,7 @@ from fedsim.engine.run_folder import RunFolder
 from fedsim.flower import server_app
 from fedsim.flower.client_app import app as client_app
 from fedsim.flower.local_grid import LocalGrid
-from fedsim.study import compare, private_tune, scored, searched, space, tune
+from fedsim.study import claimed, compare, private_tune, scored, space, tune
 from fedsim.study.space import Space
 from fedsim.study.tuned import Tuned
 from fedsim.validate import Diverged, InputError, RunError
@@ -217,7 +217,7 @@ def test_of_two_searches_at_once_the_second_is_refused_before_its_first_trial(tm
     search(written(tmp_path), out, First())
     assert not second.configs
     with pytest.raises(InputError, match="the folder of another search"):
-        searched.claim(out, {"space": "of one that had looked before the first wrote"})
+        claimed.claim(claimed.SEARCH, out, {"space": "of one that had looked before the first wrote"})
     assert not list(out.glob("tuning.json.*"))
 
 
