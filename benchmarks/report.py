@@ -26,7 +26,7 @@ from fedsim.config import CONFIG_DIR
 from fedsim.report.markers import Parts, missing, provenance, table, update
 from fedsim.report.table import RESULTS
 from fedsim.strategies import STRATEGIES
-from fedsim.study import compare
+from fedsim.study import compare, unlike
 from fedsim.study.tuned import Tuned
 from fedsim.validate import FedsimError, InputError
 
@@ -155,20 +155,23 @@ def _search(name: str, held: dict[str, Any]) -> str:
     return (
         f"\nSettings: the best of {len(search['trials']) // rows} trials for every variant{at}, "
         f"by {search['holdout_examples']:,} held-out training examples (`{search['command']}`: "
-        f"{cost}).{others} Epsilon does not count the search.{_edges(name, held)}\n"
+        f"{cost}).{others} Epsilon does not count the search.{_left_open(name, held)}\n"
     )
 
 
-def _edges(name: str, held: dict[str, Any]) -> str:
-    """What the search chose at the edge of its space, if the settings of today came from it."""
-    tuned = compare.load(f"compare/{name}").tuned
-    if tuned is None:
+def _left_open(name: str, held: dict[str, Any]) -> str:
+    """What was another setting in the search, and what it chose at the edge of its space, if the settings of
+    today came from it."""
+    wanted = compare.load(f"compare/{name}")
+    if wanted.tuned is None:
         return ""
-    chosen = Tuned.read(Path(tuned))
+    chosen = Tuned.read(Path(wanted.tuned))
     if not chosen.came_of(held["search"]["trials"]):
         return ""
-    said = chosen.edges((cell["variant"], cell["epsilon"]) for cell in held["cells"])
-    return said and f" {said}"
+    planned = [(cell.variant, cell.config) for cell in compare.cells(wanted, [])]
+    edges = chosen.edges((cell["variant"], cell["epsilon"]) for cell in held["cells"])
+    said = (unlike.sentence(chosen, wanted.recipe, planned), edges)
+    return "".join(f" {one}" for one in said if one)
 
 
 def minutes() -> str:

@@ -25,7 +25,7 @@ from fedsim.merging import parse_options, read
 from fedsim.report import comparison
 from fedsim.report.cells import Cell
 from fedsim.report.page import About
-from fedsim.study import claimed, names, taken_up
+from fedsim.study import claimed, names, taken_up, unlike
 from fedsim.study.judged import Judges, all_unscored, unscored
 from fedsim.study.tuned import Tuned, recipe_name
 from fedsim.validate import Diverged, InputError, RunError
@@ -311,7 +311,10 @@ def _chosen(comparison_: Comparison, planned: Sequence[Planned], overrides: Sequ
         return ""
     asked = [(cell.variant, cell.config.privacy.target_epsilon) for cell in planned]
     changed = held.of_recipe(comparison_.recipe, "")
-    other = f"Settings were chosen without {', '.join(overrides)}." if overrides else ""
+    if held.searched:
+        other = unlike.sentence(held, comparison_.recipe, [(cell.variant, cell.config) for cell in planned])
+    else:
+        other = f"Settings were chosen without {', '.join(overrides)}." if overrides else ""
     judged = "They were chosen by examples that are among those of these scores."
     seen = judged if any(cell.config.data.holdout_examples for cell in planned) else ""
     edges = held.edges(asked, lambda setting: _replaced(f"{setting}=", overrides))

@@ -343,6 +343,7 @@ def _write_chosen(
         tuning.trials,
         tuning.holdout_examples,
         tuning.seeds,
+        {name: [*tuning.overrides, *given, *overrides] for name, given in tuning.variants.items()},
         entries,
     )
     notes = [

@@ -45,6 +45,7 @@ class Tuned:
         trials: for every variant at every budget.
         held_out_examples: that they were judged by.
         seeds: runs of each trial.
+        searched: variant -> "key=value" strings that its trials had, beside those that were chosen.
         chosen: one entry a variant and budget.
     """
 
@@ -54,6 +55,7 @@ class Tuned:
     trials: int = 1
     held_out_examples: int = 0
     seeds: list[int] = field(default_factory=list)
+    searched: dict[str, list[str]] = field(default_factory=dict)
     chosen: list[Any] = field(default_factory=list)
 
     @classmethod
@@ -121,10 +123,15 @@ class Tuned:
         Raises:
             InputError: nothing was chosen for this variant, or at several budgets for one that has none.
         """
-        nearest = self._nearest(variant, epsilon)
+        nearest = self.nearest(variant, epsilon)
         return [*nearest.settings, *self.about(nearest.trials)]
 
-    def _nearest(self, variant: str, epsilon: float | None) -> Chosen:
+    def nearest(self, variant: str, epsilon: float | None) -> Chosen:
+        """Return what was chosen for a variant at the budget nearest to this one, by ratio.
+
+        Raises:
+            InputError: nothing was chosen for this variant, or at several budgets for one that has none.
+        """
         mine = [entry for entry in self.chosen if entry.variant == variant]
         if not mine:
             known = list(dict.fromkeys(entry.variant for entry in self.chosen))
@@ -157,7 +164,7 @@ class Tuned:
         """
         found: dict[str, None] = {}
         for variant, epsilon in asked:
-            nearest = self._nearest(variant, epsilon).epsilon
+            nearest = self.nearest(variant, epsilon).epsilon
             if epsilon is not None and epsilon != nearest:
                 of = "those tuned at no budget" if nearest is None else f"those of {nearest:g}"
                 found[f"{epsilon:g} has {of}"] = None
@@ -178,7 +185,7 @@ class Tuned:
         """
         found: dict[str, dict[str, dict[str, None]]] = {}
         for variant, epsilon in asked:
-            entry = self._nearest(variant, epsilon)
+            entry = self.nearest(variant, epsilon)
             for setting in (name for name in entry.at_the_edge if not replaced(name)):
                 budgets = found.setdefault(setting, {}).setdefault(variant, {})
                 budgets.update({} if entry.epsilon is None else {f"{entry.epsilon:g}": None})
@@ -206,16 +213,17 @@ def recipe_digest(recipe: str) -> str:
     Raises:
         InputError: as `loading.load`.
     """
-    own, base = (_leaves(loading.load(source).defining()) for source in (recipe, "base"))
+    own, base = (leaves(loading.load(source).defining()) for source in (recipe, "base"))
     changed = {name: value for name, value in own.items() if name not in base or value != base[name]}
     return hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _leaves(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def leaves(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, by dotted names."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         inside = isinstance(value, Mapping)
-        found.update(_leaves(value, f"{where}{name}.") if inside else {f"{where}{name}": value})
+        found.update(leaves(value, f"{where}{name}.") if inside else {f"{where}{name}": value})
     return found
 
 

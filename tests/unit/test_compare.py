@@ -369,7 +369,7 @@ def test_a_table_is_made_of_its_own_runs_and_of_one_machine(
 
 def test_what_a_search_cost_stays_with_the_settings_it_chose(tmp_path: Path) -> None:
     chosen = [Chosen("central", 2.0, ["optimizer.learning_rate=0.5"])]
-    (tmp_path / "tuned.yaml").write_text(Tuned("t", "", "", 3, 100, [0], chosen).write())
+    (tmp_path / "tuned.yaml").write_text(Tuned("t", "", "", 3, 100, [0], {}, chosen).write())
     wanted = compare.Comparison(tuned=str(tmp_path / "tuned.yaml"))
     before = tmp_path / "before.json"
     assert compared.known_search(wanted, before) is None
@@ -438,7 +438,7 @@ def test_what_a_search_left_open_stands_beside_the_table(
         Chosen("a", 8.0, ["x=2"], 0.5, ["optimizer.learning_rate", "privacy.clip_norm"]),
         Chosen("b", None, ["x=3"], 0.5, ["privacy.clip_norm"]),
     ]
-    tuned = Tuned("t", "", "", 3, 100, [0], entries)
+    tuned = Tuned("t", "base", "", 3, 100, [0], {}, entries)
     asked = [("a", 0.5), ("a", 1.0), ("a", 6.0), ("b", None)]
     assert tuned.borrowed(asked) == (
         "Budgets that were not tuned have the settings of the nearest: 0.5 has those of 1, 6 has those of 8."
@@ -452,7 +452,7 @@ def test_what_a_search_left_open_stands_beside_the_table(
     search = {"trials": trials, "seconds": 60, "holdout_examples": 2000, "command": "fedsim tune t"}
     held = {"cells": [{"variant": v, "epsilon": e} for v, e in asked]}
     (tmp_path / "tuned.yaml").write_text(tuned.write())
-    known = compare.Comparison(tuned=str(tmp_path / "tuned.yaml"))
+    known = compare.Comparison(recipe=str(CONFIG_DIR / "base.yaml"), tuned=str(tmp_path / "tuned.yaml"))
     monkeypatch.setattr(compare, "load", lambda name: known)
     said = report._search("n", {**held, "search": {**search, "epsilons": [1, 8]}})
     assert "for every variant at epsilon 1, 8, by 2,000 held-out" in said
@@ -502,6 +502,28 @@ def test_settings_that_were_chosen_for_another_recipe_are_refused(tiny: Path) ->
     for other in ("quickstart/not", ""):
         with pytest.raises(InputError, match=r"settings chosen for .*, the recipe they are used with, got"):
             compare.cells(tuned_by(tiny, entries, recipe=other), [])
+
+
+def test_what_was_another_setting_in_the_search_is_told_with_whose(tiny: Path) -> None:
+    """Of files, variants and commands, which may have changed since; not of what is said elsewhere."""
+    known = yaml.safe_load(tiny.read_text())
+    given = known["overrides"]
+    entries = [Chosen("central", 2.0, ["train.ema_decay=0.5"]), Chosen("nonprivate", None, [])]
+    held = {"central": [*given, "data.holdout_examples=50", "seed=9"], "nonprivate": [*given]}
+    held["nonprivate"] += known["variants"]["nonprivate"]
+
+    def said(*overrides: str, **changed: list[str]) -> str:
+        wanted = tuned_by(tiny, entries, searched={**held, **changed})
+        return compare._chosen(wanted, compare.cells(wanted, list(overrides)), list(overrides))
+
+    assert said().startswith("Budgets that were not tuned"), "nothing else is told"
+    assert said("federation.nodes=1").startswith("Budgets that"), "it changes no result"
+    assert said("train.ema_decay=0.1").startswith("In the search train.ema_decay was 0, not 0.1 (nonprivate)")
+    assert said("train.steps=7").startswith("In the search train.steps was 6, not 7. ")
+    shares = said(central=[*given, "strategy=shares"])
+    assert shares.startswith("In the search strategy.name was shares, not central (central). ")
+    other = said(central=[*given, "train.steps=5"], nonprivate=[*held["nonprivate"], "train.steps=8"])
+    assert other.startswith("In the search train.steps was another one. ")
 
 
 @pytest.mark.parametrize(
