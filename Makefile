@@ -36,7 +36,7 @@ tables: $(READY)  ## run all comparisons of configs/compare/ and bring their tab
 
 docs: $(READY)  ## write the site to build/site: all pages, search, the API from the docstrings
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -42,6 +42,8 @@ from fedsim.types import ClippedSum, HolderReply, StepTask
 from fedsim.validate import InputError
 
 _log = logging.getLogger(__name__)
+ENOUGH = 64
+"""Examples of a holder that go as fast alone as among those of others, on a CPU (measured: 50 to 100)."""
 Result = TypeVar("Result")
 
 SECONDS = ("compute", "transfer", "data")
@@ -224,7 +226,7 @@ class Node:
         """Return one clipped gradient sum a holder of the node, (H, P), and their statistics together.
 
         The time is that of one sum, not of H: examples of several holders share physical batches, but for
-        those of holders that fill one, which need no gradient of an example alone.
+        those of holders that have enough, which need no gradient of an example alone.
         """
         return self._in_memory(lambda: self._clipped_sums(ids, task, clip))
 
@@ -236,13 +238,15 @@ class Node:
             (len(self.holders), self.zero_sum().numel()), dtype=self.dtype, device=self.device
         )
         found = Found(clip.sensitivity)
-        filled = np.bincount(rows, minlength=len(self.holders)) >= self._chunk(task)
-        places = [np.flatnonzero(rows == row) for row in np.flatnonzero(filled)]
+        chunk = self._chunk(task)
+        enough = chunk if self.device.type == "cuda" else min(chunk, ENOUGH)
+        alone = np.bincount(rows, minlength=len(self.holders)) >= enough
+        places = [np.flatnonzero(rows == row) for row in np.flatnonzero(alone)]
         for here in places:
             own = self._clipped_sum(ids[here], task, clip)
             totals[rows[here[0]]] = own.sum
             found.take(own)
-        places.append(np.flatnonzero(~filled[rows]))
+        places.append(np.flatnonzero(~alone[rows]))
         if len(places[-1]) or not len(ids):
             self._add_together(ids[places[-1]], rows[places[-1]], task, clip, totals, found)
         return totals, found.together(totals.new_zeros(0), len(ids), np.concatenate(places))

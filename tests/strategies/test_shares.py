@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedsim import secure_sum
+from fedsim.engine import holder as holder_module
 from fedsim.engine.experiment import prepare
 from fedsim.engine.holder import Node
 from fedsim.flower import wire
@@ -53,9 +54,15 @@ def test_every_option_computes_the_same_sum(changes: dict[str, object], tmp_path
     assert torch.max(torch.abs(final(tmp_path / "a") - final(tmp_path / "b"))) < 1e-7
 
 
-@pytest.mark.parametrize(("batch", "filling"), [(1, "all"), (11, "some"), (1000, "none")])
-def test_sums_of_all_holders_at_once_equal_those_of_each_alone(batch: int, filling: str) -> None:
-    """Holders that fill a physical batch are summed apart, the others together."""
+@pytest.mark.parametrize(
+    ("batch", "enough", "alone"),
+    [(1, 64, "all"), (11, 64, "some"), (1000, 11, "some"), (1000, 64, "none")],
+)
+def test_sums_of_all_holders_at_once_equal_those_of_each_alone(
+    batch: int, enough: int, alone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holders that have enough examples are summed apart, the others together."""
+    monkeypatch.setattr(holder_module, "ENOUGH", enough)
     size = f"engine.physical_batch_size={batch}"
     config = small("model.dtype=float64", "federation.nodes=2", size, SHARES)
     node = Node(config, 1, config.seed)
@@ -63,8 +70,8 @@ def test_sums_of_all_holders_at_once_equal_those_of_each_alone(batch: int, filli
     task = StepTask(0, 0, 0.3, root_keys)
     clip = node.method.at.clip
     ids = node.drawn(task)
-    filled = {bool((node.owners(ids) == holder).sum() >= batch) for holder in node.holders}
-    assert filled == {"all": {True}, "some": {True, False}, "none": {False}}[filling]
+    have = {bool((node.owners(ids) == holder).sum() >= min(batch, enough)) for holder in node.holders}
+    assert have == {"all": {True}, "some": {True, False}, "none": {False}}[alone]
     sums, together = node.clipped_sums(ids, task, clip)
     assert together.count == len(ids) == len(together.norms)
     for row, holder in enumerate(node.holders):

@@ -51,3 +51,10 @@ def test_the_site_asks_no_other_server_for_anything() -> None:
     assert held["theme"]["font"] is False
     for path in PAGES:
         assert not re.search(r"!\[[^\]]*\]\(http", path.read_text(encoding="utf-8")), path
+
+
+def test_the_site_is_built_with_this_projects_hooks() -> None:
+    """Another package of the environment brings a `benchmarks` too: only `python -m` looks here first."""
+    recipe = (ROOT / "Makefile").read_text().partition("\ndocs:")[2].partition("\n\n")[0]
+    (built,) = (line for line in recipe.splitlines() if "mkdocs build" in line)
+    assert "$(BIN)/python -m mkdocs build --strict" in built
