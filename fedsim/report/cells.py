@@ -116,10 +116,15 @@ class Group:
         )
         return low, middle, high
 
+    @property
+    def by_seed(self) -> list[tuple[int, float]]:
+        """Seeds, smallest first, with their scores."""
+        return sorted((c.seed, c.result[self.headline.name]) for c in self.cells)
+
     def minus(self, other: Group) -> Difference:
         """Return the difference to another group, seed by seed; no test where they do not have the same
         seeds, as in a comparison that is not finished."""
-        own, others = (sorted((c.seed, c.result[g.headline.name]) for c in g.cells) for g in (self, other))
+        own, others = self.by_seed, other.by_seed
         if [seed for seed, _ in own] != [seed for seed, _ in others]:
             return Difference(self.mean - other.mean, None, None, UNLIKE)
         return significance.paired([score for _, score in own], [score for _, score in others])
@@ -159,11 +164,20 @@ def pairwise(found: Sequence[Group]) -> Tests:
     """Return by places (i, j), i > j, what group i is above or below group j, for all pairs of one budget.
 
     All of them are one family: p is adjusted for their number (Holm), so that a page with no true difference
-    at all calls two apart at most one time in twenty, whichever is looked at because it came out best.
+    at all calls two apart at most one time in twenty, whichever is looked at because it came out best. Groups
+    of the same scores, as of variants that are the same by construction, are tested once: copies of a row
+    change no other row's p.
     """
+    places: dict[Any, int] = {}
+    first = [places.setdefault((own.epsilon, *own.by_seed), i) for i, own in enumerate(found)]
     pairs = [(i, j) for i, own in enumerate(found) for j in range(i) if own.epsilon == found[j].epsilon]
-    raw = [found[i].minus(found[j]) for i, j in pairs]
-    return dict(zip(pairs, significance.holm(raw), strict=True))
+    tested = {place: (first[place[0]], first[place[1]]) for place in pairs}
+    family = list(dict.fromkeys((max(of), min(of)) for of in tested.values() if of[0] != of[1]))
+    known = dict(zip(family, significance.holm([found[i].minus(found[j]) for i, j in family]), strict=True))
+    return {
+        (i, j): found[i].minus(found[j]) if one == other else between(known, one, other)
+        for (i, j), (one, other) in tested.items()
+    }
 
 
 def between(known: Tests, one: int, other: int) -> Difference:

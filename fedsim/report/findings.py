@@ -57,6 +57,7 @@ def _sentence(found: Sequence[Group], rivals: Sequence[int], known: Tests, witho
         pairs = [between(known, i, j) for i in rivals for j in rivals if i > j]
         any_told = any(pair.significant for pair in pairs)
         what = "the best is not told from any other" if any_told else "no difference can be told"
+        what = what if at else what.capitalize()
         worst = found[ranked[-1]]
         text = (
             f"{at}{what}{_untested(change.values())}: {best.judged_by} from {worst.said()} "
@@ -66,7 +67,7 @@ def _sentence(found: Sequence[Group], rivals: Sequence[int], known: Tests, witho
         if others := [group for group in without if group.noised == noised]:
             top = max(others, key=_rank)
             text += f". {name}: {top.said()} ({top.variant})"
-    return text[0].upper() + text[1:] + "."
+    return f"{text}."
 
 
 def _untested(changes: Iterable[Difference]) -> str:
@@ -83,7 +84,7 @@ def _at(rivals: Sequence[Group]) -> str:
         return f"At epsilon {rivals[0].epsilon:g}{_unlike(rivals)}, "
     spent = [_spent(group) for group in rivals]
     own = sorted({f"{value:.3g}": value for value in spent if value != math.inf}.values())
-    if len(rivals) == 1 or not own:
+    if not own:
         return ""
     some = f"epsilon {own[0]:.3g}" if len(own) == 1 else f"epsilons from {own[0]:.3g} to {own[-1]:.3g}"
     none = f" ({spent.count(math.inf)} of {len(spent)} claim none)" if math.inf in spent else ""

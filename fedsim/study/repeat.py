@@ -101,7 +101,7 @@ def run(
         places.writable(results.absolute().parent, "the folder of --results", "Choose another file")
         if results.is_dir():
             raise InputError(f"--results must be a file, got the folder {results}.")
-        _refuse_another(results, source, overrides)
+        _refuse_another(results, source, overrides, seeds)
     root = out or Path("runs") / "repeat" / file_name(planned[0].config.title, "run")
     others = [taken_up.otherwise(RunFolder(root / "runs" / cell.folder), cell.config) for cell in planned]
     done = [(cell.seed, result) for cell, _, result in compare.finish(planned, root, runner, log)]
@@ -147,17 +147,23 @@ def _binding(overrides: Sequence[str]) -> set[str]:
     return {item for item in overrides if not f"{item.partition('=')[0]}.".startswith(free)}
 
 
-def _refuse_another(results: Path, source: str, overrides: Sequence[str]) -> None:
-    """Refuse to write over the result of other settings."""
+def _refuse_another(results: Path, source: str, overrides: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuse to write over the result of other settings, or of seeds that are not among these."""
     try:
         held = json.loads(results.read_text(encoding="utf-8"))
-        other = held["config"], held["overrides"]
+        other, there = (held["config"], held["overrides"]), set(map(int, held["seeds"]))
     except (OSError, ValueError, KeyError, TypeError):
         return  # none is there, or none that is worth keeping
     if other[0] != source or _binding(other[1]) != _binding(overrides):
         raise InputError(
             f"--results {results} holds the result of {' '.join([other[0], *other[1]])}, and would be "
             f"written over by that of {' '.join([source, *overrides])}. Choose another file, or delete it."
+        )
+    if lost := sorted(there - set(seeds)):
+        raise InputError(
+            f"--results {results} holds the result of seeds {' '.join(map(str, sorted(there)))}, and "
+            f"would be written over without {' '.join(map(str, lost))}. Name them under --seeds too, whose "
+            "runs are kept, choose another file, or delete it."
         )
 
 

@@ -238,8 +238,8 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
         log: where progress goes, a line a run.
 
     Raises:
-        InputError: a trial's configuration is wrong, or the folder is another search's, before the first run
-            starts.
+        InputError: a trial's configuration is wrong, or the folder is another search's or holds more trials,
+            before the first run starts.
         RunError: no trial of a variant ended with a number, or a file could not be written.
     """
     planned = trials(tuning, overrides)
@@ -250,6 +250,7 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
         )
     search = _search(tuning, planned)
     claimed.check(claimed.SEARCH, out, search)
+    _refuse_fewer(tuning, planned, out)
     done: list[Judged] = []
     finished = compare.finish(
         [cell for trial in planned for cell in trial.runs],
@@ -265,7 +266,7 @@ def run(tuning: Tuning, overrides: Sequence[str], out: Path, runner: Runner, log
         with validate.failures_as(RunError, f"{out / TRIALS} was not written", "Repeat the command."):
             write_atomic(out / TRIALS, (as_json(record(tuning, done), indent=1) + "\n").encode())
     with validate.failures_as(RunError, f"what was chosen was not written to {out}", "Repeat the command."):
-        _write_chosen(tuning, overrides, chosen(done), done, earlier(planned, out), out)
+        _write_chosen(tuning, overrides, chosen(done), done, out)
     return done
 
 
@@ -278,22 +279,19 @@ def _search(tuning: Tuning, planned: Sequence[Trial]) -> dict[str, Any]:
     return {**{name: getattr(tuning, name) for name in parts}, "digests of recipe and overrides": digests}
 
 
-def earlier(planned: Sequence[Trial], out: Path) -> dict[tuple[str, float | None], int]:
-    """Return how many trials of each variant and budget `out` holds beside these, such as those of a larger
-    number: they read the same examples, so they are told with the others."""
+def _refuse_fewer(tuning: Tuning, planned: Sequence[Trial], out: Path) -> None:
+    """Refuse to choose among some of the trials of a folder: the others read the same examples, and one of
+    them may be the best."""
     kept = {run.folder for trial in planned for run in trial.runs}
-    found = [
-        path.parent.name for path in (out / "runs").glob("*/result.json") if path.parent.name not in kept
-    ]
-    counts = {}
+    there = [path.parent.name for path in (out / "runs").glob("*/result.json")]
+    found = [_WITHOUT_SEED.sub("", name) for name in there if name not in kept]
     for trial in planned:
-        mine = [
-            name
-            for name in found
-            if _WITHOUT_SEED.sub("", name) == _WITHOUT_SEED.sub("", trial.runs[0].folder)
-        ]
-        counts[trial.variant, trial.epsilon] = math.ceil(len(mine) / len(trial.runs))
-    return counts
+        if more := found.count(_WITHOUT_SEED.sub("", trial.runs[0].folder)):
+            least = tuning.trials + math.ceil(more / len(trial.runs))
+            raise InputError(
+                f"{out} holds {least} trials of '{trial.variant}', more than trials={tuning.trials}, and the "
+                f"best may be among the others. Say --trials {least} or more, or choose another --out."
+            )
 
 
 def record(tuning: Tuning, done: Sequence[Judged]) -> dict[str, Any]:
@@ -326,13 +324,11 @@ def _write_chosen(
     overrides: Sequence[str],
     best: dict[tuple[str, float | None], Judged],
     done: Sequence[Judged],
-    earlier: dict[tuple[str, float | None], int],
     out: Path,
 ) -> None:
     """Write tuned.yaml, which a comparison takes up, and one configuration a variant and budget."""
-    counts = {key: tuning.trials + more if more else None for key, more in earlier.items()}
     entries = [
-        Chosen(*key, list(one.trial.settings), round(one.score, 5), list(one.trial.edges), counts[key])
+        Chosen(*key, list(one.trial.settings), round(one.score, 5), list(one.trial.edges))
         for key, one in best.items()
     ]
     recipe = str(tuning.recipe)
@@ -354,14 +350,14 @@ def _write_chosen(
     write_atomic(out / "tuned.yaml", "".join([*notes, tuned.write()]).encode())
     (out / "chosen").mkdir(exist_ok=True)
     for (variant, epsilon), one in best.items():
-        about = tuned.about(counts[variant, epsilon])
+        about = tuned.about()
         runs = runs_of(tuning, variant, one.trial.settings, tuning.seeds[:1], [*overrides, *about])
         (config,) = (run.config for run in runs if run.epsilon == epsilon)
-        text = f"{_table(variant, epsilon, done, earlier[variant, epsilon])}{loading.to_yaml(config)}"
+        text = f"{_table(variant, epsilon, done)}{loading.to_yaml(config)}"
         write_atomic(out / "chosen" / f"{name_of(variant, epsilon)}.yaml", text.encode())
 
 
-def _table(variant: str, epsilon: float | None, done: Sequence[Judged], earlier: int) -> str:
+def _table(variant: str, epsilon: float | None, done: Sequence[Judged]) -> str:
     """All trials of a variant at a budget, the best first, as comments."""
     mine = [one for one in done if (one.trial.variant, one.trial.epsilon) == (variant, epsilon)]
     headline = next(one.headline for one in mine if one.headline is not None)
@@ -373,6 +369,4 @@ def _table(variant: str, epsilon: float | None, done: Sequence[Judged], earlier:
         lines.append(f"  {one.trial.number:3d}  {score:>9}  {' '.join(one.trial.settings)}")
     if (count := ties(done, mine[0])) > 1:
         lines.append(f"{count} of them tie; the first is taken.")
-    if earlier:
-        lines.append(f"and {earlier} more of this search in the same folder, which count as trials.")
     return "".join(f"# {line}\n" for line in lines)

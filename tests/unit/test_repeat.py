@@ -121,6 +121,8 @@ def test_records_name_the_backend_and_settings_that_runs_were_made_with(
     assert "federation.nodes=5" not in held["overrides"], "not of all runs"
     del result["backend"]
     paths[4].write_text(json.dumps(result))
+    assert repeat(tmp_path, "--seeds", "4") == 2, "the result of seeds 3 and 4 stays"
+    (tmp_path / "results" / "tiny.json").unlink()
     assert repeat(tmp_path, "--seeds", "4") == 0
     held = json.loads((tmp_path / "results" / "tiny.json").read_text())
     assert held["backend"] == "not recorded", "of a run from before results told"
@@ -138,6 +140,8 @@ def test_the_result_of_other_settings_is_not_written_over(
     capsys.readouterr()
     assert command([*given, "train.steps=3", "--out", str(tmp_path / "c")]) == 2
     assert "and would be written over by that of base" in " ".join(capsys.readouterr().err.split())
+    assert command([*given, "--seeds", "1", "--out", str(tmp_path / "c")]) == 2
+    assert "seeds 0, and would be written over without 0." in " ".join(capsys.readouterr().err.split())
     assert held.read_bytes() == before
     assert not (tmp_path / "c").exists()
 

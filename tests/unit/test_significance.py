@@ -172,6 +172,27 @@ def test_there_is_no_interval_of_two_seeds_or_of_seeds_that_agree(scores: list[f
     assert mean == said
 
 
+def test_copies_of_a_row_change_no_other_rows_p() -> None:
+    """As variants that are the same by construction: central, however many holders."""
+    own = {"a": [0.70, 0.71, 0.73, 0.72], "b": [0.60, 0.61, 0.63, 0.62], "c": [0.71, 0.73, 0.74, 0.72]}
+    alone = pairwise(groups(_cells(own)))
+    found = groups(
+        _cells({"a": own["a"], "a again": own["a"], "b": own["b"], "c": own["c"], "b too": own["b"]})
+    )
+    known = pairwise(found)
+    named = [group.variant for group in found]
+
+    def p(one: str, other: str) -> float | None:
+        return between(known, named.index(one), named.index(other)).p
+
+    assert p("a", "b") == p("a again", "b too") == p("b", "a again") == alone[1, 0].p
+    assert p("c", "b") == p("c", "b too") == alone[2, 1].p
+    assert p("a", "a again") == p("b", "b too") == 1.0
+    assert between(known, 0, 2).mean == -between(known, 2, 0).mean == pytest.approx(0.1)
+    other = groups([*_cells(own), *_cells({"a": own["a"]}, 8.0)])
+    assert set(pairwise(other)) == {(1, 0), (2, 0), (2, 1)}, "the same scores at another budget"
+
+
 def test_rows_are_compared_with_the_row_above_at_their_budget_over_the_seeds_both_have() -> None:
     low = _cells({"a": [0.70, 0.71, 0.72], "b": [0.60, 0.61, 0.63]})
     high = _cells({"a": [0.80, 0.81, 0.82], "b": [0.83, 0.84, 0.85]}, 8.0)

@@ -150,14 +150,18 @@ def test_a_search_may_make_the_settings_that_its_comparison_waits_for(tmp_path: 
     assert cell.config.tuning.trials == 3
 
 
-def test_trials_of_a_larger_number_in_the_same_folder_count(tmp_path: Path) -> None:
+def test_a_choice_among_some_of_the_trials_that_are_there_is_refused(tmp_path: Path) -> None:
+    """The best may be among the others, which read the same examples."""
     out = tmp_path / "out"
     search(written(tmp_path), out, Runner())
-    assert "count as trials" not in (out / "chosen" / "local-eps50.yaml").read_text()
-    search(written(tmp_path), out, Runner(), trials=2)
-    assert loading.load(out / "chosen" / "local-eps50.yaml").tuning.trials == 3
-    assert "and 1 more of this search" in (out / "chosen" / "local-eps50.yaml").read_text()
-    assert {one.trials for one in Tuned.read(out / "tuned.yaml").chosen} == {3}
+    before = (out / "tuned.yaml").read_text()
+    runner = Runner()
+    with pytest.raises(InputError, match=r"holds 3 trials of '.*', more than trials=2.* Say --trials 3"):
+        search(written(tmp_path), out, runner, trials=2)
+    assert not runner.configs
+    assert (out / "tuned.yaml").read_text() == before
+    search(written(tmp_path), out, runner, trials=4)
+    assert Tuned.read(out / "tuned.yaml").trials == 4
 
 
 def test_a_folder_is_of_one_search(tmp_path: Path) -> None:
