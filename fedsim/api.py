@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from fedsim import given, loading, rules, validate
 from fedsim.config import Config
@@ -21,6 +20,7 @@ from fedsim.data.from_python import Data
 from fedsim.engine.metrics import Callbacks
 from fedsim.engine.run_folder import RunFolder, default_name
 from fedsim.merging import Choice
+from fedsim.models.check import refuse_uncopied
 from fedsim.partitions.base import as_numbers
 from fedsim.partitions.given import Owners
 from fedsim.run import Run
@@ -92,9 +92,10 @@ def train(
         >>> run.ledger.steps, run.result["holders"], round(run.epsilon, 2)
         (2, 100, 1.0)
     """
+    validate.one_of(resume, (True, False), "resume")
     watchers: list[Watcher] = [Callbacks(callbacks)] if callbacks else []
     chosen = _configured(config, model, data, task, partition, overrides)
-    folder = RunFolder(_folder(chosen, resume) if out is None else Path(out).expanduser())
+    folder = RunFolder(_folder(chosen, resume) if out is None else validate.path(out, "out").expanduser())
     folder.expect(resume)
     try:
         run(chosen, folder, backend, resume, watchers)
@@ -221,7 +222,9 @@ def compare(
     def typed(given: Sequence[str]) -> str:
         return f"fedsim.compare({str(source)!r}, out=..., overrides={list(given)!r})"
 
-    return study.run(study.load(source), list(overrides), Path(out), runner, sys.stderr, typed)
+    return study.run(
+        study.load(source), list(overrides), validate.path(out, "out"), runner, sys.stderr, typed
+    )
 
 
 def load_run(folder: str | Path, model: nn.Module | None = None, task: Task | None = None) -> Run:
@@ -357,7 +360,7 @@ def _named(section: str, chosen: Any) -> Any:
         return chosen
     if section == "model":
         if isinstance(chosen, nn.Module):
-            _refuse_lazy(chosen)
+            refuse_uncopied(chosen)
             held = copy.deepcopy(chosen)
             return given.hold("model", given.digest_of(held), lambda: copy.deepcopy(held))
     elif section == "data" and isinstance(chosen, Data):
@@ -377,15 +380,6 @@ def _named(section: str, chosen: Any) -> Any:
             "(docs/extend.md)."
         )
     return given.hold(section, given.digest_of(chosen), chosen)
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    lazy = [name for name, value in model.named_parameters() if isinstance(value, UninitializedParameter)]
-    if lazy:
-        raise InputError(
-            f"model must have the shapes of all its parameters, but {lazy[0]} gets its own in the first call."
-            " Call the model on one example before you hand it in, or write the layer's size down."
-        )
 
 
 def _folder(config: Config, resume: bool) -> Path:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fedsim import validate
 from fedsim.data.examples import ArrayDataset, normalise
 from fedsim.grads import arithmetic
 from fedsim.grads.batch import call
@@ -66,7 +67,9 @@ def export(run: Run | str | Path, out: str | Path) -> dict[str, Path]:
         InputError: the folder holds other files of these names, or torch.export cannot follow the model.
     """
     run = run if isinstance(run, Run) else Run(run)
-    folder = Path(out)
+    folder = validate.path(out, "out")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out must be a folder, got the file {folder}. Choose another name.")
     places = {"weights": folder / WEIGHTS, "program": folder / PROGRAM, "card": folder / CARD}
     if taken := [path for path in places.values() if path.exists()]:
         raise InputError(

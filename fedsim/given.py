@@ -45,6 +45,8 @@ _TORCHS_OWN = frozenset(
     }
 )
 """Attributes of every torch module, whose values count by themselves."""
+_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
+"""Of every torch module: what its hooks are says what it computes, their numbers say nothing."""
 _held: dict[str, Any] = {}
 
 
@@ -140,7 +142,8 @@ def _module(module: Any, above: frozenset[int], values: bool = True) -> str:
         parts.append(f"{name}{_said(_values(value), above) if values else value.shape}{value.requires_grad}")
     for name, part in module.named_modules():
         held = {key: value for key, value in vars(part).items() if key not in _TORCHS_OWN}
-        parts.append(f"{name}{_said(type(part), above)}{_said(held, above | {id(module)})}")
+        hooks = [list(getattr(part, key, {}).values()) for key in _HOOKS]
+        parts.append(f"{name}{_said(type(part), above)}{_said([held, hooks], above | {id(module)})}")
     return "".join(parts)
 
 

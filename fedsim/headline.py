@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedsim.validate import InputError
+
 RESERVED = frozenset(
     {
         "assumed_public",
@@ -72,6 +74,10 @@ class Metric:
     name: str
     unit: str = ""
     higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"a metric must have a name, got {self.name!r}.")
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Metric:

@@ -159,17 +159,7 @@ def called(make: Callable[..., Any], options: Mapping[str, Any], known: Mapping[
     Raises:
         InputError: options it does not take or lacks, or what it raises itself; with its signature.
     """
-    try:
-        signature = inspect.signature(make)
-    except (TypeError, ValueError):
-        return make(**options)
-    taken = {name: value for name, value in known.items() if name in signature.parameters}
-    try:
-        signature.bind(**{**taken, **options})
-    except TypeError as error:
-        raise InputError(
-            f"{where} must fit {_shown(make)}{signature}: {error}. Give what it needs, and nothing else."
-        ) from error
+    taken = fitting(make, options, known, where)
     try:
         return make(**{**taken, **options})
     except InputError:
@@ -178,6 +168,28 @@ def called(make: Callable[..., Any], options: Mapping[str, Any], known: Mapping[
         raise InputError(
             f"{_shown(make)} fails by {type(error).__name__}: {error}. Check {where}: {dict(options)}."
         ) from error
+
+
+def fitting(
+    make: Callable[..., Any], options: Mapping[str, Any], known: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return those of `known` that `make` has parameters for; nothing is called.
+
+    Raises:
+        InputError: options it does not take or lacks; with its signature.
+    """
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):
+        return {}
+    taken = {name: value for name, value in known.items() if name in signature.parameters}
+    try:
+        signature.bind(**{**taken, **options})
+    except TypeError as error:
+        raise InputError(
+            f"{where} must fit {_shown(make)}{signature}: {error}. Give what it needs, and nothing else."
+        ) from error
+    return taken
 
 
 def _shown(make: Callable[..., Any]) -> str:

@@ -17,6 +17,7 @@ from fedsim import loading, validate
 from fedsim.config import Config
 from fedsim.data import features
 from fedsim.data.examples import ArrayDataset, normalise, wanted
+from fedsim.data.handed import as_array
 from fedsim.data.sources.arrays import finite
 from fedsim.engine import inputs as reading
 from fedsim.engine import model_card
@@ -59,11 +60,17 @@ class Run:
             of one's own.
 
     Raises:
-        InputError: no finished run there.
+        InputError: no finished run there, or what is no model or task.
     """
 
     def __init__(self, folder: str | Path, model: nn.Module | None = None, task: Task | None = None) -> None:
-        paths = RunFolder(Path(folder))
+        paths = RunFolder(validate.path(folder, "folder of the run"))
+        for what, given, kind in (("model", model, nn.Module), ("task", task, Task)):
+            if given is not None and not isinstance(given, kind):
+                raise InputError(
+                    f"{what} must be the object that the run was given, a {kind.__name__}, got {given!r}. A "
+                    "run whose parts have names needs none."
+                )
         if not paths.result.exists():
             begun = paths.config.exists()
             found = (
@@ -221,7 +228,11 @@ def predict(run: Run | str | Path, inputs: Any) -> Predictions:
 def _as_trained(card: Card, inputs: Any) -> ArrayDataset:
     """Return inputs in the form that the model was trained on, with blank targets."""
     blank = card.blank()
-    array = inputs.detach().cpu().numpy() if isinstance(inputs, Tensor) else np.asarray(inputs)
+    array = as_array(inputs, "inputs")
+    if not array.ndim:
+        raise InputError(
+            f"inputs must be examples (n, ...), or the path of a file or folder, got {type(inputs).__name__}."
+        )
     shape: tuple[int, ...] | None = blank.inputs.shape[1:]
     if isinstance(inputs, Tensor) and array.dtype == np.uint8 and array.ndim == 4:
         array = np.moveaxis(array, 1, -1)

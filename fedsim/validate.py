@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 
@@ -111,6 +113,13 @@ def one_of(value: Any, allowed: Iterable[Any], name: str) -> None:
     choices = list(allowed)
     if value not in choices:
         _fail(f"one of {', '.join(map(str, choices))}", name, value, did_you_mean(str(value), choices))
+
+
+def path(value: Any, name: str) -> Path:
+    """Return a path; raise InputError where `value` is none."""
+    if not isinstance(value, str | os.PathLike):
+        _fail("a path", name, value, "")
+    return Path(value)
 
 
 def conflicts(problem: str, remedy: str) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedsim import digest
 from fedsim.data import rows
 from fedsim.data.examples import ArrayDataset, Splits
+from fedsim.data.handed import as_array
 from fedsim.data.pictures.shown import rgb
 from fedsim.data.sources.arrays import check_channels_last, finite
 from fedsim.data.sources.base import declared_one
@@ -73,6 +74,8 @@ class Data:
         std: float | Sequence[float] | None = None,
     ) -> None:
         targets = declared_one("fedsim.Data", classes=classes, labels=labels, values=values, tokens=tokens)
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"fedsim.Data: names must be a list of words, got {names!r}.")
         declared = Targets(targets.kind, targets.size, tuple(names))
         groups = None
         if holders is not None:
@@ -203,13 +206,9 @@ def _is_array(value: Any) -> bool:
 
 
 def _array(value: Any) -> NDArray[Any]:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
-    if hasattr(
-        value, "getbands"
-    ):  # an image of Pillow: grey stays grey, all others as image folders have them
+    if hasattr(value, "getbands"):  # an image of Pillow: grey stays, all others as image folders have them
         return np.asarray(value)[..., None] if value.mode == "L" else _rgb(value)
-    return np.asarray(value)
+    return as_array(value, "fedsim.Data: inputs and targets")
 
 
 def _rgb(image: Any) -> NDArray[np.uint8]:

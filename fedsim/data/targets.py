@@ -43,6 +43,8 @@ class Targets:
                 f"names of targets must be {self.size}, one for each as declared, got {len(self.names)}: "
                 f"{', '.join(self.names)}. Name all of them, or none."
             )
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise InputError(f"names of targets must differ, got {twice[0]!r} twice. Rename one.")
 
     def checked(
         self, values: NDArray[Any], examples: int, where: str, as_they_are: bool = False

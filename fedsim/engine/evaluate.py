@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.grads import arithmetic
 from fedsim.grads.batch import call
+from fedsim.grads.state import left_as_found
 from fedsim.tasks.base import Task, WithGauges
 from fedsim.validate import InputError
 
@@ -29,15 +30,11 @@ def on(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block, eval mode and no gradients; every module is back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    """Within the block, eval mode and no gradients; the model is as it came afterwards, modes and attributes
+    that its forward pass sets among them (`left_as_found`)."""
+    with left_as_found(model), torch.no_grad():
         model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        yield
 
 
 @arithmetic.float32()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ class Node:
         self._halved, self._said = False, False
         self.waited, self.undecodable = 0.0, 0  # of one answer: seconds, and pictures left out of training
         self._kept: dict[str, tuple[bytes, Any]] = {}
+        self.alone = threading.Lock()
         self.options = options_of(config.engine)
         self.model = build_model(config, self.train, self.task, seed).to(self.device)
         self.threads = threads_of(config.engine, self.model)

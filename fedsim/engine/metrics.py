@@ -22,6 +22,8 @@ from fedsim.types import StepRecord
 from fedsim.validate import InputError
 from fedsim.visibility import Public, Sensitive, shown
 
+_KNOWN = ("folder", "completed")
+
 
 class Writer(Protocol):
     """One destination of metrics."""
@@ -77,6 +79,26 @@ class SamplesPage:
         """See `Writer`."""
 
 
+def check_writers(listed: Sequence[Any]) -> None:
+    """Refuse writers from outside that `own_writers` would refuse, as far as they show it before they are
+    made: that may leave files.
+
+    Raises:
+        InputError: no such class, options that do not fit, or one without `write` and `close`.
+    """
+    for entry in listed:
+        choice = check_choice(entry, "monitor.writers")
+        make = references.resolve(choice.name, "monitor.writers")
+        references.fitting(make, choice.options, dict.fromkeys(_KNOWN), "monitor.writers")
+        if isinstance(make, type):
+            _refuse_unfit(make, choice.name)
+
+
+def _refuse_unfit(writer: Any, name: str) -> None:
+    if not callable(getattr(writer, "write", None)) or not callable(getattr(writer, "close", None)):
+        raise InputError(f"monitor.writers: {name} must make an object with write and close.")
+
+
 def own_writers(listed: Sequence[Any], folder: Path, completed: int) -> list[Writer]:
     """Return writers from outside, in their order.
 
@@ -91,10 +113,9 @@ def own_writers(listed: Sequence[Any], folder: Path, completed: int) -> list[Wri
     for entry in listed:
         choice = check_choice(entry, "monitor.writers")
         make = references.resolve(choice.name, "monitor.writers")
-        known = {"folder": folder, "completed": completed}
+        known = dict(zip(_KNOWN, (folder, completed), strict=True))
         writer = references.called(make, choice.options, known, "monitor.writers")
-        if not callable(getattr(writer, "write", None)) or not callable(getattr(writer, "close", None)):
-            raise InputError(f"monitor.writers: {choice.name} must make an object with write and close.")
+        _refuse_unfit(writer, choice.name)
         made.append(writer)
     return made
 

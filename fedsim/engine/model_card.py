@@ -204,8 +204,9 @@ def load_model(card: Card, weights: Path, model: nn.Module | None = None) -> nn.
         )
     if card.structure and given.structure_of(model) != card.structure:
         raise InputError(
-            f"{weights.parent}: {card.model.name} must be the model that was trained, and its layers or its "
-            "code are others now. Restore its source, or hand in the same model, as model=..."
+            f"{weights.parent}: {card.model.name} must be the model that was trained, and its layers, its "
+            "code, its hooks or what it keeps in attributes are others now. Restore its source, or hand in "
+            "the same model as it was before it was called, as model=..."
         )
     try:
         model.load_state_dict(load_file(weights))

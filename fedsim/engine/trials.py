@@ -21,6 +21,7 @@ from fedsim.clipping.base import ClipRule
 from fedsim.config import Config, OptimizerConfig
 from fedsim.data import examples
 from fedsim.data.examples import ArrayDataset
+from fedsim.engine.metrics import check_writers
 from fedsim.grads import batch, independence
 from fedsim.grads.batch import call
 from fedsim.grads.flat import get_flat, spec, trainable_names
@@ -49,6 +50,7 @@ def check(config: Config, clip: ClipRule, train: ArrayDataset, task: Task, model
         InputError: a part that fails, or breaks what its base class says of it; by name.
     """
     clip_rule(clip, clip.group_of(trainable_names(model)), config.privacy.clipping.name)
+    check_writers(config.monitor.writers)
     if references.is_reference(config.task.name) or task.metrics:
         measures(task, model, train)
     for choice in (check_choice(name, "train.augmentations") for name in config.train.augmentations):
@@ -169,6 +171,7 @@ def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
     with torch.no_grad():
         said = call(copy.deepcopy(model), shown)
     outputs = torch.randn(said.shape, generator=seeds.torch_stream(0, "trial of a task"), dtype=said.dtype)
+    kept = outputs._version, targets._version
     with _named(f"loss of task {name}"):
         own = outputs.clone().requires_grad_()
         both, alone = task.loss(own, targets), task.loss(outputs[:1], targets[:1])
@@ -185,6 +188,12 @@ def measures(task: Task, model: nn.Module, train: ArrayDataset) -> None:
         )
     with _named(f"measures of task {name}"):
         found = task.measures(outputs, targets)
+    for what, given, before in (("outputs", outputs, kept[0]), ("targets", targets, kept[1])):
+        if given._version != before:
+            raise InputError(
+                f"loss and measures of task {name} must leave {what} as they get them, which others are "
+                f"computed from, and one of them writes there. Make a copy first: {what}.clone()."
+            )
     for what, values in found.items():
         _one_each(values, what, name)
     with _named(f"meter of task {name}"):

@@ -39,7 +39,8 @@ def train(message: Message, context: Context) -> Message:
     asked = wire.unpack_asked(context.state)
     try:
         node = node_for(setup, int(context.node_config["partition-id"]))
-        reply = holder.answer(node, task, parameters, asked)
+        with node.alone:  # runs in other threads of this process may share it
+            reply = holder.answer(node, task, parameters, asked)
     except Exception as error:
         if not public_only(setup):
             raise

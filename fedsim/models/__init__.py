@@ -17,7 +17,7 @@ from fedsim.merging import parse_options
 from fedsim.models import weights
 from fedsim.models.bag_of_words import BagOfWords, BagOfWordsOptions
 from fedsim.models.captioner import Captioner, CaptionerOptions
-from fedsim.models.check import check, examples_are_independent, for_training
+from fedsim.models.check import check, examples_are_independent, for_training, refuse_uncopied
 from fedsim.models.cnn import CifarCnn, CifarCnnOptions, SmallCnn, SmallCnnOptions
 from fedsim.models.fix import fix, fixed
 from fedsim.models.initialise import initialise
@@ -163,6 +163,8 @@ def _layers(
             f"model.name must name something that makes a torch.nn.Module, but {config.name} makes "
             f"{type(model).__name__}."
         )
+    if _keeps_values(config):
+        refuse_uncopied(model)
     model = for_training(model)
     if config.fix:
         model = fix(model)

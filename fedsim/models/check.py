@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedParameter
 
 from fedsim.validate import InputError
 
@@ -34,6 +35,32 @@ def check(model: nn.Module) -> None:
         raise InputError(
             "model must have at least one trainable parameter, got none. Set requires_grad on a part of it."
         )
+
+
+def refuse_uncopied(model: nn.Module) -> None:
+    """Refuse what copies of a model, which a run trains, would not have: parameters without shapes or values,
+    and hooks of parameters, which torch leaves out.
+
+    Raises:
+        InputError: names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise InputError(
+                f"model must have the shapes of all its parameters, but {name} gets its own in the first "
+                "call. Call the model on one example before you hand it in, or write the layer's size down."
+            )
+        if parameter.is_meta:
+            raise InputError(
+                f"model must have values, and {name} is on the meta device. Make it on the CPU, or load its "
+                "weights."
+            )
+        if parameter._backward_hooks:
+            raise InputError(
+                f"parameter {name} of the model must have no hook (register_hook): a run trains copies of "
+                "the model, which have none. Say it in the forward pass, by torch.nn.utils.parametrize for "
+                "example, or keep whole parameters as they are by model.freeze."
+            )
 
 
 def examples_are_independent(model: nn.Module, input_shape: tuple[int, ...]) -> bool:

@@ -111,6 +111,8 @@ def as_numbers(owners: Any) -> Ints:
         InputError: an owner that is not a number where all others are (NaN), or none: nobody holds such an
             example; words among numbers, of which 1 and "1" would be one owner.
     """
+    if isinstance(owners, np.ma.MaskedArray):
+        raise InputError("every example must have a holder, and some may be masked. Name theirs.")
     try:
         held = np.asarray(owners)
     except ValueError:  # of unequal lists
@@ -125,6 +127,8 @@ def as_numbers(owners: Any) -> Ints:
         raise InputError(
             "two holders must not differ by spaces around their names alone, and some do. Strip the names."
         )
+    if held.dtype.kind == "U" and (np.char.strip(held) == "").any():
+        raise InputError("every example must have a holder, and the name of some is empty. Name theirs.")
     if held.dtype.kind not in "biuf":
         kinds = {_kind(one) for one in (held if owners is held else owners)}
         if len(kinds) > 1 or "NoneType" in kinds:

@@ -259,7 +259,13 @@ class Task(ABC):
     @property
     def all_metrics(self) -> tuple[Metric, ...]:
         """Every metric: the task's, the user's, and "loss"."""
-        found = (*self.own_metrics, *(_of_user(given)[0] for given in self.metrics))
+        own: Any = self.own_metrics
+        if not isinstance(own, tuple | list) or not all(isinstance(one, Metric) for one in own):
+            raise InputError(
+                f"own_metrics of task {type(self).__name__} must be a tuple of fedsim.headline.Metric, such "
+                f"as (Metric('accuracy', '%'),), got {own!r}."
+            )
+        found = (*own, *(_of_user(given)[0] for given in self.metrics))
         names = [metric.name for metric in found]
         if len(set(names)) != len(names) or RESERVED & set(names):
             raise InputError(

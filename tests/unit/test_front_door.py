@@ -403,7 +403,7 @@ def test_a_task_handed_in_is_kept_as_its_settings(tmp_path: Path) -> None:
 def test_another_module_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     run = fedsim.train(model=net(), data=numbers(), partition="iid", federation={"holders": 2}, **SETTINGS)
     other = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
-    with pytest.raises(InputError, match="its layers or its code are others now"):
+    with pytest.raises(InputError, match="its hooks or what it keeps in attributes are others now"):
         fedsim.load_run(run.folder, other).model  # noqa: B018
 
 

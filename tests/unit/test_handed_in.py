@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,17 @@ class Drawn(torch.utils.data.Dataset[Any]):
             "std must be one number, or 3, one a channel",
         ),
         (lambda: Data(IMAGES, IMAGES_TOO, classes=3, mean="grey"), "mean must be one number.*got 'grey'"),
+        (lambda: Data((np.ma.array(INPUTS), CLASSES), TEST, classes=3), "must be without a mask"),
+        (lambda: Data((INPUTS, np.ma.array(CLASSES)), TEST, classes=3), "must be without a mask"),
+        (lambda: data(holders=np.ma.array(CLASSES)), "every example must have a holder.* masked"),
+        (lambda: data(holders=["", "a", "b"] * 80), "the name of some is empty"),
+        (lambda: data(holders=["a", " ", "b"] * 80), "the name of some is empty"),
+        (lambda: Data((torch.zeros(9, 5).bfloat16(), CLASSES[:9]), TEST, classes=3), "got torch.bfloat16"),
+        (lambda: data(names=["a", "b", "b"]), "names of targets must differ, got 'b' twice"),
+        (lambda: data(names="abc"), "names must be a list of words, got 'abc'"),
+        (lambda: data(names=[1, 2, 3]), "names must be a list of words"),
+        (lambda: data(classes=True), "an integer above 0, got True"),
+        (lambda: data(classes=0), "an integer above 0, got 0"),
         (lambda: Data(PAIR, PAIR, classes=3), "test must hold other examples than train"),
         (lambda: Data(Drawn(), TEST, classes=3), "train must give the same item whenever it is asked"),
         (
@@ -242,3 +254,131 @@ def test_a_score_that_is_no_number_is_not_called_withheld(tmp_path: Path) -> Non
     assert "odd=not finite" in repr(run)
     with pytest.raises(InputError, match=r"odd of .* must be a finite number to be a score"):
         run.score  # noqa: B018
+
+
+class Hooked(nn.Sequential):
+    """The first rows of its first layer are not trained."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+        self[0].weight.register_hook(lambda gradient: 0.0 * gradient)
+
+
+class Keeping(nn.Sequential):
+    """Keeps what it computed, as many models do."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 3))
+        self.calls = 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.last = super().forward(input)
+        return self.last
+
+
+def test_hooks_that_copies_of_a_model_would_not_have_are_refused() -> None:
+    for model in (Hooked(), Hooked):
+        with pytest.raises(InputError, match=r"parameter 0\.weight of the model must have no hook"):
+            checked(model=model)
+    with torch.device("meta"), pytest.raises(InputError, match=r"0\.weight is on the meta device"):
+        checked(model=nn.Sequential(nn.Linear(5, 3)))
+
+
+def test_a_model_that_keeps_what_it_computed_can_be_used_after_training(tmp_path: Path) -> None:
+    run = fedsim.train(data=data(), out=tmp_path / "run", **{**SETTINGS, "model": Keeping()})
+    again = fedsim.load_run(run.folder, model=Keeping())
+    assert np.array_equal(run.predict(INPUTS).best, again.predict(INPUTS).best)
+    assert fedsim.load_run(run.folder).model.calls == 0
+
+
+def test_a_model_with_another_hook_is_another_model(tmp_path: Path) -> None:
+    def model(factor: float) -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Linear(5, 3))
+        made.register_forward_hook(lambda module, inputs, outputs: outputs * factor)
+        return made
+
+    run = fedsim.train(data=data(), out=tmp_path / "run", **{**SETTINGS, "model": model(2.0)})
+    with pytest.raises(InputError, match="its hooks or what it keeps in attributes are others now"):
+        fedsim.load_run(run.folder, model=model(-2.0)).predict(INPUTS)
+    assert fedsim.load_run(run.folder, model=model(2.0)).predict(INPUTS).best.shape == (240,)
+    with pytest.raises(InputError, match="belongs to another configuration"):
+        fedsim.train(data=data(), out=tmp_path / "run", resume=True, **{**SETTINGS, "model": model(3.0)})
+
+
+def test_runs_of_one_configuration_at_once_do_not_meet(tmp_path: Path) -> None:
+    """In threads of one process, where they share their nodes."""
+    more = {**SETTINGS, "train": {"steps": 12, "expected_batch_size": 120, "eval_every": 12}}
+
+    def trained(name: str) -> torch.Tensor:
+        run = fedsim.train(data=shared, out=tmp_path / name, **more)
+        return torch.cat([value.flatten() for value in run.model.parameters()])
+
+    shared = data()
+    alone = trained("alone")
+    with ThreadPoolExecutor(3) as threads:
+        for found in threads.map(trained, ["a", "b", "c"]):
+            assert torch.equal(found, alone)
+
+
+class Writing(Weighted):
+    """Divides outputs, or clamps targets, where others read them."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(1.0)
+        self.where = where
+
+    def measures(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.where == "outputs":
+            outputs.div_(10.0)
+        else:
+            targets.clamp_(max=0)
+        return super().measures(outputs, targets)
+
+
+@pytest.mark.parametrize("where", ["outputs", "targets"])
+def test_a_task_that_writes_into_what_others_read_is_refused(where: str) -> None:
+    with pytest.raises(InputError, match=f"must leave {where} as they get them"):
+        checked(task=Writing(where))
+
+
+@pytest.mark.parametrize("wrong", [("accuracy",), Metric("accuracy"), None])
+def test_metrics_that_are_none_are_refused(wrong: Any) -> None:
+    class Wrong(Weighted):
+        own_metrics = wrong
+
+    with pytest.raises(InputError, match=r"own_metrics of task Wrong must be a tuple of fedsim\.headline"):
+        checked(task=Wrong(1.0))
+
+
+class NoWriter:
+    """Lacks what a writer has."""
+
+
+def test_a_wrong_writer_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    monitor = {**SETTINGS["monitor"], "writers": [f"{__name__}:NoWriter"]}
+    with pytest.raises(InputError, match="must make an object with write and close"):
+        fedsim.train(data=data(), out=tmp_path / "run", **{**SETTINGS, "monitor": monitor})
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_path_model_or_input_is_one_sentence(tmp_path: Path) -> None:
+    run = fedsim.train(data=data(), out=tmp_path / "run", **SETTINGS)
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: fedsim.load_run(5), "folder of the run must be a path, got 5"),  # type: ignore[arg-type]
+        (lambda: fedsim.load_run(run.folder, task="classification"), "task must be the object"),  # type: ignore[arg-type]
+        (lambda: fedsim.load_run(run.folder, model="linear"), "model must be the object"),  # type: ignore[arg-type]
+        (lambda: fedsim.export(run, None), "out must be a path, got None"),  # type: ignore[arg-type]
+        (lambda: fedsim.export(run, run.folder / "result.json"), "out must be a folder, got the file"),
+        (lambda: fedsim.train(data=data(), out=5, **SETTINGS), "out must be a path, got 5"),  # type: ignore[arg-type]
+        (lambda: fedsim.train(data=data(), resume="no", **SETTINGS), "resume must be one of"),  # type: ignore[arg-type]
+        (lambda: run.predict(None), r"inputs must be examples \(n, ...\), .* got NoneType"),
+        (lambda: run.predict(PAIR), "inputs must be one array, got tuple"),
+        (lambda: run.predict(np.ma.array(INPUTS)), "inputs must be without a mask"),
+        (lambda: run.predict(torch.zeros(2, 5).bfloat16()), "inputs must be of a dtype that numpy has"),
+        (lambda: Metric(""), "a metric must have a name"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(InputError, match=message):
+            call()

@@ -86,9 +86,9 @@ def declared_one(where: str, **given: int | None) -> Targets:
             f"private, and the model's shape is not. {_declare(where)}"
         )
     ((name, size),) = said.items()
-    if not isinstance(size, int | np.integer):
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
         raise InputError(
-            f"{where}: {name} must be how many there can be, an integer, got {size!r}. Their names are "
-            "names=[...]."
+            f"{where}: {name} must be how many there can be, an integer above 0, got {size!r}. Their "
+            "names are names=[...]."
         )
     return Targets(kinds[name], size)
