@@ -165,6 +165,8 @@ class Tuned:
         found: dict[str, None] = {}
         for variant, epsilon in asked:
             nearest = self.nearest(variant, epsilon).epsilon
+            if nearest is None and variant in self.searched:
+                continue  # at the recipe's own, which `unlike` compares
             if epsilon is not None and epsilon != nearest:
                 of = "those tuned at no budget" if nearest is None else f"those of {nearest:g}"
                 found[f"{epsilon:g} has {of}"] = None

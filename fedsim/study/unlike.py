@@ -9,8 +9,10 @@ from fedsim import loading
 from fedsim.config import Config
 from fedsim.study.tuned import Tuned, leaves
 
-_TOLD = ("data.holdout_examples", "data.test_examples", "privacy.target_epsilon", "seed", "title", "tuning.")
-"""What is said elsewhere: what trials are judged by, their budgets and seeds."""
+_TOLD = ("data.holdout_examples", "data.test_examples", "seed", "title", "tuning.")
+"""What is said elsewhere: what trials are judged by, and their seeds."""
+_BUDGET = "privacy.target_epsilon"
+"""Of a search at several, said elsewhere too."""
 
 
 def sentence(tuned: Tuned, recipe: str, runs: Iterable[tuple[str, Config]]) -> str:
@@ -48,11 +50,13 @@ def _changes(tuned: Tuned, recipe: str, variant: str, config: Config) -> list[tu
     """(setting, value in the trials, value here) of what differs beside what was chosen."""
     if variant not in tuned.searched:
         return []
-    chosen = tuned.nearest(variant, config.privacy.target_epsilon).settings
+    nearest = tuned.nearest(variant, config.privacy.target_epsilon)
+    chosen = nearest.settings
     given = [*tuned.searched[variant], *chosen]
     there = leaves(loading.load(recipe, given, where="settings of the search").defining())
     here = leaves(config.defining())
-    skipped = (*_TOLD, *(item.partition("=")[0].strip() for item in chosen))
+    told = _TOLD if nearest.epsilon is None else (*_TOLD, _BUDGET)
+    skipped = (*told, *(item.partition("=")[0].strip() for item in chosen))
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     differ = [name for name in names if not name.startswith(skipped) and not _below(name, names)]
     return [(name, _text(there, name), _text(here, name)) for name in differ]

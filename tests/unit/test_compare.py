@@ -524,6 +524,9 @@ def test_what_was_another_setting_in_the_search_is_told_with_whose(tiny: Path) -
     assert shares.startswith("In the search strategy.name was shares, not central (central). ")
     other = said(central=[*given, "train.steps=5"], nonprivate=[*held["nonprivate"], "train.steps=8"])
     assert other.startswith("In the search train.steps was another one. ")
+    entries = [Chosen("central", None, []), Chosen("nonprivate", None, [])]
+    at_one = said(central=[*given, "privacy.target_epsilon=20"])
+    assert at_one == "In the search privacy.target_epsilon was 20, not 2 (central)."
 
 
 @pytest.mark.parametrize(
