@@ -98,7 +98,7 @@ def run(
     Raises:
         InputError: what cannot be searched privately, says why; or a folder of another search. Nothing was
             started.
-        RunError: a file could not be written.
+        RunError: a file could not be written, or the model that an earlier call released is gone.
     """
     variant = _only(tuning)
     searched = space_of(tuning, variant, overrides)
@@ -363,6 +363,11 @@ def _released(out: Path) -> Outcome | None:
     if not path.exists():
         return None
     held = json.loads(path.read_text(encoding="utf-8"))
+    if held["winner"] is not None and not RunFolder(out / held["winner"]).result.exists():
+        raise RunError(
+            f"{out} ended with a model, and {out / held['winner']} holds none any more. Put it back: trained "
+            "anew it would be another release, and another --out."
+        )
     return Outcome(
         None if held["winner"] is None else out / held["winner"],
         tuple(held["settings"]),

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -489,6 +490,10 @@ def test_a_private_search_releases_the_best_and_nothing_of_the_others(
     capsys.readouterr()
     assert private(path, out, "optimizer.weight_decay=0.1") == 2
     assert "folder of another search" in capsys.readouterr().err
+    shutil.rmtree(out / "winner")
+    assert private(path, out) == 3
+    assert "ended with a model, and" in capsys.readouterr().err
+    assert not (out / "winner").exists(), "nor is another one released"
 
 
 def test_a_private_search_that_was_interrupted_ends_as_if_it_had_not_been(
