@@ -10,14 +10,19 @@ from fedsim.report.markers import missing, provenance, table
 from fedsim.report.significance import Difference, holm, mean_with_interval, paired
 
 NOTE = (
-    "\nMeans over {} seeds ± half their 95 % intervals, in percent; differences are taken seed by seed, with "
-    "the p of a paired t-test, adjusted for the tests of the table (Holm).\n"
+    "\nMeans over {seeds} seeds ± half their 95 % intervals, in percent; differences are taken seed by seed, "
+    "with the p of a paired t-test, adjusted for the {tests} tests of the table (Holm): {family}.\n"
 )
 BySeed = dict[str, dict[int, float]]
 
 
-def ablation(name: str) -> str:
-    """What taking out one technique does to accuracy, against the first variant."""
+def ablation(name: str, also: Sequence[tuple[str, str]] = ()) -> str:
+    """What taking out one technique does to accuracy, against the first variant.
+
+    Args:
+        name: of the comparison.
+        also: pairs of variants whose tests in the family of all pairs are told below the table.
+    """
     held = load(f"{name}.json")
     if held is None:
         return missing(f"python -m benchmarks.compared {name}", f"{name}.json")
@@ -27,7 +32,22 @@ def ablation(name: str) -> str:
     for variant, test in zip(others, tests, strict=True):
         rows.append([variant, with_interval(found[variant].values()), _said(test), test.verdict])
     titles = ["variant", "accuracy", "change", "test"]
-    return table(titles, rows) + NOTE.format(len(found[whole])) + provenance(held)
+    family = "each row against the first alone, not all pairs"
+    note = NOTE.format(seeds=len(found[whole]), tests=len(tests), family=family)
+    return table(titles, rows) + note + _all_pairs(found, also) + provenance(held)
+
+
+def _all_pairs(found: BySeed, asked: Sequence[tuple[str, str]]) -> str:
+    """What the larger family of all pairs says of some of them, one above or below the other."""
+    if not asked:
+        return ""
+    pairs = [(one, other) for i, one in enumerate(found) for other in list(found)[:i]]
+    tests = dict(zip(pairs, differences([(found[a], found[b]) for a, b in pairs]), strict=True))
+    told = "; ".join(
+        f"{one} against {other} {tests[one, other].mean:+.2f} ({tests[one, other].verdict})"
+        for one, other in asked
+    )
+    return f"\nIn the larger family of all {len(pairs)} pairs, as other tables have it: {told}.\n"
 
 
 def holders_law() -> str:
@@ -49,8 +69,9 @@ def holders_law() -> str:
         for said in [_said(test)]
     ]
     titles = ["variant", "accuracy", "central noise times the root of holders", "difference", "test"]
-    seeds = len(next(iter(law.values())))
-    return table(titles, rows) + NOTE.format(seeds) + provenance(expected)
+    family = "each row against its own law alone. What is not told apart is not shown to be equal"
+    note = NOTE.format(seeds=len(next(iter(law.values()))), tests=len(tests), family=family)
+    return table(titles, rows) + note + provenance(expected)
 
 
 def accuracy(held: Mapping[str, Any]) -> BySeed:

@@ -23,11 +23,13 @@ from benchmarks import by_seed, captioning_table, heads_table, mistakes, picture
 from benchmarks.tables import load
 from fedsim import api, presets
 from fedsim.config import CONFIG_DIR
+from fedsim.headline import Metric
+from fedsim.report.cells import Cell, groups, pairwise
 from fedsim.report.markers import Parts, missing, provenance, table, update
 from fedsim.report.table import RESULTS
 from fedsim.strategies import STRATEGIES
 from fedsim.study import compare, unlike
-from fedsim.study.tuned import Tuned
+from fedsim.study.tuned import Chosen, Tuned
 from fedsim.validate import FedsimError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +91,35 @@ def comparison(name: str, more: Sequence[str] = ()) -> str:
     columns = [*RESULTS, *more]
     said = "\n".join(f"* {sentence}" for sentence in held["findings"])
     rows = [[row[column] for column in columns] for row in held["rows"]]
-    return f"{said}\n\n{table(columns, rows)}\n{held['note']}\n{_search(name, held)}{provenance(held)}"
+    note = f"{held['note']}\n{_retested(held)}{_search(name, held)}"
+    return f"{said}\n\n{table(columns, rows)}\n{note}{provenance(held)}"
+
+
+def _retested(held: dict[str, Any]) -> str:
+    """What the tests of today say otherwise than a result file that was written before copies of a row were
+    tested once; nothing where they say the same."""
+    kept = ("variant", "epsilon", "seed", "seconds", "commit")
+    scored = [Cell(*(cell[key] for key in kept[:3]), _result(cell, kept), []) for cell in held["cells"]]
+    found = groups(scored)
+    tests = pairwise(found)
+    told = [
+        f"{row['variant']} {tests[i, i - 1].verdict}"
+        for i, row in enumerate(held["rows"])
+        if (i, i - 1) in tests and f"({tests[i, i - 1].verdict})" not in row["against the row above"]
+    ]
+    if not told:
+        return ""
+    return (
+        "\nThese sentences and this table were written when copies of a row, equal in every seed, were still "
+        "tested each for itself, which makes p larger. Tested once, against the row above: "
+        f"{'; '.join(told)}.\n"
+    )
+
+
+def _result(cell: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+    """As much of a run's result as its test needs: the headline and its value."""
+    name = sorted(cell.keys() - set(kept))[0]
+    return {"headline": dataclasses.asdict(Metric(name)), name: cell[name]}
 
 
 def matrix(name: str) -> str:
@@ -117,9 +147,45 @@ def matrix(name: str) -> str:
     ]
     note = (
         f"\nTest accuracy (%), mean over {len(held['seeds'])} seeds ± half its 95 % interval. No budget: "
-        f"{', '.join(free)}.\n"
+        f"{', '.join(free)}.{_tried(held)}\n"
     )
     return table(["variant", *(f"epsilon {budget:g}" for budget in budgets)], rows) + note
+
+
+def _tried(held: dict[str, Any]) -> str:
+    """How the settings of a comparison's rows were chosen, in short, and which budgets borrow them."""
+    if (search := held.get("search")) is None:
+        return ""
+    tried = [(trial["variant"], trial["epsilon"]) for trial in search["trials"]]
+    entries = [Chosen(variant, epsilon) for variant, epsilon in dict.fromkeys(tried)]
+    borrowed = Tuned(chosen=entries).borrowed((cell["variant"], cell["epsilon"]) for cell in held["cells"])
+    return (
+        f" Settings of each: the best of {len(tried) // len(entries)} trials a variant and budget on "
+        f"{search['holdout_examples']:,} held-out training examples ({len(tried)} runs, "
+        f"{search['seconds'] / 60:.0f} minutes), which epsilon does not count. {borrowed}"
+    ).rstrip()
+
+
+def records(page: str) -> str:
+    """What the prior from random images reaches on Fashion-MNIST, by budget, with a link to its table.
+
+    Args:
+        page: the path of docs/comparisons.md from where the sentence stands.
+    """
+    held = load("fashion_records.json")
+    if held is None:
+        return missing("python -m benchmarks.compared fashion_records", "fashion_records.json")
+    plain, prior = dict.fromkeys(cell["variant"] for cell in held["cells"])
+    told = []
+    for row in held["rows"]:
+        if row["variant"] == prior:
+            budget = row["epsilon per example"]
+            told.append(f"{row['score']} at epsilon {budget}, {row['against the row above']}")
+    return (
+        f"Full Fashion-MNIST without public data, {prior} (`de2022/fashion_prior`), and what it is above "
+        f"{plain} (`de2022/fashion_cpu`): {'; '.join(told)}. {len(held['seeds'])} seeds: "
+        f"[the table, and how settings were chosen]({page}#a-prior-from-images-of-random-processes).\n"
+    )
 
 
 def odds() -> str:
@@ -139,7 +205,8 @@ def odds() -> str:
 
 
 def _search(name: str, held: dict[str, Any]) -> str:
-    """What the search for a comparison's settings cost, and what it chose at an edge; nothing without one."""
+    """What the search for a comparison's settings cost, and what it chose at an edge, or why that is not
+    known."""
     search = held.get("search")
     if search is None and " Tuned" not in held["note"]:
         return (
@@ -147,7 +214,10 @@ def _search(name: str, held: dict[str, Any]) -> str:
             "what a difference owes to settings is not known.\n"
         )
     if search is None:
-        return ""
+        how = "made by hand, which the repository does not keep and no command repeats"
+        if (CONFIG_DIR / "tune" / f"{name}.yaml").is_file():
+            how = "that are not kept; `--search` chooses anew"
+        return f"\nSettings: chosen by trials {how}. Epsilon does not count them.\n"
     rows = len({(trial["variant"], trial["epsilon"]) for trial in search["trials"]})
     budgets = ", ".join(f"{epsilon:g}" for epsilon in search["epsilons"])
     at, others = (f" at epsilon {budgets}", " Other budgets take the nearest.") if budgets else ("", "")
@@ -174,27 +244,61 @@ def _left_open(name: str, held: dict[str, Any]) -> str:
     return "".join(f" {one}" for one in said if one)
 
 
+OTHERS = {
+    "heads.json": "`python -m benchmarks.heads --json results/heads.json` ([private heads](heads.md))",
+    "captioning_law.json": "`python -m benchmarks.captioning_law` ([captioning](captioning.md))",
+}
+"""Commands of tables on other pages, whose result files hold seconds of every run."""
+
+
 def minutes() -> str:
     """What each comparison takes, one command each, from the seconds of its runs and of its search."""
-    rows, whole = [], 0.0
+    rows, trained, searched = [], 0.0, 0.0
     for path in sorted((CONFIG_DIR / "compare").glob("*.yaml")):
         held = load(f"{path.stem}.json")
         if held is not None:
             runs, search = held["seconds"] / 60, held.get("search")
             chosen = 0.0 if search is None else search["seconds"] / 60
-            whole += runs + chosen
+            trained, searched = trained + runs, searched + chosen
             command = f"`python -m benchmarks.compared {path.stem}`"
             rows.append([command, f"{len(held['cells'])}", f"{runs:.0f}", f"{chosen:.0f}" if search else "-"])
     total = (
         "\nMinutes add up the seconds of the runs, each from its first step to its result; start-up, "
-        "fetching data and computing features ahead are not among them. "
-        f"Together {whole / 60:.1f} hours of one core; `python -m benchmarks.compared` makes all.\n"
+        "fetching data and computing features ahead are not among them. All of `benchmarks.compared` "
+        f"together: {(trained + searched) / 60:.1f} hours of one core, {trained / 60:.1f} of the runs, which "
+        f"`python -m benchmarks.compared` makes, and {searched / 60:.1f} of the searches, which it makes too "
+        "with `--search`. On two cores, two commands beside each other, each with half of the names, take "
+        "about half of that.\n"
     )
+    for name, about in OTHERS.items():
+        if (held := load(name)) is not None:
+            spent = held.get("seconds", sum(row["seconds"] for row in held["rows"])) / 60
+            rows.append([about, f"{len(held['rows'])}", f"{spent:.0f}", "-"])
     return table(["command", "runs", "minutes", "minutes of the search (`--search`)"], rows) + total
 
 
+BATCH = "an eighth of the batch, same steps"
+ALSO_END_TO_END = (
+    ("constant learning rate", "the recipe"),
+    ("without momentum", "the recipe"),
+    (BATCH, "the recipe"),
+    ("group normalisation", "the recipe"),
+    ("group normalisation, standardised weights", "the recipe"),
+    ("group normalisation, standardised weights", "group normalisation"),
+    ("crops and flips, one view", "the recipe"),
+    ("crops and flips, four views", "the recipe"),
+    ("crops and flips, one view", BATCH),
+    ("crops and flips, four views", BATCH),
+)
+"""Of each pair, the later row of the table first."""
+ALSO_DEEPER = (("without normalisation", "the network"), ("crops and flips, one view", "the network"))
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"trust-matrix": lambda: matrix("trust_models")},
+    "README.md": {
+        "trust-matrix": lambda: matrix("trust_models"),
+        "records": lambda: records("docs/comparisons.md"),
+    },
+    "docs/results.md": {"records": lambda: records("comparisons.md")},
     "docs/trust_models.md": {
         "trust-models": trust_models,
         "methods": methods,
@@ -212,8 +316,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "offline-holders": lambda: comparison("offline_holders", [HOLDERS]),
         "local-steps": lambda: comparison("local_steps", [HOLDERS]),
         "fashion-records": lambda: comparison("fashion_records"),
-        "end-to-end": lambda: by_seed.ablation("end_to_end"),
-        "deeper": lambda: by_seed.ablation("deeper"),
+        "end-to-end": lambda: by_seed.ablation("end_to_end", ALSO_END_TO_END),
+        "deeper": lambda: by_seed.ablation("deeper", ALSO_DEEPER),
         "kurakin-law": lambda: comparison("kurakin_law"),
     },
     "docs/layers.md": {
@@ -242,7 +346,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/captioning.md": {"captioning-law": captioning_table.law},
     "docs/pictures.md": {"streaming": lambda: tables.streaming("streaming.json")},
     "docs/guarantees.md": {"planted-defects": lambda: planted_defects()},
-    "docs/tuning.md": {"tuning-cost": tuning.page},
+    "docs/tuning.md": {"search-price": tuning.price, "tuning-cost": tuning.page},
     "docs/mistakes.md": {"mistakes": mistakes.page},
 }
 

@@ -13,6 +13,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from benchmarks import compared, report, tables
 from fedsim import loading, provenance
 from fedsim.config import CONFIG_DIR
 from fedsim.engine.experiment import prepare
-from fedsim.report import figures, markers
+from fedsim.report import figures, markers, significance
 from fedsim.report.cells import Cell
 from fedsim.report.page import About, page
 from fedsim.report.table import COSTS, RESULTS, note, table
@@ -462,6 +463,45 @@ def test_what_a_search_left_open_stands_beside_the_table(
     assert "budgets" not in said
     others = {**search, "epsilons": [], "trials": trials[:1]}
     assert "At the edge" not in report._search("n", {**held, "search": others}), "of another search"
+    by_hand = {"search": None, "note": "Score. Tuned: by 3 trials."}
+    assert "by hand, which the repository does not keep and no command" in report._search("n", by_hand)
+    assert "that are not kept; `--search` chooses anew" in report._search("holders", by_hand)
+    assert "not searched for each row" in report._search("n", {**by_hand, "note": "Score."})
+
+
+def scored(variant: str, *scores: float) -> list[dict[str, Any]]:
+    """As result files keep them."""
+    about = {"variant": variant, "epsilon": 1.0, "seconds": 60.0, "commit": "c"}
+    return [{**about, "seed": seed, "accuracy": score} for seed, score in enumerate(scores)]
+
+
+def test_a_table_from_before_copies_were_tested_once_says_what_they_give_now() -> None:
+    """Its rows stay as they were written; the sentence goes when the comparison is made again."""
+    one, other = (0.80, 0.81, 0.79, 0.805), (0.78, 0.80, 0.77, 0.78)
+    held = {"cells": scored("a", *one) + scored("copy", *one) + scored("b", *other)}
+    p = significance.paired(one, other).verdict
+    rows = [
+        {"variant": "a", "against the row above": "-"},
+        {"variant": "copy", "against the row above": "0.00 (not significant, p 1)"},
+        {"variant": "b", "against the row above": "-1.87 (p 0.02)"},
+    ]
+    said = report._retested({**held, "rows": rows})
+    assert said.endswith(f"Tested once, against the row above: b {p}.\n")
+    rows[2]["against the row above"] = f"-1.87 ({p})"
+    assert report._retested({**held, "rows": rows}) == ""
+
+
+def test_the_matrix_says_how_its_settings_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = [{"variant": "a", "epsilon": 2.0}] * 3
+    search = {"trials": trials, "holdout_examples": 2000, "seconds": 120.0}
+    held = {"seeds": [0, 1, 2], "cells": scored("a", 0.8, 0.81, 0.82), "search": search}
+    monkeypatch.setattr(report, "load", lambda name: held)
+    said = report.matrix("n")
+    assert "the best of 3 trials a variant and budget on 2,000 held-out" in said
+    assert "(3 runs, 2 minutes), which epsilon does not count. Budgets that" in said
+    assert "1 has those of 2." in said
+    held["search"] = None
+    assert "trials" not in report.matrix("n")
 
 
 def tuned_by(tiny: Path, entries: list[Chosen], **wrong: str) -> compare.Comparison:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
 import fedsim
@@ -30,6 +30,7 @@ from benchmarks import compared, executed
 from benchmarks.mistakes import anchor
 from fedsim import loading
 from fedsim.cli import _parse, parser
+from fedsim.flower import client_app
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.partitions.base import Function, Material
 from fedsim.study import compare, tune
@@ -294,7 +295,7 @@ def test_the_loop_over_settings_is_judged_by_held_out_examples_and_says_so(
 
 def test_the_loop_of_your_own_trains_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it adds up is bounded and noised as it says, and the model learns."""
-    (snippet,) = blocks("docs/gradients.md", "python")
+    (snippet,) = (one for one in blocks("docs/gradients.md", "python") if "fedsim.calibrate(" in one)
     real, asked = fedsim.clipped_gradient_sum, []
 
     def watched(model: nn.Module, views: Tensor, *rest: Any, **more: Any) -> Any:
@@ -321,6 +322,46 @@ def test_the_loop_of_your_own_trains_within_its_budget(monkeypatch: pytest.Monke
     assert torch.equal(torch.cat([one.grad.flatten() for one in held["parameters"]]), held["noised"] / 250)
     right = held["model"](held["inputs"]).argmax(1) == held["targets"]
     assert right.float().mean() > 0.9
+
+
+def test_the_flower_client_of_your_own_sends_a_clipped_sum_of_its_own_draw() -> None:
+    """Drawn anew in every message, at the rate that the server sends; nothing else leaves."""
+    (snippet,) = (one for one in blocks("docs/gradients.md", "python") if "ClientApp()" in one)
+    inputs = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    sizes: list[int] = []
+
+    def own_data(node: int) -> tuple[Tensor, Tensor]:
+        return inputs[100 * node : 100 * node + 100], torch.zeros(100, dtype=torch.long)
+
+    real = fedsim.clipped_gradient_sum
+
+    def watched(model: nn.Module, views: Tensor, *rest: Any) -> Any:
+        sizes.append(len(views))
+        return real(model, views, *rest)
+
+    held: dict[str, Any] = {"make_model": lambda: nn.Linear(8, 2), "own_data": own_data}
+    exec(compile(snippet, "docs/gradients.md", "exec"), held)
+    model, grid = nn.Linear(8, 2), LocalGrid(held["app"], 3)
+
+    def asked(rate: float) -> list[Tensor]:
+        content = RecordDict(
+            {"model": ArrayRecord(model.state_dict()), "step": ConfigRecord({"sampling_rate": rate})}
+        )
+        messages = [Message(content, dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
+        replies = list(grid.send_and_receive(messages))
+        assert all(list(reply.content) == ["sum"] for reply in replies)
+        return [torch.from_numpy(reply.content["sum"].to_numpy_ndarrays()[0]) for reply in replies]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedsim, "clipped_gradient_sum", watched)
+        for one, node in zip(asked(1.0), range(3), strict=True):
+            whole = real(model, own_data(node)[0][:, None], own_data(node)[1], held["FlatClip"](1.0)).sum
+            torch.testing.assert_close(one, whole)
+        assert not any(one.any() for one in asked(0.0)), "nobody drawn: zeros"
+        first, again = asked(0.5), asked(0.5)
+    assert sizes[:6] == [100] * 3 + [0] * 3
+    assert all(20 < size < 80 for size in sizes[6:])
+    assert not any(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_the_partition_of_your_own_spreads_as_it_says() -> None:
@@ -369,8 +410,28 @@ def test_an_app_of_your_own_trains_by_fedsims_parts(tmp_path: Path, monkeypatch:
     assert (tmp_path / "said.txt").read_text() == f"accuracy {run.score:.3f} at epsilon {run.epsilon:.2f}"
 
 
+def test_a_module_of_your_own_offers_fedsims_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower finds it, and does not find it where it is imported alone."""
+    from flwr.supercore.object_ref import load_app, validate
+
+    (snippet,) = (one for one in blocks("docs/use.md", "python") if "app = client_app.app" in one)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in (
+        ("client_as_shown", snippet),
+        ("client_alone", "from fedsim.flower.client_app import app\n"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+    there, why = validate("client_as_shown:app", project_dir=tmp_path)
+    assert there, why
+    assert load_app("client_as_shown:app", LookupError, tmp_path) is client_app.app
+    there, why = validate("client_alone:app", project_dir=tmp_path)
+    assert not there
+    assert why is not None
+    assert "Unable to find attribute app" in why
+
+
 def test_every_snippet_is_run_somewhere() -> None:
-    here = {"docs/use.md": 3, "docs/tuning.md": 1, "docs/gradients.md": 1, "docs/data.md": 1}
+    here = {"docs/use.md": 4, "docs/tuning.md": 1, "docs/gradients.md": 2, "docs/data.md": 1}
     assert {page for page in PAGES if blocks(page, "python")} == {*here, *RUN_ELSEWHERE}
     assert {page: len(blocks(page, "python")) for page in here} == here
     assert [page for page in PAGES if blocks(page, "toml")] == ["docs/use.md"]

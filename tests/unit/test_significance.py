@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from benchmarks import by_seed
+from fedsim import provenance
 from fedsim.report import results, significance
 from fedsim.report.cells import Cell, between, groups, pairwise
 from fedsim.report.findings import findings, promise
@@ -281,3 +282,32 @@ def test_equal_epsilons_that_are_not_one_promise_say_so() -> None:
     )
     free = [replace(cell, epsilon=None) for cell in (*pld, *rdp)]
     assert findings(free)[0].startswith("At epsilon 1 by pld and rdp, ")
+
+
+def test_an_ablation_tests_against_its_first_row_and_tells_what_all_pairs_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two families: the rows against the first, and all pairs."""
+    scores = {"whole": (0.80, 0.81, 0.79), "one": (0.78, 0.80, 0.77), "two": (0.70, 0.71, 0.68)}
+    cells = [
+        {"variant": variant, "epsilon": 1.0, "seed": seed, "accuracy": score}
+        for variant, held in scores.items()
+        for seed, score in enumerate(held)
+    ]
+    about = {"command": "c", "commit": "c", "hardware": provenance.hardware()}
+    monkeypatch.setattr(by_seed, "load", lambda name: {"cells": cells, **about})
+    said = by_seed.ablation("n", [("two", "one")])
+    percent = {variant: [100 * score for score in held] for variant, held in scores.items()}
+    first = significance.holm([significance.paired(percent[v], percent["whole"]) for v in ("one", "two")])
+    every = significance.holm(
+        [
+            significance.paired(percent[a], percent[b])
+            for a, b in (("one", "whole"), ("two", "whole"), ("two", "one"))
+        ]
+    )
+    for test in first:
+        assert f"{test.mean:+.2f} ± {test.half_width:.2f} | {test.verdict} |" in said
+    assert "adjusted for the 2 tests of the table (Holm): each row against the first alone" in said
+    assert f"all 3 pairs, as other tables have it: two against one {every[2].mean:+.2f}" in said
+    assert f"({every[2].verdict}).\n" in said
+    assert "all 3 pairs" not in by_seed.ablation("n")
