@@ -23,8 +23,6 @@ from benchmarks import by_seed, captioning_table, heads_table, mistakes, picture
 from benchmarks.tables import load
 from fedsim import api, presets
 from fedsim.config import CONFIG_DIR
-from fedsim.headline import Metric
-from fedsim.report.cells import Cell, groups, pairwise
 from fedsim.report.markers import Parts, missing, provenance, table, update
 from fedsim.report.table import RESULTS
 from fedsim.strategies import STRATEGIES
@@ -91,35 +89,8 @@ def comparison(name: str, more: Sequence[str] = ()) -> str:
     columns = [*RESULTS, *more]
     said = "\n".join(f"* {sentence}" for sentence in held["findings"])
     rows = [[row[column] for column in columns] for row in held["rows"]]
-    note = f"{held['note']}\n{_retested(held)}{_search(name, held)}"
+    note = f"{held['note']}\n{_search(name, held)}"
     return f"{said}\n\n{table(columns, rows)}\n{note}{provenance(held)}"
-
-
-def _retested(held: dict[str, Any]) -> str:
-    """What the tests of today say otherwise than a result file that was written before copies of a row were
-    tested once; nothing where they say the same."""
-    kept = ("variant", "epsilon", "seed", "seconds", "commit")
-    scored = [Cell(*(cell[key] for key in kept[:3]), _result(cell, kept), []) for cell in held["cells"]]
-    found = groups(scored)
-    tests = pairwise(found)
-    told = [
-        f"{row['variant']} {tests[i, i - 1].verdict}"
-        for i, row in enumerate(held["rows"])
-        if (i, i - 1) in tests and f"({tests[i, i - 1].verdict})" not in row["against the row above"]
-    ]
-    if not told:
-        return ""
-    return (
-        "\nThese sentences and this table were written when copies of a row, equal in every seed, were still "
-        "tested each for itself, which makes p larger. Tested once, against the row above: "
-        f"{'; '.join(told)}.\n"
-    )
-
-
-def _result(cell: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
-    """As much of a run's result as its test needs: the headline and its value."""
-    name = sorted(cell.keys() - set(kept))[0]
-    return {"headline": dataclasses.asdict(Metric(name)), name: cell[name]}
 
 
 def matrix(name: str) -> str:

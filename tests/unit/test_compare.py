@@ -24,7 +24,7 @@ from benchmarks import compared, report, tables
 from fedsim import loading, provenance
 from fedsim.config import CONFIG_DIR
 from fedsim.engine.experiment import prepare
-from fedsim.report import figures, markers, significance
+from fedsim.report import figures, markers
 from fedsim.report.cells import Cell
 from fedsim.report.page import About, page
 from fedsim.report.table import COSTS, RESULTS, note, table
@@ -473,22 +473,6 @@ def scored(variant: str, *scores: float) -> list[dict[str, Any]]:
     """As result files keep them."""
     about = {"variant": variant, "epsilon": 1.0, "seconds": 60.0, "commit": "c"}
     return [{**about, "seed": seed, "accuracy": score} for seed, score in enumerate(scores)]
-
-
-def test_a_table_from_before_copies_were_tested_once_says_what_they_give_now() -> None:
-    """Its rows stay as they were written; the sentence goes when the comparison is made again."""
-    one, other = (0.80, 0.81, 0.79, 0.805), (0.78, 0.80, 0.77, 0.78)
-    held = {"cells": scored("a", *one) + scored("copy", *one) + scored("b", *other)}
-    p = significance.paired(one, other).verdict
-    rows = [
-        {"variant": "a", "against the row above": "-"},
-        {"variant": "copy", "against the row above": "0.00 (not significant, p 1)"},
-        {"variant": "b", "against the row above": "-1.87 (p 0.02)"},
-    ]
-    said = report._retested({**held, "rows": rows})
-    assert said.endswith(f"Tested once, against the row above: b {p}.\n")
-    rows[2]["against the row above"] = f"-1.87 ({p})"
-    assert report._retested({**held, "rows": rows}) == ""
 
 
 def test_the_matrix_says_how_its_settings_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
