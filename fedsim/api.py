@@ -345,6 +345,8 @@ def _set(changes: dict[str, Any], section: str, chosen: Any) -> None:
 
 
 def _scheme(partition: Any) -> Any:
+    if isinstance(partition, Mapping) and not all(isinstance(key, str) for key in partition):
+        raise InputError("partition must be the holder of each example, (N,), got examples by holder.")
     if isinstance(partition, str | Mapping | Choice) or callable(partition) or hasattr(partition, "spread"):
         return partition
     return Owners(tuple(as_numbers(partition).tolist()))

@@ -59,6 +59,10 @@ def _epsilon(options: argparse.Namespace) -> Any:
                 "Give one of the two; a TEXT with blanks goes into quotes.",
             )
         return _published(options)
+    if options.holder_examples is not None:
+        from fedsim import rules
+
+        validate.in_range(options.holder_examples, 1, rules.MOST, "--holder-examples")
     if options.ledger is not None:
         answer = _ledger_epsilon(options)
     else:
@@ -76,10 +80,12 @@ def _ledger_epsilon(options: argparse.Namespace) -> dict[str, Any]:
 
     path = RunFolder(options.ledger).ledger if options.ledger.is_dir() else options.ledger
     book = ledger.read(path)
-    delta = options.delta or book.header.delta
+    delta = book.header.delta if options.delta is None else options.delta
+    validate.in_range(delta, 1e-300, 0.5, "--delta")
     kinds = dict.fromkeys(["pld", "rdp", options.accountant])
     example = {f"{book.header.unit}, {name}": book.epsilon(name, delta) for name in kinds}
-    size = options.holder_examples or book.header.examples_per_holder_at_most
+    size = options.holder_examples
+    size = book.header.examples_per_holder_at_most if size is None else size
     if size is None and book.header.unit == "example" and not options.json:
         print("holder: no federation.examples_per_holder_at_most was declared; give --holder-examples")
     holder = {} if size is None else {f"holder of {size}": book.holder_epsilon(size, delta)}
@@ -97,8 +103,6 @@ def _settings_epsilon(options: argparse.Namespace) -> dict[str, Any]:
             "--sampling-rate (or --population and --batch)."
         )
     validate.in_range(options.noise_multiplier, *rules.REAL, "--noise-multiplier")
-    if options.holder_examples is not None:
-        validate.in_range(options.holder_examples, 1, rules.MOST, "--holder-examples")
     rate, steps, delta = _mechanism(options)
     total = events.composed(events.gaussian_step(options.noise_multiplier, rate), steps)
     kinds = list(dict.fromkeys(["pld", "rdp", options.accountant]))

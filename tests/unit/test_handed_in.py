@@ -19,6 +19,7 @@ from fedsim.data.from_python import Data
 from fedsim.headline import Metric
 from fedsim.tasks.classification import Classification
 from fedsim.validate import InputError
+from tests.conftest import command
 
 RNG = np.random.default_rng(5)
 INPUTS = RNG.normal(size=(240, 5)).astype(np.float32)
@@ -363,7 +364,9 @@ def test_a_wrong_writer_is_refused_before_there_is_a_folder(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_no_path_model_or_input_is_one_sentence(tmp_path: Path) -> None:
+def test_what_is_no_path_model_or_input_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = fedsim.train(data=data(), out=tmp_path / "run", **SETTINGS)
     wrong: list[tuple[Callable[[], Any], str]] = [
         (lambda: fedsim.load_run(5), "folder of the run must be a path, got 5"),  # type: ignore[arg-type]
@@ -378,7 +381,14 @@ def test_what_is_no_path_model_or_input_is_one_sentence(tmp_path: Path) -> None:
         (lambda: run.predict(np.ma.array(INPUTS)), "inputs must be without a mask"),
         (lambda: run.predict(torch.zeros(2, 5).bfloat16()), "inputs must be of a dtype that numpy has"),
         (lambda: Metric(""), "a metric must have a name"),
+        (
+            lambda: checked(partition={0: [1, 2], 1: [0]}),
+            r"the holder of each example, \(N,\)",
+        ),
     ]
     for call, message in wrong:
         with pytest.raises(InputError, match=message):
             call()
+    for option in ("--holder-examples", "--delta"):
+        assert command(["epsilon", str(run.folder), option, "0"]) == 2
+        assert f"{option} must be between" in capsys.readouterr().err
