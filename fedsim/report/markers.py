@@ -68,7 +68,8 @@ def machine(hardware: Mapping[str, Any]) -> str:
     """Return the accelerator, or the processor and how many of its cores were used."""
     if hardware["gpu"] != "none":
         return str(hardware["gpu"])
-    return f"{hardware['processor']}, {hardware['cores']} cores"
+    cores = hardware["cores"]
+    return f"{hardware['processor']}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def provenance(held: Mapping[str, Any]) -> str:
