@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.data.targets import Targets
@@ -38,6 +39,9 @@ class Reconstruction(Task):
     def check(self, declared: Targets) -> None:
         """See `Task.check`: any targets do."""
         self.chosen  # noqa: B018 - a headline that is no metric is refused here
+
+    def strata(self, targets: NDArray[Any]) -> None:
+        """See `Task.strata`: none, for targets are not looked at."""
 
     def answered(self, model: nn.Module, inputs: Tensor, blank: Tensor) -> Tensor:
         """See `Task.answered`.

@@ -21,6 +21,7 @@ from fedsim.tasks.areas import area
 from fedsim.tasks.classification import Classification
 from fedsim.tasks.language_modelling import LanguageModelling
 from fedsim.tasks.multi_label import MultiLabel
+from fedsim.tasks.reconstruction import Reconstruction
 from fedsim.tasks.regression import Regression
 from fedsim.validate import InputError, PrivateInputError
 from tests.conftest import small, train
@@ -291,6 +292,7 @@ def test_strata_by_hand() -> None:
     assert np.bincount(deciles).tolist() == [10] * 10
     assert deciles[0] == 9
     assert LanguageModelling().strata(np.zeros((2, 3), np.int64)) is None
+    assert Reconstruction().strata(np.zeros(3, np.int64)) is None, "of pictures with classes too"
 
 
 def test_no_metric_has_the_name_of_another_number_of_a_run(tmp_path: Path) -> None:
