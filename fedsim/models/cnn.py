@@ -106,7 +106,8 @@ def image_shape(input_shape: tuple[int, ...], model: str, smallest: int) -> tupl
     if len(input_shape) != 3 or min(input_shape[1:]) < smallest:
         raise InputError(
             f"model {model} must get images (channels, height, width) of at least {smallest}x{smallest}, "
-            f"got {tuple(input_shape)}. Use model.name=mlp or linear for this data set."
+            f"got {tuple(input_shape)}. Where no model is named it is small_cnn: name mlp, linear, or a "
+            "model of your own for this data set."
         )
     channels, height, width = input_shape
     return channels, height, width

@@ -151,8 +151,12 @@ def numbered(owners: Any, holders: int, scheme: str, what: str) -> Ints:
     holder_of = as_numbers(owners)
     found = int(holder_of.max()) + 1 if holder_of.size else 0
     if found != holders:
+        more = (
+            " Where more were meant: data.holdout_examples and data.train_examples leave out examples, and "
+            "with the last of an owner the owner."
+        )
         raise InputError(
             f"federation.holders must be {found}, {what}, with federation.partition = {scheme}, got "
-            f"{holders}. Set federation.holders={found}."
+            f"{holders}. Set federation.holders={found}.{more if found < holders else ''}"
         )
     return holder_of

@@ -91,6 +91,11 @@ def load(source: str | Path) -> Tuning:
     content = OmegaConf.to_container(read(path))
     assert isinstance(content, dict)
     names.check_numbers(path, content)
+    if "tuned" in content:
+        raise InputError(
+            f"{path} is a comparison, which `fedsim compare` runs. A file for `fedsim tune` names it under "
+            "comparison, beside trials, holdout_examples and space."
+        )
     found: Tuning = parse_options({str(k): v for k, v in content.items()}, Tuning, str(path))
     if (found.recipe is None) == (found.comparison is None):
         raise InputError(f"{path}: a tuning file needs either recipe or comparison.")

@@ -211,6 +211,16 @@ def test_a_single_callback_is_no_list() -> None:
         fedsim.train(data=data(), callbacks=lambda *given: None, **SETTINGS)  # type: ignore[arg-type]
 
 
+def test_owners_that_went_with_their_examples_are_told_from_owners_that_are_too_few() -> None:
+    said = {"data": data(holders=SCHOOLS), "federation": {"holders": 7}}
+    with pytest.raises(
+        InputError, match=r"Set federation\.holders=\d\. Where more were meant: data\.holdout"
+    ):
+        checked(**said, **{"data.train_examples": 4})
+    with pytest.raises(InputError, match=r"Set federation\.holders=7\.$"):
+        checked(**{**said, "federation": {"holders": 6}})
+
+
 def test_one_constant_is_that_of_all_channels() -> None:
     found = Data(IMAGES, IMAGES_TOO, classes=3, mean=0.25, std=[0.5, 1.0, 2.0]).splits
     for part in (found.train, found.test):

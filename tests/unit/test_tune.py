@@ -234,6 +234,12 @@ def test_a_search_that_is_refused_leaves_the_folder_to_one_that_is_not(tmp_path:
     assert not out.exists()
 
 
+def test_a_comparison_is_told_from_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["tune", "compare/label_skew"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is a comparison, which `fedsim compare` runs. A file for `fedsim tune` names it" in said
+
+
 def test_trials_that_tie_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Same(Runner):
         def __call__(self, config: Any, folder: RunFolder) -> dict[str, Any]:
