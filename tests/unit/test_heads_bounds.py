@@ -200,6 +200,19 @@ def test_the_bounds_of_residuals_and_curvatures_hold_without_a_clip(
         torch.testing.assert_close(kept, residuals, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_what_is_longer_than_a_bound_is_scaled_down_to_it(loss: Logistic) -> None:
+    """Rounding may make it so, and whoever gives a smaller bound than the loss promises."""
+    scores = torch.randn(40, loss.classes, generator=torch.Generator().manual_seed(0)).double()
+    hot = torch.eye(loss.classes).double()[torch.arange(40) % loss.classes]
+    for cut, whole in zip((loss.residuals, loss.curvatures), loss.terms(scores, hot), strict=True):
+        lengths = whole.norm(dim=1, keepdim=True)
+        bound = float(lengths.median())
+        expected = whole * (bound / lengths).clamp(max=1.0)
+        torch.testing.assert_close(cut(scores, hot, bound), expected, rtol=1e-6, atol=0)
+        assert float(cut(scores, hot, bound).norm(dim=1).max()) <= bound * (1 + 1e-9)
+
+
 def test_bounds_are_those_that_are_stated() -> None:
     zero = torch.zeros(10, 3)
     assert Logistic(10).residual_bound(zero, 5.0) == pytest.approx(math.sqrt(10) / 2)
