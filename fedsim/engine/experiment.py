@@ -20,6 +20,7 @@ from fedsim.config import Config
 from fedsim.data import augment, datasets, examples, partition
 from fedsim.data.pictures.pictures import Pictures
 from fedsim.engine import device, scoring, trials
+from fedsim.engine.evaluate import evaluating
 from fedsim.grads.batch import call
 from fedsim.grads.flat import get_flat, spec
 from fedsim.learners import optimizer
@@ -216,6 +217,10 @@ def _check_fits(model: nn.Module, train: examples.ArrayDataset, task: Task) -> N
     try:
         with torch.enable_grad():
             outputs = call(copy.deepcopy(model), task.shown(blank, targets))
+        with evaluating(model):  # a forward pass may do in eval mode what it does in no other
+            call(model, task.shown(blank, targets))
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"model must run on inputs of shape {shape}, one example of the data, but fails by "

@@ -9,7 +9,7 @@ from fedsim import loading
 from fedsim.config import Config
 from fedsim.study.tuned import Tuned, leaves
 
-_TOLD = ("data.holdout_examples", "data.test_examples", "seed", "title", "tuning.")
+_TOLD = ("data.holdout_examples", "data.test_examples", "seed", "title", "tuning")
 """What is said elsewhere: what trials are judged by, and their seeds."""
 _BUDGET = "privacy.target_epsilon"
 """Of a search at several, said elsewhere too."""
@@ -56,9 +56,10 @@ def _changes(tuned: Tuned, recipe: str, variant: str, config: Config) -> list[tu
     there = leaves(loading.load(recipe, given, where="settings of the search").defining())
     here = leaves(config.defining())
     told = _TOLD if nearest.epsilon is None else (*_TOLD, _BUDGET)
-    skipped = (*told, *(item.partition("=")[0].strip() for item in chosen))
+    skipped = [*told, *(item.partition("=")[0].strip() for item in chosen)]
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    differ = [name for name in names if not name.startswith(skipped) and not _below(name, names)]
+    asked = [name for name in names if not any(f"{name}.".startswith(f"{key}.") for key in skipped)]
+    differ = [name for name in asked if not _below(name, names)]
     return [(name, _text(there, name), _text(here, name)) for name in differ]
 
 

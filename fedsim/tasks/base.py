@@ -183,7 +183,8 @@ class Task(ABC):
 
         By default the classes of a task for classes, and none for others.
         """
-        return targets.astype(np.int64, copy=False) if self.kind == "class" else None
+        classes = self.kind == "class" and targets.ndim == 1
+        return targets.astype(np.int64, copy=False) if classes else None
 
     def strata_of(self, data: ArrayDataset) -> NDArray[np.int64] | None:
         """Return `strata` of all targets (N, ...) of a data set."""

@@ -303,6 +303,27 @@ def test_a_model_that_keeps_what_it_computed_can_be_used_after_training(tmp_path
     assert fedsim.load_run(run.folder).model.calls == 0
 
 
+class Counting(nn.Sequential):
+    """Counts its calls in a buffer, in eval mode alone."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            self.calls += 1
+        return super().forward(input)
+
+
+def test_a_model_that_cannot_be_evaluated_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must leave the model's buffers alone, but it changes calls"):
+        fedsim.train(data=data(), out=tmp_path / "run", **{**SETTINGS, "model": Counting()})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_with_another_hook_is_another_model(tmp_path: Path) -> None:
     def model(factor: float) -> nn.Module:
         torch.manual_seed(0)
